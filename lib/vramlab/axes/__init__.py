@@ -1,0 +1,22 @@
+"""The axes of a regime: each value is a small frozen record with essentially one verb.
+
+`AXES[axis][value]` is the record's class. A row of `params/regimes.yml` picks one value an axis, by its name
+(`rule: adamw`) or by its name with fields (`trains: {chunks: {count: 8, interval: 4}}`).
+"""
+
+from .acts import Checkpoint, Keep, Offload
+from .rule import AdamW, NoRule, Sgd
+from .trains import All, Blocks, Chunks, Lora, Nothing
+from .until import Backward, Step
+from .weights import Bf16, Fp32, Mixed
+
+AXES: dict[str, dict[str, type]] = {
+    "weights": {"fp32": Fp32, "mixed": Mixed, "bf16": Bf16},
+    "trains": {"all": All, "none": Nothing, "lora": Lora, "blocks": Blocks, "chunks": Chunks},
+    "until": {"step": Step, "backward": Backward},
+    "rule": {"adamw": AdamW, "sgd": Sgd, "none": NoRule},
+    "acts": {"keep": Keep, "checkpoint": Checkpoint, "offload": Offload},
+}
+"""axis -> value -> class; the first value of each axis is its default."""
+
+__all__ = ["AXES"]

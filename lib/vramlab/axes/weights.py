@@ -1,0 +1,61 @@
+"""Axis `weights`: how the parameters are stored, and in which type the matrix products are formed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from . import rounding
+
+
+@contextmanager
+def _bf16_products(device_type: str, autocast: bool) -> Iterator[None]:
+    """bf16 operands and results. A CPU without bf16 units forms each product in fp32 and rounds it, see `rounding`."""
+    with ExitStack() as stack:
+        if device_type == "cpu" and rounding.needed()[0]:
+            stack.enter_context(rounding.bf16_formed_in_fp32())
+        if autocast:
+            stack.enter_context(torch.autocast(device_type, torch.bfloat16))
+        yield
+
+
+@dataclass(frozen=True)
+class Fp32:
+    """Every parameter in fp32, 4 bytes each, and every product in fp32."""
+
+    dtype = torch.float32
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return model.to(self.dtype)
+
+    @contextmanager
+    def compute(self, device_type: str) -> Iterator[None]:
+        yield
+
+
+@dataclass(frozen=True)
+class Mixed(Fp32):
+    """fp32 parameters under bf16 autocast: 4 bytes each, plus autocast's bf16 copies of the weights (2 bytes each)
+    that live as long as the forward's graph. Norms, softmax and the loss stay fp32. Micikevicius 2018,
+    arXiv:1710.03740; here with bf16 and so without loss scaling."""
+
+    @contextmanager
+    def compute(self, device_type: str) -> Iterator[None]:
+        with _bf16_products(device_type, autocast=True):
+            yield
+
+
+@dataclass(frozen=True)
+class Bf16(Fp32):
+    """Every parameter in bf16, 2 bytes each. An update below 2^-9 of a weight is lost to nearest rounding."""
+
+    dtype = torch.bfloat16
+
+    @contextmanager
+    def compute(self, device_type: str) -> Iterator[None]:
+        with _bf16_products(device_type, autocast=False):
+            yield

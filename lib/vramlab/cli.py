@@ -1,0 +1,117 @@
+"""The command line: each command is a thin caller of the library, and each speaks JSON with `--json`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def _regimes(args) -> int:
+    from .regime import read_regimes
+
+    rows = read_regimes(args.file) if args.file else read_regimes()
+    if args.json:
+        print(json.dumps({name: {**row.axes(), "accumulate": row.accumulate, "clip": row.clip, "lr": row.lr,
+                                 "says": row.says, "source": row.source} for name, row in rows.items()}, indent=1))
+    else:
+        print(table(rows))
+    return 0
+
+
+def table(rows: dict) -> str:
+    """The regimes-by-axes table in Markdown, as the README shows it."""
+    from .axes import AXES
+
+    def cell(row, axis: str) -> str:
+        fields = {k: v for k, v in row.axes()[axis].items() if k != "value"}
+        defaults = AXES[axis][row.values[axis]]()
+        told = [f"{k} {v}" for k, v in fields.items() if getattr(defaults, k) != v]
+        return row.values[axis] + (f" ({', '.join(told)})" if told else "")
+
+    head = "| regime | " + " | ".join(AXES) + " | what it does to the bytes |"
+    lines = [f"| `{name}` | " + " | ".join(cell(row, axis) for axis in AXES) + f" | {row.says} ({row.source}) |"
+             for name, row in rows.items()]
+    return "\n".join([head, "|---" * (len(AXES) + 2) + "|", *lines])
+
+
+def _items(args) -> int:
+    from .factcc.sources import describe_items
+
+    described = describe_items(args.path, source=args.source, stories=args.stories)
+    if args.json:
+        print(json.dumps(described, indent=1))
+    else:
+        for key, value in described.items():
+            print(f"{key}: {json.dumps(value) if isinstance(value, dict | list) else value}")
+    return 0
+
+
+def _sweep(args) -> int:
+    from .report import build
+    from .sweep import sweep
+
+    code = sweep(args.path, out=args.out, force=args.force, retry=args.retry, dry_run=args.dry_run, json=args.json)
+    if not (args.dry_run or args.no_report):
+        _say_report(build(Path(args.out) if args.out else Path("outputs") / Path(args.path).stem), args.json)
+    return code
+
+
+def _report(args) -> int:
+    from .report import build
+
+    _say_report(build(Path(args.folder)), args.json)
+    return 0
+
+
+def _say_report(path: Path, as_json: bool) -> None:
+    size = path.stat().st_size
+    if as_json:
+        print(json.dumps({"report": str(path), "size_bytes": size}))
+    else:
+        print(f"{path}  {size / 1e6:.2f} MB")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands with their options."""
+    top = argparse.ArgumentParser(prog="vramlab", description="Which memory regime fine-tunes Baichuan-2 on the GPU at hand, "
+                                  "and what it costs in factual consistency.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, does, about: str):
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+        sub.set_defaults(does=does)
+        return sub
+
+    sub = command("regimes", _regimes, "The rows of params/regimes.yml, with their axes.")
+    sub.add_argument("--file", type=Path, help="another file of rows")
+    sub = command("items", _items, "What a FactCC, SummEdits, BoolQ or generated data set holds: counts, labels, problems.")
+    sub.add_argument("path", type=Path)
+    sub.add_argument("--source", choices=("factcc", "boolq", "summedits", "generated"), help="default: found from the content")
+    sub.add_argument("--stories", type=Path, help="folder with CNN/DM .story files, for FactCC releases without articles")
+    sub = command("sweep", _sweep, "Every cell of a sweep through papermill, resumable, then the report.")
+    sub.add_argument("path", type=Path, help="for example params/quick.yml")
+    sub.add_argument("--out", type=Path, help="default: outputs/<name of the sweep>")
+    sub.add_argument("--force", action="store_true", help="run finished cells again")
+    sub.add_argument("--retry", choices=("failed", "oom", "all"), help="run again the cells that ended so")
+    sub.add_argument("--dry-run", action="store_true", help="list the cells and what would run")
+    sub.add_argument("--no-report", action="store_true")
+    sub = command("report", _report, "One self-contained HTML file from a folder of finished runs.")
+    sub.add_argument("folder", type=Path, help="for example outputs/quick")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Errors of use go to standard error in one line, exit code 2."""
+    args = parser().parse_args(argv)
+    try:
+        return args.does(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"vramlab {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""The passes of a run: learn (timed, nothing watching), meter (events), measured (the OS's peak, its own process)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from .axes import rounding
+from .base import Recipe, base_model
+from .baichuan import BaichuanTokenizer, ModelSpec, load_model, read_model_file
+from .dataset import Dataset, dataset
+from .environment import ROOT
+from .factcc.prompt import training_batches
+from .memory.meter import Meter
+from .memory.process import peak_window
+from .observer import Clock, Observer
+from .progress import bar
+from .regime import Regime
+from .regime import regime as read_regime
+from .trainer import Batch, Schedule, Trainer
+
+CACHE = ROOT / "outputs" / "cache"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything the passes share. `model` stays untouched: each pass trains a copy."""
+
+    params: Mapping
+    regime: Regime
+    model: nn.Module
+    tokenizer: BaichuanTokenizer
+    base_record: dict
+    data: Dataset
+
+    def batches(self) -> Iterator[list[Batch]]:
+        """Micro-batches of one step, for ever; the same sequence for every pass and every regime."""
+        stream = training_batches(self.tokenizer, self.data.train, self.params["batch_size"], self.params["max_length"],
+                                  self.params["seed"], self.params["objective"])
+        while True:
+            yield list(itertools.islice(stream, self.regime.accumulate))
+
+    def trainer(self, regime: Regime, model: nn.Module, observer: Observer) -> Trainer:
+        schedule = Schedule(self.params["lr"], self.params["steps"])
+        torch.manual_seed(self.params["seed"])
+        return Trainer(model, regime, schedule, device=self.params["device"], seed=self.params["seed"],
+                       observer=observer)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """`steps`: one row a step; `result`: speed, sizes and losses."""
+
+    steps: pd.DataFrame
+    result: dict
+
+
+@dataclass(frozen=True)
+class Metered:
+    """`events`: one row an allocation or release; `result`: the peak, its owners and the ledger."""
+
+    events: pd.DataFrame
+    result: dict
+
+
+def model_spec(name: str) -> ModelSpec:
+    """The model called `name` in params/models, or the model file at that path.
+
+    Raises: ValueError, naming the models there are.
+    """
+    folder = ROOT / "params" / "models"
+    path = Path(name) if name.endswith(".yml") else folder / f"{name}.yml"
+    if not path.exists():
+        raise ValueError(f"no model {name!r}: params/models has {', '.join(sorted(p.stem for p in folder.glob('*.yml')))}")
+    return read_model_file(path)
+
+
+def prepare(params: Mapping, progress: bool) -> Prepared:
+    """Load or pre-train the base, and make the data set."""
+    spec = model_spec(params["model"])
+    if spec.path:
+        model, tokenizer = load_model(spec.path), BaichuanTokenizer.from_pretrained(spec.path)
+        record = {"path": Path(spec.path).name, "recipe": "published weights"}
+    else:
+        model, tokenizer, record = base_model(spec, CACHE, recipe=Recipe.named(params["recipe"]), progress=progress)
+    return Prepared(params, read_regime(params["regime"]), model, tokenizer, record, dataset(params))
+
+
+def learn(prepared: Prepared, progress: bool) -> tuple[Learned, nn.Module]:
+    """Train for `steps` steps with only a clock watching. Returns what was seen and the trained model."""
+    device = prepared.params["device"]
+    clock = Clock(torch.cuda.synchronize if device.startswith("cuda") else lambda: None)
+    trainer = prepared.trainer(prepared.regime, copy.deepcopy(prepared.model), clock)
+    steps = prepared.params["steps"]
+    seen = []
+    with bar(f"train {prepared.regime.name}", steps, progress) as shown:
+        for step, batches in enumerate(itertools.islice(prepared.batches(), steps)):
+            loss = float(trainer.step(batches))
+            tokens = sum(int(batch["attention_mask"].count_nonzero()) for batch in batches)
+            seen.append({"loss": loss, "tokens": tokens, "lr": trainer.schedule.at(step)})
+            shown.update(1)
+    frame = pd.DataFrame([{**timed, **row} for timed, row in zip(clock.rows, seen, strict=True)])
+    result = {
+        "speed": _speed(frame),
+        "trainable_parameters": trainer.trainable_parameters(),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "loss_first": float(frame["loss"].iloc[0]),
+        "loss_last": float(frame["loss"].tail(10).mean()),
+        "train_s": float(frame["step_s"].sum()),
+    }
+    return Learned(frame, result), trainer.finish()
+
+
+def _speed(frame: pd.DataFrame) -> dict:
+    """Medians over the steps after the first tenth, which warm caches up and create optimizer state."""
+    warm = frame.iloc[max(1, len(frame) // 10):] if len(frame) > 1 else frame
+    q25, q50, q75 = (float(warm["step_s"].quantile(q)) for q in (0.25, 0.5, 0.75))
+    phases = {f"{name}_s": float(warm[f"{name}_s"].median()) for name in ("forward", "backward", "update")}
+    return {"tokens_per_s": float(warm["tokens"].sum() / warm["step_s"].sum()), "step_s_median": q50,
+            "step_s_q25": q25, "step_s_q75": q75, **phases, "steps_timed": len(warm)}
+
+
+def meter(prepared: Prepared) -> Metered:
+    """The first steps again, on a fresh copy, under the event meter. Slower than the real thing; bytes only."""
+    model = copy.deepcopy(prepared.model)
+    watcher = Meter()
+    trainer = prepared.trainer(_watched(prepared.regime), model, watcher)
+    with watcher:
+        _few_steps(trainer, _longest(prepared))
+    peak = watcher.peak()
+    held = trainer.optimizer_state_bytes()
+    result = {"peak": peak, "memory_ledger": peak["categories"], "host_bytes": watcher.host_peak_bytes,
+              "optimizer_state_bytes": held}
+    return Metered(watcher.frame(), result)
+
+
+def measured(params: Mapping) -> dict:
+    """The same steps with only the OS watching; called in a process of its own with the allocator set to return memory.
+
+    The window opens before the model exists, so the peak holds weights and all. A small model goes through the same
+    regime first: thread pools, oneDNN's caches and late imports are not the regime's bytes.
+    """
+    from .run import resolve
+
+    params = resolve(params)
+    prepared = prepare(params, progress=False)
+    batches = _longest(prepared)
+    _warm_up(prepared, batches)
+    with peak_window() as peak:
+        trainer = prepared.trainer(_watched(prepared.regime), copy.deepcopy(prepared.model), Observer())
+        _few_steps(trainer, batches)
+    return {"peak_bytes": peak.delta_bytes, "baseline_bytes": peak.baseline_bytes, "method": peak.method}
+
+
+def _longest(prepared: Prepared) -> list[Batch]:
+    """Of the run's first 50 steps, the one with most tokens: the step that decides whether the run fits."""
+    first = itertools.islice(prepared.batches(), min(50, prepared.params["steps"]))
+    return max(first, key=lambda batches: max(batch["input_ids"].numel() for batch in batches))
+
+
+def _watched(regime: Regime) -> Regime:
+    """The same regime, with every part taking its turn for one step: its peak is the largest of all parts'."""
+    if not hasattr(regime.trains, "interval"):
+        return regime
+    return dataclasses.replace(regime, trains=dataclasses.replace(regime.trains, interval=1))
+
+
+def _few_steps(trainer: Trainer, batches: list[Batch]) -> None:
+    """Two steps of everything: the first creates optimizer state. Parts that take turns: once round and one more."""
+    parts = len(trainer.parts)
+    for _ in range(parts + 1 if parts > 1 else 2):
+        trainer.step(batches)
+
+
+def _warm_up(prepared: Prepared, batches: list[list[Batch]]) -> None:
+    config = copy.deepcopy(prepared.model.config)
+    config.num_hidden_layers = 1
+    _few_steps(prepared.trainer(prepared.regime, type(prepared.model)(config), Observer()), batches)
+
+
+def notes(prepared: Prepared) -> list[str]:
+    """What a reader of the figures has to know."""
+    said = ["speed: learning pass, nothing watching; events: separate metered pass of two "
+            "steps of the longest batch (parts that take turns: one step each); process peak: separate process, allocator returning memory to the OS"]
+    if prepared.regime.values["weights"] != "fp32" and prepared.params["device"] == "cpu":
+        needed, why = rounding.needed()
+        if needed:
+            said.append(f"bf16 products formed in fp32 and rounded ({why}): same numerics, and its speed is not bf16's; "
+                        "the fp32 temporaries are in the process peak")
+    if prepared.params["device"] == "cpu" and "offload" in prepared.regime.values["acts"]:
+        said.append("on a CPU host memory is the same memory: the process peak holds the offloaded bytes, the meter "
+                    "counts them apart")
+    return said

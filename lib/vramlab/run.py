@@ -1,0 +1,169 @@
+"""One run: a model, a regime, a data set -> a folder from which every figure can be drawn again.
+
+Three passes, because a watched step is not the step: the learning pass is timed and scored with nothing in its way; the
+metered pass repeats two steps on a fresh copy under the event meter; the measured pass repeats them in a process of its
+own, whose allocator returns memory to the OS at once, so that the OS's peak is the truth.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+import torch
+import yaml
+
+from . import environment, passes
+from .factcc.scoring import score_items
+from .factcc.statistics import summarise
+from .memory.process import MALLOC_ENV, run_in_measured_process
+from .progress import bar
+from .regime import regime as read_regime
+
+SCHEMA = 1
+
+KNOWN_PARAMETERS: dict[str, object] = {
+    "regime": "full",
+    "model": "tiny",
+    "train_domain": "news",
+    "test_domains": "",
+    "items": "",
+    "steps": 150,
+    "batch_size": 16,
+    "max_length": 256,
+    "lr": 0.0,
+    "objective": "answer+claim",
+    "seed": 0,
+    "data_seed": 0,
+    "train_items": 4000,
+    "val_items": 300,
+    "test_items": 500,
+    "recipe": "standard",
+    "device": "cpu",
+    "threads": 0,
+    "measure": True,
+}
+"""Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data; `test_domains: ""`
+is all; `threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes out."""
+
+
+def resolve(params: Mapping) -> dict:
+    """`params` over the defaults, with the regime's row and learning rate filled in.
+
+    Raises: ValueError, for a name that no run has or a value of another type; IllegalRegime.
+    """
+    unknown = sorted(set(params) - set(KNOWN_PARAMETERS))
+    if unknown:
+        raise ValueError(f"unknown parameter {', '.join(unknown)}; known: {', '.join(KNOWN_PARAMETERS)}")
+    full = {**KNOWN_PARAMETERS, **params}
+    for name, default in KNOWN_PARAMETERS.items():
+        kinds = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(full[name], kinds) or (isinstance(full[name], bool) and not isinstance(default, bool)):
+            raise ValueError(f"{name} is {full[name]!r}: it takes {type(default).__name__}, for example {default!r}")
+    row = read_regime(full["regime"])
+    full["lr"] = float(full["lr"]) or row.lr
+    return {**full, "regime_row": row.axes(), "accumulate": row.accumulate, "clip": row.clip}
+
+
+def config_hash(params: Mapping) -> str:
+    """Hash of everything that decides the run's numbers: parameters, the row, the model's file and the data on disk."""
+    full = resolve(params)
+    content = {"schema": SCHEMA, "params": full, "model": passes.model_spec(full["model"]).fingerprint(),
+               "items": _files(full["items"])}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _files(path: str) -> list:
+    if not path or not Path(path).exists():
+        return []
+    root = Path(path)
+    return [(f.name, f.stat().st_size) for f in ([root] if root.is_file() else sorted(root.rglob("*.jsonl*")))]
+
+
+def run_id(params: Mapping) -> str:
+    """The folder name of a run: regime and the head of its hash."""
+    return f"{params.get('regime', KNOWN_PARAMETERS['regime'])}-{config_hash(params)[:8]}"
+
+
+def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path:
+    """Do the run and write its folder. Returns the folder; `result.json`, written last, says how it ended.
+
+    Running out of memory is a result (`outcome: oom`). Any other error is recorded (`outcome: failed`) and raised.
+    """
+    full = resolve(params)
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").unlink(missing_ok=True)
+    if full["threads"]:
+        torch.set_num_threads(full["threads"])
+    _write(folder / "params.yml", yaml.safe_dump({**full, "run_id": folder.name, "sweep": folder.parent.name}, sort_keys=False))
+    env = {**environment.record(full["device"]), "seed": full["seed"], "config_hash": config_hash(params)}
+    _write(folder / "env.json", json.dumps(env, indent=1))
+    result = {"schema": SCHEMA, "run_id": folder.name, "regime": full["regime"], "model": full["model"],
+              "measured_on": env["device"]["kind"], "device": env["device"]["name"]}
+    try:
+        result |= {"outcome": "ok", "reason": "", **_passes(full, folder, progress)}
+    except BaseException as error:
+        oom = out_of_memory(error)
+        result |= {"outcome": "oom" if oom else "failed", "reason": f"{type(error).__name__}: {error}"}
+        if not oom:
+            raise
+    finally:
+        if "outcome" in result:
+            _write(folder / "result.json", json.dumps(result, indent=1))
+    return folder
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory ran out, on a GPU or on the host."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _passes(params: dict, folder: Path, progress: bool) -> dict:
+    prepared = passes.prepare(params, progress)
+    learned, trained = passes.learn(prepared, progress)
+    learned.steps.to_parquet(folder / "steps.parquet")
+    scores = _score(trained, prepared, params, progress)
+    scores.to_parquet(folder / "scores.parquet")
+    summarise(scores).to_parquet(folder / "accuracy.parquet")
+    del trained
+    result = {**learned.result, "base": prepared.base_record, "host_bytes": 0,
+              "truncated_share": float(scores["truncated"].mean()), "problems": prepared.data.problems,
+              "notes": passes.notes(prepared)}
+    if params["measure"]:
+        metered = passes.meter(prepared)
+        metered.events.to_parquet(folder / "timeline.parquet")
+        result |= metered.result
+        result["peak_bytes"] = {"meter": metered.result["peak"]["peak_bytes"], "process": None}
+        result["process"] = _measured(params)
+        result["peak_bytes"]["process"] = result["process"].get("peak_bytes")
+    return result
+
+
+def _measured(params: dict) -> dict:
+    """The OS's own figure for the same two steps, from a process that does nothing else."""
+    wanted = {name: params[name] for name in KNOWN_PARAMETERS}
+    answer = run_in_measured_process("vramlab.passes:measured", wanted, timeout_s=600)
+    return {**answer, "allocator": MALLOC_ENV}
+
+
+def _score(model, prepared, params: dict, progress: bool) -> pd.DataFrame:
+    items = prepared.data.val + prepared.data.test
+    began = time.perf_counter()
+    with bar("score", len(items), progress) as shown:
+        frame = score_items(model, prepared.tokenizer, items, batch_size=64, max_length=params["max_length"],
+                            progress=shown.update)
+    frame.attrs["score_s"] = time.perf_counter() - began
+    return frame
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text)
+    os.replace(partial, path)

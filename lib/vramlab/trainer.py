@@ -1,0 +1,195 @@
+"""One trainer for every regime.
+
+The order in which the axes rewrite the model carries meaning, so it stands here once, in `Trainer.__init__`. The order
+of a step stands in `Trainer.step`. Everything a regime changes hangs on those two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .axes.leaves import ActiveLeaves
+from .axes.trains import Part
+from .axes.until import Updater
+from .observer import Observer
+from .regime import Regime, check_machine
+
+Batch = Mapping[str, Tensor]
+"""input_ids, attention_mask, labels: each (batch, tokens), integers; labels are -100 where nothing is to be learned."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate by step: linear warm-up over `warmup` of the steps, then cosine to `floor` of the peak."""
+
+    lr: float
+    steps: int
+    warmup: float = 0.06
+    floor: float = 0.1
+
+    def at(self, step: int) -> float:
+        warmup_steps = max(1, round(self.warmup * self.steps))
+        if step < warmup_steps:
+            return self.lr * (step + 1) / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / max(1, self.steps - warmup_steps))
+        return self.lr * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@dataclass
+class _Turn:
+    """A part that has been active at least once: its leaves, and their updater with whatever state it holds."""
+
+    leaves: ActiveLeaves
+    updater: Updater
+
+
+class Trainer:
+    """Trains `model` in place under `regime`, telling `observer` what it is doing.
+
+    After construction `model` is the rewritten one (peft-wrapped for LoRA, cast, checkpointed).
+    Raises: ImpossibleHere, when the device cannot do what the regime needs.
+    """
+
+    def __init__(self, model: nn.Module, regime: Regime, schedule: Schedule, *, device: str = "cpu", seed: int = 0,
+                 observer: Observer | None = None):
+        check_machine(regime, device)
+        self.regime, self.schedule, self.device = regime, schedule, torch.device(device)
+        self.observer = observer or Observer()
+        self.steps_done = 0
+        # 1. storage type first: adapters and leaves must be made in the type they train in
+        model = regime.weights.prepare(model)
+        # 2. then the device, so that nothing below is made twice
+        model = model.to(self.device)
+        # 3. adapters wrap modules, so they come before anything that looks modules up
+        model = regime.trains.prepare(model, seed)
+        # 4. checkpointing wraps blocks, adapters included
+        self.model = regime.acts.prepare(model)
+        # 5. last, what trains is cut out of the finished network; everything else stops asking for a gradient
+        self.parts: list[Part] = regime.trains.parts(self.model)
+        self.model.requires_grad_(False)
+        self._weights = {p.untyped_storage()._cdata for p in self.model.parameters()}
+        self._turns: dict[int, _Turn] = {}
+        self._active: int | None = None
+        self.observer.own("weights", self.model.named_parameters())
+        self.observer.own("weights", self.model.named_buffers())
+
+    def step(self, batches: Sequence[Batch]) -> Tensor:
+        """One update from `regime.accumulate` micro-batches. Returns the loss: the mean over all their labelled tokens,
+        a detached 0-d tensor on the device (reading it is the caller's synchronization, not ours).
+
+        Raises: ValueError, when the number of micro-batches is not what the regime accumulates.
+        """
+        if len(batches) != self.regime.accumulate:
+            raise ValueError(f"{len(batches)} micro-batches for accumulate: {self.regime.accumulate}: "
+                             f"give step() exactly {self.regime.accumulate}")
+        self.observer.begin_step(self.steps_done)
+        self._take_turns()
+        self.model.train(bool(self.parts))
+        shares = _shares(batches)
+        total = torch.zeros((), device=self.device)
+        with self.regime.weights.compute(self.device.type):
+            for batch, share in zip(batches, shares, strict=True):
+                loss = self._forward(batch)
+                total += loss.detach() * share
+                if self.parts:
+                    with self.observer.phase("backward"):
+                        (loss if share == 1.0 else loss * share).backward()
+                del loss
+        if self.parts:
+            with self.observer.phase("update"):
+                self._update()
+        self.observer.end_step()
+        self.steps_done += 1
+        return total
+
+    def _forward(self, batch: Batch) -> Tensor:
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        self.observer.own("inputs", batch.items())
+        with ExitStack() as stack:
+            stack.enter_context(self.observer.phase("forward"))
+            if self.parts:
+                stack.enter_context(self.regime.acts.saving(self.observer, self._weights))
+            else:
+                stack.enter_context(torch.no_grad())
+            return self.model(**batch, use_cache=False).loss
+
+    def _update(self) -> None:
+        updater = self._turns[self._active].updater
+        if self.regime.clip > 0:
+            nn.utils.clip_grad_norm_(self.active.values(), self.regime.clip)
+        updater.apply()
+        self.observer.own("optimizer", updater.state())
+
+    @property
+    def active(self) -> dict[str, nn.Parameter]:
+        """The leaves that train at this step, by name; a cut matrix's leaf is named `weight[start:stop]`."""
+        return {} if self._active is None else self._turns[self._active].leaves.named
+
+    def _take_turns(self) -> None:
+        """Hand over to the part whose turn it is, and set the learning rate."""
+        if not self.parts:
+            return
+        due = self.regime.trains.active(self.steps_done, len(self.parts))
+        if due != self._active:
+            self._rest()
+            self._wake(due)
+        self._turns[due].updater.set_lr(self.schedule.at(self.steps_done))
+
+    def _wake(self, index: int) -> None:
+        turn = self._turns.get(index)
+        if turn is None:
+            leaves = ActiveLeaves(self.model, self.parts[index])
+            leaves.switch_on()
+            updater = self.regime.until.updater(self.regime.rule, list(leaves.named.values()), self.schedule.lr)
+            turn = self._turns[index] = _Turn(leaves, updater)
+        else:
+            turn.leaves.switch_on()
+            if self.regime.trains.state == "host":
+                turn.updater.move_state(self.device, self.observer, "device")
+                self.observer.own("optimizer", turn.updater.state())
+        turn.updater.arm()
+        self._active = index
+
+    def _rest(self) -> None:
+        if self._active is None:
+            return
+        turn = self._turns[self._active]
+        turn.updater.disarm()
+        turn.leaves.switch_off()
+        if self.regime.trains.state == "reset":
+            del self._turns[self._active]
+        elif self.regime.trains.state == "host":
+            turn.updater.move_state("cpu", self.observer, "host")
+        self._active = None
+
+    def optimizer_state_bytes(self) -> int:
+        """Bytes of optimizer state that exist now, wherever they live."""
+        return sum(tensor.nbytes for turn in self._turns.values() for _, tensor in turn.updater.state())
+
+    def trainable_parameters(self) -> int:
+        """Parameters that some part trains, each counted once."""
+        params = dict(self.model.named_parameters())
+        return sum(params[leaf.name].numel() // leaf.rows * (leaf.stop - leaf.start)
+                   for part in self.parts for leaf in part)
+
+    def finish(self) -> nn.Module:
+        """Put the active part to rest and return the trained model, ready to be scored."""
+        self._rest()
+        return self.model.eval()
+
+
+def _shares(batches: Sequence[Batch]) -> list[float]:
+    """Each micro-batch's share of the labelled tokens, so that the sum of gradients is the large batch's gradient.
+    The first label of a row is never predicted. Read on the host, before anything goes to the device."""
+    if len(batches) == 1:
+        return [1.0]
+    counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+    if not sum(counts):
+        raise ValueError("no token of this step is labelled: every label is -100")
+    return [count / sum(counts) for count in counts]
