@@ -1,0 +1,104 @@
+"""Who may look at whom: causal attention with rotary positions or ALiBi, padding and packed documents.
+
+Shapes: b batch, h heads, q queries, k keys (k - q of them cached), d = head_dim. A 2-D attention mask (b, k) holds 0 for
+padding and a document's number (1, 2, ... from left to right) elsewhere; the usual mask of ones is one document.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def right_padded(mask: Tensor) -> bool:
+    """Whether a 0/1 mask (b, k) has its padding at the right only. Then causal attention never sees it from a real
+    token, and no mask is needed. Reads the data, so call it where that is free: on the host."""
+    return bool(((mask[:, 1:] <= mask[:, :-1]).all() & (mask <= 1).all() & (mask[:, 0] == 1).all()).item())
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position of each token within its document: (b, k) mask -> (b, k) integers. Padding does not count."""
+    count = (mask != 0).long().cumsum(1) - 1
+    running = mask.cummax(1).values
+    starts = torch.ones_like(mask, dtype=torch.bool)
+    starts[:, 1:] = running[:, 1:] != running[:, :-1]
+    base = torch.where(starts, count, 0).cummax(1).values
+    return (count - base).clamp(min=0)
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """(h,) fp32. A power of two: 2^(-8 i / h). Else that of the power below, then every other one of the power above.
+    Press 2022, arXiv:2108.12409."""
+    def power_of_two(n: int) -> list[float]:
+        return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
+
+    below = 2 ** math.floor(math.log2(heads))
+    slopes = power_of_two(below) + power_of_two(2 * below)[0::2][: heads - below]
+    return torch.tensor(slopes, dtype=torch.float32)
+
+
+def allowed(mask: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
+    """Bool (1 or b, 1, q, k): key j not after query i, same document, not padding. A token always sees itself, so that
+    no row is empty and padding rows give no NaN."""
+    row = torch.arange(keys - queries, keys, device=device)[:, None]
+    column = torch.arange(keys, device=device)[None, :]
+    seen = (column <= row)[None, None]
+    if mask is not None:
+        ids = mask[:, None, None, :]
+        own = mask[:, None, keys - queries :, None]
+        seen = seen & (ids == own) & (ids != 0) | (column == row)[None, None]
+    return seen
+
+
+def attention_bias(config, mask: Tensor | None, queries: int, keys: int, dtype: torch.dtype, device: torch.device,
+                   slopes: Tensor | None) -> Tensor | None:
+    """What is added to (or, as a bool, allowed in) the attention scores; None when plain causal attention says it all.
+
+    Rotary: None, or bool (1 or b, 1, q, k). ALiBi: slope * (j - i), formed in fp32 and then rounded to `dtype`, with -inf
+    where not allowed: (1, h, q, k) shared by the batch unless a mask makes rows differ. The relative form is the same in
+    training and evaluation; the released evaluation code's slope * j collides in bf16.
+    """
+    if config.position == "rope" and mask is None and queries == keys:
+        return None
+    seen = allowed(mask, queries, keys, device)
+    if config.position == "rope":
+        return seen
+    row = torch.arange(keys - queries, keys, device=device, dtype=torch.float32)[:, None]
+    distance = torch.arange(keys, device=device, dtype=torch.float32)[None, :] - row
+    bias = slopes[:, None, None] * distance
+    return bias[None].to(dtype).masked_fill(~seen, float("-inf"))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v: (b, h, q, d), (b, h, k, d) x 2 -> (b, h, q, d)."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=bias is None)
+
+
+class RotaryEmbedding(nn.Module):
+    """cos and sin of position * frequency, in fp32, one table for all layers. Su 2021, arXiv:2104.09864.
+    The frequencies are a buffer no checkpoint holds, initialised by the model so that they survive `meta`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.theta, self.dim = config.rope_theta, config.head_dim
+        self.inv_freq = nn.Buffer(self.frequencies(), persistent=False)
+
+    def frequencies(self) -> Tensor:
+        return 1.0 / self.theta ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim)
+
+    @torch.no_grad()
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(b or 1, q) -> cos, sin, each (b or 1, 1, q, d) fp32."""
+        angles = position_ids[:, None, :, None].float() * self.inv_freq.float()
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions in fp32, rounded back: (b, h, q, d) -> same."""
+    wide = x.float()
+    left, right = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)

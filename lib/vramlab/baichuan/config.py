@@ -1,0 +1,96 @@
+"""Baichuan-2's configuration, for both published designs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from transformers import PreTrainedConfig
+
+POSITIONS = ("rope", "alibi")
+
+
+class BaichuanConfig(PreTrainedConfig):
+    """The fields of the published `config.json`, plus `position`.
+
+    The published files do not say which design they are: the same architecture name stands for rotary positions (7B)
+    and for ALiBi (13B). `position` says it; where it is missing it follows from the published shapes.
+    Raises: ValueError, when it cannot be told, or the sizes do not fit together.
+    """
+
+    model_type = "baichuan"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    def __init__(self, vocab_size: int = 125696, hidden_size: int = 4096, intermediate_size: int = 11008,
+                 num_hidden_layers: int = 32, num_attention_heads: int = 32, hidden_act: str = "silu",
+                 max_position_embeddings: int | None = None, model_max_length: int = 4096, initializer_range: float = 0.02,
+                 rms_norm_eps: float = 1e-6, z_loss_weight: float = 0.0, position: str | None = None,
+                 rope_theta: float = 10000.0, use_cache: bool = True, pad_token_id: int = 0, bos_token_id: int = 1,
+                 eos_token_id: int = 2, tie_word_embeddings: bool = False, **kwargs):
+        # the published 13B file sets this to a one-element tuple, which is true: checkpointing is on only when asked for
+        kwargs.pop("gradient_checkpointing", None)
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings or model_max_length
+        self.model_max_length = model_max_length
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.z_loss_weight = z_loss_weight
+        self.rope_theta = rope_theta
+        self.use_cache = use_cache
+        self.position = position or _published_position(hidden_size, num_hidden_layers)
+        self._check()
+        super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id,
+                         tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def _check(self) -> None:
+        if self.position not in POSITIONS:
+            raise ValueError(f"position is {self.position!r}: use one of {', '.join(POSITIONS)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                             f"{self.num_attention_heads}")
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act is {self.hidden_act!r}: Baichuan-2 uses silu")
+        if self.vocab_size == 64000:
+            raise ValueError("vocab_size is 64000: this is Baichuan-1, whose plain head this model does not have; "
+                             "use a Baichuan-2 checkpoint (vocab_size 125696)")
+
+
+def _published_position(hidden_size: int, layers: int) -> str:
+    known = {(4096, 32): "rope", (5120, 40): "alibi"}
+    if (hidden_size, layers) not in known:
+        raise ValueError(f"hidden_size {hidden_size} with {layers} layers is neither the published 7B (4096, 32) nor the 13B "
+                         "(5120, 40): say `position: rope` or `position: alibi` in the config")
+    return known[hidden_size, layers]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model file of `params/models`: a shape, and where published weights lie, if they do."""
+
+    name: str
+    config: BaichuanConfig
+    path: str | None
+
+    def fingerprint(self) -> dict:
+        """What of the file decides numbers, as plain data."""
+        shape = {k: v for k, v in self.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
+        return {"name": self.name, "path": self.path, "config": shape}
+
+
+def read_model_file(path: Path | str) -> ModelSpec:
+    """`params/models/*.yml` -> ModelSpec. Raises ValueError for keys it does not know."""
+    content = yaml.safe_load(Path(path).read_text())
+    unknown = set(content) - {"name", "path", "config"}
+    if unknown:
+        raise ValueError(f"{Path(path).name}: unknown {', '.join(sorted(unknown))}; a model file has name, path, config")
+    return ModelSpec(content["name"], BaichuanConfig(**content["config"]), content.get("path"))

@@ -1,0 +1,223 @@
+"""Baichuan-2, natively: arXiv:2309.10305. One model for both published designs, 7B (rotary) and 13B (ALiBi).
+
+x + attention(norm(x)), x + mlp(norm(x)); packed W_pack = [Q | K | V] along its rows; no bias anywhere; a head whose rows
+are normalised in the forward. Differs from the published remote code where that is wrong: the head never changes its
+weight; ALiBi is relative in training and evaluation; no mask is built where none is needed; norms start at one.
+
+Shapes: b batch, t tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel, initialization
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .attention import RotaryEmbedding, alibi_slopes, attend, attention_bias, positions, right_padded, rotate
+from .config import BaichuanConfig
+
+
+class BaichuanRMSNorm(nn.Module):
+    """w * x / rms(x), the mean square in fp32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(self.weight.dtype)
+
+
+class NormHead(nn.Module):
+    """logits = h normalize(W)^T, rows normalised to length one in every forward; gradient flows through the
+    normalisation. W (V, H). The published head normalises its own weight in place at the first evaluation."""
+
+    def __init__(self, hidden_size: int, vocab_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, F.normalize(self.weight))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with one packed projection."""
+
+    def __init__(self, config: BaichuanConfig, layer_idx: int):
+        super().__init__()
+        self.heads, self.head_dim, self.layer_idx = config.num_attention_heads, config.head_dim, layer_idx
+        self.W_pack = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
+        b, t, _ = x.shape
+        query, key, value = self.W_pack(x).view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        if bias is not None and bias.dtype != torch.bool:
+            bias = bias.to(query.dtype)
+        mixed = attend(query, key, value, bias)
+        return self.o_proj(mixed.transpose(1, 2).reshape(b, t, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). Shazeer 2020, arXiv:2002.05202."""
+
+    def __init__(self, config: BaichuanConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """One block. Positional first argument, so that every kind of checkpointing sees it."""
+
+    def __init__(self, config: BaichuanConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer_idx)
+        self.mlp = MLP(config)
+        self.input_layernorm = BaichuanRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = BaichuanRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None,
+                past_key_values: Cache | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), bias, rotary, past_key_values)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class BaichuanPreTrainedModel(PreTrainedModel):
+    """Initialisation and what transformers has to know."""
+
+    config_class = BaichuanConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("DecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, RotaryEmbedding):
+            initialization.copy_(module.inv_freq, module.frequencies())
+        elif isinstance(module, NormHead):
+            initialization.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        else:
+            super()._init_weights(module)
+
+
+class BaichuanModel(BaichuanPreTrainedModel):
+    """Embeddings, blocks, final norm."""
+
+    def __init__(self, config: BaichuanConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = BaichuanRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config) if config.position == "rope" else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, past_key_values: Cache | None = None,
+                inputs_embeds: Tensor | None = None, use_cache: bool | None = None, **_) -> BaseModelOutputWithPast:
+        """input_ids (b, t); attention_mask (b, cached + t), see `attention`; -> last_hidden_state (b, t, H)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, and not both")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        queries = hidden.shape[1]
+        # looking is free on the host; elsewhere the caller drops the mask it knows to be idle
+        if attention_mask is not None and attention_mask.device.type == "cpu" and right_padded(attention_mask):
+            attention_mask = None
+        bias = self._bias(attention_mask, queries, past + queries, hidden)
+        rotary = self._rotary(attention_mask, position_ids, past, queries, hidden)
+        for layer in self.layers:
+            hidden = layer(hidden, bias, rotary, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+    def _bias(self, mask: Tensor | None, queries: int, keys: int, hidden: Tensor) -> Tensor | None:
+        slopes = alibi_slopes(self.config.num_attention_heads).to(hidden.device) if self.config.position == "alibi" else None
+        if mask is not None and mask.shape[-1] != keys:
+            raise ValueError(f"attention_mask covers {mask.shape[-1]} tokens, but {keys} are there (cached and new)")
+        return attention_bias(self.config, mask, queries, keys, hidden.dtype, hidden.device, slopes)
+
+    def _rotary(self, mask, position_ids, past: int, queries: int, hidden: Tensor):
+        if self.rotary_emb is None:
+            return None
+        if position_ids is None and mask is not None:
+            position_ids = positions(mask)[:, -queries:]
+        elif position_ids is None:
+            position_ids = torch.arange(past, past + queries, device=hidden.device)[None]
+        return self.rotary_emb(position_ids)
+
+
+class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
+    """Baichuan-2 with its language-model head."""
+
+    def __init__(self, config: BaichuanConfig):
+        super().__init__(config)
+        self.model = BaichuanModel(config)
+        self.lm_head = NormHead(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, past_key_values: Cache | None = None,
+                inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
+                logits_to_keep: int | Tensor = 0, **_) -> CausalLMOutputWithPast:
+        """-> logits (b, kept, V), and the loss when labels (b, t) are given: -100 where nothing is to be predicted."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None
+        output = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = causal_loss(logits, _next_labels(labels, attention_mask), self.config.z_loss_weight)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
+
+
+def _next_labels(labels: Tensor, mask: Tensor | None) -> Tensor:
+    """Label of the next token at each position; nothing is predicted across a document's edge. Moving the labels
+    instead of the logits saves a copy of the logits."""
+    moved = F.pad(labels[:, 1:], (0, 1), value=-100)
+    if mask is not None:
+        edge = mask[:, 1:] != mask[:, :-1]
+        moved[:, :-1].masked_fill_(edge, -100)
+    return moved
+
+
+def causal_loss(logits: Tensor, labels: Tensor, z_loss_weight: float = 0.0) -> Tensor:
+    """Mean cross-entropy over labelled positions, plus z_loss_weight * mean(max logit ^ 2) over them (paper eq. 1).
+
+    Shapes: logits (b, t, V), labels (b, t), already moved. In fp32 whatever the logits are. At weight 0, as released, the
+    max-z term is not built: it would hold one more copy of the logits' size in backward. Not exact: the released code
+    averages the term over padding too.
+    """
+    flat, wanted = logits.flatten(0, -2), labels.flatten()
+    loss = F.cross_entropy(flat.float(), wanted, ignore_index=-100)
+    if z_loss_weight:
+        labelled = wanted != -100
+        highest = flat.float().amax(-1).pow(2)
+        loss = loss + z_loss_weight * (highest * labelled).sum() / labelled.sum()
+    return loss
