@@ -62,7 +62,8 @@ class Offload(Keep):
             if tensor.nbytes < self.min_bytes or tensor.untyped_storage()._cdata in weights:
                 return tensor
             with observer.region("host"):
-                host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+                # like: the same strides, so that backward runs the same kernels on the same layout
+                host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
                 host.copy_(tensor, non_blocking=tensor.is_cuda)
             return tensor.device, host
 

@@ -29,6 +29,8 @@ def _whole(name: str, param: nn.Parameter) -> Leaf:
 class All:
     """Every parameter, every step."""
 
+    state = "device"
+
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         return model
 
