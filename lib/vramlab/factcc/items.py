@@ -1,0 +1,32 @@
+"""The one record that every source of consistency items is read into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DOMAINS = ("general", "news", "law", "medicine")
+"""Domains of the generator; sources read from disk bring their own."""
+
+SHIFTS = ("none", "mild", "moderate", "severe")
+"""How far an item is from the training data: none, new documents only; mild, new names and places; moderate, new
+templates and names, every claim paraphrased; severe, another domain."""
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A claim about a document. `label` is 1 when the document supports the claim, 0 when it does not."""
+
+    uid: str
+    source: str
+    domain: str
+    split: str
+    doc: str
+    claim: str
+    label: int
+    transform: str
+    """How the claim was made: verbatim, paraphrase, entity_swap, ..., with `+noise` appended; empty when not known."""
+    shift: str
+    group: str
+    """The document's id: items of one group are not independent, and statistics resample groups."""

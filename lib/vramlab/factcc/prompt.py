@@ -1,0 +1,128 @@
+"""From an item to token ids, and from items to training batches.
+
+One sequence is a document and the claims made about it, each with its answer:
+
+    [195] " " document ("\\nClaim:" " " claim [196] answer)*
+
+[195] and [196] are Baichuan-2's user and assistant marks; the document and each claim are encoded by themselves, so that
+their spans are exact. A scored sequence has one claim. When it is too long, the document loses its end, never the claim.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..baichuan import BaichuanTokenizer
+from .items import Item
+
+CLAIM = "\nClaim:"
+OBJECTIVES = ("answer", "answer+claim")
+"""What is learned: the answers only, or the answers and the words of consistent claims. Never the words of a corrupted
+claim: a model that learns to write those learns to hedge its copying."""
+IGNORED = -100
+CLAIMS_PER_SEQUENCE = 4
+
+
+@dataclass(frozen=True)
+class Span:
+    """A claim inside a sequence: its tokens are `start:stop`; `answer` is the position of [196], which predicts the answer."""
+
+    start: int
+    stop: int
+    answer: int
+    label: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A document and claims as ids."""
+
+    input_ids: list[int]
+    spans: tuple[Span, ...]
+    document: tuple[int, int]
+    truncated: bool
+
+
+def answer_ids(tokenizer: BaichuanTokenizer) -> tuple[int, int]:
+    """(id of "no", id of "yes"): the first piece of each.
+
+    Raises: ValueError, when they begin with the same piece and so cannot be told apart.
+    """
+    no, yes = tokenizer.encode_text("no")[0], tokenizer.encode_text("yes")[0]
+    if no == yes:
+        raise ValueError(f"the tokenizer writes 'yes' and 'no' with the same first piece {no}: train it on text with both")
+    return no, yes
+
+
+def encode_item(tokenizer: BaichuanTokenizer, item: Item, max_length: int) -> Encoded:
+    """One item as it is scored: no answer behind [196]."""
+    encoded = encode_document(tokenizer, [item], max_length)
+    return Encoded(encoded.input_ids[:-1], encoded.spans, encoded.document, encoded.truncated)
+
+
+def encode_document(tokenizer: BaichuanTokenizer, items: Sequence[Item], max_length: int) -> Encoded:
+    """Items of one document as one sequence of at most `max_length` tokens.
+
+    Raises: ValueError, when the claims alone do not fit.
+    """
+    answers, lead = answer_ids(tokenizer), tokenizer.encode_text(CLAIM)
+    tails = [(lead, tokenizer.encode_text(" " + item.claim), item.label) for item in items]
+    room = max_length - 1 - sum(len(lead) + len(claim) + 2 for lead, claim, _ in tails)
+    if room < 1:
+        raise ValueError(f"item {items[0].uid}: its {len(items)} claims leave no room for the document in max_length "
+                         f"{max_length}: raise max_length to {max_length - room + 64} or more")
+    document = tokenizer.encode_text(" " + items[0].doc)
+    ids, spans = [tokenizer.user_id, *document[:room]], []
+    end = len(ids)
+    for lead, claim, label in tails:
+        start = len(ids) + len(lead)
+        ids += [*lead, *claim, tokenizer.assistant_id, answers[label]]
+        spans.append(Span(start, start + len(claim), start + len(claim), label))
+    return Encoded(ids, tuple(spans), (1, end), len(document) > room)
+
+
+def batch_encoded(encoded: Sequence[Encoded], objective: str = "answer+claim") -> dict[str, Tensor]:
+    """Right-padded `input_ids`, `attention_mask`, `labels`, each (batch, longest); labels are -100 where nothing is learned."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective is {objective!r}: use one of {', '.join(OBJECTIVES)}")
+    longest = max(len(one.input_ids) for one in encoded)
+    ids = torch.zeros(len(encoded), longest, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for row, one in enumerate(encoded):
+        tokens = torch.tensor(one.input_ids)
+        ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+        for span in one.spans:
+            if span.answer + 1 < len(tokens):
+                labels[row, span.answer + 1] = tokens[span.answer + 1]
+            if span.label and objective == "answer+claim":
+                labels[row, span.start : span.stop] = tokens[span.start : span.stop]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def training_batches(tokenizer: BaichuanTokenizer, items: Sequence[Item], batch_size: int, max_length: int, seed: int,
+                     objective: str = "answer+claim") -> Iterator[dict[str, Tensor]]:
+    """Batches for ever: `batch_size` sequences each, claims of one document together, reshuffled every epoch by `seed`."""
+    rng = random.Random(seed)
+    while True:
+        waiting: list[Encoded] = []
+        for group in _sequences(items, rng):
+            waiting.append(encode_document(tokenizer, group, max_length))
+            if len(waiting) == batch_size:
+                yield batch_encoded(waiting, objective)
+                waiting = []
+        if waiting and len(waiting) * 2 >= batch_size:
+            yield batch_encoded(waiting, objective)
+
+
+def _sequences(items: Sequence[Item], rng: random.Random) -> list[list[Item]]:
+    groups: dict[str, list[Item]] = {}
+    for item in rng.sample(list(items), len(items)):
+        groups.setdefault(item.group, []).append(item)
+    cut = [group[i : i + CLAIMS_PER_SEQUENCE] for group in groups.values() for i in range(0, len(group), CLAIMS_PER_SEQUENCE)]
+    rng.shuffle(cut)
+    return cut

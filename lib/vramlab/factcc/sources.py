@@ -1,0 +1,243 @@
+"""Consistency items from disk: FactCC as released, BoolQ, SummEdits, or our own `.jsonl`. Nothing is dropped silently."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from .items import Item
+
+SOURCES = ("factcc", "boolq", "summedits", "generated")
+LABELS = {"CORRECT": 1, "INCORRECT": 0, "CONSISTENT": 1, "INCONSISTENT": 0, 1: 1, 0: 0, True: 1, False: 0}
+FACTCC_SIZES = {"val": (931, None), "test": (503, 441)}
+"""Items and consistent items of the annotated release (Kryscinski 2020); the balance of `val` is not published."""
+FACTCC_FOLDERS = ("annotated_data", "unpaired_annotated_data")
+SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "dev": "val", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One line that is not an item, or one fact about a file (line 0)."""
+
+    line: int
+    path: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was read. `summary` has the source's name, missing articles and unlabelled lines."""
+
+    items: list[Item]
+    problems: list[Problem]
+    summary: dict = field(default_factory=dict)
+
+
+class _Bad(ValueError):
+    """Why one line is not an item."""
+
+
+def load_items(path: Path | str, source: str | None = None, stories: Path | str | None = None) -> Loaded:
+    """Every item under `path`. `source` is found from the content when it is None; `stories` is a folder with CNN/DM
+    `.story` files, for releases of FactCC that have no article text.
+
+    Raises: FileNotFoundError; ValueError, when the source cannot be told.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    files = _files(path)
+    if not files:
+        raise ValueError(f"{path} has no .jsonl or .jsonl.gz file: give the folder or the file that holds the items")
+    source = source or _recognise(files[0])
+    reader = {"factcc": _Factcc(path, stories), "boolq": _boolq, "summedits": _summedits, "generated": _generated}[source]
+    items, problems, counts = [], [], Counter()
+    for file in files:
+        for number, row in _rows(file, problems):
+            try:
+                items.append(reader(row, file, number))
+            except _Unlabelled:
+                counts["unlabelled"] += 1
+            except _Bad as error:
+                problems.append(Problem(number, file.name, str(error)))
+    absent = getattr(reader, "absent", set())
+    if source == "factcc":
+        problems += _unexpected(items, absent)
+    return Loaded(items, problems, {"source": source, "missing_articles": len(absent), "unlabelled": counts["unlabelled"]})
+
+
+def describe_items(path: Path | str, source: str | None = None, stories: Path | str | None = None) -> dict:
+    """What `path` holds, as plain data: sizes, labels, splits, missing articles, bad lines by number."""
+    loaded = load_items(path, source, stories)
+    items = loaded.items
+    consistent = sum(item.label for item in items)
+    return {
+        "source": loaded.summary["source"], "items": len(items), "documents": len({item.group for item in items}),
+        "consistent": consistent, "inconsistent": len(items) - consistent,
+        "majority": max(consistent, len(items) - consistent) / len(items) if items else None,
+        "splits": _counts(items, "split"), "domains": _counts(items, "domain"), "transforms": _counts(items, "transform"),
+        "missing_articles": loaded.summary["missing_articles"], "unlabelled": loaded.summary["unlabelled"],
+        "problems": [asdict(problem) for problem in loaded.problems],
+    }
+
+
+def write_items(items: list[Item], path: Path | str) -> None:
+    """Items as `.jsonl`, one a line, which `load_items` reads back exactly."""
+    Path(path).write_text("".join(json.dumps(asdict(item)) + "\n" for item in items))
+
+
+def _counts(items: list[Item], column: str) -> dict:
+    return dict(sorted(Counter(getattr(item, column) for item in items).items()))
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    for folder in FACTCC_FOLDERS:  # the paired copy first: it has the articles
+        if found := sorted((path / folder).glob("*/data-dev.jsonl")):
+            return found
+    return sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")]) or sorted(path.glob("*/*.jsonl"))
+
+
+def _rows(file: Path, problems: list[Problem]) -> Iterator[tuple[int, dict]]:
+    number = 0
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    problems.append(Problem(number, file.name, f"not JSON: {error.msg} at column {error.colno}"))
+                    continue
+                if isinstance(row, dict):
+                    yield number, row
+                else:
+                    problems.append(Problem(number, file.name, f"a {type(row).__name__}, not an object"))
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        problems.append(Problem(number + 1, file.name, f"cannot be read on from here: {error}"))
+
+
+def _recognise(file: Path) -> str:
+    first = next(_rows(file, []), (0, {}))[1]
+    keys = set(first)
+    for source, wanted in (("generated", {"uid", "doc", "claim", "label"}), ("summedits", {"doc", "summary", "edit_types"}),
+                           ("boolq", {"question", "passage"}), ("factcc", {"claim", "label"})):
+        if wanted <= keys:
+            return source
+    raise ValueError(f"{file.name}: the first line has {', '.join(sorted(keys)) or 'no keys'}, which is none of "
+                     f"{', '.join(SOURCES)}: name it with --source")
+
+
+def _take(row: dict, key: str, kind: type = str):
+    if key not in row:
+        raise _Bad(f"no {key!r}; it has {', '.join(sorted(row))}")
+    if not isinstance(row[key], kind) or row[key] == "":
+        raise _Bad(f"{key} is {row[key]!r}: expected {'text' if kind is str else kind.__name__}")
+    return row[key]
+
+
+def _label(value) -> int:
+    if isinstance(value, str | int) and value in LABELS:
+        return LABELS[value]
+    raise _Bad(f"label is {value!r}: expected CORRECT, INCORRECT, CONSISTENT, INCONSISTENT, 1 or 0")
+
+
+def _split_by_document(group: str) -> str:
+    """60 / 15 / 25 by a hash of the document: the same on every machine, and no document in two splits."""
+    share = int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 16**8
+    return "train" if share < 0.6 else "val" if share < 0.75 else "test"
+
+
+def _split_of(file: Path) -> str:
+    """The split that the file's name or folder says; `data-dev.jsonl` sits in the folder that says it."""
+    for name in (file.parent.name, file.name.split(".")[0].removeprefix("data-")):
+        if name in SPLIT_NAMES:
+            return SPLIT_NAMES[name]
+    return "test"
+
+
+class _Factcc:
+    """Lines of the released directory. The article is `text`, or found by `filepath` among the stories."""
+
+    def __init__(self, root: Path, stories: Path | str | None):
+        self.stories = Path(stories) if stories else None
+        self.absent: set[str] = set()
+
+    def __call__(self, row: dict, file: Path, number: int) -> Item:
+        group = str(row.get("filepath") or row.get("id") or number)
+        claim, label = _take(row, "claim"), _label(row.get("label"))
+        doc = row.get("text") or self._story(group)
+        split = _split_of(file)
+        return Item(f"factcc-{split}-{number}", "factcc", "news", split, doc, claim, label,
+                    str(row.get("augmentation") or ""), "none", group)
+
+    def _story(self, filepath: str) -> str:
+        if not self.stories:
+            self.absent.add(filepath)
+            raise _Bad("no article text: the release has none; give the CNN/DM stories with --stories FOLDER")
+        name = Path(filepath)
+        for path in (self.stories / name, self.stories / Path(*name.parts[1:]), self.stories / name.name):
+            if path.is_file():
+                return story_text(path.read_text(encoding="utf-8"))
+        self.absent.add(filepath)
+        raise _Bad(f"story {filepath} is not under {self.stories.name}")
+
+
+def story_text(story: str) -> str:
+    """The article of a CNN/DM story: what stands before the first @highlight, lines joined by one space."""
+    body = story.split("@highlight", 1)[0]
+    return " ".join(line.strip() for line in body.splitlines() if line.strip())
+
+
+def _unexpected(items: list[Item], absent: set[str]) -> list[Problem]:
+    """The annotated release has known sizes; a copy that differs is not the benchmark."""
+    found = []
+    for split, (size, consistent) in FACTCC_SIZES.items():
+        inside = [item.label for item in items if item.split == split]
+        wanted = f"{size} items" + (f", {consistent} consistent" if consistent else "")
+        if inside and (len(inside) != size or consistent not in (None, sum(inside))):
+            found.append(Problem(0, split, f"{len(inside)} items, {sum(inside)} consistent: the annotated release has {wanted}"
+                                 + (f"; {len(absent)} articles are missing" if absent else "")))
+    return found
+
+
+class _Unlabelled(Exception):
+    """A line that is meant to have no label: a benchmark's hidden test set."""
+
+
+def _boolq(row: dict, file: Path, number: int) -> Item:
+    """Original: `answer` is a bool. SuperGLUE: `label`, a bool or 0/1, -1 or absent where hidden. The question is the claim."""
+    question, passage = _take(row, "question"), _take(row, "passage")
+    label = row.get("answer", row.get("label"))
+    if label in (None, -1):
+        raise _Unlabelled
+    group = hashlib.sha256(passage.encode()).hexdigest()[:16]
+    split = _split_of(file)
+    return Item(f"boolq-{split}-{row.get('idx', number)}", "boolq", "boolq", split, passage, question.rstrip("?") + "?",
+                _label(label), "", "none", group)
+
+
+def _summedits(row: dict, file: Path, number: int) -> Item:
+    """The domain is the file's name. The release's `split` says evaluation or test of the authors' prompts, not documents,
+    so splits are made by document here."""
+    doc, claim, label = _take(row, "doc"), _take(row, "summary"), _label(row.get("label"))
+    group = hashlib.sha256(doc.encode()).hexdigest()[:16]
+    edits = row.get("edit_types") or []
+    return Item(str(row.get("id", number)), "summedits", file.name.split(".")[0], _split_by_document(group), doc, claim, label,
+                "+".join(edits) if isinstance(edits, list) else str(edits), "none", group)
+
+
+def _generated(row: dict, file: Path, number: int) -> Item:
+    names = [entry.name for entry in fields(Item)]
+    values = {name: _take(row, name, int) if name == "label" else row.get(name) for name in names}
+    missing = [name for name in names if values[name] is None]
+    if missing:
+        raise _Bad(f"no {', '.join(missing)}")
+    return Item(**{**values, "label": _label(values["label"])})
