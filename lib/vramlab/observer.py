@@ -35,6 +35,9 @@ class Observer:
     def own(self, category: str, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """These tensors' storages are of `category`, one of `CATEGORIES`."""
 
+    def trains(self, named_leaves: Iterable[tuple[str, Tensor]]) -> None:
+        """From now on these leaves, and no others, take gradients."""
+
     def end_step(self) -> None:
         """The step is over."""
 

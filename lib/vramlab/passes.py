@@ -167,16 +167,16 @@ def _longest(prepared: Prepared) -> list[Batch]:
 
 
 def _watched(regime: Regime) -> Regime:
-    """The same regime, with every part taking its turn for one step: its peak is the largest of all parts'."""
+    """The same regime with turns of two steps at most, so that every part can be seen: its peak is the largest part's."""
     if not hasattr(regime.trains, "interval"):
         return regime
-    return dataclasses.replace(regime, trains=dataclasses.replace(regime.trains, interval=1))
+    return dataclasses.replace(regime, trains=dataclasses.replace(regime.trains, interval=min(2, regime.trains.interval)))
 
 
 def _few_steps(trainer: Trainer, batches: list[Batch]) -> None:
-    """Two steps of everything: the first creates optimizer state. Parts that take turns: once round and one more."""
-    parts = len(trainer.parts)
-    for _ in range(parts + 1 if parts > 1 else 2):
+    """Two steps for every part: the first creates its optimizer state, the second runs with it. Parts that change at
+    every step get their second one in the next round."""
+    for _ in range(2 * max(1, len(trainer.parts))):
         trainer.step(batches)
 
 
@@ -189,7 +189,7 @@ def _warm_up(prepared: Prepared, batches: list[list[Batch]]) -> None:
 def notes(prepared: Prepared) -> list[str]:
     """What a reader of the figures has to know."""
     said = ["speed: learning pass, nothing watching; events: separate metered pass of two "
-            "steps of the longest batch (parts that take turns: one step each); process peak: separate process, allocator returning memory to the OS"]
+            "steps of the longest batch (parts that take turns: two each); process peak: separate process, allocator returning memory to the OS"]
     if prepared.regime.values["weights"] != "fp32" and prepared.params["device"] == "cpu":
         needed, why = rounding.needed()
         if needed:

@@ -7,7 +7,7 @@ of a step stands in `Trainer.step`. Everything a regime changes hangs on those t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -47,6 +47,11 @@ class _Turn:
 
     leaves: ActiveLeaves
     updater: Updater
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of optimizer state, named after its leaf."""
+        names = {leaf: name for name, leaf in self.leaves.named.items()}
+        return ((f"{names[leaf]}.{key}", tensor) for leaf, key, tensor in self.updater.state())
 
 
 class Trainer:
@@ -120,11 +125,11 @@ class Trainer:
             return self.model(**batch, use_cache=False).loss
 
     def _update(self) -> None:
-        updater = self._turns[self._active].updater
+        turn = self._turns[self._active]
         if self.regime.clip > 0:
             nn.utils.clip_grad_norm_(self.active.values(), self.regime.clip)
-        updater.apply()
-        self.observer.own("optimizer", updater.state())
+        turn.updater.apply()
+        self.observer.own("optimizer", turn.state())
 
     @property
     def active(self) -> dict[str, nn.Parameter]:
@@ -152,7 +157,9 @@ class Trainer:
             turn.leaves.switch_on()
             if self.regime.trains.state == "host":
                 turn.updater.move_state(self.device, self.observer, "device")
-                self.observer.own("optimizer", turn.updater.state())
+                self.observer.own("optimizer", turn.state())
+        # the observer first: an updater inside backward drops the gradient it is handed
+        self.observer.trains(turn.leaves.named.items())
         turn.updater.arm()
         self._active = index
 
@@ -170,7 +177,7 @@ class Trainer:
 
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state that exist now, wherever they live."""
-        return sum(tensor.nbytes for turn in self._turns.values() for _, tensor in turn.updater.state())
+        return sum(tensor.nbytes for turn in self._turns.values() for _, tensor in turn.state())
 
     def trainable_parameters(self) -> int:
         """Parameters that some part trains, each counted once."""

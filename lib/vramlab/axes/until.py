@@ -31,13 +31,13 @@ class Updater:
     def apply(self) -> None:
         """One update from the gradients that are there, which are then dropped."""
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of optimizer state, named."""
-        for index, optimizer in enumerate(self.optimizers):
-            for position, entry in enumerate(optimizer.state.values()):
+    def state(self) -> Iterator[tuple[Tensor, str, Tensor]]:
+        """Every tensor of optimizer state: (leaf, what it is, the tensor)."""
+        for optimizer in self.optimizers:
+            for leaf, entry in optimizer.state.items():
                 for key, value in entry.items():
                     if isinstance(value, Tensor):
-                        yield f"{index}.{position}.{key}", value
+                        yield leaf, key, value
 
     def move_state(self, device: torch.device | str, observer: Observer, place: str) -> None:
         """Copy all state to `device`; the copies live in `place` ("host" or "device")."""

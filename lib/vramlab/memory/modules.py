@@ -1,0 +1,63 @@
+"""Which module is running, forward and backward, without touching a gradient.
+
+Forward: a stack kept by global module hooks. Backward: autograd numbers its nodes in the order forward made them, so the
+numbers between a module's entry and exit are that module's; the node being run says where it belongs.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+
+class Modules:
+    """Entered around a run. `current()` names the innermost module; `""` is the model itself or nothing."""
+
+    def __init__(self):
+        self.backward = False
+        self._names: dict[int, str] = {}
+        self._stack: list[str] = []
+        self._edges: list[int] = []  # sequence number from which on ...
+        self._owners: list[str] = []  # ... nodes belong to this module
+        self._handles: list = []
+
+    def __enter__(self) -> Modules:
+        self._handles = [register_module_forward_pre_hook(self._enter),
+                         # always: early stop leaves a recomputed module by an exception
+                         register_module_forward_hook(self._leave, always_call=True)]
+        return self
+
+    def __exit__(self, *error) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def inside_forward(self) -> bool:
+        return bool(self._stack)
+
+    def current(self) -> str:
+        if self._stack:
+            return self._stack[-1]
+        node = torch._C._current_autograd_node() if self.backward else None
+        if node is None:
+            return ""
+        at = bisect.bisect_right(self._edges, node._sequence_nr()) - 1
+        return self._owners[at] if 0 <= at else ""
+
+    def _enter(self, module: nn.Module, args) -> None:
+        if id(module) not in self._names:  # a root, or a module made since: names are found from the outermost one
+            self._names.update({id(child): name for name, child in module.named_modules()
+                                if id(child) not in self._names})
+        self._stack.append(self._names[id(module)])
+        self._edge()
+
+    def _leave(self, module: nn.Module, args, output) -> None:
+        self._stack.pop()
+        self._edge()
+
+    def _edge(self) -> None:
+        self._edges.append(torch._C._autograd._get_sequence_nr())
+        self._owners.append(self._stack[-1] if self._stack else "")
