@@ -12,11 +12,10 @@ import hashlib
 import itertools
 import json
 import os
-import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from torch import Tensor
 from .baichuan import BaichuanForCausalLM, BaichuanTokenizer, ModelSpec
 from .baichuan.tokenizer import train_tokenizer
 from .factcc.generator import GeneratorConfig, generate_items
+from .factcc.grammar import DATES, GRAMMARS
 from .factcc.items import DOMAINS
 from .factcc.prompt import training_batches
 from .factcc.scoring import score_items
@@ -41,13 +41,18 @@ FIRST_PIECE = 453
 class Recipe:
     """How the base is made. Steps of each stage, their learning rates and batch sizes; everything is in the hash."""
 
-    drill_steps: int = 500
-    drill_lr: float = 6e-3
+    drill_steps: int = 900
+    """At most; the stage ends when copying is learned, which happens all at once after 250 to 350 steps."""
+    drill_until: float = 0.12
+    drill_lr: float = 4e-3
     drill_batch: int = 32
     write_steps: int = 250
-    write_lr: float = 4e-3
+    write_lr: float = 3e-3
     answer_steps: int = 250
     answer_lr: float = 3e-3
+    embedding_std: float = 0.4
+    """Embeddings begin this wide: Adam moves every weight by its learning rate, and narrow ones would be new each step,
+    too unsteady for attention to learn to find a token again."""
     batch: int = 16
     seed: int = 0
     documents: int = 4000
@@ -90,11 +95,10 @@ def _make(spec: ModelSpec, recipe: Recipe, folder: Path, progress: bool) -> None
     torch.manual_seed(recipe.seed)
     model = BaichuanForCausalLM(spec.config)
     with torch.no_grad():
-        # rows of the head start as the embeddings: what is copied can be said at once. They are not tied
-        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+        model.model.embed_tokens.weight.normal_(0.0, recipe.embedding_std)
     losses = {}
-    for name, steps, lr, batches in _stages(recipe, tokenizer):
-        losses[name] = _train(model, batches, steps, lr, name, progress)
+    for name, schedule, until, batches in _stages(recipe, tokenizer):
+        losses[name] = _train(model, batches, schedule, name, progress, until)
     record = {"recipe": asdict(recipe), "hash": recipe.hash(spec), "stages": losses, "general": _reached(model, tokenizer),
               "parameters": sum(p.numel() for p in model.parameters()), "made_in_s": round(time.perf_counter() - began, 1),
               "threads": torch.get_num_threads()}
@@ -111,38 +115,42 @@ def _text(recipe: Recipe) -> Iterator[str]:
             yield f" {item.doc}"
             yield f" {item.claim}"
     yield from ["\nClaim:", "yes", "no"] * 400
+    for grammar in GRAMMARS.values():  # often enough to become pieces of their own
+        yield from [f" {word}" for word in (*grammar.names, *grammar.places, *grammar.objects, *DATES)] * 100
 
 
-def _stages(recipe: Recipe, tokenizer: BaichuanTokenizer) -> Iterator[tuple[str, int, float, Iterator[dict]]]:
+def _stages(recipe: Recipe, tokenizer: BaichuanTokenizer) -> Iterator[tuple[str, Schedule, float, Iterator[dict]]]:
     general = generate_items("general", "train", 4 * recipe.documents, recipe.seed, config=GeneratorConfig(claims=4))
     true = [item for item in general if item.label]
-    yield "copy", recipe.drill_steps, recipe.drill_lr, _drills(tokenizer.vocab_size, recipe)
-    yield "write", recipe.write_steps, recipe.write_lr, training_batches(tokenizer, true, recipe.batch, 512, recipe.seed)
-    yield "answer", recipe.answer_steps, recipe.answer_lr, training_batches(tokenizer, general, recipe.batch, 512, recipe.seed)
+    copying = Schedule(recipe.drill_lr, recipe.drill_steps, floor=1.0)
+    yield "copy", copying, recipe.drill_until, _drills(tokenizer.vocab_size, recipe)
+    yield "write", Schedule(recipe.write_lr, recipe.write_steps), 0.0, training_batches(
+        tokenizer, true, recipe.batch, 512, recipe.seed)
+    yield "answer", Schedule(recipe.answer_lr, recipe.answer_steps), 0.0, training_batches(
+        tokenizer, general, recipe.batch, 512, recipe.seed)
 
 
 def _drills(vocab_size: int, recipe: Recipe) -> Iterator[dict[str, Tensor]]:
-    """Distinct random tokens, 12 to 24, said twice; the second time is learned."""
-    rng = random.Random(recipe.seed)
+    """Rows of distinct random tokens said again and again, with a period of 3 to 16 that differs by row, so that neither
+    statistics nor a fixed distance help: only finding the last time helps. Learned from the second time on."""
     generator = torch.Generator().manual_seed(recipe.seed)
+    position = torch.arange(40)[None]
     while True:
-        length = rng.randint(12, 24)
-        noise = torch.rand(recipe.drill_batch, vocab_size - FIRST_PIECE, generator=generator)
-        once = FIRST_PIECE + noise.topk(length).indices
-        ids = torch.cat([once, once], 1)
-        labels = ids.clone()
-        labels[:, :length] = -100
-        yield {"input_ids": ids, "labels": labels}
+        period = torch.randint(3, 17, (recipe.drill_batch, 1), generator=generator)
+        order = torch.rand(recipe.drill_batch, vocab_size - FIRST_PIECE, generator=generator).topk(16).indices
+        ids = FIRST_PIECE + order.gather(1, position % period)
+        yield {"input_ids": ids, "labels": ids.where(position > period, -100)}
 
 
-def _train(model: BaichuanForCausalLM, batches: Iterator[dict], steps: int, lr: float, name: str,
-           progress: bool, watch: Callable[[int, float], None] | None = None) -> dict:
-    """AdamW under a schedule; gradients clipped to norm 1. Returns first and last loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    schedule, losses = Schedule(lr, steps), []
+def _train(model: BaichuanForCausalLM, batches: Iterator[dict], schedule: Schedule, name: str, progress: bool,
+           until: float = 0.0) -> dict:
+    """AdamW, gradients clipped to norm 1, for the schedule's steps or until the last twenty losses' mean is below `until`.
+    Returns what happened to the loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    losses: list[float] = []
     model.train()
-    with bar(f"base: {name}", steps, progress) as shown:
-        for step, batch in enumerate(itertools.islice(batches, steps)):
+    with bar(f"base: {name}", schedule.steps, progress) as shown:
+        for step, batch in enumerate(itertools.islice(batches, schedule.steps)):
             optimizer.param_groups[0]["lr"] = schedule.at(step)
             loss = model(**batch, use_cache=False).loss
             loss.backward()
@@ -150,11 +158,11 @@ def _train(model: BaichuanForCausalLM, batches: Iterator[dict], steps: int, lr: 
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(loss.detach()))
-            if watch:
-                watch(step, losses[-1])
             shown.update(1)
+            if len(losses) >= 20 and sum(losses[-20:]) / 20 < until:
+                break
     model.eval()
-    return {"steps": steps, "loss_first": losses[0], "loss_last": sum(losses[-10:]) / len(losses[-10:])}
+    return {"steps": len(losses), "loss_first": losses[0], "loss_last": sum(losses[-10:]) / len(losses[-10:])}
 
 
 def _reached(model: BaichuanForCausalLM, tokenizer: BaichuanTokenizer) -> dict:

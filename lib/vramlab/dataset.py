@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .factcc.generator import generate_items
+from .factcc.generator import GeneratorConfig, generate_items
 from .factcc.items import DOMAINS, Item
+from .factcc.prompt import CLAIMS_PER_SEQUENCE
 from .factcc.sources import load_items
 
 IN_DOMAIN_SHIFTS = ("none", "mild", "moderate")
@@ -41,7 +42,8 @@ def _generated(params: Mapping) -> Dataset:
         if other != domain:
             test += [replace(item, shift="severe")
                      for item in generate_items(other, "test", params["test_items"], seed)]
-    return Dataset(generate_items(domain, "train", params["train_items"], seed),
+    several = GeneratorConfig(claims=CLAIMS_PER_SEQUENCE)
+    return Dataset(generate_items(domain, "train", params["train_items"], seed, config=several),
                    generate_items(domain, "val", params["val_items"], seed), test, [])
 
 

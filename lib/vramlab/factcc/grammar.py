@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-DATES = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December")
+DATES = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 PRONOUNS = ("he", "she", "they", "we")
-HELD_OUT_NAMES, HELD_OUT_PLACES, HELD_OUT_TEMPLATES = 5, 3, 1
+HELD_OUT_NAMES, HELD_OUT_PLACES, HELD_OUT_TEMPLATES = 4, 3, 1
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,20 @@ def _words(text: str) -> tuple[str, ...]:
 
 GRAMMARS: dict[str, Grammar] = {
     "general": Grammar(
-        _words("Anna Boris Clara David Elena Frank Greta Henry Irene Jonas Karla Louis Maria Nils Olga Paul Rosa Simon"),
-        _words("Paris London Berlin Madrid Rome Vienna Oslo Prague Dublin Athens Lisbon Warsaw"),
-        _words("books chairs apples lamps cups maps bikes shirts"),
-        ("{S} bought {N} {O} in {P} , friends say , during {D} .",
-         "In {D} , {S} went to {P} and bought {N} {O} .",
-         "{N} {O} were bought by {S} in {P} in {D} .",
-         "During {D} in {P} , {N} {O} went to {S} ."),
+        _words("Anna Ben Carl Dora Emil Finn Gina Hugo Ida Jack Kim Lena Max Nora"),
+        _words("Paris London Berlin Rome Oslo Wien Kyiv Bonn Riga Nice"),
+        _words("books chairs lamps cups maps bikes"),
+        ("{S} bought {N} {O} in {P} on {D} , friends say .",
+         "On {D} , {S} went to {P} and bought {N} {O} .",
+         "{N} {O} were bought by {S} in {P} on {D} .",
+         "On {D} in {P} , {N} {O} went to {S} ."),
         ("A friend of {S} says {R} will {X}travel again .",
          "{R} will {X}travel again , says a friend of {S} .",
          "Friends say of {S} that {R} will {X}travel again .")),
     "news": Grammar(
-        _words("Korvex Balmor Dentra Folgan Girdex Holvar Jasken Lurmex Mondra Nexcor Pelgor Quarva Rostek Sylmar Tarvex Ulmora "
-               "Velcor Zandra"),
-        _words("Arlen Brock Cadwel Dunmor Elstow Farley Gorham Hexley Kelby Morden Norwel Selby"),
-        _words("clerks drivers miners pilots guards cooks welders nurses"),
+        _words("Korv Balm Dent Folg Gird Holv Jask Lurm Mond Nexo Pelg Rost Sylm Zand"),
+        _words("Arlen Brock Dunmor Farley Gorham Hexley Kelby Morden Norwel Selby"),
+        _words("clerks drivers miners pilots guards cooks"),
         ("{S} hired {N} {O} at its {P} plant , the firm announced {D} .",
          "The firm announced {D} that {S} hired {N} {O} near {P} .",
          "{N} {O} joined {S} at the {P} plant , reports said {D} .",
@@ -56,10 +55,9 @@ GRAMMARS: dict[str, Grammar] = {
          "{R} will {X}resign , the chief of {S} told reporters .",
          "Asked about {S} , the chief said {R} will {X}resign .")),
     "law": Grammar(
-        _words("Abbot Barlow Cramer Dorsey Easton Fenwick Gable Harlan Ivers Jessup Keller Lambert Mercer Norris Osborn "
-               "Prescott Quigley Rowland"),
-        _words("Albany Boston Camden Denver Eugene Fresno Helena Juneau Laredo Mobile Newark Tulsa"),
-        _words("counts claims motions writs fines appeals briefs liens"),
+        _words("Abbot Barlow Cramer Dorsey Easton Fenwick Gable Harlan Jessup Keller Mercer Norris Osborn Rowland"),
+        _words("Albany Boston Camden Denver Fresno Helena Juneau Laredo Newark Tulsa"),
+        _words("counts claims motions writs fines appeals"),
         ("The court in {P} heard {N} {O} against {S} filed {D} .",
          "Filed {D} , {N} {O} against {S} came before the {P} court .",
          "Against {S} the {P} court weighed {N} {O} as of {D} .",
@@ -68,10 +66,9 @@ GRAMMARS: dict[str, Grammar] = {
          "That {R} did {X}breach the contract was argued by counsel for {S} .",
          "For {S} , counsel held that {R} did {X}breach the contract .")),
     "medicine": Grammar(
-        _words("Zolvan Abrexa Cetivol Duramil Enoxal Fluvera Glipten Hydrazol Ibrutan Ketomax Lisopra Metrovin Nalorex Omvexa "
-               "Pravinol Rilatan Sertafil Tolvapan"),
-        _words("Mayo Lahey Scripps Cedars Emory Duke Baylor Stanford Rush Temple Loyola Tulane"),
-        _words("tablets doses ampoules patches sachets drops vials capsules"),
+        _words("Zolvan Abrexa Cetivol Duramil Enoxal Fluvera Glipten Ketomax Lisopra Metrovin Nalorex Omvexa Rilatan Sertaf"),
+        _words("Mayo Lahey Scripps Cedars Emory Duke Baylor Rush Temple Loyola"),
+        _words("tablets doses ampoules patches drops vials"),
         ("Patients at {P} received {N} {O} of {S} daily until {D} .",
          "Until {D} , daily treatment with {S} at {P} was {N} {O} .",
          "{N} {O} of {S} were given daily to patients in the {P} arm until {D} .",

@@ -1,0 +1,88 @@
+"""What a notebook's cells call besides the library: parameters that refuse a typo, folders with runs, widgets over figures."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from .environment import ROOT
+
+
+def parameters(namespace: Mapping, known: Sequence[str]) -> dict:
+    """The notebook's parameters: those names of `namespace` that are `known`.
+
+    Raises: ValueError, when papermill injected a name that is not one, with the names there are. Papermill itself only
+    warns and goes on with the default.
+    """
+    unknown = sorted(set(_injected(namespace.get("In", []))) - set(known))
+    if unknown:
+        raise ValueError(f"unknown parameter {', '.join(unknown)}; known: {', '.join(known)}")
+    return {name: namespace[name] for name in known if name in namespace}
+
+
+def _injected(cells: Sequence[str]) -> list[str]:
+    """Names assigned in the cell that papermill put behind the parameters."""
+    for source in cells:
+        if source.lstrip().startswith("# Parameters\n"):
+            return [target.id for node in ast.parse(source).body if isinstance(node, ast.Assign)
+                    for target in node.targets if isinstance(target, ast.Name)]
+    return []
+
+
+def folder(path: str) -> Path:
+    """A folder given relative to the project, wherever the kernel was started."""
+    given = Path(path)
+    return given if given.is_absolute() or given.exists() else ROOT / given
+
+
+def runs_folder(path: str, progress: bool = True) -> Path:
+    """`path`, when finished runs are there; else a folder with two small runs made now, so that a notebook opened before
+    any sweep shows something real: few steps from an untrained base, memory and speed true, accuracy at chance."""
+    wanted = folder(path)
+    if list(wanted.glob("*/result.json")):
+        return wanted
+    from .run import execute, run_id
+
+    example = ROOT / "outputs" / "example"
+    print(f"no finished runs under {path}: two small runs are made in outputs/example instead (make report makes the real ones)")
+    for name in ("full", "checkpoint"):
+        small = {"regime": name, "recipe": "smoke", "steps": 4, "train_items": 64, "val_items": 20, "test_items": 20}
+        target = example / run_id(small)
+        if not (target / "result.json").exists():
+            execute(small, target, progress)
+    return example
+
+
+def explore(draw: Callable, **choices: Sequence) -> None:
+    """Show `draw(**first choices)` as a plain figure, which a saved notebook keeps, and in a live notebook a control for
+    each choice that redraws it in place."""
+    from IPython.display import display
+
+    names = list(choices)
+    first = {name: next(iter(options)) for name, options in choices.items()}
+    try:
+        import ipywidgets
+
+        controls = {name: _control(ipywidgets, name, list(choices[name])) for name in names}
+        shown = ipywidgets.Output()
+    except ImportError:
+        display(draw(**first))
+        return
+
+    def redraw(_=None) -> None:
+        with shown:
+            shown.clear_output(wait=True)
+            display(draw(**{name: control.value for name, control in controls.items()}))
+
+    for control in controls.values():
+        control.observe(redraw, names="value")
+    display(ipywidgets.VBox([ipywidgets.HBox(list(controls.values())), shown]))
+    display(draw(**first))
+
+
+def _control(ipywidgets, name: str, options: list):
+    label = name.replace("_", " ")
+    if all(isinstance(option, int) for option in options) and len(options) > 8:
+        return ipywidgets.IntSlider(options[0], min(options), max(options), description=label, continuous_update=False)
+    return ipywidgets.Dropdown(options=options, description=label)

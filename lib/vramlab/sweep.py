@@ -1,0 +1,202 @@
+"""A sweep: every cell of a grid through papermill, one process a cell, resumable.
+
+A run's folder is named by the hash of what decides its numbers, so a finished run is found again and a changed one is
+new. Nothing but finished folders is remembered: a sweep that is killed loses the cell it was in and no other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from .environment import ROOT
+from .run import SCHEMA, config_hash, run_id
+
+KEYS = {"name", "notebook", "defaults", "grid"}
+RETRY = {"failed": {"failed"}, "oom": {"oom"}, "all": {"failed", "oom"}}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep."""
+
+    run_id: str
+    params: Mapping
+    folder: Path
+
+    def outcome(self) -> str | None:
+        """How its finished run ended; None when there is none."""
+        path = self.folder / "result.json"
+        return json.loads(path.read_text())["outcome"] if path.exists() else None
+
+
+def read_sweep(path: Path | str, out: Path | str | None = None) -> tuple[Path, Path, list[Cell]]:
+    """(notebook, output folder, cells) of a sweep file, every combination of its grid over its defaults.
+
+    Raises: FileNotFoundError; ValueError, for an unknown key, an empty grid axis or parameters that no run has.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no sweep {path}: params/ has {', '.join(p.name for p in sorted((ROOT / 'params').glob('*.yml')))}")
+    spec = yaml.safe_load(path.read_text())
+    wrong = sorted(set(spec) - KEYS) if isinstance(spec, dict) else ["its whole content"]
+    if wrong or not spec.get("grid"):
+        raise ValueError(f"{path} has {', '.join(wrong) or 'no grid'}: a sweep has {', '.join(sorted(KEYS))}")
+    empty = [axis for axis, values in spec["grid"].items() if not isinstance(values, list) or not values]
+    if empty:
+        raise ValueError(f"{path}: grid.{empty[0]} is {spec['grid'][empty[0]]!r}: give a list of values")
+    folder = Path(out) if out else Path("outputs") / spec.get("name", path.stem)
+    notebook = Path(spec.get("notebook", "notebooks/finetune.ipynb"))
+    notebook = notebook if notebook.exists() else ROOT / notebook
+    cells = []
+    for values in itertools.product(*spec["grid"].values()):
+        params = {**(spec.get("defaults") or {}), **dict(zip(spec["grid"], values, strict=True))}
+        name = run_id(params)
+        cells.append(Cell(name, params, folder / name))
+    return notebook, folder, cells
+
+
+def sweep(path: Path | str, out: Path | str | None = None, force: bool = False, retry: str | None = None,
+          dry_run: bool = False, json: bool = False) -> int:
+    """Run what is not finished. Returns 0 when every cell ended ok, 1 when one failed or ran out of memory, 130 on Ctrl-C."""
+    notebook, folder, cells = read_sweep(path, out)
+    again = RETRY.get(retry or "", set())
+    due = [cell for cell in cells if force or cell.outcome() is None or cell.outcome() in again]
+    if dry_run:
+        _say([{"run_id": c.run_id, "state": "due" if c in due else c.outcome(), **c.params} for c in cells], json)
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        _write(folder / "sweep.json", {"schema": SCHEMA, "sweep": Path(path).name,
+                                       "cells": [{"run_id": c.run_id, **c.params} for c in cells]})
+        try:
+            _run_all(notebook, due, len(cells) - len(due), quiet=json)
+        except KeyboardInterrupt:
+            print(f"\nstopped; {sum(c.outcome() is not None for c in cells)} of {len(cells)} cells are finished and kept: "
+                  "the same command goes on from here", file=sys.stderr)
+            return 130
+    _say([_row(cell) for cell in cells], json)
+    return 0 if all(cell.outcome() == "ok" for cell in cells) else 1
+
+
+def _run_all(notebook: Path, due: list[Cell], finished: int, quiet: bool) -> None:
+    from tqdm import tqdm
+
+    if finished and not quiet:
+        print(f"{finished} finished cells are kept, {len(due)} to run")
+    with tqdm(total=len(due), unit="run", file=sys.stderr, disable=quiet, dynamic_ncols=True) as shown:
+        for cell in due:
+            shown.set_description(cell.run_id)
+            began = time.monotonic()
+            _run(notebook, cell)
+            shown.update(1)
+            if not quiet:
+                row = _row(cell)
+                shown.write(f"{row['regime']:<12} {row['outcome']:<7} {time.monotonic() - began:5.1f} s  {row['reason']}".rstrip(),
+                            file=sys.stderr)
+
+
+def _run(notebook: Path, cell: Cell) -> None:
+    """One cell in a process of its own; when it ends without a result, say here how it ended."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / "result.json").unlink(missing_ok=True)
+    given = cell.folder / "given.json"
+    given.write_text(json.dumps({**cell.params, "out_dir": str(cell.folder.resolve())}))
+    parent = os.getpid()
+    with open(cell.folder / "notebook.log", "w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "vramlab.sweep", str(notebook), str(cell.folder / "run.ipynb"),
+                                    str(given)], stdout=log, stderr=log, env={**os.environ, "PLOTLY_RENDERER": "plotly_mimetype"},
+                                   preexec_fn=lambda: _die_with(parent))
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait(timeout=20)
+            raise
+    given.unlink()
+    if cell.outcome() is None:
+        _write(cell.folder / "result.json", _ended(cell, code))
+
+
+def _ended(cell: Cell, code: int) -> dict:
+    """The result of a cell whose kernel did not live to write one."""
+    log = (cell.folder / "notebook.log").read_text().strip().splitlines()
+    reason = next((line for line in reversed(log) if "Error" in line or "KernelDied" in line or "CellTimeout" in line),
+                  log[-1] if log else f"the notebook's process ended with code {code}")
+    _params_of(cell)
+    return {"schema": SCHEMA, "run_id": cell.run_id, "regime": cell.params.get("regime", "full"),
+            "model": cell.params.get("model", "tiny"), "outcome": "oom" if "KernelDied" in reason else "failed",
+            "reason": reason, "config_hash": config_hash(cell.params)}
+
+
+def _params_of(cell: Cell) -> None:
+    path = cell.folder / "params.yml"
+    if not path.exists():
+        path.write_text(yaml.safe_dump({"regime": "full", **cell.params, "run_id": cell.run_id}))
+
+
+def _die_with(parent: int) -> None:
+    """In the child, before it runs: when the sweep is killed, so is its notebook (Linux; elsewhere nothing)."""
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    except (OSError, AttributeError):
+        return
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two sweeps in one folder would run the same cells."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another sweep is running in {folder}: wait for it, or use --out for another folder") from None
+        yield
+
+
+def _row(cell: Cell) -> dict:
+    result = json.loads((cell.folder / "result.json").read_text())
+    speed, peak = result.get("speed", {}), result.get("peak_bytes", {})
+    return {"run_id": cell.run_id, "regime": result["regime"], "outcome": result["outcome"],
+            "tokens_per_s": speed.get("tokens_per_s"), "peak_bytes": peak.get("meter"), "reason": result["reason"]}
+
+
+def _say(rows: list[dict], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        print("  ".join(f"{value:,.0f}" if isinstance(value, float) else str(value) for value in row.values() if value not in (None, "")))
+
+
+def _write(path: Path, content: dict) -> None:
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(content, indent=1))
+    os.replace(partial, path)
+
+
+def _execute(notebook: str, output: str, given: str) -> None:
+    """What the cell's process does."""
+    import papermill
+
+    papermill.execute_notebook(notebook, output, parameters=json.loads(Path(given).read_text()), engine_name="vramlab",
+                               kernel_name="python3", progress_bar=False, log_output=False)
+
+
+if __name__ == "__main__":
+    _execute(*sys.argv[1:])
