@@ -1,0 +1,156 @@
+"""The page: figures, tables and words in one file that needs no network and asks for none."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from ..runs import Run, read_runs
+from . import figures, tables, words
+
+HERE = Path(__file__).parent
+POLICY = ("default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval' blob:; worker-src blob:; style-src 'unsafe-inline'; "
+          "img-src data: blob:; font-src data:")
+LIMIT_BYTES = 8_000_000
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what to look for, the figure, and the table behind it."""
+
+    title: str
+    about: str
+    figure: go.Figure | None
+    table: pd.DataFrame
+
+
+def build(folder: Path | str) -> Path:
+    """Write `report.html` into a folder of finished runs and return its path. Raises: FileNotFoundError, without runs."""
+    runs = read_runs(folder)
+    path = Path(folder) / "report.html"
+    page = _page(Path(folder).name, runs, _sections(runs))
+    if len(page.encode()) > LIMIT_BYTES:
+        raise ValueError(f"the report has {len(page.encode()):,} bytes, more than {LIMIT_BYTES:,}: make it of fewer runs")
+    partial = path.with_name("report.html.part")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def _sections(runs: Sequence[Run]) -> list[Section]:
+    done = [run for run in runs if run.ok]
+    summary = tables.summary(runs)
+    if not done:
+        return [Section("Runs", "No run finished; the reasons are here.", None, summary)]
+    traced = [run for run in done if run.has_timeline]
+    owners = pd.DataFrame([{"regime": run.name, "phase": run.result["peak"]["phase"], **owner}
+                           for run in traced for owner in run.result["peak"]["owners"]])
+    found = [
+        Section("The trade-off", "Left is less memory, up is more consistent, bright is faster. The bars are 95 % intervals over "
+                "documents.", figures.trade_off(done) if traced else None, summary),
+        Section("Where the bytes are", "The event meter's bytes at the peak, by what they are for. The line is the operating "
+                "system's figure for the whole process, from a separate pass; host memory is in it.",
+                figures.ledger(done) if traced else None, tables.ledger(done)),
+        Section("The timeline of a run", "Two steps under the event meter (regimes that take turns: two for each part). Pick a "
+                "regime; drag to zoom. The strip below is the phase.", figures.timelines(done) if traced else None, owners),
+        Section("Speed", "Median of the timed steps, nothing watching. LOMO updates inside backward.", figures.speed(done),
+                summary.filter(regex="regime|tokens|_ms")),
+        Section("In and out of the training domain", f"Trained on {done[0].params['train_domain']}. Thresholds are frozen on its "
+                "validation items. The last rows are judges without a model.", figures.matrix(done), _accuracy_table(done)),
+        Section("Against full fine-tuning", "Paired on the same items; Holm corrects over the regimes of a column.",
+                figures.differences(done), tables.against_reference(done)),
+        Section("Training", "Regimes that change no arithmetic lie on one line.", figures.losses(done), tables.recalls(done)),
+    ]
+    return found
+
+
+def _accuracy_table(runs: Sequence[Run]) -> pd.DataFrame:
+    frames = [tables.accuracy(runs, metric) for metric in ("balanced_accuracy", "balanced_accuracy_at_0", "auc")]
+    return pd.concat(frames)[["judge", "place", "scoring", "metric", "value", "low", "high", "n", "n_consistent", "threshold"]]
+
+
+def _page(name: str, runs: Sequence[Run], sections: Sequence[Section]) -> str:
+    env = next((run.environment for run in runs if (run.folder / "env.json").exists()), {})
+    device = env.get("device", {}).get("name", "unknown device")
+    model = next((run.result for run in runs if run.ok), runs[0].result)
+    parts = [
+        "<!doctype html><html lang=en><head><meta charset=utf-8>",
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        '<meta name=viewport content="width=device-width, initial-scale=1">',
+        f"<title>VRAM Lab: {_text(name)}</title><style>{(HERE / 'page.css').read_text()}</style></head><body>",
+        f"<header><div><h1>Which memory regime fine-tunes Baichuan-2, and at what cost?</h1><p class=soft>sweep {_text(name)} · "
+        f"{len(runs)} runs · model {_text(model['model'])}, {model.get('parameters', 0):,} parameters · "
+        f"<span class=badge>measured on {_text(model.get('measured_on', 'cpu').upper())}</span> {_text(device)}</p></div>"
+        "<button class=theme type=button>light / dark</button></header>",
+        "<ul class=takeaways>", *(f"<li>{_text(said)}</li>" for said in words.takeaways(runs)), "</ul>",
+        *(_section(index, section) for index, section in enumerate(sections)),
+        "<h2>Before you quote a figure</h2><ul>", *(f"<li>{_text(said)}</li>" for said in words.caveats(runs)), "</ul>",
+        "<h2>Environment</h2>", _table(_environment(env, model)), f"<p class=soft>made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC</p>",
+        f"<script type='text/plain' id=plotly>{_packed(get_plotlyjs())}</script>",
+        f"<script>{(HERE / 'page.js').read_text()}</script></body></html>"]
+    return "\n".join(parts)
+
+
+def _section(index: int, section: Section) -> str:
+    parts = [f"<h2>{_text(section.title)}</h2>"]
+    if section.figure is not None:
+        parts += [f"<figure aria-label='{_text(section.title)}'><figcaption>{_text(section.about)}</figcaption>"
+                  f"<div data-figure=figure{index}></div></figure>",
+                  f"<script type='application/json' id=figure{index}>{_json(section.figure)}</script>"]
+    else:
+        parts.append(f"<p class=soft>{_text(section.about)}</p>")
+    parts.append(f"<details><summary>table, {len(section.table)} rows</summary><div class=scroll>{_table(section.table)}</div></details>")
+    return "\n".join(parts)
+
+
+def _json(figure: go.Figure) -> str:
+    plain = json.loads(figure.to_json())
+    plain["layout"].pop("template", None)  # the page themes every figure alike
+    return json.dumps({**plain, "config": figures.CONFIG}, separators=(",", ":")).replace("</", "<\\/")
+
+
+def _packed(code: str) -> str:
+    return base64.b64encode(gzip.compress(code.encode(), 9, mtime=0)).decode()
+
+
+def _table(frame: pd.DataFrame) -> str:
+    head = "".join(f"<th>{_text(str(column).replace('_', ' '))}</th>" for column in frame.columns)
+    rows = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in frame.itertuples(index=False))
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _cell(value) -> str:
+    if value is None or value is pd.NA or value != value:
+        return "<td data-value=''>–</td>"
+    if isinstance(value, float):
+        shown = f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+        return f"<td data-value={value}>{shown}</td>"
+    if isinstance(value, int):
+        return f"<td data-value={value}>{value:,}</td>"
+    kind = " class=words" if len(str(value)) > 40 else ""
+    return f"<td{kind}>{_text(str(value))}</td>"
+
+
+def _environment(env: dict, result: dict) -> pd.DataFrame:
+    base = result.get("base", {})
+    rows = {"device": env.get("device", {}).get("name"), "cores": env.get("cores"), "threads": env.get("threads"),
+            "cpu capability": env.get("cpu_capability"), "bf16": env.get("bf16"), "python": env.get("python"),
+            **env.get("versions", {}), "commit": f"{env.get('commit')}{' (changed since)' if env.get('dirty') else ''}",
+            "started": env.get("started_at"), "base model": base.get("hash", base.get("recipe")),
+            "base reached (general, held out)": ", ".join(f"{k} {v:.3f}" for k, v in base.get("general", {}).items())}
+    return pd.DataFrame([{"what": key, "value": str(value)} for key, value in rows.items() if value])
+
+
+def _text(value: str) -> str:
+    return html.escape(str(value), quote=True)
