@@ -25,7 +25,7 @@ from torch import Tensor
 from .baichuan import BaichuanForCausalLM, BaichuanTokenizer, ModelSpec
 from .baichuan.tokenizer import train_tokenizer
 from .factcc.generator import GeneratorConfig, generate_items
-from .factcc.grammar import DATES, GRAMMARS
+from .factcc.grammar import GRAMMARS
 from .factcc.items import DOMAINS
 from .factcc.prompt import training_batches
 from .factcc.scoring import score_items
@@ -116,29 +116,30 @@ def _text(recipe: Recipe) -> Iterator[str]:
             yield f" {item.claim}"
     yield from ["\nClaim:", "yes", "no"] * 400
     for grammar in GRAMMARS.values():  # often enough to become pieces of their own
-        yield from [f" {word}" for word in (*grammar.names, *grammar.places, *grammar.objects, *DATES)] * 100
+        yield from [f" {word}" for word in (*grammar.names, *grammar.places, *grammar.objects)] * 100
 
 
 def _stages(recipe: Recipe, tokenizer: BaichuanTokenizer) -> Iterator[tuple[str, Schedule, float, Iterator[dict]]]:
     general = generate_items("general", "train", 4 * recipe.documents, recipe.seed, config=GeneratorConfig(claims=4))
     true = [item for item in general if item.label]
     copying = Schedule(recipe.drill_lr, recipe.drill_steps, floor=1.0)
-    yield "copy", copying, recipe.drill_until, _drills(tokenizer.vocab_size, recipe)
+    yield "copy", copying, recipe.drill_until, _drills(tokenizer, recipe)
     yield "write", Schedule(recipe.write_lr, recipe.write_steps), 0.0, training_batches(
         tokenizer, true, recipe.batch, 512, recipe.seed)
     yield "answer", Schedule(recipe.answer_lr, recipe.answer_steps), 0.0, training_batches(
         tokenizer, general, recipe.batch, 512, recipe.seed)
 
 
-def _drills(vocab_size: int, recipe: Recipe) -> Iterator[dict[str, Tensor]]:
-    """Rows of distinct random tokens said again and again, with a period of 3 to 16 that differs by row, so that neither
+def _drills(tokenizer: BaichuanTokenizer, recipe: Recipe) -> Iterator[dict[str, Tensor]]:
+    """Rows of distinct random words said again and again, with a period of 3 to 16 that differs by row, so that neither
     statistics nor a fixed distance help: only finding the last time helps. Learned from the second time on."""
     generator = torch.Generator().manual_seed(recipe.seed)
     position = torch.arange(40)[None]
+    words = torch.tensor([i for i in range(FIRST_PIECE, tokenizer.vocab_size) if tokenizer.sp.id_to_piece(i).startswith("\u2581")])
     while True:
         period = torch.randint(3, 17, (recipe.drill_batch, 1), generator=generator)
-        order = torch.rand(recipe.drill_batch, vocab_size - FIRST_PIECE, generator=generator).topk(16).indices
-        ids = FIRST_PIECE + order.gather(1, position % period)
+        order = torch.rand(recipe.drill_batch, len(words), generator=generator).topk(16).indices
+        ids = words[order.gather(1, position % period)]
         yield {"input_ids": ids, "labels": ids.where(position > period, -100)}
 
 

@@ -114,11 +114,25 @@ def _claim(grammar: Grammar, domain: str, split: str, shift: str, group: str, in
     if rng.random() < config.paraphrase:
         same = grammar.event if sentence.slots == EVENT_SLOTS else grammar.attitude
         template, how = rng.choice([t for t in same if t != sentence.template]), "paraphrase"
+    true, wrong_until = record.say(template), None
     if not label:
         others = [other for other in records if other is not record]
         record = swap(record, slot, others, pools(grammar.names, grammar.places), rng.random() < config.extrinsic, rng)
         how = SWAPS[slot]
     claim = record.say(template)
+    if not label:
+        wrong_until = _first_wrong(true, claim)
     if rng.random() < config.noise:
-        claim, how = noise(claim, getattr(record, slot), rng), how + "+noise"
-    return Item(f"{group}-{index}", "generated", domain, split, doc, claim, label, how, shift, group)
+        claim, how, wrong_until = noise(claim, getattr(record, slot), rng), how + "+noise", None
+    return Item(f"{group}-{index}", "generated", domain, split, doc, claim, label, how, shift, group, wrong_until)
+
+
+def _first_wrong(true: str, claim: str) -> int:
+    """The end of the first word in which `claim` leaves `true`."""
+    end = 0
+    for word, wanted in zip(claim.split(" "), true.split(" "), strict=False):
+        end += len(word)
+        if word != wanted:
+            break
+        end += 1
+    return end

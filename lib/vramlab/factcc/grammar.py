@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DATES = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "twelve", "twenty", "forty")
 PRONOUNS = ("he", "she", "they", "we")
 HELD_OUT_NAMES, HELD_OUT_PLACES, HELD_OUT_TEMPLATES = 4, 3, 1
 
@@ -34,26 +35,26 @@ def _words(text: str) -> tuple[str, ...]:
 GRAMMARS: dict[str, Grammar] = {
     "general": Grammar(
         _words("Anna Ben Carl Dora Emil Finn Gina Hugo Ida Jack Kim Lena Max Nora"),
-        _words("Paris London Berlin Rome Oslo Wien Kyiv Bonn Riga Nice"),
+        _words("Paris London Berlin Rome Oslo Kyiv Bonn Riga Nice Cork"),
         _words("books chairs lamps cups maps bikes"),
-        ("{S} bought {N} {O} in {P} on {D} , friends say .",
-         "On {D} , {S} went to {P} and bought {N} {O} .",
+        ("{S} bought {N} {O} in {P} on {D} .",
+         "On {D} {S} went to {P} and bought {N} {O} .",
          "{N} {O} were bought by {S} in {P} on {D} .",
-         "On {D} in {P} , {N} {O} went to {S} ."),
-        ("A friend of {S} says {R} will {X}travel again .",
-         "{R} will {X}travel again , says a friend of {S} .",
-         "Friends say of {S} that {R} will {X}travel again .")),
+         "On {D} in {P} {N} {O} went to {S} ."),
+        ("A friend of {S} says {R} will {X}travel .",
+         "{R} will {X}travel , says a friend of {S} .",
+         "Friends of {S} say {R} will {X}travel .")),
     "news": Grammar(
         _words("Korv Balm Dent Folg Gird Holv Jask Lurm Mond Nexo Pelg Rost Sylm Zand"),
         _words("Arlen Brock Dunmor Farley Gorham Hexley Kelby Morden Norwel Selby"),
         _words("clerks drivers miners pilots guards cooks"),
-        ("{S} hired {N} {O} at its {P} plant , the firm announced {D} .",
-         "The firm announced {D} that {S} hired {N} {O} near {P} .",
-         "{N} {O} joined {S} at the {P} plant , reports said {D} .",
+        ("{S} hired {N} {O} at its {P} plant {D} .",
+         "The firm said {D} that {S} hired {N} {O} near {P} .",
+         "{N} {O} joined {S} at the {P} plant {D} .",
          "Reports {D} from {P} : {N} {O} hired at {S} ."),
         ("The chief of {S} told reporters {R} will {X}resign .",
          "{R} will {X}resign , the chief of {S} told reporters .",
-         "Asked about {S} , the chief said {R} will {X}resign .")),
+         "Asked about {S} the chief said {R} will {X}resign .")),
     "law": Grammar(
         _words("Abbot Barlow Cramer Dorsey Easton Fenwick Gable Harlan Jessup Keller Mercer Norris Osborn Rowland"),
         _words("Albany Boston Camden Denver Fresno Helena Juneau Laredo Newark Tulsa"),
@@ -61,19 +62,19 @@ GRAMMARS: dict[str, Grammar] = {
         ("The court in {P} heard {N} {O} against {S} filed {D} .",
          "Filed {D} , {N} {O} against {S} came before the {P} court .",
          "Against {S} the {P} court weighed {N} {O} as of {D} .",
-         "As of {D} , {S} faced {N} {O} before a judge at {P} ."),
-        ("Counsel for {S} argued that {R} did {X}breach the contract .",
-         "That {R} did {X}breach the contract was argued by counsel for {S} .",
-         "For {S} , counsel held that {R} did {X}breach the contract .")),
+         "As of {D} {S} faced {N} {O} before a judge at {P} ."),
+        ("Counsel for {S} argued {R} did {X}breach the contract .",
+         "That {R} did {X}breach the contract was argued for {S} .",
+         "For {S} counsel held that {R} did {X}breach the contract .")),
     "medicine": Grammar(
         _words("Zolvan Abrexa Cetivol Duramil Enoxal Fluvera Glipten Ketomax Lisopra Metrovin Nalorex Omvexa Rilatan Sertaf"),
         _words("Mayo Lahey Scripps Cedars Emory Duke Baylor Rush Temple Loyola"),
         _words("tablets doses ampoules patches drops vials"),
         ("Patients at {P} received {N} {O} of {S} daily until {D} .",
-         "Until {D} , daily treatment with {S} at {P} was {N} {O} .",
-         "{N} {O} of {S} were given daily to patients in the {P} arm until {D} .",
+         "Until {D} daily treatment with {S} at {P} was {N} {O} .",
+         "{N} {O} of {S} were given daily in the {P} arm until {D} .",
          "Treatment until {D} in the {P} arm : {S} , {N} {O} ."),
-        ("The nurse giving {S} noted {R} had {X}improved overnight .",
-         "{R} had {X}improved overnight , noted the nurse giving {S} .",
-         "On {S} , the nurse noted , {R} had {X}improved overnight .")),
+        ("The nurse giving {S} noted {R} had {X}improved .",
+         "{R} had {X}improved , noted the nurse giving {S} .",
+         "On {S} the nurse noted {R} had {X}improved .")),
 }

@@ -30,3 +30,5 @@ class Item:
     shift: str
     group: str
     """The document's id: items of one group are not independent, and statistics resample groups."""
+    wrong_until: int | None = None
+    """Where known: the character of the claim at which its first wrong word ends (FactCC's augmentation span)."""

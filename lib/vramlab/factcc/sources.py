@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 from .items import Item
@@ -235,9 +235,8 @@ def _summedits(row: dict, file: Path, number: int) -> Item:
 
 
 def _generated(row: dict, file: Path, number: int) -> Item:
-    names = [entry.name for entry in fields(Item)]
-    values = {name: _take(row, name, int) if name == "label" else row.get(name) for name in names}
-    missing = [name for name in names if values[name] is None]
+    missing = [entry.name for entry in fields(Item) if entry.default is MISSING and entry.name not in row]
     if missing:
-        raise _Bad(f"no {', '.join(missing)}")
-    return Item(**{**values, "label": _label(values["label"])})
+        raise _Bad(f"no {', '.join(missing)}; it has {', '.join(sorted(row))}")
+    _take(row, "doc"), _take(row, "claim")
+    return Item(**{**{entry.name: row[entry.name] for entry in fields(Item) if entry.name in row}, "label": _label(row["label"])})

@@ -11,13 +11,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .grammar import DATES, PRONOUNS
+from .grammar import DATES, NUMBERS, PRONOUNS
 
 SWAPS = {"S": "entity_swap", "P": "entity_swap", "N": "number_swap", "D": "date_swap", "R": "pronoun_swap", "X": "negation"}
 """Slot -> the transformation that corrupts it."""
 
 EVENT_SLOTS, ATTITUDE_SLOTS = "SPND", "SRX"
-NUMBERS = tuple(str(n) for n in range(10, 100))
 
 
 @dataclass(frozen=True)
