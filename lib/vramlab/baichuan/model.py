@@ -10,6 +10,7 @@ Shapes: b batch, t tokens, H hidden, V vocabulary.
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .attention import RotaryEmbedding, alibi_slopes, attend, attention_bias, positions, right_padded, rotate
 from .config import BaichuanConfig
+
+# transformers 5.24 calls past_key_values `cache`; both names are taken in, and the one of the installed version comes out
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 class BaichuanRMSNorm(nn.Module):
@@ -96,8 +100,8 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = BaichuanRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, bias: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None,
-                past_key_values: Cache | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), bias, rotary, past_key_values)
+                cache: Cache | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), bias, rotary, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -108,7 +112,7 @@ class BaichuanPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("DecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ("cache", "past_key_values")
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -135,14 +139,16 @@ class BaichuanModel(BaichuanPreTrainedModel):
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, past_key_values: Cache | None = None,
-                inputs_embeds: Tensor | None = None, use_cache: bool | None = None, **_) -> BaseModelOutputWithPast:
+                inputs_embeds: Tensor | None = None, use_cache: bool | None = None, cache: Cache | None = None,
+                **_) -> BaseModelOutputWithPast:
         """input_ids (b, t); attention_mask (b, cached + t), see `attention`; -> last_hidden_state (b, t, H)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        past = cache.get_seq_length() if cache is not None else 0
         queries = hidden.shape[1]
         # looking is free on the host; elsewhere the caller drops the mask it knows to be idle
         if attention_mask is not None and attention_mask.device.type == "cpu" and right_padded(attention_mask):
@@ -150,8 +156,8 @@ class BaichuanModel(BaichuanPreTrainedModel):
         bias = self._bias(attention_mask, queries, past + queries, hidden)
         rotary = self._rotary(attention_mask, position_ids, past, queries, hidden)
         for layer in self.layers:
-            hidden = layer(hidden, bias, rotary, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+            hidden = layer(hidden, bias, rotary, cache=cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **{CACHE: cache})
 
     def _bias(self, mask: Tensor | None, queries: int, keys: int, hidden: Tensor) -> Tensor | None:
         slopes = alibi_slopes(self.config.num_attention_heads).to(hidden.device) if self.config.position == "alibi" else None
@@ -184,17 +190,17 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, past_key_values: Cache | None = None,
                 inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
-                logits_to_keep: int | Tensor = 0, **_) -> CausalLMOutputWithPast:
+                logits_to_keep: int | Tensor = 0, cache: Cache | None = None, **_) -> CausalLMOutputWithPast:
         """-> logits (b, kept, V), and the loss when labels (b, t) are given: -100 where nothing is to be predicted."""
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        output = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        output = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = causal_loss(logits, _next_labels(labels, attention_mask), self.config.z_loss_weight)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: getattr(output, CACHE)})
 
 
 def _next_labels(labels: Tensor, mask: Tensor | None) -> Tensor:
