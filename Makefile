@@ -1,22 +1,32 @@
-# make test: make the environment and pass the tests. Needs Python 3.11+ and nothing else.
+# make report: the default sweep and its report. make test: the tests. Both make the environment first, and need
+# Python 3.11 or newer and nothing else. make lab: JupyterLab on the notebooks. make check: style. make clean: start over.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
+# the environment's own kernel, whatever kernels the user has
+export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: env test check clean
+.PHONY: env report test lab check clean
 env: .venv/.done
 
-.venv/.done: pyproject.toml
+.venv/.done: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -e '.[test]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[torch,test]'
 	touch $@
+
+report: env
+	$(BIN)/vramlab sweep params/quick.yml
 
 test: env
 	$(BIN)/python -m pytest
+
+lab: env
+	$(BIN)/jupyter lab --ServerApp.root_dir=. notebooks
 
 check: env
 	$(BIN)/ruff check lib tests
 
 clean:
-	rm -rf .venv outputs/*/
+	rm -rf .venv
+	find outputs -mindepth 1 -maxdepth 1 -type d ! -name reference -exec rm -rf {} +

@@ -6,9 +6,9 @@ from copy import deepcopy
 
 import pytest
 import torch
-from micro import batch, model, train
 from torch import nn
 
+from micro import batch, model, train
 from vramlab.axes import AXES
 from vramlab.axes.leaves import ActiveLeaves, Leaf, SlicedEmbedding, SlicedLinear
 from vramlab.observer import Observer

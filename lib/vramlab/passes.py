@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from .axes import rounding
-from .base import Recipe, base_model
 from .baichuan import BaichuanTokenizer, ModelSpec, load_model, read_model_file
+from .base import Recipe, base_model
 from .dataset import Dataset, dataset
 from .environment import ROOT
 from .factcc.prompt import training_batches

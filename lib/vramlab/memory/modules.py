@@ -45,7 +45,7 @@ class Modules:
         if node is None:
             return ""
         at = bisect.bisect_right(self._edges, node._sequence_nr()) - 1
-        return self._owners[at] if 0 <= at else ""
+        return self._owners[at] if at >= 0 else ""
 
     def _enter(self, module: nn.Module, args) -> None:
         if id(module) not in self._names:  # a root, or a module made since: names are found from the outermost one
