@@ -60,7 +60,8 @@ def test_negation_goes_both_ways_and_noise_falls_on_both_labels():
     negated = [item for item in items if item.transform == "negation"]
     added = np.mean([" not " in item.claim for item in negated])
     assert 0.4 < added < 0.6
-    noisy = [item for item in generate_items("law", "train", 4000, 0, config=GeneratorConfig(noise=0.5)) if "+noise" in item.transform]
+    items = generate_items("law", "train", 4000, 0, config=GeneratorConfig(noise=0.5))
+    noisy = [item for item in items if "+noise" in item.transform]
     assert abs(np.mean([item.label for item in noisy]) - 0.5) < 0.05
 
 
@@ -235,7 +236,8 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
         labels = np.repeat([0, 1], 100)
         right = rng.random(200) < 0.75
         scores = np.where(right == (labels == 1), 1.0, -1.0)
-        row = summarise(pd.concat([val, _frame(labels, scores)])).query("scoring == 'yesno' and metric == 'balanced_accuracy'").iloc[0]
+        rows = summarise(pd.concat([val, _frame(labels, scores)])).query("scoring == 'yesno' and metric == 'balanced_accuracy'")
+        row = rows.iloc[0]
         held += row["low"] <= 0.75 <= row["high"]
     assert 52 <= held <= 60
 

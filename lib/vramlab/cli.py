@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+import yaml
+
 
 def _regimes(args) -> int:
     from .regime import read_regimes
@@ -108,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return args.does(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, yaml.YAMLError) as error:
         print(f"vramlab {args.command}: {error}", file=sys.stderr)
         return 2
 

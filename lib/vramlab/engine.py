@@ -7,6 +7,7 @@ Kernels talk over a private socket file: no port, no race for one, and no warnin
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -16,11 +17,14 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine
 from traitlets.config import Config
 
+from .runs import KILLED
+
 
 class HonestClient(PapermillNotebookClient):
     """Stops at the first cell that did not end, and writes down why."""
 
-    _gone = False
+    _silent = False
+    """The kernel is dead or busy: it will not say which language it speaks."""
 
     def papermill_execute_cells(self) -> None:
         for index, cell in enumerate(self.nb.cells):
@@ -35,19 +39,25 @@ class HonestClient(PapermillNotebookClient):
                 self.nb_man.cell_complete(cell, cell_index=index)
 
     def _tell(self, cell, error: Exception) -> None:
-        self._gone = isinstance(error, DeadKernelError)
-        if not isinstance(error, DeadKernelError | CellTimeoutError):
+        self._silent = isinstance(error, DeadKernelError | CellTimeoutError)
+        if not self._silent:
             return
-        name = "KernelDied" if self._gone else "CellTimeout"
-        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        what = (f"{said}: a process that the kernel of the operating system kills for memory ends so" if self._gone else said)
+        dead = isinstance(error, DeadKernelError)
+        name = "KernelDied" if dead else "CellTimeout"
+        what = self._how_it_died() if dead else str(error).strip().splitlines()[0]
         cell.outputs.append(nbformat.v4.new_output("error", ename=name, evalue=what, traceback=[f"{name}: {what}"]))
+
+    def _how_it_died(self) -> str:
+        code = self.km.provisioner.process.poll()
+        if code == -signal.SIGKILL:
+            return f"{KILLED}, as the operating system does when memory runs out"
+        return f"the notebook's process ended by itself, code {code}"
 
     def execute(self, **kwargs):
         self.reset_execution_trackers()
         with self.setup_kernel(**kwargs):
             self.papermill_execute_cells()
-            if not self._gone:
+            if not self._silent:
                 info = self.wait_for_reply(self.kc.kernel_info())
                 self.nb.metadata["language_info"] = info["content"]["language_info"]
                 self.set_widgets_metadata()

@@ -90,8 +90,13 @@ def prepare(params: Mapping, progress: bool) -> Prepared:
         model, tokenizer = load_model(spec.path), BaichuanTokenizer.from_pretrained(spec.path)
         record = {"path": Path(spec.path).name, "recipe": "published weights"}
     else:
-        model, tokenizer, record = base_model(spec, CACHE, recipe=Recipe.named(params["recipe"]), progress=progress)
+        model, tokenizer, record = pretrained(spec, params["recipe"], progress)
     return Prepared(params, read_regime(params["regime"]), model, tokenizer, record, dataset(params))
+
+
+def pretrained(spec: ModelSpec, recipe: str, progress: bool) -> tuple[nn.Module, BaichuanTokenizer, dict]:
+    """The base of a model without published weights, made now unless it is in the cache."""
+    return base_model(spec, CACHE, recipe=Recipe.named(recipe), progress=progress)
 
 
 def learn(prepared: Prepared, progress: bool) -> tuple[Learned, nn.Module]:
@@ -132,9 +137,9 @@ def meter(prepared: Prepared) -> Metered:
     """The first steps again, on a fresh copy, under the event meter. Slower than the real thing; bytes only."""
     model = copy.deepcopy(prepared.model)
     watcher = Meter()
-    trainer = prepared.trainer(_watched(prepared.regime), model, watcher)
+    trainer, batches = prepared.trainer(_watched(prepared.regime), model, watcher), _longest(prepared)
     with watcher:
-        _few_steps(trainer, _longest(prepared))
+        _few_steps(trainer, batches)
     peak = watcher.peak()
     held = trainer.optimizer_state_bytes()
     result = {"peak": peak, "memory_ledger": peak["categories"], "host_bytes": watcher.host_peak_bytes,
@@ -188,8 +193,8 @@ def _warm_up(prepared: Prepared, batches: list[list[Batch]]) -> None:
 
 def notes(prepared: Prepared) -> list[str]:
     """What a reader of the figures has to know."""
-    said = ["speed: learning pass, nothing watching; events: separate metered pass of two "
-            "steps of the longest batch (parts that take turns: two each); process peak: separate process, allocator returning memory to the OS"]
+    said = ["speed: learning pass, nothing watching; events: separate metered pass of two steps of the longest batch (parts "
+            "that take turns: two each); process peak: separate process, allocator returning memory to the OS"]
     if prepared.regime.values["weights"] != "fp32" and prepared.params["device"] == "cpu":
         needed, why = rounding.needed()
         if needed:

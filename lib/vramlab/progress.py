@@ -24,7 +24,8 @@ class _NotebookBar:
 
         elapsed_s = time.monotonic() - self._began
         left_s = elapsed_s / self.done * (self.total - self.done) if self.done else float("nan")
-        words = f"{self.done}/{self.total}, {elapsed_s:.0f} s" + (f", {left_s:.0f} s left" if self.done < self.total and self.done else "")
+        left = f", {left_s:.0f} s left" if 0 < self.done < self.total else ""
+        words = f"{self.done}/{self.total}, {elapsed_s:.0f} s{left}"
         return HTML(f'<label>{self.label} <progress value="{self.done}" max="{self.total}"></progress> {words}</label>')
 
     def update(self, count: int = 1) -> None:

@@ -108,7 +108,7 @@ def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path
               "measured_on": env["device"]["kind"], "device": env["device"]["name"]}
     try:
         result |= {"outcome": "ok", "reason": "", **_passes(full, folder, progress)}
-    except BaseException as error:
+    except Exception as error:  # an interruption is none: the run is simply not there
         oom = out_of_memory(error)
         result |= {"outcome": "oom" if oom else "failed", "reason": f"{type(error).__name__}: {error}"}
         if not oom:

@@ -11,6 +11,8 @@ import pandas as pd
 import yaml
 
 OUTCOMES = ("ok", "oom", "failed")
+KILLED = "the notebook's process was killed by signal 9"
+"""The reason that stands for running out of memory when nobody lived to say so."""
 
 
 @dataclass(frozen=True)

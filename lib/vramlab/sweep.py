@@ -23,7 +23,9 @@ from pathlib import Path
 import yaml
 
 from .environment import ROOT
-from .run import SCHEMA, config_hash, run_id
+from .passes import model_spec, pretrained
+from .run import KNOWN_PARAMETERS, SCHEMA, config_hash, run_id
+from .runs import KILLED
 
 KEYS = {"name", "notebook", "defaults", "grid"}
 RETRY = {"failed": {"failed"}, "oom": {"oom"}, "all": {"failed", "oom"}}
@@ -36,6 +38,11 @@ class Cell:
     run_id: str
     params: Mapping
     folder: Path
+
+    @property
+    def full(self) -> dict:
+        """The parameters over the defaults."""
+        return {**KNOWN_PARAMETERS, **self.params}
 
     def outcome(self) -> str | None:
         """How its finished run ended; None when there is none."""
@@ -50,7 +57,8 @@ def read_sweep(path: Path | str, out: Path | str | None = None) -> tuple[Path, P
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no sweep {path}: params/ has {', '.join(p.name for p in sorted((ROOT / 'params').glob('*.yml')))}")
+        there = ", ".join(file.name for file in sorted((ROOT / "params").glob("*.yml")) if file.name != "regimes.yml")
+        raise FileNotFoundError(f"no sweep {path}: params/ has {there}")
     spec = yaml.safe_load(path.read_text())
     wrong = sorted(set(spec) - KEYS) if isinstance(spec, dict) else ["its whole content"]
     if wrong or not spec.get("grid"):
@@ -97,6 +105,7 @@ def _run_all(notebook: Path, due: list[Cell], finished: int, quiet: bool) -> Non
 
     if finished and not quiet:
         print(f"{finished} finished cells are kept, {len(due)} to run")
+    _make_bases(due, quiet)
     with tqdm(total=len(due), unit="run", file=sys.stderr, disable=quiet, dynamic_ncols=True) as shown:
         for cell in due:
             shown.set_description(cell.run_id)
@@ -109,6 +118,17 @@ def _run_all(notebook: Path, due: list[Cell], finished: int, quiet: bool) -> Non
                             file=sys.stderr)
 
 
+def _make_bases(due: list[Cell], quiet: bool) -> None:
+    """Once and here, where progress shows, not inside the first cell that needs it."""
+    for model, recipe in dict.fromkeys((cell.full["model"], cell.full["recipe"]) for cell in due):
+        spec = model_spec(model)
+        if not spec.path:
+            try:
+                pretrained(spec, recipe, progress=not quiet)
+            except Exception as error:  # its cells will fail of it, each with a row; others go on
+                print(f"the base of {model} could not be made: {type(error).__name__}: {error}", file=sys.stderr)
+
+
 def _run(notebook: Path, cell: Cell) -> None:
     """One cell in a process of its own; when it ends without a result, say here how it ended."""
     cell.folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +137,7 @@ def _run(notebook: Path, cell: Cell) -> None:
     given.write_text(json.dumps({**cell.params, "out_dir": str(cell.folder.resolve())}))
     parent = os.getpid()
     with open(cell.folder / "notebook.log", "w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "vramlab.sweep", str(notebook), str(cell.folder / "run.ipynb"),
+        process = subprocess.Popen([sys.executable, "-m", "vramlab.cell", str(notebook), str(cell.folder / "run.ipynb"),
                                     str(given)], stdout=log, stderr=log, env={**os.environ, "PLOTLY_RENDERER": "plotly_mimetype"},
                                    preexec_fn=lambda: _die_with(parent))
         try:
@@ -134,18 +154,17 @@ def _run(notebook: Path, cell: Cell) -> None:
 def _ended(cell: Cell, code: int) -> dict:
     """The result of a cell whose kernel did not live to write one."""
     log = (cell.folder / "notebook.log").read_text().strip().splitlines()
-    reason = next((line for line in reversed(log) if "Error" in line or "KernelDied" in line or "CellTimeout" in line),
-                  log[-1] if log else f"the notebook's process ended with code {code}")
+    reason = next((line for line in reversed(log) if "Error: " in line or "KernelDied: " in line or "CellTimeout: " in line),
+                  log[-1] if log else f"papermill ended with code {code}")
     _params_of(cell)
-    return {"schema": SCHEMA, "run_id": cell.run_id, "regime": cell.params.get("regime", "full"),
-            "model": cell.params.get("model", "tiny"), "outcome": "oom" if "KernelDied" in reason else "failed",
-            "reason": reason, "config_hash": config_hash(cell.params)}
+    return {"schema": SCHEMA, "run_id": cell.run_id, "regime": cell.full["regime"], "model": cell.full["model"],
+            "outcome": "oom" if KILLED in reason else "failed", "reason": reason, "config_hash": config_hash(cell.params)}
 
 
 def _params_of(cell: Cell) -> None:
     path = cell.folder / "params.yml"
     if not path.exists():
-        path.write_text(yaml.safe_dump({"regime": "full", **cell.params, "run_id": cell.run_id}))
+        path.write_text(yaml.safe_dump({**cell.full, "run_id": cell.run_id}))
 
 
 def _die_with(parent: int) -> None:
@@ -181,7 +200,8 @@ def _say(rows: list[dict], as_json: bool) -> None:
         print(json.dumps(rows, indent=1))
         return
     for row in rows:
-        print("  ".join(f"{value:,.0f}" if isinstance(value, float) else str(value) for value in row.values() if value not in (None, "")))
+        shown = (f"{value:,.0f}" if isinstance(value, float) else str(value) for value in row.values() if value not in (None, ""))
+        print("  ".join(shown))
 
 
 def _write(path: Path, content: dict) -> None:
@@ -189,14 +209,3 @@ def _write(path: Path, content: dict) -> None:
     partial.write_text(json.dumps(content, indent=1))
     os.replace(partial, path)
 
-
-def _execute(notebook: str, output: str, given: str) -> None:
-    """What the cell's process does."""
-    import papermill
-
-    papermill.execute_notebook(notebook, output, parameters=json.loads(Path(given).read_text()), engine_name="vramlab",
-                               kernel_name="python3", progress_bar=False, log_output=False)
-
-
-if __name__ == "__main__":
-    _execute(*sys.argv[1:])

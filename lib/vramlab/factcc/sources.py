@@ -13,7 +13,7 @@ from pathlib import Path
 from .items import Item
 
 SOURCES = ("factcc", "boolq", "summedits", "generated")
-LABELS = {"CORRECT": 1, "INCORRECT": 0, "CONSISTENT": 1, "INCONSISTENT": 0, 1: 1, 0: 0, True: 1, False: 0}
+LABELS = {"CORRECT": 1, "INCORRECT": 0, "CONSISTENT": 1, "INCONSISTENT": 0, 1: 1, 0: 0}  # True and False are 1 and 0
 FACTCC_SIZES = {"val": (931, None), "test": (503, 441)}
 """Items and consistent items of the annotated release (Kryscinski 2020); the balance of `val` is not published."""
 FACTCC_FOLDERS = ("annotated_data", "unpaired_annotated_data")

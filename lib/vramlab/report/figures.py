@@ -21,7 +21,8 @@ CONFIG = {"responsive": True, "displaylogo": False, "showSendToCloud": False}
 def _figure(title: str, height: int = 440, **layout) -> go.Figure:
     figure = go.Figure()
     figure.update_layout(title={"text": title, "x": 0, "xanchor": "left", "font": {"size": 15}}, height=height,
-                         margin={"l": 60, "r": 16, "t": 48, "b": 56}, legend={"orientation": "h", "y": -0.2}, **layout)
+                         margin={"l": 60, "r": 16, "t": 48, "b": 56}, **layout,
+                         legend={"orientation": "h", "y": -0.2, "traceorder": "normal"})
     return figure
 
 
@@ -49,14 +50,15 @@ def trade_off(runs: Sequence[Run]) -> go.Figure:
 
 
 def _points(summary: pd.DataFrame, cell: pd.DataFrame, visible: bool) -> go.Scatter:
-    above = ["top center", "bottom center", "middle right", "middle left"]
     order = summary["peak_mib"].rank(method="first").astype(int)
+    pace = summary.loc[summary["trainable_parameters"] > 0, "tokens_per_s"]  # a forward alone would stretch the scale
     return go.Scatter(
         x=summary["peak_mib"], y=cell["value"], mode="markers+text", text=list(summary.index), visible=visible,
-        textposition=[above[rank % 4] for rank in order],
+        textposition=["top center" if rank % 2 else "bottom center" for rank in order],
         error_y={"type": "data", "symmetric": False, "array": cell["high"] - cell["value"],
                  "arrayminus": cell["value"] - cell["low"], "thickness": 1, "width": 3},
         marker={"size": 13, "color": summary["tokens_per_s"], "colorscale": "Viridis", "line": {"width": 1, "color": "#fff"},
+                "cmin": pace.min(), "cmax": pace.max(),
                 "colorbar": {"title": {"text": "tokens/s", "side": "right"}, "thickness": 10, "len": 0.8}},
         customdata=list(zip(summary["tokens_per_s"], cell["low"], cell["high"], cell["n"], strict=True)),
         hovertemplate="%{text}<br>%{x:.1f} MiB<br>%{customdata[0]:,.0f} tokens/s<br>balanced accuracy %{y:.3f} "
@@ -85,9 +87,10 @@ def timeline(run: Run) -> go.Figure:
 
 def timelines(runs: Sequence[Run]) -> go.Figure:
     """The timeline of any of the runs, picked from a menu."""
-    shown = [run for run in runs if run.ok and run.has_timeline]
-    figure = _figure("Live bytes through the metered steps", 520, xaxis_title="allocation event, in order",
-                     yaxis={"title": "MiB", "domain": [0.12, 1]}, hovermode="x",
+    traced = [run for run in runs if run.ok and run.has_timeline]
+    shown = sorted(traced, key=lambda run: run.name != tables.REFERENCE)
+    figure = _figure("Live bytes through the metered steps", 540, xaxis_title="allocation event, in order",
+                     yaxis={"title": "MiB", "domain": [0.12, 0.84]}, hovermode="x",
                      yaxis2={"domain": [0, 0.07], "visible": False, "fixedrange": True})
     owners, buttons = [], []
     for index, run in enumerate(shown):
@@ -96,9 +99,9 @@ def timelines(runs: Sequence[Run]) -> go.Figure:
         owners += [index] * len(traces)
     for index, run in enumerate(shown):
         buttons.append({"label": run.name, "method": "update",
-                        "args": [{"visible": [owner == index for owner in owners]}, {"annotations": [_peak_note(run)]}]})
+                        "args": [{"visible": [owner == index for owner in owners]}, {"annotations": _peak_notes(run)}]})
     if shown:
-        figure.update_layout(annotations=[_peak_note(shown[0])], updatemenus=_menu(buttons) if len(shown) > 1 else None)
+        figure.update_layout(annotations=_peak_notes(shown[0]), updatemenus=_menu(buttons) if len(shown) > 1 else None)
     return figure
 
 
@@ -116,24 +119,30 @@ def _stack(run: Run, visible: bool) -> list[go.Scatter]:
     return traces
 
 
-def _peak_note(run: Run) -> dict:
+def _peak_notes(run: Run) -> list[dict]:
+    """An arrow at the peak, and above the plot what it is made of."""
     frame = tables.curve(run)
     at = frame["live"].idxmax()
-    return {"x": frame["event"][at], "y": frame["live"][at], "text": peak_words(run), "showarrow": True, "ax": 0, "ay": -24,
-            "align": "left", "font": {"size": 11}}
+    arrow = {"x": frame["event"][at], "y": frame["live"][at], "text": "", "showarrow": True, "ax": 0, "ay": -18}
+    words = {"xref": "paper", "yref": "paper", "x": 0, "y": 1, "xanchor": "left", "yanchor": "top", "showarrow": False,
+             "align": "left", "font": {"size": 11}, "text": "<br>".join(peak_words(run))}
+    return [arrow, words]
 
 
-def peak_words(run: Run) -> str:
-    """The peak and its three largest categories in words."""
+def peak_words(run: Run) -> list[str]:
+    """The peak, its largest categories and its largest owners, a line each."""
     peak = run.result["peak"]
-    parts = ", ".join(f"{category} {size / tables.MIB:.1f}" for category, size in list(peak["categories"].items())[:3])
-    return f"{peak['peak_bytes'] / tables.MIB:.1f} MiB in {peak['phase']}: {parts}"
+    parts = ", ".join(f"{category} {size / tables.MIB:.1f}" for category, size in list(peak["categories"].items())[:4])
+    owners = ", ".join(f"{owner['module'] or 'loss'} ({owner['category']}) {owner['bytes'] / tables.MIB:.1f}"
+                       for owner in peak["owners"][:3])
+    return [f"<b>peak {peak['peak_bytes'] / tables.MIB:.1f} MiB, {peak['phase']} of step {peak['step']}</b>", parts,
+            f"largest: {owners}"]
 
 
 def matrix(runs: Sequence[Run]) -> go.Figure:
     """Balanced accuracy of every run in every place, and of the judges without a model; a menu picks the scoring."""
     figures = [matrix_of(runs, scoring) for scoring in SCORINGS]
-    for index, other in enumerate(figures[1:], 1):
+    for other in figures[1:]:
         figures[0].add_trace(other.data[0].update(visible=False))
     figures[0].update_layout(updatemenus=_menu([
         {"label": label, "method": "update", "args": [{"visible": [i == index for i in range(len(SCORINGS))]}]}
@@ -152,11 +161,10 @@ def matrix_of(runs: Sequence[Run], scoring: str) -> go.Figure:
     cells = {(row.judge, row.place): row for row in rows.itertuples()}
     grid = [[cells.get((judge, where)) for where in places] for judge in (*names, *bars)]
     figure.add_heatmap(
-        x=places, y=[*names, *bars], zmin=0.4, zmax=0.9, colorscale="RdYlGn", xgap=2, ygap=2, showscale=False,
+        x=places, y=[*names, *bars], zmin=0.1, zmax=0.9, colorscale="RdBu", xgap=2, ygap=2, showscale=False,
         z=[[None if cell is None else round(cell.value, 4) for cell in row] for row in grid],
         text=[["" if cell is None else f"{cell.value:.2f}" for cell in row] for row in grid], texttemplate="%{text}",
         customdata=[[(0, 0, 0) if cell is None else (cell.low, cell.high, cell.n) for cell in row] for row in grid],
-        textfont={"color": "#111"},
         hovertemplate="%{y}, %{x}: %{z:.3f} [%{customdata[0]:.3f}, %{customdata[1]:.3f}], n = %{customdata[2]}<extra></extra>")
     return figure
 

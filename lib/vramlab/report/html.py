@@ -110,7 +110,7 @@ def _section(index: int, section: Section) -> str:
                   f"<script type='application/json' id=figure{index}>{_json(section.figure)}</script>"]
     else:
         parts.append(f"<p class=soft>{_text(section.about)}</p>")
-    parts.append(f"<details><summary>table, {len(section.table)} rows</summary><div class=scroll>{_table(section.table)}</div></details>")
+    parts.append(f"<details><summary>table, {len(section.table)} rows</summary>{_table(section.table)}</details>")
     return "\n".join(parts)
 
 
@@ -127,7 +127,7 @@ def _packed(code: str) -> str:
 def _table(frame: pd.DataFrame) -> str:
     head = "".join(f"<th>{_text(str(column).replace('_', ' '))}</th>" for column in frame.columns)
     rows = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in frame.itertuples(index=False))
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
 
 
 def _cell(value) -> str:
@@ -138,7 +138,7 @@ def _cell(value) -> str:
         return f"<td data-value={value}>{shown}</td>"
     if isinstance(value, int):
         return f"<td data-value={value}>{value:,}</td>"
-    kind = " class=words" if len(str(value)) > 40 else ""
+    kind = " class=words" if len(str(value)) > 24 else ""
     return f"<td{kind}>{_text(str(value))}</td>"
 
 

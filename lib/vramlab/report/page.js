@@ -13,6 +13,8 @@ const themed = (layout) => {
   const merge = (a, b) => { for (const k in b) a[k] = b[k] && typeof b[k] === "object" && !Array.isArray(b[k]) ? merge(a[k] || {}, b[k]) : b[k]; return a; };
   const out = merge(structuredClone(layout), changes);
   if (!layout.yaxis2) delete out.yaxis2;
+  delete out.title;  // the heading says it
+  out.margin = { ...out.margin, t: out.updatemenus ? 44 : 14 };
   if (innerWidth < 560) { out.margin = { ...out.margin, l: 40, r: 6 }; out.font = { ...out.font, size: 10 }; }
   return out;
 };

@@ -19,8 +19,8 @@ def takeaways(runs: Sequence[Run]) -> list[str]:
 
 def one_run(run: Run) -> str:
     """A finished run in one sentence, for the end of its notebook."""
-    yesno, peaks = _cell(run, "yesno"), run.result.get("peak_bytes", {})
-    memory = f"{peaks['meter'] / tables.MIB:.1f} MiB at the peak of a step ({run.result['peak']['phase']}), " if peaks.get("meter") else ""
+    yesno, peak = _cell(run, "yesno"), run.result.get("peak")
+    memory = f"{peak['peak_bytes'] / tables.MIB:.1f} MiB at the peak of a step ({peak['phase']}), " if peak else ""
     return (f"**{run.name}**: {memory}{run.result['speed']['tokens_per_s']:,.0f} tokens/s, balanced accuracy in "
             f"{run.params['train_domain']} {_with(yesno)} by yes/no and {_with(_cell(run, 'likelihood'))} by likelihood.")
 
@@ -37,9 +37,11 @@ def _memory(runs: Sequence[Run]) -> str:
         return ""
     least = trained.loc[trained["peak_mib"].idxmin()]
     full = trained[trained["regime"] == tables.REFERENCE]
-    versus = f", {least['peak_mib'] / full['peak_mib'].iloc[0]:.0%} of full's {full['peak_mib'].iloc[0]:.1f} MiB" if len(full) else ""
-    return (f"Least memory among the regimes that train: {least['regime']}, {least['peak_mib']:.1f} MiB at its peak in "
-            f"{least['phase']}{versus}.")
+    whole = full["peak_mib"].iloc[0] if len(full) else None
+    versus = f", {least['peak_mib'] / whole:.0%} of full's {whole:.1f} MiB" if whole else ""
+    host = f" (and {least['host_mib']:.1f} MiB in host memory)" if least["host_mib"] else ""
+    return (f"Least device memory among the regimes that train: {least['regime']}, {least['peak_mib']:.1f} MiB at its peak in "
+            f"{least['phase']}{host}{versus}.")
 
 
 def _speed(runs: Sequence[Run]) -> str:
@@ -64,8 +66,9 @@ def _learned(runs: Sequence[Run]) -> list[str]:
         one, other = (_cell(run, scoring) for run in (full, base))
         row = paired[(paired["scoring"] == scoring) & (paired["place"] == home)].iloc[0]
         clearly = "clearly above" if row["high"] < 0 and row["mcnemar_p"] < 0.05 else "not clearly above"
+        gap = f"{-row['difference']:+.3f} [{-row['high']:+.3f}, {-row['low']:+.3f}]"
         said.append(f"In {home}, {label}: full reaches {_with(one)}, {clearly} zero_shot's {_with(other)} (paired difference "
-                    f"{-row['difference']:+.3f} [{-row['high']:+.3f}, {-row['low']:+.3f}], exact McNemar p = {row['mcnemar_p']:.2g}).")
+                    f"{gap}, exact McNemar p = {row['mcnemar_p']:.2g}).")
     return [*said, _over_baselines(full)]
 
 
@@ -73,9 +76,9 @@ def _over_baselines(full: Run) -> str:
     best = max((_cell(full, scoring) for scoring in ("yesno", "likelihood")), key=lambda cell: cell["value"])
     bars = {name: _cell(full, name) for name in ("unigram_overlap", "bigram_overlap")}
     highest = max(bars, key=lambda name: bars[name]["value"])
-    above = best["low"] > bars[highest]["high"]
-    return (f"full's better score ({best['scoring']}, {_with(best)}) is {'above' if above else 'NOT above'} the interval of the "
-            f"better overlap judge ({highest.replace('_', ' ')}, {_with(bars[highest])}); claim only: {_with(_cell(full, 'claim_only'))}.")
+    above = "above" if best["low"] > bars[highest]["high"] else "NOT above"
+    return (f"full's better score ({best['scoring']}, {_with(best)}) is {above} the interval of the better overlap judge "
+            f"({highest.replace('_', ' ')}, {_with(bars[highest])}); claim only: {_with(_cell(full, 'claim_only'))}.")
 
 
 def _cell(run: Run, scoring: str) -> pd.Series:
@@ -112,8 +115,8 @@ def _identical(runs: Sequence[Run]) -> str:
 def caveats(runs: Sequence[Run]) -> list[str]:
     """What a reader has to know before quoting a figure."""
     seeds = {run.params.get("seed", 0) for run in runs}
-    said = ["Every figure here was measured on the CPU named below, at the small model's shape: memory's order between regimes "
-            "carries over to a GPU, its size and the speed do not."]
+    said = ["Every figure here was measured on the CPU named below, at the small model's shape. Sizes and speeds of a GPU and of a "
+            "7B are others, and at another shape the order of the regimes can be another too."]
     if len(seeds) == 1:
         said.append(f"Item interval only: one training seed ({seeds.pop()}), so the intervals hold what other documents would "
                     "change, not what another seed would.")

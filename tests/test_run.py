@@ -1,0 +1,118 @@
+"""A run's folder holds everything its figures are drawn from, whole, however the run ended."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from vramlab import passes
+from vramlab.run import KNOWN_PARAMETERS, config_hash, execute, resolve, run_id
+from vramlab.runs import Run, read_runs
+
+SMALL = {"recipe": "smoke", "steps": 4, "train_items": 64, "val_items": 20, "test_items": 20, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def lomo(tmp_path_factory):
+    return Run(execute({**SMALL, "regime": "lomo"}, tmp_path_factory.mktemp("runs") / "lomo-x", progress=False))
+
+
+def test_the_folder_is_the_contract(lomo):
+    names = {path.name for path in lomo.folder.iterdir()}
+    assert {"params.yml", "env.json", "steps.parquet", "timeline.parquet", "scores.parquet", "accuracy.parquet", "result.json"} == names
+    assert lomo.ok and lomo.params["lr"] == 0.3 and lomo.params["regime_row"]["until"]["value"] == "backward"
+    assert set(KNOWN_PARAMETERS) <= set(lomo.params)
+    assert {"python", "versions", "device", "commit", "seed", "config_hash"} <= set(lomo.environment)
+    assert lomo.environment["config_hash"] == config_hash({**SMALL, "regime": "lomo"})
+
+
+def test_steps_are_timed_by_phase_and_the_phases_fit_into_the_step(lomo):
+    steps = lomo.steps
+    assert list(steps["step"]) == [0, 1, 2, 3] and (steps["tokens"] > 0).all() and steps["loss"].notna().all()
+    inside = steps["forward_s"] + steps["backward_s"] + steps["update_s"]
+    assert (inside <= steps["step_s"]).all() and (inside > 0.8 * steps["step_s"]).all()
+
+
+def test_both_meters_saw_the_run(lomo):
+    peaks = lomo.result["peak_bytes"]
+    assert peaks["meter"] == lomo.timeline["live_bytes"].max() == sum(lomo.result["memory_ledger"].values())
+    assert peaks["process"] == pytest.approx(peaks["meter"], rel=0.3)  # a small step: fixed costs show
+    assert lomo.result["process"]["allocator"]["MALLOC_MMAP_THRESHOLD_"] == "65536"
+    assert lomo.result["optimizer_state_bytes"] == 0
+    assert "init" in set(lomo.timeline["phase"]) and (lomo.timeline["phase"] == "init").mean() < 0.2
+
+
+def test_scores_carry_every_domain_and_the_judges_without_a_model(lomo):
+    assert set(lomo.accuracy["domain"]) == {"news", "general", "law", "medicine"}
+    assert {"yesno", "likelihood", "claim_only", "unigram_overlap", "bigram_overlap", "majority"} == set(lomo.accuracy["scoring"])
+    assert set(lomo.scores["split"]) == {"val", "test"}
+
+
+def test_the_same_parameters_give_the_same_losses_and_scores(lomo, tmp_path):
+    again = Run(execute({**SMALL, "regime": "lomo", "measure": False}, tmp_path / "again", progress=False))
+    assert list(again.steps["loss"]) == list(lomo.steps["loss"])
+    pd.testing.assert_series_equal(again.scores["yesno"], lomo.scores["yesno"])
+    assert not again.has_timeline
+
+
+@pytest.mark.parametrize(("error", "outcome"), [(torch.OutOfMemoryError("no room"), "oom"), (MemoryError("none"), "oom"),
+                                                (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "oom"),
+                                                (RuntimeError("else"), "failed")])
+def test_running_out_of_memory_is_a_result_and_other_errors_are_recorded_and_raised(tmp_path, monkeypatch, error, outcome):
+    def learn(*_):
+        raise error
+
+    monkeypatch.setattr(passes, "learn", learn)
+    if outcome == "failed":
+        with pytest.raises(RuntimeError, match="else"):
+            execute(SMALL, tmp_path / "r", progress=False)
+    else:
+        execute(SMALL, tmp_path / "r", progress=False)
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert result["outcome"] == outcome and str(error) in result["reason"]
+    assert [run.ok for run in read_runs(tmp_path)] == [False]
+
+
+def test_an_interrupted_run_is_not_there(tmp_path, monkeypatch):
+    def learn(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(passes, "learn", learn)
+    with pytest.raises(KeyboardInterrupt):
+        execute(SMALL, tmp_path / "r", progress=False)
+    assert not (tmp_path / "r" / "result.json").exists()
+    with pytest.raises(FileNotFoundError, match="vramlab sweep"):
+        read_runs(tmp_path)
+
+
+def test_whatever_decides_numbers_changes_the_hash(tmp_path):
+    base = config_hash(SMALL)
+    for changed in ({"steps": 5}, {"seed": 1}, {"regime": "lora"}, {"lr": 0.5}, {"model": "baichuan2-7b"}, {"data_seed": 1}):
+        assert config_hash({**SMALL, **changed}) != base
+    file = tmp_path / "model.yml"
+    shape = yaml.safe_load((passes.ROOT / "params" / "models" / "tiny.yml").read_text())
+    hashes = []
+    for layers in (4, 5):
+        file.write_text(yaml.safe_dump({**shape, "config": {**shape["config"], "num_hidden_layers": layers}}))
+        hashes.append(config_hash({**SMALL, "model": str(file)}))
+    assert hashes[0] != hashes[1] and run_id(SMALL) == f"full-{base[:8]}"
+
+
+@pytest.mark.parametrize(("wrong", "words"), [({"regimes": "full"}, "known: regime, model"), ({"steps": "4"}, "it takes int"),
+                                              ({"measure": 1}, "it takes bool"), ({"regime": "lomoo"}, "it has: zero_shot"),
+                                              ({"lr": True}, "it takes float")])
+def test_a_wrong_parameter_is_refused_by_name(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        resolve({**SMALL, **wrong})
+
+
+@pytest.mark.parametrize(("wrong", "words"), [({"train_domain": "sports"}, "general, news, law, medicine"),
+                                              ({"items": "nowhere"}, "does not exist"), ({"recipe": "quick"}, "standard, smoke"),
+                                              ({"objective": "all"}, "answer")])
+def test_a_run_that_cannot_be_prepared_says_why(tmp_path, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        execute({**SMALL, **wrong}, tmp_path / "r", progress=False)
