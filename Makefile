@@ -22,7 +22,7 @@ test: env
 	$(BIN)/python -m pytest
 
 lab: env
-	$(BIN)/jupyter lab --ServerApp.root_dir=. notebooks
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.news_url=None notebooks/compare.ipynb
 
 check: env
 	$(BIN)/ruff check lib tests

@@ -9,3 +9,26 @@ os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")
 import torch  # noqa: E402
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+import json  # noqa: E402
+
+import pytest  # noqa: E402
+
+SMALL = {"recipe": "smoke", "steps": 4, "train_items": 64, "val_items": 40, "test_items": 40, "batch_size": 4}
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A folder of real small runs, and one cell that ran out of memory."""
+    from vramlab.run import execute
+
+    folder = tmp_path_factory.mktemp("finished")
+    for regime in ("zero_shot", "full", "checkpoint"):
+        execute({**SMALL, "regime": regime}, folder / f"{regime}-0", progress=False)
+    lost = folder / "lora-0"
+    lost.mkdir()
+    (lost / "params.yml").write_text("regime: lora\nseed: 0\ntrain_domain: news\n")
+    (lost / "result.json").write_text(json.dumps({"outcome": "oom", "reason": "no room <here>", "regime": "lora", "model": "tiny"}))
+    order = [{"run_id": f"{regime}-0"} for regime in ("zero_shot", "full", "checkpoint", "lora")]
+    (folder / "sweep.json").write_text(json.dumps({"cells": order}))
+    return folder

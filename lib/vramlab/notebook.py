@@ -64,21 +64,18 @@ def explore(draw: Callable, **choices: Sequence) -> None:
     try:
         import ipywidgets
 
-        controls = {name: _control(ipywidgets, name, list(choices[name])) for name in names}
-        shown = ipywidgets.Output()
     except ImportError:
         display(draw(**first))
         return
+    controls = {name: _control(ipywidgets, name, list(choices[name])) for name in names}
+    display(ipywidgets.HBox(list(controls.values())))
+    shown = display(draw(**first), display_id=True)
 
     def redraw(_=None) -> None:
-        with shown:
-            shown.clear_output(wait=True)
-            display(draw(**{name: control.value for name, control in controls.items()}))
+        shown.update(draw(**{name: control.value for name, control in controls.items()}))
 
     for control in controls.values():
         control.observe(redraw, names="value")
-    display(ipywidgets.VBox([ipywidgets.HBox(list(controls.values())), shown]))
-    display(draw(**first))
 
 
 def _control(ipywidgets, name: str, options: list):

@@ -133,10 +133,15 @@ def peak_words(run: Run) -> list[str]:
     """The peak, its largest categories and its largest owners, a line each."""
     peak = run.result["peak"]
     parts = ", ".join(f"{category} {size / tables.MIB:.1f}" for category, size in list(peak["categories"].items())[:4])
-    owners = ", ".join(f"{owner['module'] or 'loss'} ({owner['category']}) {owner['bytes'] / tables.MIB:.1f}"
-                       for owner in peak["owners"][:3])
+    owners = ", ".join(f"{_owner(owner)} {owner['bytes'] / tables.MIB:.1f}" for owner in peak["owners"][:3])
     return [f"<b>peak {peak['peak_bytes'] / tables.MIB:.1f} MiB, {peak['phase']} of step {peak['step']}</b>", parts,
             f"largest: {owners}"]
+
+
+def _owner(owner: dict) -> str:
+    """A module's weight by its name; anything else by module and operation."""
+    op = owner["op"].split(".")[1] if "." in owner["op"] else ""
+    return f"{owner['module'] or 'the loss'} {op} ({owner['category']})".replace("  ", " ")
 
 
 def matrix(runs: Sequence[Run]) -> go.Figure:

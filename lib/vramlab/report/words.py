@@ -30,9 +30,13 @@ def _failed(runs: Sequence[Run]) -> str:
     return f"{len(wrong)} of {len(runs)} runs did not finish: {'; '.join(wrong)}." if wrong else ""
 
 
+def _trained(runs: Sequence[Run]) -> pd.DataFrame:
+    return tables.summary([run for run in runs if run.result["trainable_parameters"]])
+
+
 def _memory(runs: Sequence[Run]) -> str:
-    frame = tables.summary(runs)
-    trained = frame[frame.get("trainable_parameters", pd.Series(0, frame.index)) > 0].dropna(subset=["peak_mib"])
+    trained = _trained(runs)
+    trained = trained if trained.empty else trained.dropna(subset=["peak_mib"])
     if trained.empty:
         return ""
     least = trained.loc[trained["peak_mib"].idxmin()]
@@ -45,8 +49,7 @@ def _memory(runs: Sequence[Run]) -> str:
 
 
 def _speed(runs: Sequence[Run]) -> str:
-    frame = tables.summary(runs)
-    trained = frame[frame.get("trainable_parameters", pd.Series(0, frame.index)) > 0]
+    trained = _trained(runs)
     if trained.empty:
         return ""
     fast, slow = (trained.loc[trained["tokens_per_s"].agg(pick)] for pick in ("idxmax", "idxmin"))

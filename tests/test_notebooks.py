@@ -1,0 +1,128 @@
+"""Every notebook runs by itself under papermill, refuses a typo, and is committed without outputs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+
+import nbformat
+import papermill
+import pytest
+
+from conftest import SMALL
+from vramlab.environment import ROOT
+from vramlab.run import KNOWN_PARAMETERS
+from vramlab.runs import Run
+
+NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+PLOTLY = "application/vnd.plotly.v1+json"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_committed_stripped_with_one_parameters_cell_and_the_environments_kernel(path):
+    notebook = nbformat.read(path, 4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code) and "widgets" not in notebook.metadata
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    assert notebook.metadata.kernelspec.name == "python3"
+    prose = " ".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert "## What to expect" in prose and "## Takeaway" in prose
+
+
+def test_finetunes_parameters_are_the_runs_with_the_same_defaults():
+    inferred = papermill.inspect_notebook(str(ROOT / "notebooks" / "finetune.ipynb"))
+    shown = {name: found["default"] for name, found in inferred.items() if name != "out_dir"}
+    assert shown == {name: json.dumps(default) if isinstance(default, str) else str(default)
+                     for name, default in KNOWN_PARAMETERS.items()}
+    assert all(found["help"] for found in inferred.values())
+
+
+def _execute(path, out, **parameters):
+    return papermill.execute_notebook(str(path), str(out), parameters=parameters, engine_name="vramlab", progress_bar=False)
+
+
+def _figures(notebook):
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
+    return [output.data[PLOTLY] for output in outputs if PLOTLY in output.get("data", {})]
+
+
+def _last_words(notebook):
+    return notebook.cells[-1].outputs[-1].data["text/markdown"]
+
+
+def test_finetune_trains_and_leaves_a_run_folder_and_plain_figures(tmp_path):
+    done = _execute(ROOT / "notebooks" / "finetune.ipynb", tmp_path / "out.ipynb", regime="lomo",
+                    out_dir=str(tmp_path / "run"), **SMALL)
+    run = Run(tmp_path / "run")
+    assert run.ok and run.params["regime"] == "lomo"
+    figures = _figures(done)
+    assert [figure["data"][0]["type"] for figure in figures] == ["scatter", "scatter", "heatmap"]
+    peak = run.result["peak"]["peak_bytes"] / 2**20
+    assert f"**lomo**: {peak:.1f} MiB at the peak" in _last_words(done)
+
+
+def test_the_command_line_of_the_notebooks_own_text_refuses_a_typo(tmp_path):
+    command = [sys.executable, "-m", "papermill", "notebooks/finetune.ipynb", str(tmp_path / "out.ipynb"), "-p", "regim", "lomo"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "unknown parameter regim; known: regime, model" in done.stderr
+
+
+def test_timeline_shows_the_run_asked_for_and_where_its_peak_is(finished, tmp_path):
+    done = _execute(ROOT / "notebooks" / "timeline.ipynb", tmp_path / "out.ipynb", folder=str(finished), run_name="checkpoint")
+    peak = Run(finished / "checkpoint-0").result["peak"]["peak_bytes"] / 2**20
+    assert len(_figures(done)) == 2 and f"peak {peak:.1f} MiB" in _last_words(done)
+    with pytest.raises(papermill.PapermillExecutionError, match="zero_shot, full, checkpoint"):
+        _execute(ROOT / "notebooks" / "timeline.ipynb", tmp_path / "no.ipynb", folder=str(finished), run_name="lomo")
+
+
+def test_compare_draws_every_figure_and_keeps_what_failed_in_view(finished, tmp_path):
+    done = _execute(ROOT / "notebooks" / "compare.ipynb", tmp_path / "out.ipynb", folder=str(finished))
+    assert len(_figures(done)) == 5 and "1 of 4 runs did not finish: lora (oom: no room" in _last_words(done)
+
+
+@pytest.fixture
+def lab(finished, tmp_path):
+    """JupyterLab on a copy of the notebooks; gives its address."""
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    source = (tmp_path / "notebooks" / "timeline.ipynb")
+    source.write_text(source.read_text().replace("outputs/quick", str(finished)))
+    server = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--port=8931",
+                               "--ServerApp.token=t", "--LabApp.news_url=None", f"--ServerApp.root_dir={tmp_path}"],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    address = "http://127.0.0.1:8931"
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(f"{address}/api?token=t").close()
+            break
+        except OSError:
+            time.sleep(0.2)
+    yield address
+    server.terminate()
+    server.wait(timeout=30)
+
+
+def test_in_jupyterlab_a_widget_redraws_its_figure(lab):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM:
+        pytest.skip("no Chromium on this machine: install the package chromium, see the README")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu",
+                                             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"])
+        tab = browser.new_page(viewport={"width": 1400, "height": 4000})
+        tab.goto(f"{lab}/lab/tree/notebooks/timeline.ipynb?token=t")
+        tab.get_by_text("Python 3 (ipykernel) | Idle").first.wait_for(timeout=90000)
+        tab.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
+        tab.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
+        choice = tab.locator(".widget-dropdown select").first
+        choice.wait_for(timeout=90000)
+        words = tab.locator(".jp-Notebook .annotation-text", has_text="peak")
+        before = words.text_content(timeout=60000)
+        choice.select_option("checkpoint")
+        sync_api.expect(words).not_to_have_text(before, timeout=60000)
+        sync_api.expect(words).to_have_count(1)  # redrawn in place, not beside
+        browser.close()
