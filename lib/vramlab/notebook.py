@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import plotly.io
+
 from .environment import ROOT
+
+# the figure as data: a saved notebook stays small, and JupyterLab shows it without trusting the notebook first
+MIMETYPE = "plotly_mimetype"
+if "PLOTLY_RENDERER" not in os.environ:
+    plotly.io.renderers.default = MIMETYPE
 
 
 def parameters(namespace: Mapping, known: Sequence[str]) -> dict:
@@ -56,23 +64,26 @@ def runs_folder(path: str, progress: bool = True) -> Path:
 
 def explore(draw: Callable, **choices: Sequence) -> None:
     """Show `draw(**first choices)` as a plain figure, which a saved notebook keeps, and in a live notebook a control for
-    each choice that redraws it in place."""
+    each choice; at its first use the figure moves into a widget, where it is drawn anew each time."""
     from IPython.display import display
 
-    names = list(choices)
-    first = {name: next(iter(options)) for name, options in choices.items()}
+    figure = draw(**{name: next(iter(options)) for name, options in choices.items()})
     try:
         import ipywidgets
-
     except ImportError:
-        display(draw(**first))
+        display(figure)
         return
-    controls = {name: _control(ipywidgets, name, list(choices[name])) for name in names}
-    display(ipywidgets.HBox(list(controls.values())))
-    shown = display(draw(**first), display_id=True)
+    controls = {name: _control(ipywidgets, name, list(options)) for name, options in choices.items()}
+    shown = ipywidgets.Output()
+    display(ipywidgets.VBox([ipywidgets.HBox(list(controls.values())), shown]))
+    # not display(figure): plotly's own display takes no id, so nothing could take the plain figure away later
+    plain = display(plotly.io.renderers[MIMETYPE].to_mimebundle(figure.to_dict()), raw=True, display_id=True)
 
     def redraw(_=None) -> None:
-        shown.update(draw(**{name: control.value for name, control in controls.items()}))
+        plain.update({"text/plain": ""}, raw=True)
+        with shown:
+            shown.clear_output(wait=True)
+            display(draw(**{name: control.value for name, control in controls.items()}))
 
     for control in controls.values():
         control.observe(redraw, names="value")
