@@ -104,21 +104,23 @@ class BaichuanTokenizer(PreTrainedTokenizer):
         return (str(target),)
 
 
-def train_tokenizer(texts: Iterable[str], path: Path | str, vocab_size: int) -> Path:
+def train_tokenizer(texts: Iterable[str], path: Path | str, vocab_size: int, words: Sequence[str] = ()) -> Path:
     """Train a SentencePiece BPE with the paper's options (2.3) on `texts` and write it to `path`.
 
-    Raises: ValueError, when `vocab_size` cannot hold the control pieces and the bytes.
+    Each of `words` is one piece, without the shorter pieces that merging it would leave in a small vocabulary; their ids
+    follow the control pieces'. A longer word that begins with one of them is cut behind it.
+    Raises: ValueError, when `vocab_size` cannot hold the control pieces, the words and the bytes.
     """
-    fixed = 3 + RESERVED + 256
+    fixed = 3 + RESERVED + len(words) + 256
     if vocab_size <= fixed:
-        raise ValueError(f"vocab_size is {vocab_size}: {fixed} ids are control pieces and bytes, use more")
+        raise ValueError(f"vocab_size is {vocab_size}: {fixed} ids are control pieces, words and bytes, use more")
     path = Path(path)
     reserved = [f"<reserved_{i - 89}>" for i in range(3, 3 + RESERVED)]  # so that id 195 is <reserved_106>
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(path.with_suffix("")), model_type="bpe", vocab_size=vocab_size,
         normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
         allow_whitespace_only_pieces=True, character_coverage=0.9999, byte_fallback=True, max_sentencepiece_length=32,
-        control_symbols=reserved, minloglevel=2, num_threads=1, hard_vocab_limit=True)
+        control_symbols=reserved, user_defined_symbols=list(words), minloglevel=2, num_threads=1, hard_vocab_limit=True)
     trained = path.with_suffix("").with_name(path.with_suffix("").name + ".model")
     if trained != path:
         trained.rename(path)

@@ -62,7 +62,7 @@ def generate_items(domain: str, split: str, n: int, seed: int, shift: str = "non
     items: list[Item] = []
     while len(items) < n:
         group = f"{domain}-{split}-{seed}-{shift}-{len(items) // config.claims}"
-        items += _document(grammar, domain, split, shift, group, config, rng)
+        items += document_items(grammar, domain, split, shift, group, config, rng)
     return items[:n]
 
 
@@ -92,8 +92,9 @@ def _records(grammar: Grammar, count: int, rng: random.Random) -> list[Record]:
                    R=rng.choice(values["R"]), X=rng.choice(values["X"])) for i in range(count)]
 
 
-def _document(grammar: Grammar, domain: str, split: str, shift: str, group: str, config: GeneratorConfig,
-              rng: random.Random) -> list[Item]:
+def document_items(grammar: Grammar, domain: str, split: str, shift: str, group: str, config: GeneratorConfig,
+                   rng: random.Random) -> list[Item]:
+    """The `config.claims` items of one new document in `grammar`; the other arguments are written on them."""
     records = _records(grammar, config.records, rng)
     moved = shift == "moderate"
     sentences = [_Sentence(i, slots, templates[0] if moved else rng.choice(templates))

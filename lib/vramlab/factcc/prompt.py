@@ -110,7 +110,7 @@ def training_batches(tokenizer: BaichuanTokenizer, items: Sequence[Item], batch_
     rng = random.Random(seed)
     while True:
         waiting: list[Encoded] = []
-        for group in _sequences(items, rng):
+        for group in sequences(items, rng):
             waiting.append(encode_document(tokenizer, group, max_length))
             if len(waiting) == batch_size:
                 yield batch_encoded(waiting, objective)
@@ -119,7 +119,8 @@ def training_batches(tokenizer: BaichuanTokenizer, items: Sequence[Item], batch_
             yield batch_encoded(waiting, objective)
 
 
-def _sequences(items: Sequence[Item], rng: random.Random) -> list[list[Item]]:
+def sequences(items: Sequence[Item], rng: random.Random) -> list[list[Item]]:
+    """The items of each document together, CLAIMS_PER_SEQUENCE at most, in an order drawn from `rng`."""
     groups: dict[str, list[Item]] = {}
     for item in rng.sample(list(items), len(items)):
         groups.setdefault(item.group, []).append(item)
