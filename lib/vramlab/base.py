@@ -83,6 +83,7 @@ def base_model(spec: ModelSpec, cache_dir: Path | str, recipe: Recipe | None = N
     Written whole or not at all, so a run cut short leaves nothing to trip over.
     """
     recipe = recipe or Recipe()
+    logging.disable_progress_bar()  # transformers' own, over a millisecond of reading and writing
     folder = Path(cache_dir) / f"base-{spec.name}-{recipe.hash(spec)}"
     if not (folder / "recipe.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,6 @@ def base_model(spec: ModelSpec, cache_dir: Path | str, recipe: Recipe | None = N
             _make(spec, recipe, Path(partial), progress)
             if not folder.exists():
                 os.replace(shutil.copytree(partial, f"{partial}-whole"), folder)
-    logging.disable_progress_bar()  # transformers' own, over half a millisecond of loading
     model = BaichuanForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), BaichuanTokenizer.from_pretrained(folder), json.loads((folder / "recipe.json").read_text())
 

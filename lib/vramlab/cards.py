@@ -1,0 +1,63 @@
+"""The cards a forecast can be held against: `params/cards.yml`, each figure with its source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import yaml
+
+CARDS_FILE = Path(__file__).parents[2] / "params" / "cards.yml"
+
+
+@dataclass(frozen=True)
+class Card:
+    """One card. Peak rates are dense and never reached; the context is a public report's, not ours."""
+
+    key: str
+    name: str
+    compute_capability: tuple[int, int]
+    total_gib: float
+    """What PyTorch reports as the card's total."""
+    context_mib: float
+    """What a process holds on the card before its first tensor."""
+    bf16_tflops: float
+    """With fp32 accumulation."""
+    fp32_tflops: float
+    """Without TF32, which torch leaves off."""
+    gb_per_s: float
+    source: Mapping[str, str]
+
+    @property
+    def total_bytes(self) -> int:
+        return int(self.total_gib * 2**30)
+
+    @property
+    def context_bytes(self) -> int:
+        return int(self.context_mib * 2**20)
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What is left for PyTorch's allocator when nobody else uses the card."""
+        return self.total_bytes - self.context_bytes
+
+
+def read_cards(path: Path = CARDS_FILE) -> dict[str, Card]:
+    """Every card of the file, by key, smallest first. Raises: ValueError, for a missing or unknown field."""
+    cards = {}
+    for key, row in yaml.safe_load(Path(path).read_text()).items():
+        wanted = {field.name for field in fields(Card)} - {"key"}
+        if set(row) != wanted:
+            raise ValueError(f"{Path(path).name}: {key} has {', '.join(sorted(set(row) ^ wanted))} too much or too little; a card "
+                             f"has {', '.join(sorted(wanted))}")
+        cards[key] = Card(key, **{**row, "compute_capability": tuple(row["compute_capability"])})
+    return dict(sorted(cards.items(), key=lambda item: item[1].total_gib))
+
+
+def card(key: str, path: Path = CARDS_FILE) -> Card:
+    """The card called `key`. Raises: ValueError, naming the cards there are."""
+    cards = read_cards(path)
+    if key not in cards:
+        raise ValueError(f"no card {key!r} in {Path(path).name}; it has: {', '.join(cards)}")
+    return cards[key]
