@@ -50,6 +50,18 @@ def _items(args) -> int:
     return 0
 
 
+def _replay(args) -> int:
+    from .memory.replay import replay_file
+
+    found = replay_file(args.snapshot, args.device, args.max_mib << 20).as_dict()
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        for key, value in found.items():
+            print(f"{key}: {json.dumps(value)}")
+    return 0
+
+
 def _sweep(args) -> int:
     from .report import build
     from .sweep import sweep
@@ -93,6 +105,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("path", type=Path)
     sub.add_argument("--source", choices=("factcc", "boolq", "summedits", "generated"), help="default: found from the content")
     sub.add_argument("--stories", type=Path, help="folder with CNN/DM .story files, for FactCC releases without articles")
+    sub = command("replay", _replay, "The allocator simulator against a recorded CUDA snapshot, event by event.")
+    sub.add_argument("snapshot", type=Path, help="a pickle of torch.cuda.memory._dump_snapshot; none of it is run")
+    sub.add_argument("--device", type=int, help="default: the only device with events")
+    sub.add_argument("--max-mib", type=int, default=1024, help="largest file that is read (default: 1024 MiB)")
     sub = command("sweep", _sweep, "Every cell of a sweep through papermill, resumable, then the report.")
     sub.add_argument("path", type=Path, help="for example params/quick.yml")
     sub.add_argument("--out", type=Path, help="default: outputs/<name of the sweep>")

@@ -1,0 +1,80 @@
+"""How an allocator's pools grow and shrink when each segment is one `cudaMalloc`: PyTorch's default.
+
+`ExpandableSegments` has the same verbs. `grow` returns a block that is in no list, or None where the device has no room;
+`shrink`, `release_oversize` and `collect` return memory to the device.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+
+from .blocks import Block, Device, Pool
+from .settings import Settings
+
+
+class FixedSegments:
+    """One segment a request to the driver, returned only whole and only when nothing of it is in use."""
+
+    def __init__(self, device: Device, settings: Settings):
+        self.device = device
+        self.heads: set[Block] = set()  # the first block of each segment
+        self._max_split = settings.max_split_bytes
+
+    def grow(self, pool: Pool, size: int, segment_bytes: int) -> Block | None:
+        if not self.device.take(segment_bytes):
+            return None
+        return self._segment(pool, self.device.place(segment_bytes), segment_bytes)
+
+    def _segment(self, pool: Pool, address: int, size: int) -> Block:
+        block = Block(pool, address, address, size)
+        self.heads.add(block)
+        return block
+
+    def adopt(self, pool: Pool, ranges: list[tuple[int, int]], lowest: int | None) -> list[Block]:
+        """Segments that exist already, as (address, bytes): each one free block in no list. `lowest` is nothing to them."""
+        blocks = []
+        for address, size in ranges:
+            self.device.take(size)
+            self.device.occupied_until(address + size)
+            blocks.append(self._segment(pool, address, size))
+        return blocks
+
+    def _release(self, block: Block) -> None:
+        block.pool.remove(block)
+        self.heads.remove(block)
+        self.device.give_back(block.bytes)
+
+    def shrink(self, pool: Pool) -> None:
+        """Return every whole segment of the pool. C++: `release_blocks`."""
+        for block in pool.blocks():
+            if not block.split:
+                self._release(block)
+
+    def release_oversize(self, pool: Pool, size: int) -> bool:
+        """Return the smallest oversize block that makes room for `size`, else the largest ones until together they do;
+        True when they do. C++: `release_available_cached_blocks`."""
+        if self._max_split == float("inf"):
+            return False
+        target, released = max(size, self._max_split), 0
+        at = bisect_left(pool.free, (target,))
+        if at < len(pool.free):
+            self._release(pool.free[at][2])
+            return True
+        while pool.free and released < target and pool.free[-1][0] >= self._max_split:
+            released += pool.free[-1][0]
+            self._release(pool.free[-1][2])
+        return released >= target
+
+    def collect(self, pools: Iterable[Pool], excess_bytes: int) -> None:
+        """Return whole blocks of large pools that waited at least the mean time, until `excess_bytes` are returned. Time
+        is counted in searches. C++: `garbage_collect_cached_blocks`."""
+        waiting = [block for pool in pools if not pool.small for block in pool.blocks() if not block.split]
+        while excess_bytes > 0 and waiting:
+            ages = [block.pool.searches[0] - block.born for block in waiting]
+            mean = sum(ages) / len(ages)
+            due = [block for block, age in zip(waiting, ages, strict=True) if age >= mean]
+            waiting = [block for block, age in zip(waiting, ages, strict=True) if age < mean]
+            excess_bytes -= sum(block.bytes for block in due)
+            for block in due:
+                self._release(block)
