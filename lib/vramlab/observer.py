@@ -13,7 +13,28 @@ from contextlib import contextmanager
 from torch import Tensor
 
 PHASES = ("init", "forward", "backward", "recompute", "update", "eval")
-CATEGORIES = ("weights", "gradients", "optimizer", "activations", "temporaries", "inputs")
+CATEGORIES = ("weights", "gradients", "optimizer", "activations", "temporaries", "inputs", "workspace")
+
+
+class _Recomputation:
+    """How many checkpointed blocks are being formed again, in whichever thread autograd does it."""
+
+    depth = 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        self.depth += 1
+        try:
+            yield
+        finally:  # checkpointing stops early by an exception
+            self.depth -= 1
+
+    def __bool__(self) -> bool:
+        return self.depth > 0
+
+
+recomputing = _Recomputation()
+"""True while a block is recomputed; `with recomputing():` is for whoever recomputes."""
 
 
 class Observer:
@@ -24,7 +45,8 @@ class Observer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Everything inside belongs to `name`, one of `PHASES` except recompute, which is found, not declared."""
+        """Everything inside belongs to `name`, one of `PHASES` except recompute, which is inside backward and which
+        checkpointing tells, see `recomputing`."""
         yield
 
     @contextmanager

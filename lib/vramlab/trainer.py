@@ -84,9 +84,10 @@ class Trainer:
         self.observer.own("weights", self.model.named_parameters())
         self.observer.own("weights", self.model.named_buffers())
 
-    def step(self, batches: Sequence[Batch]) -> Tensor:
+    def step(self, batches: Sequence[Batch], shares: Sequence[float] | None = None) -> Tensor:
         """One update from `regime.accumulate` micro-batches. Returns the loss: the mean over all their labelled tokens,
-        a detached 0-d tensor on the device (reading it is the caller's synchronization, not ours).
+        a detached 0-d tensor on the device (reading it is the caller's synchronization, not ours). `shares` are the
+        micro-batches' shares of those tokens, for a caller that knows them; else they are read from the labels.
 
         Raises: ValueError, when the number of micro-batches is not what the regime accumulates.
         """
@@ -96,7 +97,7 @@ class Trainer:
         self.observer.begin_step(self.steps_done)
         self._take_turns()
         self.model.train(bool(self.parts))
-        shares = _shares(batches)
+        shares = _shares(batches) if shares is None else shares
         total = torch.zeros((), device=self.device)
         with self.regime.weights.compute(self.device.type):
             for batch, share in zip(batches, shares, strict=True):

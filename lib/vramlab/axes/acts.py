@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..observer import Observer
+from ..observer import Observer, recomputing
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,13 @@ class Checkpoint(Keep):
         # the bottom, which takes from block-wise regimes the half of the backward they can skip
         for index, layer in enumerate(decoder(model).layers):
             layer.gradient_checkpointing = index % self.every == 0
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=_told)
         return model
+
+
+def _told() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Around a block's forward, and around forming it again: whoever watches is told which of the two it sees."""
+    return nullcontext(), recomputing()
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ class Fp32:
 
 @dataclass(frozen=True)
 class Mixed(Fp32):
-    """fp32 parameters under bf16 autocast: 4 bytes each, plus autocast's bf16 copies of the weights (2 bytes each)
-    that live as long as the forward's graph. Norms, softmax and the loss stay fp32. Micikevicius 2018,
+    """fp32 parameters under bf16 autocast: 4 bytes each, plus autocast's bf16 copies of the weights that train (2 bytes
+    each) that live to the end of `compute`, which holds the backward too. Norms, softmax and the loss stay fp32. Micikevicius 2018,
     arXiv:1710.03740; here with bf16 and so without loss scaling."""
 
     @contextmanager

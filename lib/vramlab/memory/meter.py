@@ -1,14 +1,12 @@
 """The event meter: every storage from birth to death, with who made it, when, and what it was for.
 
-It watches from below autograd with a dispatch mode, so it sees every operation, recomputed and backward ones too. It is
-slow, and a mode changes what autograd does in place (corrected here, see `_accumulate`): so it is for bytes only, in a
-pass of its own. Bytes inside a kernel, which no operation returns, are not seen.
+It watches from below autograd with a dispatch mode (`watch`), so it sees every operation, recomputed and backward ones
+too, on real tensors and on fake ones. It is slow: so it is for bytes only, in a pass of its own. Bytes inside a kernel,
+which no operation returns, are not seen; `Workspaces` says what is known of them.
 """
 
 from __future__ import annotations
 
-import gc
-import sys
 import time
 import weakref
 from collections import Counter
@@ -17,15 +15,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import pandas as pd
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor, UntypedStorage
 from torch.utils._pytree import tree_leaves
 
-from ..observer import Observer
+from ..observer import Observer, recomputing
+from .kernels import Workspaces
 from .modules import Modules
+from .watch import Watch, no_garbage_collection, resizes
 
-COLUMNS = ("t_s", "step", "event", "storage", "bytes", "live_bytes", "category", "phase", "module", "op", "source")
+COLUMNS = ("t_s", "step", "event", "storage", "stream", "bytes", "live_bytes", "category", "phase", "module", "op",
+           "source")
 
 
 @dataclass
@@ -40,20 +39,31 @@ class _Storage:
     op: str
     span: int
     host: bool
+    stream: int = 0
     survived: bool = False
 
 
-class Meter(Observer):
-    """Collects events while it is entered. Tensors declared before that (`own`) are adopted with phase `init`.
+class _Death(weakref.ref):
+    """Called when a storage dies; knows which. An address is unique among the living only, so it is dropped then."""
 
-    `host_peak_bytes` is the peak of what was declared to live in host memory; those storages are not in `live_bytes`.
+    __slots__ = ("key",)
+
+
+class Meter(Observer):
+    """Collects events while it is entered, once. Tensors declared before that (`own`) are adopted with phase `init`.
+
+    Where the device is not the CPU, `device_type` says so: storages on another device are host memory, as are those
+    declared so. `host_peak_bytes` is their peak; they are not in `live_bytes`. `workspaces` adds what kernels take.
     """
 
-    def __init__(self):
+    def __init__(self, device_type: str | None = None, workspaces: Workspaces | None = None):
         self._events: list[tuple[float, int, str, _Storage, int, str]] = []
         self._alive: dict[int, _Storage] = {}
+        self._deaths: dict[int, _Death] = {}
+        self._names: dict = {}
         self._phase, self._span, self._step, self._began = "init", 0, 0, time.perf_counter()
-        self._place, self._op = "device", ""
+        self._place, self._last_phase = "device", ""
+        self._device_type, self._workspaces = device_type, workspaces
         self._modules = Modules()
         self._hooks: list = []
         self._entered = ExitStack()
@@ -99,45 +109,72 @@ class Meter(Observer):
     # what happens ---------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Meter:
-        self._entered.enter_context(_no_garbage_collection())
+        self._entered.enter_context(no_garbage_collection())
         self._entered.enter_context(self._modules)
-        self._entered.enter_context(_Watch(self))
+        self._entered.enter_context(resizes(self._resized))
+        self._entered.enter_context(Watch(self.saw, lambda: self._phase == "backward"))
         return self
 
     def __exit__(self, *error) -> None:
         self._entered.close()
         self.trains([])
+        # what dies later dies with the program's variables, not by the regime
+        self._deaths.clear()
+        self._alive.clear()
 
     def _now_in(self) -> str:
-        return "recompute" if self._phase == "backward" and self._modules.inside_forward else self._phase
+        return "recompute" if recomputing and self._phase == "backward" else self._phase
 
-    def saw(self, op: str, outputs) -> None:
+    def saw(self, func, args, outputs) -> None:
         """An operation returned; whatever storage it made begins to live."""
         phase = self._now_in()
-        if phase != self._op:  # recompute begins and ends inside backward
-            self._op, self._span = phase, self._span + 1
-        for tensor in tree_leaves(outputs):
+        if phase != self._last_phase:  # recompute begins and ends inside backward
+            self._last_phase, self._span = phase, self._span + 1
+        op = self._names.get(func) or self._names.setdefault(func, str(func))
+        for tensor in (outputs,) if isinstance(outputs, Tensor) else tree_leaves(outputs):
             if isinstance(tensor, Tensor):
                 self._record(tensor, op)
+        if self._workspaces is not None:
+            self._take_workspace(func, args, op)
+
+    def _take_workspace(self, func, args, op: str) -> None:
+        """What the kernel that has just run took: for itself, or for good."""
+        kept_bytes, scratch_bytes = self._workspaces.taken(func, args, self._phase == "backward")
+        for size, kept in ((kept_bytes, True), (scratch_bytes, False)):
+            if size:
+                record = self._born(size, "workspace", op, host=False)
+                if not kept:
+                    self._event("free", record, -size)
 
     def _record(self, tensor: Tensor, op: str) -> _Storage:
         storage = tensor.untyped_storage()
-        record = self._alive.get(storage._cdata)
+        key = storage._cdata
+        record = self._alive.get(key)
         if record is None:
+            elsewhere = self._device_type is not None and tensor.device.type != self._device_type
             category = "activations" if self._phase == "forward" else "temporaries"
-            record = _Storage(len(self._events), storage.nbytes(), category, self._now_in(), self._modules.current(), op,
-                              self._span, self._place == "host")
-            self._alive[storage._cdata] = record
-            weakref.finalize(storage, self._died, storage._cdata)
-            self._event("alloc", record, record.bytes)
-        elif record.bytes != storage.nbytes():  # resized in place
+            record = self._alive[key] = self._born(storage.nbytes(), category, op, elsewhere or self._place == "host")
+            death = self._deaths[key] = _Death(storage, self._died)
+            death.key = key
+        elif record.bytes != storage.nbytes():
+            self._resized(storage)
+        return record
+
+    def _born(self, size: int, category: str, op: str, host: bool) -> _Storage:
+        record = _Storage(len(self._events), size, category, self._now_in(), self._modules.current(), op, self._span, host)
+        self._event("alloc", record, size)
+        return record
+
+    def _resized(self, storage: UntypedStorage) -> None:
+        record = self._alive.get(storage._cdata)
+        if record is not None and record.bytes != storage.nbytes():
             self._event("free", record, -record.bytes)
             record.bytes = storage.nbytes()
             self._event("alloc", record, record.bytes)
-        return record
 
-    def _died(self, key: int) -> None:
-        record = self._alive.pop(key)
+    def _died(self, death: _Death) -> None:
+        del self._deaths[death.key]
+        record = self._alive.pop(death.key)
         record.survived = record.span != self._span
         self._event("free", record, -record.bytes)
 
@@ -152,7 +189,7 @@ class Meter(Observer):
         rows, live = [], 0
         for t_s, step, event, record, change, phase in self._events:
             live += 0 if record.host else change
-            rows.append((t_s, step, event, record.serial, record.bytes if change >= 0 else -change, live,
+            rows.append((t_s, step, event, record.serial, record.stream, abs(change), live,
                          self._category(record), phase, record.module, record.op, "meter"))
         return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -166,26 +203,36 @@ class Meter(Observer):
             return record.category
         return "activations" if record.survived and record.phase in ("forward", "recompute") else "temporaries"
 
-    def peak(self) -> dict:
+    def peak(self, step: int | None = None) -> dict:
         """{peak_bytes, phase, step, categories {category: bytes}, owners [{module, category, op, bytes}, at most 8]} at the
-        event with most bytes alive on the device."""
-        live = best = at = 0
-        for index, (*_, record, change, _) in enumerate(self._events):
-            live += 0 if record.host else change
-            if live > best:
-                best, at = live, index
-        alive: Counter = Counter()
-        for *_, record, change, _ in self._events[: at + 1]:
-            if not record.host:
-                alive[record.module, self._category(record), record.op] += change
+        event with most bytes alive on the device, of one step or of all."""
+        at, most = self.peak_event(step)
+        alive = self.alive_after(at)
         categories: Counter = Counter()
         for (_, category, _), size in alive.items():
             categories[category] += size
         owners = [{"module": module, "category": category, "op": op, "bytes": size}
                   for (module, category, op), size in alive.most_common(8) if size > 0]
         _, step, _, _, _, phase = self._events[at]
-        return {"peak_bytes": best, "phase": phase, "step": step, "owners": owners,
+        return {"peak_bytes": most, "phase": phase, "step": step, "owners": owners,
                 "categories": {category: size for category, size in categories.most_common() if size > 0}}
+
+    def peak_event(self, step: int | None = None) -> tuple[int, int]:
+        """(number of the event after which most bytes are alive on the device, those bytes), of one step or of all."""
+        live = best = at = 0
+        for index, (_, when, _, record, change, _) in enumerate(self._events):
+            live += 0 if record.host else change
+            if live > best and step in (None, when):
+                best, at = live, index
+        return at, best
+
+    def alive_after(self, index: int) -> Counter:
+        """Device bytes alive after event `index`, by (module, category, op)."""
+        alive: Counter = Counter()
+        for *_, record, change, _ in self._events[: index + 1]:
+            if not record.host:
+                alive[record.module, self._category(record), record.op] += change
+        return alive
 
     @property
     def host_peak_bytes(self) -> int:
@@ -194,42 +241,3 @@ class Meter(Observer):
             live += change if record.host else 0
             best = max(best, live)
         return best
-
-
-class _Watch(TorchDispatchMode):
-    def __init__(self, meter: Meter):
-        super().__init__()
-        self._meter = meter
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        outputs = _accumulate(func, args, kwargs or {}) if self._meter._phase == "backward" else None
-        outputs = func(*args, **(kwargs or {})) if outputs is None else outputs
-        self._meter.saw(str(func), outputs)
-        return outputs
-
-
-def _accumulate(func, args, kwargs) -> Tensor | None:
-    """The engine adds two gradients of one tensor in place, when it owns the first; with a mode active it does not. So
-    an addition that the engine itself asks for (no Python between it and us) is done in place here."""
-    if func is not torch.ops.aten.add.Tensor or kwargs or torch.is_grad_enabled() or not isinstance(args[1], Tensor):
-        return None
-    if sys._getframe(2).f_code.co_name != "_engine_run_backward":
-        return None
-    for into, other in (args, args[::-1]):
-        same = into.shape == other.shape and into.dtype == other.dtype
-        if same and torch._C._storage_Use_Count(into.untyped_storage()._cdata) <= 2 and into.is_contiguous():
-            return into.add_(other)
-    return None
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Collections inside a step would free cycles at moments that mean nothing."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

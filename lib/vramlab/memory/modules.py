@@ -7,10 +7,15 @@ numbers between a module's entry and exit are that module's; the node being run 
 from __future__ import annotations
 
 import bisect
+import re
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from ..observer import recomputing
+
+_BLOCK = re.compile(r".*?\.\d+(?=\.|$)")
 
 
 class Modules:
@@ -34,10 +39,6 @@ class Modules:
         for handle in self._handles:
             handle.remove()
 
-    @property
-    def inside_forward(self) -> bool:
-        return bool(self._stack)
-
     def current(self) -> str:
         if self._stack:
             return self._stack[-1]
@@ -45,7 +46,10 @@ class Modules:
         if node is None:
             return ""
         at = bisect.bisect_right(self._edges, node._sequence_nr()) - 1
-        return self._owners[at] if at >= 0 else ""
+        owner = self._owners[at] if at >= 0 else ""
+        # a recomputed block's own hooks do not run; the node is any of the block's that needed it
+        block = _BLOCK.match(owner) if recomputing else None
+        return block.group() if block else owner
 
     def _enter(self, module: nn.Module, args) -> None:
         if id(module) not in self._names:  # a root, or a module made since: names are found from the outermost one

@@ -1,0 +1,105 @@
+"""What the meter looks through: a dispatch mode below autograd, and storages that change size.
+
+A mode changes what autograd does: while one is active every tensor counts as a subclass, and the engine then avoids
+writing in place. What it would have written in place is written in place here, so that the bytes are those of the run
+nobody watches. The same holds on fake tensors, which are subclasses by themselves.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch._prims_common import is_non_overlapping_and_dense_or_false
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+INTO_FIRST = {aten.scatter.src: aten.scatter_.src, aten.scatter_add.default: aten.scatter_add_.default}
+"""Backward formulas that fill a fresh tensor, in place unless a tensor is a subclass (value-selecting reductions)."""
+
+
+class Watch(TorchDispatchMode):
+    """Hands every operation's outputs to `saw(func, args, outputs)`, once each, when it has returned. Entered after a fake
+    mode it lies above it, so it sees the operations the trainer asks for and not how the fake mode works them out."""
+
+    def __init__(self, saw: Callable, in_backward: Callable[[], bool]):
+        super().__init__()
+        self._saw, self._in_backward = saw, in_backward
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in _REWRITTEN and not kwargs and self._in_backward():
+            func = _as_the_engine_does(func, args, sys._getframe(1))
+        outputs = func(*args, **kwargs) if kwargs else func(*args)
+        self._saw(func, args, outputs)
+        return outputs
+
+
+_REWRITTEN = {aten.add.Tensor, *INTO_FIRST}
+
+
+def _as_the_engine_does(func, args, frame):
+    """The operation that would run if nobody watched. Source: torch/csrc/autograd/input_buffer.cpp, `accumulate`: two
+    gradients of one tensor are added into the first when that is dense and the engine alone holds it. Not exact: the
+    engine also counts holders of the tensor, here only those of its storage are counted; and an addition that a backward
+    formula asks for, never in place, is not told from the engine's own."""
+    if torch.is_grad_enabled() or not _called_by_the_engine(frame):
+        return func
+    if func in INTO_FIRST:
+        return INTO_FIRST[func] if _held_once(args[0]) else func
+    into, other = args
+    same = isinstance(other, Tensor) and into.shape == other.shape and into.dtype == other.dtype
+    return aten.add_.Tensor if same and _held_once(into) and _dense(into) else func
+
+
+def _called_by_the_engine(frame) -> bool:
+    """No Python stands between autograd's engine and us: neither a custom Function nor a hook asked for this. What torch
+    wraps around a mode does not count."""
+    while frame is not None and frame.f_code.co_filename.endswith(_WRAPPERS):
+        frame = frame.f_back
+    return frame is None or frame.f_code.co_name == "_engine_run_backward"
+
+
+_WRAPPERS = (os.path.join("torch", "_compile.py"), os.path.join("torch", "_dynamo", "eval_frame.py"))
+
+
+def _held_once(tensor: Tensor) -> bool:
+    # the tensor itself and the Python storage made here to ask
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= 2
+
+
+def _dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or is_non_overlapping_and_dense_or_false(tensor)
+
+
+@contextmanager
+def resizes(seen: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Storages that are resized directly, which no operation shows, are handed to `seen`."""
+    inherited = torch.UntypedStorage.resize_
+
+    def resize_(storage, size):
+        result = inherited(storage, size)
+        seen(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = resize_
+    try:
+        yield
+    finally:
+        del torch.UntypedStorage.resize_
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collections inside a step would free cycles at moments that mean nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
