@@ -90,7 +90,7 @@ def timelines(runs: Sequence[Run]) -> go.Figure:
     traced = [run for run in runs if run.ok and run.has_timeline]
     shown = sorted(traced, key=lambda run: run.name != tables.REFERENCE)
     figure = _figure("Live bytes through the metered steps", 540, xaxis_title="allocation event, in order",
-                     yaxis={"title": "MiB", "domain": [0.12, 0.84]}, hovermode="x",
+                     yaxis={"title": "MiB", "domain": [0.12, 0.76]}, hovermode="x",
                      yaxis2={"domain": [0, 0.07], "visible": False, "fixedrange": True})
     owners, buttons = [], []
     for index, run in enumerate(shown):
@@ -123,7 +123,8 @@ def _peak_notes(run: Run) -> list[dict]:
     """An arrow at the peak, and above the plot what it is made of."""
     frame = tables.curve(run)
     at = frame["live"].idxmax()
-    arrow = {"x": frame["event"][at], "y": frame["live"][at], "text": "", "showarrow": True, "ax": 0, "ay": -18}
+    arrow = {"x": frame["event"][at], "y": frame["live"][at], "text": "", "showarrow": True, "ax": 0, "ay": -18,
+             "arrowcolor": "#888"}
     words = {"xref": "paper", "yref": "paper", "x": 0, "y": 1, "xanchor": "left", "yanchor": "top", "showarrow": False,
              "align": "left", "font": {"size": 11}, "text": "<br>".join(peak_words(run))}
     return [arrow, words]
@@ -132,10 +133,10 @@ def _peak_notes(run: Run) -> list[dict]:
 def peak_words(run: Run) -> list[str]:
     """The peak, its largest categories and its largest owners, a line each."""
     peak = run.result["peak"]
-    parts = ", ".join(f"{category} {size / tables.MIB:.1f}" for category, size in list(peak["categories"].items())[:4])
-    owners = ", ".join(f"{_owner(owner)} {owner['bytes'] / tables.MIB:.1f}" for owner in peak["owners"][:3])
+    parts = ", ".join(f"{category} {size / tables.MIB:.1f}" for category, size in list(peak["categories"].items())[:3])
+    owners = [f"{_owner(owner)} {owner['bytes'] / tables.MIB:.1f}" for owner in peak["owners"][:3]]
     return [f"<b>peak {peak['peak_bytes'] / tables.MIB:.1f} MiB, {peak['phase']} of step {peak['step']}</b>", parts,
-            f"largest: {owners}"]
+            "largest:", *owners]
 
 
 def _owner(owner: dict) -> str:
