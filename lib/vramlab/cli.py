@@ -79,6 +79,26 @@ def _report(args) -> int:
     return 0
 
 
+def _predict(args) -> int:
+    from .cards import card
+    from .memory.settings import Settings
+    from .predict import Question, forecast, largest
+
+    question = Question(args.model, args.regime, args.seq, args.batch, args.weights or "")
+    held, settings = args.card and card(args.card), Settings.parse(args.allocator or "")
+    if args.max:
+        if held is None:
+            raise ValueError("--max searches what fits on a card: say which with --card")
+        say = (lambda _: None) if args.json else (lambda words: print(words, file=sys.stderr))
+        value, found = largest(question, args.max, held, settings, said=say)
+        answer = {"max": args.max, "value": value, "forecast": found and found.to_json()}
+        print(json.dumps(answer, indent=1) if args.json else f"largest {args.max} that fits on {held.name}: {value}")
+        return 0
+    found = forecast(question, held, settings)
+    print(json.dumps(found.to_json(), indent=1) if args.json else found.words())
+    return 0
+
+
 def _say_report(path: Path, as_json: bool) -> None:
     size = path.stat().st_size
     if as_json:
@@ -116,6 +136,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--retry", choices=("failed", "oom", "all"), help="run again the cells that ended so")
     sub.add_argument("--dry-run", action="store_true", help="list the cells and what would run")
     sub.add_argument("--no-report", action="store_true")
+    sub = command("predict", _predict, "The real training step of a model on a virtual GPU: every byte, and whether it fits.")
+    sub.add_argument("--model", default="baichuan2-7b", help="a file of params/models, or the path of one")
+    sub.add_argument("--regime", default="full", help="a row of params/regimes.yml")
+    sub.add_argument("--seq", type=int, default=1024, help="tokens a row")
+    sub.add_argument("--batch", type=int, default=1, help="rows a micro-batch")
+    sub.add_argument("--weights", choices=("fp32", "mixed", "bf16"), help="another storage type than the row's own")
+    sub.add_argument("--card", help="a card of params/cards.yml, for example rtx4090")
+    sub.add_argument("--allocator", metavar="CONF", help="as in PYTORCH_ALLOC_CONF, for example expandable_segments:True")
+    sub.add_argument("--max", choices=("seq", "batch"), help="search the largest that fits on the card")
     sub = command("report", _report, "One self-contained HTML file from a folder of finished runs.")
     sub.add_argument("folder", type=Path, help="for example outputs/quick")
     return top

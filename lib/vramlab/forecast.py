@@ -51,6 +51,8 @@ class Trace:
     """(module, category, op that made it) -> bytes at the peak."""
     host_bytes: int
     """Most bytes in host memory that the regime put there, the parts not visited included; a batch on its way too."""
+    work: Mapping[str, Mapping]
+    """phase -> what the reported step computes and moves there, see `memory.work`."""
     frame: pd.DataFrame
     """The timeline of every step run, as `Meter.frame` gives it."""
     took_s: float
@@ -59,8 +61,12 @@ class Trace:
     def events(self) -> dict[str, np.ndarray]:
         """What the device's allocator is asked for, from the first weight on: arrays `event` ("alloc" or "free"), `storage`
         (a number for each storage), `bytes`, `stream`, and `step`, the step it belongs to."""
-        rows = self.frame[(self.frame["category"] != "host") & (self.frame["bytes"] > 0)]
+        rows = self.device_rows()
         return {name: rows[name].to_numpy() for name in ("event", "storage", "bytes", "stream", "step")}
+
+    def device_rows(self) -> pd.DataFrame:
+        """The rows of `frame` that `events` is made of."""
+        return self.frame[(self.frame["category"] != "host") & (self.frame["bytes"] > 0)]
 
     @property
     def reported(self) -> slice:
@@ -111,7 +117,7 @@ def trace(spec: ModelSpec, regime: Regime, seq: int, batch: int, steps: int | No
     return Trace(spec.name, regime.name, seq, batch, gpu.label, architecture, step,
                  run.turns.part if len(run.trainer.parts) > 1 else None, peak["peak_bytes"], peak["phase"],
                  peak["categories"], {owner: size for owner, size in alive.items() if size > 0}, host_bytes,
-                 run.meter.frame(), time.perf_counter() - began)
+                 run.meter.work(step), run.meter.frame(), time.perf_counter() - began)
 
 
 class _Turns:

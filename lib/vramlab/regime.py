@@ -121,12 +121,17 @@ def read_regimes(path: Path = REGIMES_FILE) -> dict[str, Regime]:
     return {name: read_row(name, row) for name, row in rows.items()}
 
 
-def regime(name: str, path: Path = REGIMES_FILE) -> Regime:
-    """The row called `name`."""
-    rows = read_regimes(path)
+def regime_row(name: str, path: Path = REGIMES_FILE) -> dict:
+    """The row called `name` as it is written. Raises: IllegalRegime, naming the rows there are."""
+    rows = yaml.safe_load(Path(path).read_text())
     if name not in rows:
         raise IllegalRegime(f"no regime {name!r} in {Path(path).name}; it has: {', '.join(rows)}")
     return rows[name]
+
+
+def regime(name: str, path: Path = REGIMES_FILE) -> Regime:
+    """The row called `name`."""
+    return read_row(name, regime_row(name, path))
 
 
 def check_machine(regime: Regime, device: str) -> None:

@@ -82,7 +82,7 @@ class Trainer:
         self._turns: dict[int, _Turn] = {}
         self._active: int | None = None
         self.observer.own("weights", self.model.named_parameters())
-        self.observer.own("weights", self.model.named_buffers())
+        self.observer.own("buffers", self.model.named_buffers())
 
     def step(self, batches: Sequence[Batch], shares: Sequence[float] | None = None) -> Tensor:
         """One update from `regime.accumulate` micro-batches. Returns the loss: the mean over all their labelled tokens,

@@ -89,10 +89,17 @@ class RotaryEmbedding(nn.Module):
     def frequencies(self) -> Tensor:
         return 1.0 / self.theta ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim)
 
+    def _apply(self, fn, recurse: bool = True):
+        """Moved with the model, never rounded with it: in bf16 neighbouring positions would share an angle."""
+        moved = super()._apply(fn, recurse)
+        if moved.inv_freq.dtype != torch.float32:
+            moved.inv_freq = moved.frequencies().to(moved.inv_freq.device)
+        return moved
+
     @torch.no_grad()
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """(b or 1, q) -> cos, sin, each (b or 1, 1, q, d) fp32."""
-        angles = position_ids[:, None, :, None].float() * self.inv_freq.float()
+        angles = position_ids[:, None, :, None].float() * self.inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
 

@@ -22,6 +22,7 @@ from ..observer import Observer, recomputing
 from .kernels import Workspaces
 from .modules import Modules
 from .watch import Watch, no_garbage_collection, resizes
+from .work import Work
 
 COLUMNS = ("t_s", "step", "event", "storage", "stream", "bytes", "live_bytes", "category", "phase", "module", "op",
            "source")
@@ -53,17 +54,18 @@ class Meter(Observer):
     """Collects events while it is entered, once. Tensors declared before that (`own`) are adopted with phase `init`.
 
     Where the device is not the CPU, `device_type` says so: storages on another device are host memory, as are those
-    declared so. `host_peak_bytes` is their peak; they are not in `live_bytes`. `workspaces` adds what kernels take.
+    declared so. `host_peak_bytes` is their peak; they are not in `live_bytes`. `workspaces` adds what kernels take,
+    `work` counts what operations compute and move.
     """
 
-    def __init__(self, device_type: str | None = None, workspaces: Workspaces | None = None):
+    def __init__(self, device_type: str | None = None, workspaces: Workspaces | None = None, work: Work | None = None):
         self._events: list[tuple[float, int, str, _Storage, int, str]] = []
         self._alive: dict[int, _Storage] = {}
         self._deaths: dict[int, _Death] = {}
         self._names: dict = {}
         self._phase, self._span, self._step, self._began = "init", 0, 0, time.perf_counter()
         self._place, self._last_phase = "device", ""
-        self._device_type, self._workspaces = device_type, workspaces
+        self._device_type, self._workspaces, self._work = device_type, workspaces, work
         self._modules = Modules()
         self._hooks: list = []
         self._entered = ExitStack()
@@ -136,6 +138,11 @@ class Meter(Observer):
                 self._record(tensor, op)
         if self._workspaces is not None:
             self._take_workspace(func, args, op)
+        if self._work is not None:
+            self._work.saw(self._step, phase, func, args, outputs, self._serial)
+
+    def _serial(self, tensor: Tensor) -> int:
+        return self._record(tensor, "found").serial
 
     def _take_workspace(self, func, args, op: str) -> None:
         """What the kernel that has just run took: for itself, or for good."""
@@ -233,6 +240,12 @@ class Meter(Observer):
             if not record.host:
                 alive[record.module, self._category(record), record.op] += change
         return alive
+
+    def work(self, step: int) -> dict[str, dict]:
+        """phase -> what one step computed and moved, see `Work.of_step`; nothing without `work`."""
+        kept = {record.serial for *_, record, _, _ in self._events
+                if record.survived or self._category(record) not in ("activations", "temporaries", "workspace")}
+        return {} if self._work is None else self._work.of_step(step, kept.__contains__)
 
     @property
     def host_peak_bytes(self) -> int:

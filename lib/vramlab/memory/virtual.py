@@ -24,6 +24,7 @@ from torch.utils import backend_registration
 from . import virtual_autocast
 from .kernels import AMPERE, Architecture, Attention, Workspaces
 from .meter import Meter
+from .work import Work
 
 NAME = "vgpu"
 MODES = ("auto", "vgpu", "cuda", "cpu")
@@ -40,8 +41,8 @@ class VirtualGpu:
     def meter(self) -> Meter:
         """An event meter that tells this device from the host, and knows its kernels' workspaces."""
         if self.device == "cpu":
-            return Meter()
-        return Meter(self.device, Workspaces(self.architecture))
+            return Meter(work=Work())
+        return Meter(self.device, Workspaces(self.architecture), Work())
 
 
 _LABELS = {"vgpu": "virtual GPU (fake tensors on a Python device)", "cuda": "fake tensors on cuda",

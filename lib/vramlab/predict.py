@@ -1,0 +1,263 @@
+"""Forecasts: a traced step through the simulated allocator, held against a card, kept by the hash of what made it.
+
+    forecast(Question("baichuan2-7b", "lomo", seq=1024, batch=1), card("rtx4090")).reserved_peak_bytes
+
+A trace is one step of the real regime on the virtual GPU (`forecast.trace`); it is kept on disk, since it depends on the
+question and on this library's code only. What the allocator and the card make of it takes a tenth of a second and is
+computed each time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from .baichuan import ModelSpec
+from .cards import Card
+from .environment import ROOT
+from .forecast import Trace, trace
+from .memory.kernels import AMPERE, Architecture
+from .memory.settings import Settings
+from .memory.simulation import Simulated, simulate
+from .memory.work import floor_s
+from .passes import model_spec
+from .regime import Regime, read_row, regime_row
+
+CACHE = ROOT / "outputs" / "cache" / "forecasts"
+CODE = ("axes", "baichuan", "memory", "forecast.py", "observer.py", "regime.py", "trainer.py")
+"""What of this library decides a trace."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One cell of the atlas. `weights` replaces the row's own storage type, for example "bf16"; empty keeps it."""
+
+    model: str
+    regime: str
+    seq: int
+    batch: int
+    weights: str = ""
+    architecture: Architecture = AMPERE
+
+    def __post_init__(self):
+        for name, value in (("seq", self.seq), ("batch", self.batch)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: a step needs 1 or more")
+
+    @property
+    def row(self) -> Regime:
+        """The regime, with the storage type asked for. Raises: IllegalRegime."""
+        row = regime_row(self.regime)
+        return read_row(self.regime, {**row, "weights": self.weights} if self.weights else row)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return model_spec(self.model)
+
+    @property
+    def name(self) -> str:
+        return self.regime + (f" ({self.weights})" if self.weights else "")
+
+    def key(self) -> str:
+        """Hash of everything a trace depends on."""
+        row = self.row
+        content = {"spec": self.spec.fingerprint(), "row": row.axes(), "accumulate": row.accumulate, "clip": row.clip,
+                   "seq": self.seq, "batch": self.batch, "architecture": self.architecture, "torch": torch.__version__,
+                   "code": _code()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+@cache
+def _code() -> str:
+    here, digest = Path(__file__).parent, hashlib.sha256()
+    for name in CODE:
+        path = here / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """What a question's step does to one card (or to a card without end). Bytes are integers, of the reported step unless
+    said otherwise; `predicted`, never measured."""
+
+    question: Question
+    card: Card | None
+    settings: Settings
+    trace: Trace
+    simulated: Simulated
+    """Through an allocator without end."""
+    allocated_peak_bytes: int
+    """`allocated` at its highest: requests rounded as the allocator rounds them."""
+    reserved_peak_bytes: int
+    """Most the allocator has taken from the driver, up to the end of the reported step."""
+    ledger: Mapping[str, int]
+    """category -> bytes at the peak of allocated: the trace's categories, `rounding`, `cached` (reserved, not allocated)
+    and, with a card, `context`. Their sum is what the driver would report."""
+    fits: bool | None
+    """Whether the step runs on the card, the allocator flushing its cache when it must; None without a card."""
+    retries: int
+    """How often it had to flush to fit."""
+    margin_bytes: int | None
+    """What the card has left at the reserved peak; negative: what it lacks, flushing aside."""
+    floor_s: float | None
+    """No step on this card can be faster; not an estimate of the time."""
+    took_s: float
+
+    def to_json(self) -> dict:
+        """Plain data for `--json` and the report."""
+        question, card = self.question, self.card
+        owners = [{"category": category, "module": module, "bytes": size} for category, module, size in self.trace.owners(8)]
+        return {
+            "kind": "predicted", "model": question.model, "regime": question.regime, "weights": self.weights, "seq": question.seq,
+            "batch": question.batch, "card": card and card.key, "device": self.trace.device,
+            "compute_capability": list(self.trace.architecture), "allocator": self.simulated.label,
+            "peak_allocated_bytes": self.allocated_peak_bytes, "peak_reserved_bytes": self.reserved_peak_bytes,
+            "peak_requested_bytes": self.trace.peak_bytes, "phase": self.trace.phase, "ledger": dict(self.ledger),
+            "owners": owners, "host_bytes": self.trace.host_bytes, "fits": self.fits, "margin_bytes": self.margin_bytes,
+            "num_alloc_retries": self.retries, "work": {phase: dict(work) for phase, work in self.trace.work.items()},
+            "floor_s": self.floor_s, "took_s": round(self.took_s, 2)}
+
+    def words(self) -> str:
+        """The forecast as text."""
+        gib = 2**30
+        lines = [f"predicted, {self.trace.device}: {self.question.model}, {self.question.name}, {self.question.batch} x "
+                 f"{self.question.seq} tokens",
+                 f"peak allocated  {self.allocated_peak_bytes / gib:8.2f} GiB  in {self.trace.phase}",
+                 f"peak reserved   {self.reserved_peak_bytes / gib:8.2f} GiB  allocator: {self.simulated.label}",
+                 f"host memory     {self.trace.host_bytes / gib:8.2f} GiB", "at the peak:"]
+        lines += [f"  {name:<14}{size / gib:8.2f} GiB" for name, size in self.ledger.items()]
+        lines += ["largest owners:"] + [f"  {size / gib:6.2f} GiB  {category} {module}"
+                                        for category, module, size in self.trace.owners(5)]
+        if self.card:
+            verdict = "fits" if self.fits else "does not fit"
+            flushed = f", after flushing its cache {self.retries} times" if self.fits and self.retries else ""
+            lines += [f"{self.card.name}: {verdict}{flushed}; margin {self.margin_bytes / gib:+.2f} GiB of "
+                      f"{self.card.capacity_bytes / gib:.2f}",
+                      f"no step faster than {self.floor_s:.3f} s (roofline floor, not an estimate)"]
+        return "\n".join([*lines, f"took {self.took_s:.1f} s"])
+
+    @property
+    def weights(self) -> str:
+        return self.question.row.values["weights"]
+
+
+def forecast(question: Question, card: Card | None = None, settings: Settings = Settings(),  # noqa: B008, frozen
+             cache_dir: Path | None = CACHE) -> Forecast:
+    """The forecast of `question` on `card`. The trace comes from the cache or is made, in seconds, and kept."""
+    began = time.perf_counter()
+    if card is not None and question.architecture != card.compute_capability:
+        question = dataclasses.replace(question, architecture=card.compute_capability)
+    traced = traced_step(question, cache_dir)
+    free = simulate(traced.events, settings)
+    step = traced.reported
+    at = step.start + int(free.allocated_bytes[step].argmax())
+    allocated, reserved = int(free.allocated_bytes[at]), int(free.reserved_bytes[: step.stop].max())
+    ledger = {**_alive_at(traced, at), "cached": int(free.reserved_bytes[at]) - allocated}
+    ledger["rounding"] = allocated - sum(size for name, size in ledger.items() if name != "cached")
+    ledger |= {"context": card.context_bytes} if card else {}
+    held = simulate(traced.events, settings, card.capacity_bytes) if card else None
+    return Forecast(
+        question, card, settings, traced, free, allocated, reserved, ledger,
+        held and held.oom is None, held.num_alloc_retries if held else 0, card and card.capacity_bytes - reserved,
+        card and floor_s(traced.work, card.bf16_tflops, card.fp32_tflops, card.gb_per_s), time.perf_counter() - began)
+
+
+def _alive_at(traced: Trace, event: int) -> dict[str, int]:
+    """category -> requested bytes alive on the device after event number `event` of `Trace.events`."""
+    rows = traced.device_rows().iloc[: event + 1]
+    signed = rows["bytes"].where(rows["event"] == "alloc", -rows["bytes"])
+    sizes = signed.groupby(rows["category"]).sum()
+    return {name: int(size) for name, size in sizes.sort_values(ascending=False).items() if size}
+
+
+def traced_step(question: Question, cache_dir: Path | None = CACHE) -> Trace:
+    """The trace of `question`, from `cache_dir` when it is there."""
+    folder = cache_dir and cache_dir / question.key()
+    if folder and (folder / "trace.json").exists():
+        return _read(folder)
+    made = trace(question.spec, question.row, question.seq, question.batch, card=question.architecture)
+    if folder:
+        _write(made, folder)
+    return made
+
+
+def _write(made: Trace, folder: Path) -> None:
+    """The frame first, then what says that it is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    frame = made.frame.drop(columns="t_s")
+    frame = frame.astype({name: "category" for name in frame.select_dtypes(exclude="number")})
+    frame.to_parquet(folder / f"frame.{os.getpid()}", compression="zstd")
+    os.replace(folder / f"frame.{os.getpid()}", folder / "frame.parquet")
+    rest = {field.name: getattr(made, field.name) for field in dataclasses.fields(made) if field.name != "frame"}
+    rest["alive"] = [[*owner, size] for owner, size in made.alive.items()]
+    partial = folder / f"trace.{os.getpid()}"
+    partial.write_text(json.dumps(rest))
+    os.replace(partial, folder / "trace.json")
+
+
+def _read(folder: Path) -> Trace:
+    rest: dict[str, Any] = json.loads((folder / "trace.json").read_text())
+    rest["alive"] = {(module, category, op): size for module, category, op, size in rest["alive"]}
+    rest["architecture"] = tuple(rest["architecture"])
+    frame = pd.read_parquet(folder / "frame.parquet")
+    return Trace(**rest, frame=frame.astype({name: object for name in frame.select_dtypes("category")}))
+
+
+def largest(question: Question, axis: str, card: Card, settings: Settings = Settings(),  # noqa: B008, frozen
+            limit: int = 1 << 20, said: Callable[[str], object] = lambda _: None) -> tuple[int, Forecast | None]:
+    """The largest `axis` ("seq" or "batch") with which the step still fits on the card: (value, its forecast), or (0, None)
+    when not even the smallest does. Doubles from 1 (a sequence from 64, in steps of 64), then halves the gap.
+
+    Raises: ValueError, for another axis.
+    """
+    if axis not in ("seq", "batch"):
+        raise ValueError(f"max is {axis!r}: it searches seq or batch")
+    grain, fitting, best, above = (64 if axis == "seq" else 1), 0, None, None
+    value = 1
+    while above is None or above - fitting > 1:
+        found = forecast(dataclasses.replace(question, **{axis: value * grain}), card, settings)
+        said(f"{axis} {value * grain}: {'fits' if found.fits else 'does not fit'}")
+        if found.fits:
+            fitting, best = value, found
+        else:
+            above = value
+        if above is None and value * 2 * grain > limit:
+            break
+        value = value * 2 if above is None else (fitting + above) // 2
+    return fitting * grain, best
+
+
+def assert_peak(regime: str, model: str, seq: int, batch: int, most_bytes: int, weights: str = "") -> Forecast:
+    """A memory regression test: the forecast's peak allocated bytes are at most `most_bytes`.
+
+    Raises: AssertionError, with what is alive at the peak, largest first.
+    """
+    found = forecast(Question(model, regime, seq, batch, weights))
+    if found.allocated_peak_bytes > most_bytes:
+        owners = "\n".join(f"  {size:>16,}  {category} {module}" for category, module, size in found.trace.owners(12))
+        over = found.allocated_peak_bytes - most_bytes
+        raise AssertionError(f"{found.question.name} on {model}, {batch} x {seq} tokens, peaks at {found.allocated_peak_bytes:,} "
+                             f"bytes in {found.trace.phase}, {over:,} more than {most_bytes:,}; alive then:\n{owners}")
+    return found
+
+
+def without(traced: Trace, storages: np.ndarray) -> int:
+    """The reported step's peak of requested bytes had `storages` never been allocated: a counterfactual from the events."""
+    rows = traced.device_rows()
+    signed = np.where(rows["event"] == "alloc", rows["bytes"], -rows["bytes"])
+    signed = np.where(rows["storage"].isin(storages), 0, signed)
+    return int(np.cumsum(signed)[traced.reported].max())
