@@ -259,6 +259,14 @@ def test_a_model_made_on_meta_gets_its_rotary_frequencies_when_it_is_materialise
     assert torch.equal(empty(IDS).logits, model(IDS).logits)
 
 
+def test_a_model_in_bf16_keeps_its_rotary_frequencies_in_fp32():
+    model = _model().to(torch.bfloat16)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(model.model.rotary_emb.inv_freq, _model().model.rotary_emb.inv_freq)
+    cos, _ = model.model.rotary_emb(torch.arange(60)[None])
+    assert len(cos[0, 0, :, 0].unique()) == 60  # in bf16 the angles of high frequencies would collide
+
+
 def test_initialisation_is_the_configs():
     model = _model(initializer_range=0.05)
     for module in model.modules():

@@ -7,6 +7,7 @@ autograd saves nothing for it and stops below the lowest active leaf.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -64,7 +65,9 @@ class Lora(All):
 
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets), lora_dropout=0.0,
                             bias="none")
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # peft asks transformers 5.24 for an attribute by its old name
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
             torch.manual_seed(seed)
             return get_peft_model(model, config)
 

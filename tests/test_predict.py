@@ -1,0 +1,159 @@
+"""A forecast: its ledger closes, its cache is found again, what fits fits, and the 7B's rows cost no more than they did."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from vramlab import predict
+from vramlab.cards import card, read_cards
+from vramlab.cli import main
+from vramlab.memory.settings import Settings
+from vramlab.memory.work import floor_s
+from vramlab.predict import Question, assert_peak, forecast, largest, without
+from vramlab.regime import IllegalRegime
+
+TINY = Question("tiny", "full", 128, 2)
+
+
+def _card(mib: float):
+    return dataclasses.replace(card("rtx4090"), total_gib=mib / 1024, context_mib=0.0)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("forecasts")
+
+
+@pytest.fixture(scope="module")
+def full(cache):
+    return forecast(TINY, card("rtx4090"), cache_dir=cache)
+
+
+def test_the_ledger_is_what_the_driver_would_report(full):
+    at = full.simulated.peak_allocated_event
+    assert sum(full.ledger.values()) == int(full.simulated.reserved_bytes[at]) + full.card.context_bytes
+    assert full.ledger["weights"] == 4 * sum(p.numel() for p in _model().parameters())
+    assert full.ledger["rounding"] >= 0 and full.ledger["cached"] >= 0
+    assert full.trace.peak_bytes <= full.allocated_peak_bytes <= full.reserved_peak_bytes
+
+
+def _model():
+    from vramlab.baichuan import BaichuanForCausalLM
+
+    return BaichuanForCausalLM(TINY.spec.config)
+
+
+def test_a_trace_is_found_again_and_is_the_same(full, cache, monkeypatch):
+    monkeypatch.setattr(predict, "trace", lambda *_, **__: pytest.fail("traced again"))
+    again = forecast(TINY, card("rtx4090"), cache_dir=cache)
+    assert {**again.to_json(), "took_s": 0} == {**full.to_json(), "took_s": 0}
+    assert all((again.trace.events[name] == full.trace.events[name]).all() for name in full.trace.events)
+    assert again.trace.owners(5) == full.trace.owners(5)
+
+
+@pytest.mark.parametrize("change", [{"seq": 129}, {"batch": 3}, {"regime": "lomo"}, {"weights": "bf16"}, {"model": "baichuan2-7b"},
+                                    {"architecture": (9, 0)}])
+def test_another_question_has_another_key(change):
+    assert dataclasses.replace(TINY, **change).key() != TINY.key() == Question("tiny", "full", 128, 2).key()
+
+
+def test_changed_code_has_another_key(monkeypatch):
+    before = TINY.key()
+    monkeypatch.setattr(predict, "_code", lambda: "changed")
+    assert TINY.key() != before
+
+
+def test_forward_flops_are_the_formulas(full):
+    config, tokens = TINY.spec.config, TINY.seq * TINY.batch
+    hidden, inside = config.hidden_size, config.intermediate_size
+    products = config.num_hidden_layers * (4 * hidden**2 + 3 * hidden * inside) + config.vocab_size * hidden
+    attention = config.num_hidden_layers * 4 * TINY.seq * tokens * hidden
+    assert full.trace.work["forward"]["flops"] == {"float32": 2 * tokens * products + attention}
+    parameters = sum(p.numel() for p in _model().parameters())  # the update touches each, its gradient and both moments
+    assert full.trace.work["update"]["compulsory_bytes"] == pytest.approx(4 * 4 * parameters, rel=0.01)
+
+
+def test_the_floor_is_the_longer_of_computing_and_moving():
+    work = {"forward": {"flops": {"bfloat16": 2e12}, "compulsory_bytes": 1e9}, "update": {"flops": {}, "compulsory_bytes": 5e9}}
+    assert floor_s(work, bf16_tflops=1.0, fp32_tflops=0.5, gb_per_s=10.0) == pytest.approx(2.0 + 0.5)
+
+
+def test_a_card_with_just_enough_fits_and_one_with_less_does_not(full, cache):
+    just = full.reserved_peak_bytes / 2**20
+    enough, less = (forecast(TINY, _card(size), cache_dir=cache) for size in (just, full.allocated_peak_bytes / 2**20 - 1))
+    assert enough.fits and enough.margin_bytes == 0 and enough.retries == 0
+    assert less.fits is False and less.margin_bytes < 0
+
+
+def test_the_largest_batch_fits_and_the_next_does_not(cache, monkeypatch):
+    monkeypatch.setattr(predict, "CACHE", cache)
+    small = _card(64)
+    value, found = largest(TINY, "batch", small)
+    assert found.fits and found.question.batch == value > 1
+    assert not forecast(dataclasses.replace(TINY, batch=value + 1), small).fits
+    assert largest(TINY, "batch", _card(1)) == (0, None)
+    with pytest.raises(ValueError, match="seq or batch"):
+        largest(TINY, "layers", small)
+
+
+def test_without_nothing_the_peak_stays_and_without_the_weights_it_falls_by_them(full):
+    rows = full.trace.device_rows()
+    assert without(full.trace, []) == full.trace.peak_bytes
+    weights = rows.loc[rows["category"] == "weights", "storage"].unique()
+    assert without(full.trace, weights) == full.trace.peak_bytes - full.ledger["weights"]
+
+
+def test_settings_are_told_with_their_label(cache):
+    found = forecast(TINY, None, Settings.parse("expandable_segments:True"), cache_dir=cache)
+    assert "not verified" in found.to_json()["allocator"] and found.fits is None and "context" not in found.ledger
+
+
+def test_published_weights_are_exact():
+    assert forecast(Question("baichuan2-7b", "zero_shot", 1024, 1, "bf16")).ledger["weights"] == 15_011_946_496
+    assert forecast(Question("baichuan2-13b", "zero_shot", 1024, 1, "bf16")).ledger["weights"] == 27_793_336_320
+
+
+SEVEN_B = {("zero_shot", "bf16"): 16_316_533_248, ("full", "bf16"): 60_073_340_928, ("full", ""): 120_129_515_008,
+           ("mixed", ""): 133_081_525_760, ("checkpoint", "bf16"): 60_073_340_928, ("offload", "bf16"): 60_073_340_928,
+           ("lora", "bf16"): 26_305_571_328, ("lomo", "bf16"): 26_927_990_272, ("badam", "bf16"): 23_377_033_216,
+           ("chunkft", "bf16"): 26_400_684_544}
+"""(row, weights) -> peak allocated bytes of the 7B at 1 x 1,024 tokens: what this library costs today, and no more."""
+
+
+@pytest.mark.parametrize(("regime", "weights"), SEVEN_B)
+def test_no_change_costs_the_7b_memory(regime, weights):
+    assert_peak(regime, "baichuan2-7b", 1024, 1, SEVEN_B[regime, weights], weights)
+
+
+def test_a_regression_names_what_is_alive(cache, monkeypatch):
+    monkeypatch.setattr(predict, "CACHE", cache)
+    with pytest.raises(AssertionError, match=r"(?s)full on tiny.*more than 1,000; alive then:\n\s+[\d,]+  \w+ "):
+        assert_peak("full", "tiny", 128, 2, 1000)
+
+
+def test_the_command_answers_in_words_and_in_json(capsys):
+    assert main(["predict", "--model", "tiny", "--seq", "128", "--batch", "2", "--card", "rtx3090", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["kind"] == "predicted" and said["fits"] and sum(said["ledger"].values()) <= card("rtx3090").total_bytes
+    assert main(["predict", "--model", "tiny", "--seq", "128", "--batch", "2", "--card", "rtx3090"]) == 0
+    assert "GeForce RTX 3090: fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--card", "rtx9999"], "it has: rtx3090"), (["--seq", "0"], "seq is 0"), (["--regime", "lomoo"], "zero_shot"),
+    (["--model", "llama"], "baichuan2-7b"), (["--max", "seq"], "--card"), (["--allocator", "speed:11"], "speed")])
+def test_a_wrong_question_is_refused_with_the_way_out(arguments, words, capsys):
+    assert main(["predict", *arguments]) == 2 and words in capsys.readouterr().err
+
+
+def test_another_storage_type_that_makes_the_row_illegal_is_refused():
+    with pytest.raises(IllegalRegime):
+        Question("tiny", "full", 128, 1, "int3").key()
+
+
+def test_every_card_says_where_its_figures_come_from():
+    for one in read_cards().values():
+        assert set(one.source) == {"memory", "context", "rates"} and 0 < one.context_bytes < one.total_bytes < 2**38
