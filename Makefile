@@ -1,12 +1,13 @@
 # make report: the default sweep and its report. make test: the tests. Both make the environment first, and need
-# Python 3.11 or newer and nothing else. make lab: JupyterLab on the notebooks. make check: style. make clean: start over.
+# Python 3.11 or newer and nothing else. make lab: JupyterLab on the notebooks. make bench: speeds as
+# ratios. make check: style. make clean: start over.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 # the environment's own kernel, whatever kernels the user has
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: env report test lab check clean
+.PHONY: env report test lab bench check clean
 env: .venv/.done
 
 .venv/.done: pyproject.toml constraints.txt
@@ -23,6 +24,9 @@ test: env
 
 lab: env
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.news_url=None notebooks/compare.ipynb
+
+bench: env
+	$(BIN)/python -m vramlab.bench
 
 check: env
 	$(BIN)/ruff check lib tests
