@@ -123,6 +123,7 @@ class Trainer:
                 stack.enter_context(self.regime.acts.saving(self.observer, self._weights))
             else:
                 stack.enter_context(torch.no_grad())
+            stack.enter_context(self.regime.weights.forward(self.device.type))
             return self.model(**batch, use_cache=False).loss
 
     def _update(self) -> None:

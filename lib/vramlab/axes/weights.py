@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +13,12 @@ from . import rounding
 
 
 @contextmanager
-def _bf16_products(device_type: str, autocast: bool) -> Iterator[None]:
+def _bf16_products(device_type: str) -> Iterator[None]:
     """bf16 operands and results. A CPU without bf16 units forms each product in fp32 and rounds it, see `rounding`."""
-    with ExitStack() as stack:
-        if device_type == "cpu" and rounding.needed()[0]:
-            stack.enter_context(rounding.bf16_formed_in_fp32())
-        if autocast:
-            stack.enter_context(torch.autocast(device_type, torch.bfloat16))
+    if device_type == "cpu" and rounding.needed()[0]:
+        with rounding.bf16_formed_in_fp32():
+            yield
+    else:
         yield
 
 
@@ -34,18 +33,29 @@ class Fp32:
 
     @contextmanager
     def compute(self, device_type: str) -> Iterator[None]:
+        """Around a whole step: how products are formed."""
+        yield
+
+    @contextmanager
+    def forward(self, device_type: str) -> Iterator[None]:
+        """Around each forward, inside `compute`: what operands are cast to."""
         yield
 
 
 @dataclass(frozen=True)
 class Mixed(Fp32):
     """fp32 parameters under bf16 autocast: 4 bytes each, plus autocast's bf16 copies of the weights that train (2 bytes
-    each) that live to the end of `compute`, which holds the backward too. Norms, softmax and the loss stay fp32. Micikevicius 2018,
-    arXiv:1710.03740; here with bf16 and so without loss scaling."""
+    each). Autocast ends with the forward, so a copy lives until backward has used it, not to the end of the step. Norms,
+    softmax and the loss stay fp32. Micikevicius 2018, arXiv:1710.03740; here with bf16 and so without loss scaling."""
 
     @contextmanager
     def compute(self, device_type: str) -> Iterator[None]:
-        with _bf16_products(device_type, autocast=True):
+        with _bf16_products(device_type):
+            yield
+
+    @contextmanager
+    def forward(self, device_type: str) -> Iterator[None]:
+        with torch.autocast(device_type, torch.bfloat16):
             yield
 
 
@@ -57,5 +67,5 @@ class Bf16(Fp32):
 
     @contextmanager
     def compute(self, device_type: str) -> Iterator[None]:
-        with _bf16_products(device_type, autocast=False):
+        with _bf16_products(device_type):
             yield
