@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
+from vramlab.axes.place import local
 from vramlab.baichuan import BaichuanConfig, BaichuanForCausalLM
+from vramlab.memory.ranks import pretended_ranks
 from vramlab.observer import Observer
-from vramlab.regime import read_row
+from vramlab.regime import Regime, read_row
 from vramlab.trainer import Schedule, Trainer
 
 
@@ -24,11 +28,17 @@ def batch(seed: int, rows: int = 3, tokens: int = 11) -> dict:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
+def ranks(regime: Regime) -> AbstractContextManager:
+    """What a regime that shards needs. One rank has nothing to exchange, so a pretended one is right on real tensors too."""
+    return nullcontext() if regime.values["place"] == "device" else pretended_ranks(1)
+
+
 def train(row: dict, steps: int = 4, observer: Observer | None = None, lr: float = 1e-2, **changes):
     """Train the micro model under `row`. Returns (losses, weights by name, trainer)."""
     torch.manual_seed(1)
-    trainer = Trainer(model(**changes), read_row("row", row), Schedule(lr, steps), observer=observer)
-    accumulate = trainer.regime.accumulate
-    losses = [float(trainer.step([batch(100 * step + i) for i in range(accumulate)])) for step in range(steps)]
-    weights = {name: tensor.detach().clone() for name, tensor in trainer.finish().state_dict().items()}
+    regime = read_row("row", row)
+    with ranks(regime):
+        trainer = Trainer(model(**changes), regime, Schedule(lr, steps), observer=observer)
+        losses = [float(trainer.step([batch(100 * step + i) for i in range(regime.accumulate)])) for step in range(steps)]
+        weights = {name: local(tensor).detach().clone() for name, tensor in trainer.finish().state_dict().items()}
     return losses, weights, trainer

@@ -34,11 +34,12 @@ def _layers(spec: ModelSpec, count: int) -> ModelSpec:
 @pytest.mark.parametrize("name", [name for name in REGIMES if name not in ("badam", "chunkft")])
 def test_on_a_fake_cpu_the_peak_is_the_cpus(name):
     meter = Meter()
-    trainer = Trainer(micro.model(), REGIMES[name], Schedule(1e-3, 2), observer=meter)
-    with meter:
-        for _ in range(2):
-            ids = torch.zeros(3, 11, dtype=torch.long)
-            trainer.step([{"input_ids": ids, "labels": ids.clone()}])
+    with micro.ranks(REGIMES[name]):
+        trainer = Trainer(micro.model(), REGIMES[name], Schedule(1e-3, 2), observer=meter)
+        with meter:
+            for _ in range(2):
+                ids = torch.zeros(3, 11, dtype=torch.long)
+                trainer.step([{"input_ids": ids, "labels": ids.clone()}])
     said = trace(MICRO, REGIMES[name], 11, 3, mode="cpu")
     assert (said.peak_bytes, said.phase, dict(said.ledger)) == tuple(meter.peak(1)[key] for key in
                                                                       ("peak_bytes", "phase", "categories"))

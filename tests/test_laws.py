@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from micro import batch, model, train
+from micro import batch, model, ranks, train
 from vramlab.axes import AXES
 from vramlab.axes.leaves import ActiveLeaves, Leaf, SlicedEmbedding, SlicedLinear
 from vramlab.observer import Observer
@@ -24,6 +24,10 @@ IDENTICAL_TO_FULL = {
     "one chunk": {"trains": {"chunks": {"count": 1}}},
     "one block of everything": {"trains": {"blocks": {"count": 1, "ends": True}}},
     "fused backward": {"until": "backward"},
+    "one rank": {"place": "fsdp"},
+    "one rank, fused backward": {"place": "fsdp", "until": "backward"},
+    "one rank, checkpoint": {"place": "fsdp", "acts": "checkpoint"},
+    "one rank, offload": {"place": "fsdp", "acts": "offload"},
 }
 
 
@@ -227,6 +231,7 @@ def test_host_and_device_state_train_the_same():
 
 PRODUCT = [dict(zip((*AXES, "accumulate", "clip"), values, strict=True))
            for values in itertools.product(*(list(known) for known in AXES.values()), (1, 2), (0.0, 0.5))]
+PRODUCT = [row for row in PRODUCT if row["place"] == "device" or (row["accumulate"], row["clip"]) in ((1, 0.0), (2, 0.5))]
 
 
 @pytest.mark.parametrize("weights", AXES["weights"])
@@ -250,8 +255,9 @@ def test_whatever_constructs_trains(weights, trains):
 
 def test_every_row_of_the_file_trains():
     for name, row in read_regimes().items():
-        trainer = Trainer(model(), row, Schedule(row.lr, 2))
-        losses = [float(trainer.step([batch(step)])) for step in range(2)]
+        with ranks(row):
+            trainer = Trainer(model(), row, Schedule(row.lr, 2))
+            losses = [float(trainer.step([batch(step)])) for step in range(2)]
         assert all(math.isfinite(loss) for loss in losses), name
 
 

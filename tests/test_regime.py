@@ -15,6 +15,7 @@ ALONE = {
     6: {"trains": "none", "rule": "none", "clip": 1.0},
     7: {"until": "backward", "accumulate": 2},
     8: {"until": "backward", "clip": 1.0},
+    9: {"place": "fsdp", "trains": "blocks"},
 }
 
 
@@ -58,6 +59,12 @@ def test_a_machine_without_a_gpu_is_another_error():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ImpossibleHere, match="use device: cpu"):
         check_machine(regime("full"), "cuda")
+
+
+def test_a_process_without_ranks_reads_the_row_and_cannot_train_it():
+    row = regime("fsdp")
+    with pytest.raises(ImpossibleHere, match="torchrun"):
+        check_machine(row, "cpu")
 
 
 def test_regimes_command_prints_every_row(capsys):

@@ -106,7 +106,10 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_the_rest_due(sweep_file, capsy
     process = _start(path)
     _wait_for(lambda: _pid_of_third(path))
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "1 of 3 cells are finished and kept" in said
     assert set(_results(path)) == {"full"}
     assert _sweep(path, "--dry-run", "--json") == 0

@@ -39,12 +39,13 @@ def _run(regime, shape, gpu=None, position="rope", steps=2):
     """(meter, trainer) after `steps` steps without a mask, on the CPU or on `gpu`."""
     sizes, rows, tokens = shape
     meter = gpu.meter() if gpu else Meter()
-    trainer = Trainer(micro.model(position, **sizes), _ascending(regime), Schedule(1e-3, steps),
-                      device=gpu.device if gpu else "cpu", observer=meter)
-    with meter:
-        for _ in range(steps):
-            ids = torch.zeros(rows, tokens, dtype=torch.long)
-            trainer.step([{"input_ids": ids, "labels": ids.clone()}])
+    with micro.ranks(regime):
+        trainer = Trainer(micro.model(position, **sizes), _ascending(regime), Schedule(1e-3, steps),
+                          device=gpu.device if gpu else "cpu", observer=meter)
+        with meter:
+            for _ in range(steps):
+                ids = torch.zeros(rows, tokens, dtype=torch.long)
+                trainer.step([{"input_ids": ids, "labels": ids.clone()}])
     return meter, trainer
 
 

@@ -84,7 +84,7 @@ def _predict(args) -> int:
     from .memory.settings import Settings
     from .predict import Question, forecast, largest
 
-    question = Question(args.model, args.regime, args.seq, args.batch, args.weights or "")
+    question = Question(args.model, args.regime, args.seq, args.batch, args.weights or "", world=args.world)
     held, settings = args.card and card(args.card), Settings.parse(args.allocator or "")
     if args.max:
         if held is None:
@@ -142,6 +142,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seq", type=int, default=1024, help="tokens a row")
     sub.add_argument("--batch", type=int, default=1, help="rows a micro-batch")
     sub.add_argument("--weights", choices=("fp32", "mixed", "bf16"), help="another storage type than the row's own")
+    sub.add_argument("--world", type=int, default=1, help="ranks of a sharded regime; the forecast is one rank's")
     sub.add_argument("--card", help="a card of params/cards.yml, for example rtx4090")
     sub.add_argument("--allocator", metavar="CONF", help="as in PYTORCH_ALLOC_CONF, for example expandable_segments:True")
     sub.add_argument("--max", choices=("seq", "batch"), help="search the largest that fits on the card")

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .axes.place import Fsdp
 from .baichuan import BaichuanForCausalLM, ModelSpec
 from .memory.kernels import AMPERE, Architecture
 from .memory.virtual import VirtualGpu, virtual_gpu
@@ -34,6 +35,8 @@ class Trace:
     regime: str
     seq: int
     batch: int
+    world: int
+    """Ranks that take the step together; every figure is of one of them, the first."""
     device: str
     """How the GPU was pretended."""
     architecture: Architecture
@@ -95,8 +98,9 @@ class Trace:
 
 
 def trace(spec: ModelSpec, regime: Regime, seq: int, batch: int, steps: int | None = None, card: Any = None,
-          mode: str = "auto", every_part: bool = False) -> Trace:
+          mode: str = "auto", every_part: bool = False, world: int = 1) -> Trace:
     """What one training step of `spec` under `regime` does with memory, on `batch` full rows of `seq` labelled tokens.
+    With `place: fsdp` on each of `world` ranks, of which the first is reported: none holds more.
 
     The step reported is the last of `steps` (2 unless given): the first makes the optimizer's state, the rest start with
     it. Where parts take turns it is a step of the part with the highest peak. Each part is run once, ranked by its peak
@@ -105,16 +109,21 @@ def trace(spec: ModelSpec, regime: Regime, seq: int, batch: int, steps: int | No
     lowest active weight, so a lower part keeps every activation that a higher one keeps, and more. `every_part` runs all.
 
     `card` is a compute capability, or has one as `compute_capability`; without it, (8, 0). `mode`: see `virtual_gpu`.
+
+    Raises: ValueError, for a world that is not one or, unless the regime shards, is not 1.
     """
-    began = time.perf_counter()
+    began, sharded = time.perf_counter(), isinstance(regime.place, Fsdp)
+    if world < 1 or (world > 1 and not sharded):
+        raise ValueError(f"world is {world}, and regime {regime.name!r} has place: {regime.values['place']}: use a world of 1 "
+                         "or more with place: fsdp, and of 1 without")
     architecture = tuple(getattr(card, "compute_capability", card or AMPERE))
-    with virtual_gpu(mode, architecture) as gpu:
+    with virtual_gpu(mode, architecture, world if sharded else 0) as gpu:
         run = _Run(gpu, spec, regime, seq, batch)
         with run.meter:
             step = run.take_turns(steps or 2, every_part) if len(run.trainer.parts) > 1 else run.repeat(steps or 2)
         host_bytes = run.meter.host_peak_bytes + run.unseen_host_bytes()
     peak, alive = run.meter.peak(step), run.meter.alive_after(run.meter.peak_event(step)[0])
-    return Trace(spec.name, regime.name, seq, batch, gpu.label, architecture, step,
+    return Trace(spec.name, regime.name, seq, batch, world, gpu.label, architecture, step,
                  run.turns.part if len(run.trainer.parts) > 1 else None, peak["peak_bytes"], peak["phase"],
                  peak["categories"], {owner: size for owner, size in alive.items() if size > 0}, host_bytes,
                  run.meter.work(step), run.meter.frame(), time.perf_counter() - began)

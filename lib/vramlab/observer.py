@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from torch import Tensor
 
 PHASES = ("init", "forward", "backward", "recompute", "update", "eval")
-CATEGORIES = ("weights", "buffers", "gradients", "optimizer", "activations", "temporaries", "inputs", "workspace")
+CATEGORIES = ("weights", "buffers", "gradients", "optimizer", "activations", "temporaries", "inputs", "workspace",
+              "collectives")
 
 
 class _Recomputation:

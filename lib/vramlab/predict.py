@@ -50,9 +50,11 @@ class Question:
     batch: int
     weights: str = ""
     architecture: Architecture = AMPERE
+    world: int = 1
+    """Ranks the model is sharded over; the forecast is rank 0's."""
 
     def __post_init__(self):
-        for name, value in (("seq", self.seq), ("batch", self.batch)):
+        for name, value in (("seq", self.seq), ("batch", self.batch), ("world", self.world)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: a step needs 1 or more")
 
@@ -74,8 +76,8 @@ class Question:
         """Hash of everything a trace depends on."""
         row = self.row
         content = {"spec": self.spec.fingerprint(), "row": row.axes(), "accumulate": row.accumulate, "clip": row.clip,
-                   "seq": self.seq, "batch": self.batch, "architecture": self.architecture, "torch": torch.__version__,
-                   "code": _code()}
+                   "seq": self.seq, "batch": self.batch, "architecture": self.architecture, "world": self.world,
+                   "torch": torch.__version__, "code": _code()}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
@@ -123,7 +125,7 @@ class Forecast:
         owners = [{"category": category, "module": module, "bytes": size} for category, module, size in self.trace.owners(8)]
         return {
             "kind": "predicted", "model": question.model, "regime": question.regime, "weights": self.weights, "seq": question.seq,
-            "batch": question.batch, "card": card and card.key, "device": self.trace.device,
+            "batch": question.batch, "world": question.world, "card": card and card.key, "device": self.trace.device,
             "compute_capability": list(self.trace.architecture), "allocator": self.simulated.label,
             "peak_allocated_bytes": self.allocated_peak_bytes, "peak_reserved_bytes": self.reserved_peak_bytes,
             "peak_requested_bytes": self.trace.peak_bytes, "phase": self.trace.phase, "ledger": dict(self.ledger),
@@ -189,7 +191,8 @@ def traced_step(question: Question, cache_dir: Path | None = CACHE) -> Trace:
     folder = cache_dir and cache_dir / question.key()
     if folder and (folder / "trace.json").exists():
         return _read(folder)
-    made = trace(question.spec, question.row, question.seq, question.batch, card=question.architecture)
+    made = trace(question.spec, question.row, question.seq, question.batch, card=question.architecture,
+                 world=question.world)
     if folder:
         _write(made, folder)
     return made

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from .axes import AXES
+from .axes.place import Fsdp
 from .axes.rule import NoRule
 from .axes.trains import Nothing
 from .axes.until import Backward
@@ -37,6 +38,7 @@ class Regime:
     until: Any
     rule: Any
     acts: Any
+    place: Any
     accumulate: int = 1
     """Micro-batches whose gradients are added before one update; the sum equals the large batch's gradient."""
     clip: float = 0.0
@@ -63,6 +65,7 @@ def _is(axis: str, kind: type) -> Callable[[Regime], bool]:
 
 
 _nothing, _no_rule, _in_backward = _is("trains", Nothing), _is("rule", NoRule), _is("until", Backward)
+_fsdp = _is("place", Fsdp)
 
 ILLEGAL: list[tuple[Callable[[Regime], bool], str]] = [
     (lambda r: r.accumulate < 1, "accumulate counts micro-batches: use 1 or more"),
@@ -78,6 +81,9 @@ ILLEGAL: list[tuple[Callable[[Regime], bool], str]] = [
      "until: backward updates at every micro-batch, so accumulate would change the result: use until: step, or a larger batch"),
     (lambda r: _in_backward(r) and r.clip > 0,
      "until: backward drops each gradient before the norm of all is known: use until: step, or clip: 0"),
+    (lambda r: _fsdp(r) and hasattr(r.trains, "interval"),
+     "place: fsdp cuts every weight between ranks, and decides once how its gradient is reduced, so parts cannot take turns: "
+     "use trains: all or lora, or place: device"),
 ]
 """(excluded, reason with the way out); all that apply are reported together."""
 
@@ -138,6 +144,7 @@ def check_machine(regime: Regime, device: str) -> None:
     """Raises ImpossibleHere when this machine lacks what the row needs. Says nothing about memory: running out of it
     is a result."""
     import torch
+    from torch import distributed
 
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
@@ -145,3 +152,6 @@ def check_machine(regime: Regime, device: str) -> None:
         if isinstance(regime.weights, Mixed | Bf16) and not torch.cuda.is_bf16_supported():
             name = torch.cuda.get_device_name(device)
             raise ImpossibleHere(f"regime {regime.name!r} computes in bf16, which {name} cannot: use weights: fp32")
+    if _fsdp(regime) and not (distributed.is_available() and distributed.is_initialized()):
+        raise ImpossibleHere(f"regime {regime.name!r} shards over a process group, and this process is in none: start it with "
+                             "torchrun and call torch.distributed.init_process_group, or use place: device")

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -87,7 +88,7 @@ def sweep(path: Path | str, out: Path | str | None = None, force: bool = False, 
         _say([{"run_id": c.run_id, "state": "due" if c in due else c.outcome(), **c.params} for c in cells], json)
         return 0
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with _alone(folder), _interruptible():
         _write(folder / "sweep.json", {"schema": SCHEMA, "sweep": Path(path).name,
                                        "cells": [{"run_id": c.run_id, **c.params} for c in cells]})
         try:
@@ -141,14 +142,49 @@ def _run(notebook: Path, cell: Cell) -> None:
                                     str(given)], stdout=log, stderr=log, env={**os.environ, "PLOTLY_RENDERER": "plotly_mimetype"},
                                    preexec_fn=lambda: _die_with(parent))
         try:
-            code = process.wait()
+            code = _wait(process)
         except BaseException:
             process.terminate()
-            process.wait(timeout=20)
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             raise
     given.unlink()
     if cell.outcome() is None:
         _write(cell.folder / "result.json", _ended(cell, code))
+
+
+def _wait(process: subprocess.Popen) -> int:
+    """Its exit code. An interruption that was swallowed on its way here still stops the sweep."""
+    while True:
+        try:
+            return process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            if _INTERRUPTED.is_set():
+                raise KeyboardInterrupt from None
+
+
+_INTERRUPTED = threading.Event()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C raises, as always, and is remembered: an exception raised inside a callback of the interpreter gets lost."""
+    def interrupt(*_) -> None:
+        _INTERRUPTED.set()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _INTERRUPTED.clear()
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _ended(cell: Cell, code: int) -> dict:

@@ -69,16 +69,18 @@ class Trainer:
         self.steps_done = 0
         # 1. storage type first: adapters and leaves must be made in the type they train in
         model = regime.weights.prepare(model)
-        # 2. then the device, so that nothing below is made twice
-        model = model.to(self.device)
+        # 2. then the device, so that nothing below is made twice; a model to be sharded stays on the host until it is
+        model = regime.place.move(model, self.device)
         # 3. adapters wrap modules, so they come before anything that looks modules up
         model = regime.trains.prepare(model, seed)
         # 4. checkpointing wraps blocks, adapters included
         self.model = regime.acts.prepare(model)
-        # 5. last, what trains is cut out of the finished network; everything else stops asking for a gradient
+        # 5. sharding replaces parameters and gathers them around a block, so around all that is done to it; it needs them
+        # before any leaf is cut out of one
+        self._weights = regime.place.shard(self.model, self.device, regime.weights, self.observer)
+        # 6. last, what trains is cut out of the finished network; everything else stops asking for a gradient
         self.parts: list[Part] = regime.trains.parts(self.model)
         self.model.requires_grad_(False)
-        self._weights = {p.untyped_storage()._cdata for p in self.model.parameters()}
         self._turns: dict[int, _Turn] = {}
         self._active: int | None = None
         self.observer.own("weights", self.model.named_parameters())
@@ -87,7 +89,8 @@ class Trainer:
     def step(self, batches: Sequence[Batch], shares: Sequence[float] | None = None) -> Tensor:
         """One update from `regime.accumulate` micro-batches. Returns the loss: the mean over all their labelled tokens,
         a detached 0-d tensor on the device (reading it is the caller's synchronization, not ours). `shares` are the
-        micro-batches' shares of those tokens, for a caller that knows them; else they are read from the labels.
+        micro-batches' shares of those tokens, for a caller that knows them; else they are read from the labels. Where there
+        are ranks, each gives its own micro-batches, of the same number; tokens and loss are then all ranks' together.
 
         Raises: ValueError, when the number of micro-batches is not what the regime accumulates.
         """
@@ -97,7 +100,7 @@ class Trainer:
         self.observer.begin_step(self.steps_done)
         self._take_turns()
         self.model.train(bool(self.parts))
-        shares = _shares(batches) if shares is None else shares
+        shares = self._shares(batches) if shares is None else shares
         total = torch.zeros((), device=self.device)
         with self.regime.weights.compute(self.device.type):
             for batch, share in zip(batches, shares, strict=True):
@@ -112,7 +115,19 @@ class Trainer:
                 self._update()
         self.observer.end_step()
         self.steps_done += 1
-        return total
+        return self.regime.place.mean(total)
+
+    def _shares(self, batches: Sequence[Batch]) -> list[float]:
+        """Each micro-batch's share of the labelled tokens, so that the sum of gradients is the large batch's gradient, and so
+        is its mean over ranks. Read on the host, before anything goes to the device. The first label of a row is never
+        predicted."""
+        if len(batches) == 1 and self.regime.place.ranks == 1:
+            return [1.0]
+        counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+        whole = float(self.regime.place.mean(torch.tensor(sum(counts), dtype=torch.float64, device=self.device)))
+        if not whole:
+            raise ValueError("no token of this step is labelled: every label is -100")
+        return [count / whole for count in counts]
 
     def _forward(self, batch: Batch) -> Tensor:
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
@@ -191,14 +206,3 @@ class Trainer:
         """Put the active part to rest and return the trained model, ready to be scored."""
         self._rest()
         return self.model.eval()
-
-
-def _shares(batches: Sequence[Batch]) -> list[float]:
-    """Each micro-batch's share of the labelled tokens, so that the sum of gradients is the large batch's gradient.
-    The first label of a row is never predicted. Read on the host, before anything goes to the device."""
-    if len(batches) == 1:
-        return [1.0]
-    counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
-    if not sum(counts):
-        raise ValueError("no token of this step is labelled: every label is -100")
-    return [count / sum(counts) for count in counts]

@@ -5,6 +5,7 @@
 """
 
 from .acts import Checkpoint, Keep, Offload
+from .place import Device, Fsdp
 from .rule import AdamW, NoRule, Sgd
 from .trains import All, Blocks, Chunks, Lora, Nothing
 from .until import Backward, Step
@@ -16,6 +17,7 @@ AXES: dict[str, dict[str, type]] = {
     "until": {"step": Step, "backward": Backward},
     "rule": {"adamw": AdamW, "sgd": Sgd, "none": NoRule},
     "acts": {"keep": Keep, "checkpoint": Checkpoint, "offload": Offload},
+    "place": {"device": Device, "fsdp": Fsdp},
 }
 """axis -> value -> class; the first value of each axis is its default."""
 

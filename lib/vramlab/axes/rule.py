@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .place import is_sharded, local
+
 
 @dataclass(frozen=True)
 class AdamW:
@@ -24,15 +26,17 @@ class AdamW:
                                  weight_decay=self.weight_decay, fused=True)
 
     def state_bytes(self, params: Iterable[Tensor]) -> int:
-        return sum(2 * p.nbytes + 4 for p in params)
+        return sum(2 * local(p).nbytes + 4 for p in params)
 
 
 @dataclass(frozen=True)
 class Sgd:
-    """w <- w - lr * g, remembering nothing: no state at all."""
+    """w <- w - lr * g, remembering nothing: no state at all. Fused, except on sharded weights, for which torch has no fused
+    SGD: there tensor by tensor, in place too."""
 
     def make(self, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(params, lr=lr, fused=True)
+        params = list(params)
+        return torch.optim.SGD(params, lr=lr, fused=not any(is_sharded(p) for p in params))
 
     def state_bytes(self, params: Iterable[Tensor]) -> int:
         return 0

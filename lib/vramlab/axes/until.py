@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..observer import Observer
+from .place import local
 
 
 class Updater:
@@ -32,12 +33,12 @@ class Updater:
         """One update from the gradients that are there, which are then dropped."""
 
     def state(self) -> Iterator[tuple[Tensor, str, Tensor]]:
-        """Every tensor of optimizer state: (leaf, what it is, the tensor)."""
+        """Every tensor of optimizer state: (leaf, what it is, the tensor, of a sharded one this rank's piece)."""
         for optimizer in self.optimizers:
             for leaf, entry in optimizer.state.items():
                 for key, value in entry.items():
                     if isinstance(value, Tensor):
-                        yield leaf, key, value
+                        yield leaf, key, local(value)
 
     def move_state(self, device: torch.device | str, observer: Observer, place: str) -> None:
         """Copy all state to `device`; the copies live in `place` ("host" or "device")."""

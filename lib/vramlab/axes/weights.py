@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -27,6 +28,8 @@ class Fp32:
     """Every parameter in fp32, 4 bytes each, and every product in fp32."""
 
     dtype = torch.float32
+    gathered: ClassVar[torch.dtype | None] = None
+    """The type a sharded weight is gathered in, where it is not its own."""
 
     def prepare(self, model: nn.Module) -> nn.Module:
         return model.to(self.dtype)
@@ -47,6 +50,8 @@ class Mixed(Fp32):
     """fp32 parameters under bf16 autocast: 4 bytes each, plus autocast's bf16 copies of the weights that train (2 bytes
     each). Autocast ends with the forward, so a copy lives until backward has used it, not to the end of the step. Norms,
     softmax and the loss stay fp32. Micikevicius 2018, arXiv:1710.03740; here with bf16 and so without loss scaling."""
+
+    gathered = torch.bfloat16
 
     @contextmanager
     def compute(self, device_type: str) -> Iterator[None]:

@@ -7,21 +7,24 @@ which no operation returns, are not seen; `Workspaces` says what is known of the
 
 from __future__ import annotations
 
+import itertools
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import pandas as pd
 from torch import Tensor, UntypedStorage
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from ..axes.place import local
 from ..observer import Observer, recomputing
 from .kernels import Workspaces
 from .modules import Modules
-from .watch import Watch, no_garbage_collection, resizes
+from .watch import Watch, no_garbage_collection, propagation_unseen, resizes
 from .work import Work
 
 COLUMNS = ("t_s", "step", "event", "storage", "stream", "bytes", "live_bytes", "category", "phase", "module", "op",
@@ -40,7 +43,7 @@ class _Storage:
     op: str
     span: int
     host: bool
-    stream: int = 0
+    stream: int
     survived: bool = False
 
 
@@ -50,22 +53,32 @@ class _Death(weakref.ref):
     __slots__ = ("key",)
 
 
+def _common(name: str, other: str) -> str:
+    """What one storage that holds two things is called: the innermost module both are in."""
+    if name == other:
+        return name
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), other.split("."), strict=False))
+    return ".".join(part for part, _ in same)
+
+
 class Meter(Observer):
     """Collects events while it is entered, once. Tensors declared before that (`own`) are adopted with phase `init`.
 
     Where the device is not the CPU, `device_type` says so: storages on another device are host memory, as are those
     declared so. `host_peak_bytes` is their peak; they are not in `live_bytes`. `workspaces` adds what kernels take,
-    `work` counts what operations compute and move.
+    `work` counts what operations compute and move. `stream` says on which of the device's streams storages are being
+    made, each with its own pool in the allocator; 0 is the usual one.
     """
 
-    def __init__(self, device_type: str | None = None, workspaces: Workspaces | None = None, work: Work | None = None):
-        self._events: list[tuple[float, int, str, _Storage, int, str]] = []
+    def __init__(self, device_type: str | None = None, workspaces: Workspaces | None = None, work: Work | None = None,
+                 stream: Callable[[], int] = lambda: 0):
+        self._events: list[tuple[float, int, str, _Storage, int, str, int]] = []
         self._alive: dict[int, _Storage] = {}
         self._deaths: dict[int, _Death] = {}
         self._names: dict = {}
         self._phase, self._span, self._step, self._began = "init", 0, 0, time.perf_counter()
         self._place, self._last_phase = "device", ""
-        self._device_type, self._workspaces, self._work = device_type, workspaces, work
+        self._device_type, self._workspaces, self._work, self._stream = device_type, workspaces, work, stream
         self._modules = Modules()
         self._hooks: list = []
         self._entered = ExitStack()
@@ -92,9 +105,10 @@ class Meter(Observer):
 
     def own(self, category: str, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         for name, tensor in named_tensors:
-            record = self._record(tensor, "declared")
+            record = self._record(local(tensor), "declared")
             if record.category not in ("weights", "inputs"):
-                record.category, record.module = category, name
+                record.module = _common(record.module, name) if record.category == category else name
+                record.category = category
 
     def trains(self, named_leaves: Iterable[tuple[str, Tensor]]) -> None:
         while self._hooks:
@@ -114,6 +128,7 @@ class Meter(Observer):
         self._entered.enter_context(no_garbage_collection())
         self._entered.enter_context(self._modules)
         self._entered.enter_context(resizes(self._resized))
+        self._entered.enter_context(propagation_unseen())
         self._entered.enter_context(Watch(self.saw, lambda: self._phase == "backward"))
         return self
 
@@ -134,7 +149,7 @@ class Meter(Observer):
             self._last_phase, self._span = phase, self._span + 1
         op = self._names.get(func) or self._names.setdefault(func, str(func))
         for tensor in (outputs,) if isinstance(outputs, Tensor) else tree_leaves(outputs):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor):  # a wrapper has no bytes of its own
                 self._record(tensor, op)
         if self._workspaces is not None:
             self._take_workspace(func, args, op)
@@ -168,7 +183,8 @@ class Meter(Observer):
         return record
 
     def _born(self, size: int, category: str, op: str, host: bool) -> _Storage:
-        record = _Storage(len(self._events), size, category, self._now_in(), self._modules.current(), op, self._span, host)
+        record = _Storage(len(self._events), size, category, self._now_in(), self._modules.current(), op, self._span, host,
+                          self._stream())
         self._event("alloc", record, size)
         return record
 
@@ -176,7 +192,7 @@ class Meter(Observer):
         record = self._alive.get(storage._cdata)
         if record is not None and record.bytes != storage.nbytes():
             self._event("free", record, -record.bytes)
-            record.bytes = storage.nbytes()
+            record.bytes, record.stream = storage.nbytes(), self._stream()
             self._event("alloc", record, record.bytes)
 
     def _died(self, death: _Death) -> None:
@@ -186,7 +202,8 @@ class Meter(Observer):
         self._event("free", record, -record.bytes)
 
     def _event(self, event: str, record: _Storage, change: int) -> None:
-        self._events.append((time.perf_counter() - self._began, self._step, event, record, change, self._now_in()))
+        self._events.append((time.perf_counter() - self._began, self._step, event, record, change, self._now_in(),
+                             record.stream))
 
     # what came of it ------------------------------------------------------------------------------------------------
 
@@ -194,9 +211,9 @@ class Meter(Observer):
         """The timeline: one row an event, in order. Columns: `COLUMNS`. Bytes are integers; `live_bytes` is what lives on
         the device after the event; host storages are rows with category `host` that do not count in it."""
         rows, live = [], 0
-        for t_s, step, event, record, change, phase in self._events:
+        for t_s, step, event, record, change, phase, stream in self._events:
             live += 0 if record.host else change
-            rows.append((t_s, step, event, record.serial, record.stream, abs(change), live,
+            rows.append((t_s, step, event, record.serial, stream, abs(change), live,
                          self._category(record), phase, record.module, record.op, "meter"))
         return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -220,14 +237,14 @@ class Meter(Observer):
             categories[category] += size
         owners = [{"module": module, "category": category, "op": op, "bytes": size}
                   for (module, category, op), size in alive.most_common(8) if size > 0]
-        _, step, _, _, _, phase = self._events[at]
+        _, step, _, _, _, phase, _ = self._events[at]
         return {"peak_bytes": most, "phase": phase, "step": step, "owners": owners,
                 "categories": {category: size for category, size in categories.most_common() if size > 0}}
 
     def peak_event(self, step: int | None = None) -> tuple[int, int]:
         """(number of the event after which most bytes are alive on the device, those bytes), of one step or of all."""
         live = best = at = 0
-        for index, (_, when, _, record, change, _) in enumerate(self._events):
+        for index, (_, when, _, record, change, *_) in enumerate(self._events):
             live += 0 if record.host else change
             if live > best and step in (None, when):
                 best, at = live, index
@@ -236,21 +253,21 @@ class Meter(Observer):
     def alive_after(self, index: int) -> Counter:
         """Device bytes alive after event `index`, by (module, category, op)."""
         alive: Counter = Counter()
-        for *_, record, change, _ in self._events[: index + 1]:
+        for _, _, _, record, change, *_ in self._events[: index + 1]:
             if not record.host:
                 alive[record.module, self._category(record), record.op] += change
         return alive
 
     def work(self, step: int) -> dict[str, dict]:
         """phase -> what one step computed and moved, see `Work.of_step`; nothing without `work`."""
-        kept = {record.serial for *_, record, _, _ in self._events
+        kept = {record.serial for _, _, _, record, *_ in self._events
                 if record.survived or self._category(record) not in ("activations", "temporaries", "workspace")}
         return {} if self._work is None else self._work.of_step(step, kept.__contains__)
 
     @property
     def host_peak_bytes(self) -> int:
         live = best = 0
-        for *_, record, change, _ in self._events:
+        for _, _, _, record, change, *_ in self._events:
             live += change if record.host else 0
             best = max(best, live)
         return best

@@ -5,6 +5,8 @@ Python through the backend torch keeps for outsiders (PrivateUse1), so that it i
 be told from what stays. That is an experimental interface of torch; `mode="cpu"` needs none of it, and there every byte,
 offloaded ones too, lies on a fake CPU and runs the CPU's own choice of kernels.
 
+Ranks of a process group are pretended too, see `ranks`.
+
 Not exact, on `vgpu`: attention and workspaces as `kernels` says, autocast as `virtual_autocast` says. The rest is what
 autograd and the operations' own shapes make of it. Nothing here knows about the allocator's rounding.
 """
@@ -24,6 +26,7 @@ from torch.utils import backend_registration
 from . import virtual_autocast
 from .kernels import AMPERE, Architecture, Attention, Workspaces
 from .meter import Meter
+from .ranks import Event, Stream, on_stream, pretended_ranks
 from .work import Work
 
 NAME = "vgpu"
@@ -42,7 +45,8 @@ class VirtualGpu:
         """An event meter that tells this device from the host, and knows its kernels' workspaces."""
         if self.device == "cpu":
             return Meter(work=Work())
-        return Meter(self.device, Workspaces(self.architecture), Work())
+        stream = _backend.stream_number if self.device == NAME else lambda: torch.cuda.current_stream().stream_id
+        return Meter(self.device, Workspaces(self.architecture), Work(), stream)
 
 
 _LABELS = {"vgpu": "virtual GPU (fake tensors on a Python device)", "cuda": "fake tensors on cuda",
@@ -50,8 +54,9 @@ _LABELS = {"vgpu": "virtual GPU (fake tensors on a Python device)", "cuda": "fak
 
 
 @contextmanager
-def virtual_gpu(mode: str = "auto", architecture: Architecture = AMPERE) -> Iterator[VirtualGpu]:
-    """Inside, tensors are fake, and `torch.device(gpu.device)` is a GPU of `architecture` that does not exist.
+def virtual_gpu(mode: str = "auto", architecture: Architecture = AMPERE, world: int = 0) -> Iterator[VirtualGpu]:
+    """Inside, tensors are fake, and `torch.device(gpu.device)` is a GPU of `architecture` that does not exist; with `world`, it
+    is the first of that many, each a rank of a process group.
 
     `auto` is `vgpu`, or `cuda` where torch sees a GPU, since torch takes one accelerator only (written for that case, and
     not run there yet). What is patched is put back at the end; the device's name stays registered, and says it is not
@@ -71,6 +76,8 @@ def virtual_gpu(mode: str = "auto", architecture: Architecture = AMPERE) -> Iter
         # one thread: autograd counts its devices at the first backward of a process, and this one may come later
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(_replaced(nn.Module, "_apply", _apply))
+        if world:
+            stack.enter_context(pretended_ranks(world))
         stack.enter_context(_Fake(allow_non_fake_inputs=True))
         yield VirtualGpu(mode, _LABELS[mode], architecture)
 
@@ -81,12 +88,19 @@ class _Fake(FakeTensorMode):
         """Always: there is no device to initialise. Else a literal made on it would reach a real kernel."""
         return True
 
+    def dispatch(self, func, types, args=(), kwargs=None):
+        # waiting gives back the tensor itself, of which fake tensors would make another
+        if func is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]
+        return super().dispatch(func, types, args, kwargs)
+
 
 class _Backend:
     """`torch.vgpu`: what torch asks of a device's module. Available only inside `virtual_gpu`."""
 
     _initialized = False  # checkpointing then keeps no random state for it, which would be host bytes
     here = False
+    Stream, Event, stream = Stream, Event, staticmethod(on_stream)
 
     def is_available(self) -> bool:
         return self.here
@@ -111,6 +125,12 @@ class _Backend:
 
     def set_rng_state(self, state: None, device=None) -> None:
         return None
+
+    def current_stream(self, device=None) -> Stream:
+        return Stream.current
+
+    def stream_number(self) -> int:
+        return Stream.current.number
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]

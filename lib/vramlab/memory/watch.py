@@ -16,6 +16,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -32,11 +34,37 @@ class Watch(TorchDispatchMode):
         self._saw, self._in_backward = saw, in_backward
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:  # it is none itself; what it does to this rank's piece comes here next
+            return NotImplemented
         if func in _REWRITTEN and not kwargs and self._in_backward():
             func = _as_the_engine_does(func, args, sys._getframe(1))
         outputs = func(*args, **kwargs) if kwargs else func(*args)
-        self._saw(func, args, outputs)
+        if not _propagating:
+            self._saw(func, args, outputs)
         return outputs
+
+
+_propagating: list[None] = []
+
+
+@contextmanager
+def propagation_unseen() -> Iterator[None]:
+    """A sharded tensor's operation is also run on fakes of the whole shape, to learn the shape of what comes out. They are
+    made under whatever mode is there, and are nobody's bytes."""
+    native = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def propagate(*args):
+        _propagating.append(None)
+        try:
+            return native(*args)
+        finally:
+            _propagating.pop()
+
+    ShardingPropagator._propagate_tensor_meta_non_cached = propagate
+    try:
+        yield
+    finally:
+        ShardingPropagator._propagate_tensor_meta_non_cached = native
 
 
 _REWRITTEN = {aten.add.Tensor, *INTO_FIRST}

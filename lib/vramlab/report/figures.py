@@ -11,7 +11,8 @@ from ..runs import Run
 from . import tables
 
 COLORS = {"weights": "#4e79a7", "gradients": "#e15759", "optimizer": "#b07aa1", "activations": "#59a14f",
-          "temporaries": "#f28e2b", "buffers": "#76b7b2", "inputs": "#9c755f"}
+          "temporaries": "#f28e2b", "buffers": "#bab0ac", "inputs": "#9c755f", "workspace": "#edc948",
+          "collectives": "#76b7b2"}
 PHASES = {"init": "#8c8c8c", "forward": "#6baed6", "backward": "#fd8d3c", "recompute": "#fdd0a2", "update": "#9e9ac8",
           "eval": "#74c476"}
 SCORINGS = {"yesno": "yes/no answer", "likelihood": "likelihood of the claim"}
