@@ -14,7 +14,10 @@ import papermill
 import pytest
 
 from conftest import SMALL
+from vramlab import expectation
+from vramlab.cards import card
 from vramlab.environment import ROOT
+from vramlab.predict import Question, forecast
 from vramlab.run import KNOWN_PARAMETERS
 from vramlab.runs import Run
 
@@ -83,6 +86,34 @@ def test_timeline_shows_the_run_asked_for_and_where_its_peak_is(finished, tmp_pa
 def test_compare_draws_every_figure_and_keeps_what_failed_in_view(finished, tmp_path):
     done = _execute(ROOT / "notebooks" / "compare.ipynb", tmp_path / "out.ipynb", folder=str(finished))
     assert len(_figures(done)) == 5 and "1 of 4 runs did not finish: lora (oom: no room" in _last_words(done)
+
+
+def test_predict_says_what_the_forecast_says_beside_the_arithmetic(tmp_path):
+    done = _execute(ROOT / "notebooks" / "predict.ipynb", tmp_path / "out.ipynb", model="tiny", regime="lomo", seq=32, weights="")
+    found = forecast(Question("tiny", "lomo", 32, 1), card("rtx4090"))
+    assert [figure["data"][0]["type"] for figure in _figures(done)] == ["heatmap", "bar", "scatter", "bar", "bar"]
+    assert found.takeaway() == _last_words(done) and f"{found.margin_bytes / 2**30:+.1f} GiB" in found.takeaway()
+    with pytest.raises(papermill.PapermillExecutionError, match="no card 'gtx'"):
+        _execute(ROOT / "notebooks" / "predict.ipynb", tmp_path / "no.ipynb", model="tiny", seq=32, card="gtx")
+
+
+@pytest.mark.parametrize(("question", "count", "each"), [
+    (Question("baichuan2-7b", "full", 1, 1), 7_505_973_248, (4, 4, 8)),
+    (Question("baichuan2-7b", "full", 1, 1, "bf16"), 7_505_973_248, (2, 2, 4)),
+    (Question("baichuan2-13b", "lomo", 1, 1, "bf16"), 13_896_668_160, (2, 0, 0)),
+    (Question("baichuan2-7b", "chunkft", 1, 1), 7_505_973_248, (4, 0.5, 1)),
+    (Question("baichuan2-7b", "zero_shot", 1, 1), 7_505_973_248, (4, 0, 0))])
+def test_the_arithmetic_is_parameters_times_bytes(question, count, each):
+    assert tuple(expectation.closed_form(question).values()) == tuple(size * count for size in each)
+
+
+def test_every_difference_over_a_hundredth_is_explained_and_the_sum_is_the_ledgers():
+    found = forecast(Question("tiny", "full", 64, 2), card("rtx4090"))
+    frame = expectation.beside(found).set_index("category")
+    assert frame.loc["sum", "predicted_GiB"] * 2**30 == pytest.approx(sum(found.ledger.values()))
+    gaps = frame.drop("sum")["difference_GiB"].abs()
+    wanted = gaps.index[gaps > frame.loc["sum", "predicted_GiB"] / 100].tolist()
+    assert [sentence.split(":")[0] for sentence in expectation.explained(found)] == wanted and "context" in wanted
 
 
 @pytest.fixture

@@ -68,8 +68,39 @@ def _sweep(args) -> int:
 
     code = sweep(args.path, out=args.out, force=args.force, retry=args.retry, dry_run=args.dry_run, json=args.json)
     if not (args.dry_run or args.no_report):
-        _say_report(build(Path(args.out) if args.out else Path("outputs") / Path(args.path).stem), args.json)
+        folder = Path(args.out) if args.out else Path("outputs") / Path(args.path).stem
+        of_sweep = Path(args.path).with_name(f"atlas-{Path(args.path).name}")
+        if of_sweep.exists() and not args.no_forecast and code != 130:
+            _chart(of_sweep, folder, quiet=args.json)
+        _say_report(build(folder), args.json)
     return code
+
+
+def _chart(path: Path, folder: Path, quiet: bool) -> dict:
+    """The atlas of `path`, written into `folder` for the report."""
+    from .atlas import chart, read_atlas
+
+    content = chart(read_atlas(path), progress=not quiet)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "forecast.json.part"
+    partial.write_text(json.dumps(content, separators=(",", ":")))
+    partial.replace(folder / "forecast.json")
+    return content
+
+
+def _atlas(args) -> int:
+    from . import atlas
+
+    asked = atlas.read_atlas(args.path)
+    if args.dry_run:
+        cells = [{"model": q.model, "name": q.name, "seq": q.seq, "batch": q.batch, "kept": atlas.kept(asked, q)}
+                 for q in asked.questions()]
+        lines = (f"{'kept' if c['kept'] else 'due':<5}{c['model']}  {c['name']}  {c['batch']} x {c['seq']}" for c in cells)
+        print(json.dumps(cells, indent=1) if args.json else "\n".join(lines))
+        return 0
+    content = _chart(args.path, args.out or Path("outputs") / asked.name, quiet=args.json)
+    print(atlas.table(content).to_json(orient="records", indent=1) if args.json else atlas.words(content))
+    return 1 if any(cell["reason"] for cell in content["cells"]) else 0
 
 
 def _report(args) -> int:
@@ -136,6 +167,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--retry", choices=("failed", "oom", "all"), help="run again the cells that ended so")
     sub.add_argument("--dry-run", action="store_true", help="list the cells and what would run")
     sub.add_argument("--no-report", action="store_true")
+    sub.add_argument("--no-forecast", action="store_true", help="leave out the atlas beside the sweep, params/atlas-<sweep>.yml")
     sub = command("predict", _predict, "The real training step of a model on a virtual GPU: every byte, and whether it fits.")
     sub.add_argument("--model", default="baichuan2-7b", help="a file of params/models, or the path of one")
     sub.add_argument("--regime", default="full", help="a row of params/regimes.yml")
@@ -146,6 +178,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--card", help="a card of params/cards.yml, for example rtx4090")
     sub.add_argument("--allocator", metavar="CONF", help="as in PYTORCH_ALLOC_CONF, for example expandable_segments:True")
     sub.add_argument("--max", choices=("seq", "batch"), help="search the largest that fits on the card")
+    sub = command("atlas", _atlas, "Every regime against every card, predicted; kept, so that it goes on where it was stopped.")
+    sub.add_argument("path", type=Path, nargs="?", default=Path("params/atlas.yml"), help="default: params/atlas.yml")
+    sub.add_argument("--out", type=Path, help="folder for forecast.json (default: outputs/<name of the atlas>)")
+    sub.add_argument("--dry-run", action="store_true", help="list the cells and what would be traced")
     sub = command("report", _report, "One self-contained HTML file from a folder of finished runs.")
     sub.add_argument("folder", type=Path, help="for example outputs/quick")
     return top

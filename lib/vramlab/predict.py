@@ -33,7 +33,7 @@ from .memory.settings import Settings
 from .memory.simulation import Simulated, simulate
 from .memory.work import floor_s
 from .passes import model_spec
-from .regime import Regime, read_row, regime_row
+from .regime import REGIMES_FILE, Regime, read_row, regime_row
 
 CACHE = ROOT / "outputs" / "cache" / "forecasts"
 CODE = ("axes", "baichuan", "memory", "forecast.py", "observer.py", "regime.py", "trainer.py")
@@ -61,8 +61,7 @@ class Question:
     @property
     def row(self) -> Regime:
         """The regime, with the storage type asked for. Raises: IllegalRegime."""
-        row = regime_row(self.regime)
-        return read_row(self.regime, {**row, "weights": self.weights} if self.weights else row)
+        return _row(self.regime, self.weights, REGIMES_FILE.stat().st_mtime_ns)
 
     @property
     def spec(self) -> ModelSpec:
@@ -79,6 +78,13 @@ class Question:
                    "seq": self.seq, "batch": self.batch, "architecture": self.architecture, "world": self.world,
                    "torch": torch.__version__, "code": _code()}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+@cache
+def _row(regime: str, weights: str, _changed_ns: int) -> Regime:
+    """Read once for each version of the file: an atlas asks hundreds of times."""
+    row = regime_row(regime)
+    return read_row(regime, {**row, "weights": weights} if weights else row)
 
 
 @cache
@@ -151,6 +157,15 @@ class Forecast:
                       f"{self.card.capacity_bytes / gib:.2f}",
                       f"no step faster than {self.floor_s:.3f} s (roofline floor, not an estimate)"]
         return "\n".join([*lines, f"took {self.took_s:.1f} s"])
+
+    def takeaway(self) -> str:
+        """One number, in Markdown: what is left of the card."""
+        if self.card is None:
+            return f"**{self.reserved_peak_bytes / 2**30:.1f} GiB** reserved at the peak, predicted."
+        flushed = " after flushing its cache" if self.fits and self.retries else ""
+        return (f"**{self.margin_bytes / 2**30:+.1f} GiB** is what {self.question.name} of {self.question.model}, "
+                f"{self.question.batch} x {self.question.seq} tokens, leaves of a {self.card.name}: it "
+                f"{'fits' if self.fits else 'does not fit'}{flushed}, predicted.")
 
     @property
     def weights(self) -> str:

@@ -58,7 +58,7 @@ def read_sweep(path: Path | str, out: Path | str | None = None) -> tuple[Path, P
     """
     path = Path(path)
     if not path.exists():
-        there = ", ".join(file.name for file in sorted((ROOT / "params").glob("*.yml")) if file.name != "regimes.yml")
+        there = ", ".join(file.name for file in sorted((ROOT / "params").glob("*.yml")) if "\ngrid:" in file.read_text())
         raise FileNotFoundError(f"no sweep {path}: params/ has {there}")
     spec = yaml.safe_load(path.read_text())
     wrong = sorted(set(spec) - KEYS) if isinstance(spec, dict) else ["its whole content"]

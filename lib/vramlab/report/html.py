@@ -17,12 +17,13 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from ..runs import Run, read_runs
-from . import figures, tables, words
+from . import figures, forecast_figures, forecasts, plan, tables, words
+from .forecasts import Forecasts
 
 HERE = Path(__file__).parent
 POLICY = ("default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval' blob:; worker-src blob:; style-src 'unsafe-inline'; "
           "img-src data: blob:; font-src data:")
-LIMIT_BYTES = 8_000_000
+LIMIT_BYTES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,21 @@ class Section:
     about: str
     figure: go.Figure | None
     table: pd.DataFrame
+    badge: str = ""
+    """How its figures were come by, where that is not what the head of the page says."""
+    said: Sequence[str] = ()
+    """Sentences under the figure."""
+    extra: str = ""
+    """HTML of its own."""
 
 
 def build(folder: Path | str) -> Path:
     """Write `report.html` into a folder of finished runs and return its path. Raises: FileNotFoundError, without runs."""
     runs = read_runs(folder)
     path = Path(folder) / "report.html"
-    page = _page(Path(folder).name, runs, _sections(runs))
+    said = Forecasts.read(folder)
+    sections = [*_sections(runs), *(forecast_sections(said) if said else [])]
+    page = _page(Path(folder).name, runs, sections, [*words.caveats(runs), *(forecasts.CAVEATS if said else [])])
     if len(page.encode()) > LIMIT_BYTES:
         raise ValueError(f"the report has {len(page.encode()):,} bytes, more than {LIMIT_BYTES:,}: make it of fewer runs")
     partial = path.with_name("report.html.part")
@@ -75,12 +84,43 @@ def _sections(runs: Sequence[Run]) -> list[Section]:
     return found
 
 
+def forecast_sections(said: Forecasts) -> list[Section]:
+    """The forecast part: nothing of it was measured."""
+    table = forecasts.atlas_table(said)
+    if not said.cells:
+        return [Section("The atlas", "No cell could be forecast; the reasons are here.", None, table, "predicted")]
+    cells = said.detailed
+    only = "" if len(cells) == len(said.cells) else f" Of {len(said.cells)} cells the first {len(cells)} are here."
+    saved = forecasts.one_variable(said)
+    device = f"predicted, {cells[0]['device']}"
+    return [
+        Section("The atlas", "What each card has left at the reserved peak of one training step, in GiB. Blue fits, red lacks. "
+                "`fits flushing`: it runs, but the allocator must give its cache back on the way.",
+                forecast_figures.atlas(said), table, device),
+        Section("Why this peak", "The largest groups alive at the peak, all blocks as one. `without` is the peak had that group "
+                "never been allocated: where it falls by less than the group's size, another moment becomes the peak." + only,
+                forecast_figures.why(cells), forecasts.peak_table(said), device),
+        Section("The predicted timeline", "One step of the real model, in requested bytes; the strip is the phase, the dashed line "
+                "what the card has for the allocator. Pick a regime and a card. Reserved bytes are more: see the atlas." + only,
+                forecast_figures.timeline(cells, said.cards), forecasts.curve_table(said), device),
+        Section("Allocator what-if", "The same events under other settings of PyTorch's allocator. The default's arithmetic was "
+                "verified against recorded GPU snapshots; the others follow PyTorch's source." + only,
+                forecast_figures.allocators(said), forecasts.allocator_table(said), device,
+                saved or ["In no cell here does a setting make a step fit that does not fit without it."]),
+        Section("Regime diff", "Bytes at the peak of two cells, by category and part of the model. The table has what moved from "
+                "full fine-tuning to each other row." + only, forecast_figures.difference(cells), forecasts.moved_table(said),
+                device),
+        Section("Planner", "Pick a regime, a card and a size. Between two forecasts it draws a straight line and says so; outside "
+                "them it refuses.", None, table[["name", "model", "seq", "batch"]], device, extra=plan.embed(said)),
+    ]
+
+
 def _accuracy_table(runs: Sequence[Run]) -> pd.DataFrame:
     frames = [tables.accuracy(runs, metric) for metric in ("balanced_accuracy", "balanced_accuracy_at_0", "auc")]
     return pd.concat(frames)[["judge", "place", "scoring", "metric", "value", "low", "high", "n", "n_consistent", "threshold"]]
 
 
-def _page(name: str, runs: Sequence[Run], sections: Sequence[Section]) -> str:
+def _page(name: str, runs: Sequence[Run], sections: Sequence[Section], caveats: Sequence[str]) -> str:
     env = next((run.environment for run in runs if (run.folder / "env.json").exists()), {})
     device = env.get("device", {}).get("name", "unknown device")
     model = next((run.result for run in runs if run.ok), runs[0].result)
@@ -95,7 +135,7 @@ def _page(name: str, runs: Sequence[Run], sections: Sequence[Section]) -> str:
         "<button class=theme type=button>light / dark</button></header>",
         "<ul class=takeaways>", *(f"<li>{_text(said)}</li>" for said in words.takeaways(runs)), "</ul>",
         *(_section(index, section) for index, section in enumerate(sections)),
-        "<h2>Before you quote a figure</h2><ul>", *(f"<li>{_text(said)}</li>" for said in words.caveats(runs)), "</ul>",
+        "<h2>Before you quote a figure</h2><ul>", *(f"<li>{_text(said)}</li>" for said in caveats), "</ul>",
         "<h2>Environment</h2>", _table(_environment(env, model)), f"<p class=soft>made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC</p>",
         f"<script type='text/plain' id=plotly>{_packed(get_plotlyjs())}</script>",
         f"<script>{(HERE / 'page.js').read_text()}</script></body></html>"]
@@ -103,13 +143,16 @@ def _page(name: str, runs: Sequence[Run], sections: Sequence[Section]) -> str:
 
 
 def _section(index: int, section: Section) -> str:
-    parts = [f"<h2>{_text(section.title)}</h2>"]
+    badge = f" <span class=badge>{_text(section.badge)}</span>" if section.badge else ""
+    parts = [f"<h2>{_text(section.title)}{badge}</h2>"]
     if section.figure is not None:
         parts += [f"<figure aria-label='{_text(section.title)}'><figcaption>{_text(section.about)}</figcaption>"
                   f"<div data-figure=figure{index}></div></figure>",
                   f"<script type='application/json' id=figure{index}>{_json(section.figure)}</script>"]
     else:
         parts.append(f"<p class=soft>{_text(section.about)}</p>")
+    parts += ["<ul>", *(f"<li>{_text(sentence)}</li>" for sentence in section.said), "</ul>"] if section.said else []
+    parts.append(section.extra)
     parts.append(f"<details><summary>table, {len(section.table)} rows</summary>{_table(section.table)}</details>")
     return "\n".join(parts)
 

@@ -118,8 +118,8 @@ def _identical(runs: Sequence[Run]) -> str:
 def caveats(runs: Sequence[Run]) -> list[str]:
     """What a reader has to know before quoting a figure."""
     seeds = {run.params.get("seed", 0) for run in runs}
-    said = ["Every figure here was measured on the CPU named below, at the small model's shape. Sizes and speeds of a GPU and of a "
-            "7B are others, and at another shape the order of the regimes can be another too."]
+    said = ["Every figure not marked `predicted` was measured on the CPU named below, at the small model's shape. Sizes and speeds "
+            "of a GPU and of a 7B are others, and at another shape the order of the regimes can be another too."]
     if len(seeds) == 1:
         said.append(f"Item interval only: one training seed ({seeds.pop()}), so the intervals hold what other documents would "
                     "change, not what another seed would.")

@@ -1,0 +1,210 @@
+"""The atlas: every regime, model, length and batch against every card, with no GPU.
+
+    content = chart(read_atlas("params/atlas.yml"))
+    table(content)  # one row a cell and card
+
+Cells are traced once, for compute capability (8, 0), by one process a core, and kept by content: beside each trace lies its
+summary against all cards, so a second look simulates nothing. An atlas that is stopped goes on from the cells it has. A cell
+that fails is a row with its reason.
+
+Cards of another capability get their own cuBLAS workspaces; their attention kernels are those of (8, 0), which for half types
+may differ on Hopper: see `summary`. `vramlab predict --card` is exact there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+import yaml
+
+from . import summary
+from .cards import Card, read_cards
+from .memory.settings import Settings
+from .passes import model_spec
+from .predict import CACHE, Question, traced_step
+from .regime import IllegalRegime, read_regimes
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """What is asked. Every combination is a cell; `cards` and `allocators` are what each cell is held against."""
+
+    name: str
+    models: tuple[str, ...]
+    seq: tuple[int, ...]
+    batch: tuple[int, ...]
+    weights: tuple[str, ...] = ("",)
+    """Storage types that replace the row's own; "" keeps it."""
+    as_written: tuple[str, ...] = ()
+    """The only rows that keep their own storage type where `weights` has "". Empty: all."""
+    regimes: tuple[str, ...] = ()
+    """Empty: all."""
+    cards: tuple[str, ...] = ()
+    """Empty: all."""
+    allocators: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        reasons = [f"no {name} given" for name in ("models", "seq", "batch", "weights") if not getattr(self, name)]
+        for name, known in (("regimes", read_regimes()), ("as_written", read_regimes()), ("cards", read_cards())):
+            wrong = [value for value in getattr(self, name) if value not in known]
+            reasons += [f"{name} has no {', '.join(wrong)}; there are {', '.join(known)}"] if wrong else []
+        if reasons:
+            raise ValueError(f"atlas {self.name}: {'; '.join(reasons)}")
+        for text in self.allocators:
+            Settings.parse(text)
+        for model in self.models:
+            model_spec(model)
+
+    def held_against(self) -> dict[str, Card]:
+        return {key: card for key, card in read_cards().items() if not self.cards or key in self.cards}
+
+    def questions(self) -> list[Question]:
+        """The cells. A storage type that is illegal for a row, or makes a step that is already there, is left out."""
+        rows, seen = [], set()
+        for weights in self.weights:
+            for regime in self.regimes or read_regimes():
+                if not weights and self.as_written and regime not in self.as_written:
+                    continue
+                try:
+                    row = Question(self.models[0], regime, 1, 1, weights).row
+                except IllegalRegime:
+                    continue
+                same = json.dumps([row.axes(), row.accumulate, row.clip], sort_keys=True, default=str)
+                rows += [] if same in seen else [(regime, weights)]
+                seen.add(same)
+        return [Question(model, regime, seq, batch, weights) for model in self.models for seq in self.seq
+                for batch in self.batch for regime, weights in rows]
+
+
+def read_atlas(path: Path | str) -> Atlas:
+    """An atlas file. Raises: FileNotFoundError; ValueError, for an unknown key, regime, card, model or setting."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no atlas {path}: params/ has atlas.yml and atlas-quick.yml")
+    spec = yaml.safe_load(path.read_text())
+    known = [field.name for field in dataclasses.fields(Atlas)]
+    wrong = sorted(set(spec) - set(known)) if isinstance(spec, dict) else ["its whole content"]
+    wrong += [f"no {name}" for name in ("models", "seq", "batch") if isinstance(spec, dict) and name not in spec]
+    if wrong:
+        raise ValueError(f"{path} has {', '.join(wrong)}: an atlas has {', '.join(known)}")
+    return Atlas(**{"name": path.stem, **{key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()}})
+
+
+def chart(atlas: Atlas, cache_dir: Path | None = CACHE, progress: bool = True, jobs: int | None = None) -> dict:
+    """Every cell of the atlas, as the plain data that `forecast.json` holds. What is kept already is read; the rest is traced
+    by `jobs` processes (one a core)."""
+    questions = atlas.questions()
+    find = partial(_cell, cards=atlas.held_against(), allocators=atlas.allocators, cache_dir=cache_dir)
+    found = {question: cell for question in questions if (cell := find(question, only_kept=True)) is not None}
+    due = [question for question in questions if question not in found]
+    for question, cell in _all(find, due, len(found), progress, jobs or os.cpu_count() or 1):
+        found[question] = cell
+    cards = {key: {"name": card.name, "capacity_bytes": card.capacity_bytes, "context_bytes": card.context_bytes,
+                   "compute_capability": list(card.compute_capability)} for key, card in atlas.held_against().items()}
+    return {"schema": SCHEMA, "kind": "predicted", "atlas": atlas.name, "torch": torch.__version__, "cards": cards,
+            "cells": [found[question] for question in questions]}
+
+
+def _all(find, due: list[Question], kept: int, progress: bool, jobs: int) -> Iterator[tuple[Question, dict]]:
+    from tqdm import tqdm
+
+    with tqdm(total=kept + len(due), initial=kept, unit="cell", file=sys.stderr, dynamic_ncols=True,
+              disable=not (progress and due)) as shown:
+        for question, cell in _in_processes(find, due, jobs) if min(jobs, len(due)) > 1 else ((q, find(q)) for q in due):
+            shown.set_description(f"{question.model} {question.name}, {question.batch} x {question.seq}")
+            shown.update(1)
+            yield question, cell
+
+
+def _in_processes(find, due: list[Question], jobs: int) -> Iterator[tuple[Question, dict]]:
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        asked = {pool.submit(find, question): question for question in due}
+        for future in as_completed(asked):
+            error = future.exception()  # a process that died takes its cell, never the atlas
+            yield asked[future], _named(asked[future], _reason(error)) if error else future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _cell(question: Question, cards: dict[str, Card], allocators: tuple[str, ...], cache_dir: Path | None,
+          only_kept: bool = False) -> dict | None:
+    """One cell from its summary, else from its trace, which is made if it must be; with `only_kept`, None instead."""
+    path = cache_dir and cache_dir / question.key() / f"summary-{_against(cards, allocators)}.json"
+    if path and path.exists():
+        return {**_named(question), **json.loads(path.read_text())}
+    if only_kept:
+        return None
+    try:
+        made = summary.summarize(traced_step(question, cache_dir), cards, allocators)
+    except Exception as error:  # whatever it is, the other cells go on and this one says why
+        return _named(question, _reason(error))
+    if path:
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        part.write_text(json.dumps(made, separators=(",", ":")))
+        os.replace(part, path)
+    return {**_named(question), **made}
+
+
+def kept(atlas: Atlas, question: Question, cache_dir: Path = CACHE) -> bool:
+    """Whether the cell needs no tracing any more."""
+    return _cell(question, atlas.held_against(), atlas.allocators, cache_dir, only_kept=True) is not None
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _named(question: Question, reason: str = "") -> dict:
+    return {"model": question.model, "regime": question.regime, "weights": question.row.values["weights"], "name": question.name,
+            "seq": question.seq, "batch": question.batch, "reason": reason}
+
+
+def _against(cards: dict[str, Card], allocators: tuple[str, ...]) -> str:
+    """Hash of what a summary depends on besides its trace."""
+    content = [[dataclasses.asdict(card) for card in cards.values()], allocators, Path(summary.__file__).read_text()]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def table(content: dict) -> pd.DataFrame:
+    """One row a cell and card; a cell that failed has one row, its reason and no figures."""
+    rows = []
+    for cell in content["cells"]:
+        same = {"kind": content["kind"], **{key: cell[key] for key in ("model", "name", "regime", "weights", "seq", "batch")}}
+        if cell["reason"]:
+            rows.append({**same, "reason": cell["reason"]})
+            continue
+        same |= {"phase": cell["phase"], "requested_bytes": cell["requested_bytes"], "host_bytes": cell["host_bytes"]}
+        rows += [{**same, "card": key, "capacity_bytes": content["cards"][key]["capacity_bytes"], **held, "reason": ""}
+                 for key, held in cell["cards"].items()]
+    return pd.DataFrame(rows)
+
+
+def words(content: dict) -> str:
+    """The atlas as text: for each model, length and batch, regimes against cards, the margin in GiB."""
+    lines = ["predicted margin in GiB on each card; * fits only after flushing the allocator's cache, ! does not fit"]
+    head = f"{'':<20}" + "".join(f"{key:>11}" for key in content["cards"])
+    for place in dict.fromkeys((cell["model"], cell["seq"], cell["batch"]) for cell in content["cells"]):
+        lines += ["", f"{place[0]}, {place[2]} x {place[1]} tokens", head]
+        lines += [f"{cell['name']:<20}" + (cell["reason"] or "".join(f"{_mark(held):>11}" for held in cell["cards"].values()))
+                  for cell in content["cells"] if (cell["model"], cell["seq"], cell["batch"]) == place]
+    return "\n".join(lines)
+
+
+def _mark(held: dict) -> str:
+    mark = "!" if not held["fits"] else "*" if held["margin_bytes"] < 0 else " "
+    return f"{held['margin_bytes'] / 2**30:+.1f}{mark}"

@@ -1,0 +1,164 @@
+"""The atlas says what single forecasts say, keeps what it has, and goes on past a cell that fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from vramlab import atlas, predict, summary
+from vramlab.atlas import Atlas, chart, read_atlas, table
+from vramlab.cards import card, read_cards
+from vramlab.cli import main
+from vramlab.environment import ROOT
+from vramlab.predict import Question, forecast
+from vramlab.regime import read_regimes
+
+CONF = "expandable_segments:True"
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return Atlas("small", ("tiny",), (16, 32), (1,), ("", "bf16"), regimes=("full", "lomo", "mixed"), allocators=(CONF,))
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def content(asked, kept):
+    return chart(asked, kept, progress=False, jobs=1)
+
+
+def test_a_storage_type_that_makes_no_new_step_is_left_out(asked):
+    names = [question.name for question in asked.questions() if question.seq == 16]
+    assert names == ["full", "lomo", "mixed", "full (bf16)", "lomo (bf16)"], "mixed with bf16 weights is full with them"
+    assert len(asked.questions()) == 10
+
+
+def test_a_row_is_the_forecast_of_its_cell_and_card(asked, content, kept):
+    frame = table(content).set_index(["name", "seq", "card"])
+    assert len(frame) == 10 * len(read_cards())
+    for name, regime, weights in (("full", "full", ""), ("lomo (bf16)", "lomo", "bf16")):
+        for key in ("a100-40", "rtx4090") + (("h100",) if not weights else ()):  # fp32 takes no other kernel on Hopper
+            said = forecast(Question(asked.models[0], regime, 32, 1, weights), card(key), cache_dir=kept)
+            row = frame.loc[name, 32, key]
+            assert (row["allocated_bytes"], row["reserved_bytes"], row["margin_bytes"], row["fits"], row["retries"]) == (
+                said.allocated_peak_bytes, said.reserved_peak_bytes, said.margin_bytes, said.fits, said.retries)
+
+
+def test_a_second_look_traces_and_simulates_nothing(asked, content, kept, monkeypatch):
+    def no(*args, **kwargs):
+        raise AssertionError("simulated again")
+
+    monkeypatch.setattr(summary, "simulate", no)
+    monkeypatch.setattr(atlas, "traced_step", no)
+    assert chart(asked, kept, progress=False) == content
+    other = dataclasses.replace(asked, allocators=())
+    assert {cell["reason"] for cell in chart(other, kept, progress=False, jobs=1)["cells"]} == {"AssertionError: simulated again"}
+
+
+def test_a_stopped_atlas_goes_on_where_it_was(asked, content, kept, monkeypatch):
+    gone = asked.questions()[3]
+    for path in (kept / gone.key()).glob("summary-*.json"):
+        path.unlink()
+    assert [atlas.kept(asked, question, kept) for question in asked.questions()].count(False) == 1
+    again = []
+
+    def read(question, cache_dir):
+        again.append(question)
+        return predict.traced_step(question, cache_dir)
+
+    monkeypatch.setattr(atlas, "traced_step", read)
+    assert chart(asked, kept, progress=False) == content and again == [gone]
+
+
+def test_a_failing_cell_is_a_row_with_its_reason(asked, tmp_path, monkeypatch):
+    def fails(question, cache_dir):
+        if question.regime == "lomo":
+            raise RuntimeError("no such kernel")
+        return predict.traced_step(question, cache_dir)
+
+    monkeypatch.setattr(atlas, "traced_step", fails)
+    one = dataclasses.replace(asked, seq=(16,), weights=("",), regimes=("full", "lomo"))
+    frame = table(chart(one, tmp_path, progress=False, jobs=1))
+    assert frame.loc[frame["name"] == "lomo", "reason"].tolist() == ["RuntimeError: no such kernel"]
+    assert (frame.loc[frame["name"] == "full", "reason"] == "").all()
+
+
+def test_processes_say_what_one_says(asked, content, tmp_path):
+    two = dataclasses.replace(asked, seq=(16,), weights=("",), regimes=("full", "lomo"))
+    cells = [{**cell, "trace_s": 0} for cell in chart(two, tmp_path, progress=False, jobs=2)["cells"]]
+    wanted = [{**cell, "trace_s": 0} for cell in content["cells"] if cell["seq"] == 16 and cell["name"] in ("full", "lomo")]
+    assert cells == wanted
+
+
+def test_only_hoppers_workspaces_differ(asked, kept):
+    traced = predict.traced_step(asked.questions()[0], kept)
+    ampere, hopper = summary.events_for(traced, (8, 6)), summary.events_for(traced, (9, 0))
+    assert (ampere["bytes"] == traced.events["bytes"]).all()
+    changed = hopper["bytes"][hopper["bytes"] != ampere["bytes"]]
+    assert len(changed) == 2 and set(changed) == {32 << 20}, "one handle a thread"
+
+
+def test_without_a_group_the_peak_is_that_of_the_other_events(asked, kept):
+    traced = predict.traced_step(asked.questions()[0], kept)
+    said = summary.summarize(traced, {}, ())
+    assert sum(group["bytes"] for group in summary._groups(traced, 10**6)) == traced.peak_bytes
+    rows = traced.device_rows()
+    for group in said["without"]:
+        its = rows[(rows["category"] == group["category"]) & (rows["module"].map(summary.pattern) == group["module"])
+                   & (rows["op"] == group["op"]) & (rows["event"] == "alloc")]
+        assert group["peak_bytes"] == predict.without(traced, its["storage"].to_numpy())
+        assert traced.peak_bytes - group["bytes"] <= group["peak_bytes"] <= traced.peak_bytes
+    stacked = np.sum(list(said["curve"]["bytes"].values()), axis=0)
+    assert stacked.max() == traced.peak_bytes and len(stacked) <= summary.POINTS
+
+
+def test_an_atlas_refuses_what_it_does_not_know(tmp_path):
+    path = tmp_path / "wrong.yml"
+    for text, said in (("models: [tiny]\nseq: [1]\n", "no batch"), ("modles: [tiny]\nseq: [1]\nbatch: [1]\n", "modles"),
+                       ("models: [tiny]\nseq: [1]\nbatch: [1]\ncards: [gtx]\nregimes: [ful]", "no ful.*no gtx")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            read_atlas(path)
+    with pytest.raises(FileNotFoundError, match="atlas-quick"):
+        read_atlas(tmp_path / "none.yml")
+    rows = 2 * len(read_regimes()) - 1  # mixed is not stored in bf16
+    assert len(read_atlas(ROOT / "params" / "atlas.yml").questions()) == 2 * 4 * 3 * rows
+
+
+def test_the_command_writes_the_table_and_the_reports_file(tmp_path, capsys, monkeypatch, kept, asked, content):
+    monkeypatch.setattr(atlas.chart, "__defaults__", (kept, True, None))
+    path = tmp_path / "small.yml"
+    path.write_text(yaml.safe_dump({**{key: list(value) if isinstance(value, tuple) else value
+                                       for key, value in dataclasses.asdict(asked).items()}}))
+    assert main(["atlas", str(path), "--out", str(tmp_path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 80 and rows[0]["kind"] == "predicted" and rows[0]["margin_bytes"] > 0
+    assert json.loads((tmp_path / "forecast.json").read_text()) == json.loads(json.dumps(content))
+
+
+@pytest.mark.parametrize(("option", "made"), [((), True), (("--no-forecast",), False), (("--no-report",), False)])
+def test_a_sweep_makes_the_atlas_beside_it_before_its_report(option, made, tmp_path, capsys, monkeypatch, kept, asked, content):
+    monkeypatch.setattr(atlas.chart, "__defaults__", (kept, True, None))
+    monkeypatch.setattr("vramlab.sweep.sweep", lambda *args, **kwargs: 0)
+    seen = []
+
+    def build(folder):
+        seen.append((folder / "forecast.json").exists())
+        (folder / "report.html").write_text("")
+        return folder / "report.html"
+
+    monkeypatch.setattr("vramlab.report.build", build)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "atlas-mine.yml").write_text(yaml.safe_dump({"models": ["tiny"], "seq": [16], "batch": [1], "regimes": ["full"],
+                                                             "allocators": [CONF]}))
+    assert main(["sweep", str(tmp_path / "mine.yml"), "--out", str(tmp_path / "out"), *option]) == 0
+    assert seen == ([] if "--no-report" in option else [made])
+    assert "report.html" in capsys.readouterr().out or "--no-report" in option

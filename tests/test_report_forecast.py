@@ -1,0 +1,153 @@
+"""The report's forecast part says what the forecasts say, and the page's planner computes what Python computes."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import pytest
+
+from test_report import browser  # noqa: F401, the fixture
+from test_report import test_with_the_network_off_every_figure_is_drawn_and_nothing_is_wider_than_the_window as browse
+from vramlab.atlas import Atlas, chart
+from vramlab.report import build, forecast_figures, forecasts, plan
+from vramlab.report.forecasts import GIB, Forecasts
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    atlas = Atlas("small", ("tiny",), (32, 64), (1, 2), regimes=("full", "mixed", "lomo"),
+                  allocators=("expandable_segments:True", "garbage_collection_threshold:0.8"))
+    return Forecasts(json.loads(json.dumps(chart(atlas, tmp_path_factory.mktemp("cache"), progress=False, jobs=1))))
+
+
+@pytest.fixture(scope="module")
+def page(finished, said, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages") / "both"
+    shutil.copytree(finished, folder)
+    (folder / "forecast.json").write_text(json.dumps(said.content))
+    return build(folder)
+
+
+def _content(capacity: dict, **changes) -> Forecasts:
+    """One made-up cell: 10 GiB requested, reserved 14 by default and 11 with a setting."""
+    def held(reserved, fits):
+        return {key: {"allocated_bytes": 10 * GIB, "reserved_bytes": reserved * GIB, "margin_bytes": (size - reserved) * GIB,
+                      "fits": fits(size), "retries": 0} for key, size in capacity.items()}
+
+    cell = {"model": "m", "regime": "full", "weights": "fp32", "name": "full", "seq": 8, "batch": 1, "reason": "",
+            "phase": "backward", "requested_bytes": 10 * GIB, "host_bytes": 0, "cards": held(14, lambda size: size >= 14),
+            "allocators": [{"allocator": "a:1", "label": "not verified on a GPU: a", "cards": held(11, lambda size: size >= 11)}]}
+    cards = {key: {"name": key.upper(), "capacity_bytes": size * GIB} for key, size in capacity.items()}
+    return Forecasts({"cards": cards, "cells": [{**cell, **changes}]})
+
+
+def test_the_heatmap_is_the_margins_and_says_them_in_words(said):
+    figure = forecast_figures.atlas(said)
+    assert len(figure.data) == 4 == len(figure.layout.updatemenus[0].buttons) and list(figure.data[0].x) == list(said.cards)
+    for heat, where in zip(figure.data, said.places, strict=True):
+        cells = [cell for cell in said.cells if forecasts.place(cell) == where]
+        assert list(heat.y) == [cell["name"] for cell in cells]
+        assert heat.z[0][2] == pytest.approx(list(cells[0]["cards"].values())[2]["margin_bytes"] / GIB, abs=0.006)
+    held = {"fits": True, "margin_bytes": 3.14 * GIB}
+    assert [forecasts.outcome({**held, **other}) for other in (
+        {}, {"margin_bytes": -GIB}, {"fits": False, "margin_bytes": -12.3 * GIB}, {"fits": False, "margin_bytes": -1.26 * GIB}
+    )] == ["fits +3.1", "fits flushing", "lacks 12", "lacks 1.3"]
+
+
+def test_a_failed_cell_stays_in_the_table_with_its_reason():
+    frame = forecasts.atlas_table(Forecasts({"cards": {}, "cells": [
+        {"model": "m", "name": "full", "seq": 1, "batch": 1, "reason": "RuntimeError: no"}]}))
+    assert frame["reason"].tolist() == ["RuntimeError: no"]
+
+
+def test_the_stack_of_the_timeline_reaches_the_peak_and_the_limit_is_the_cards(said):
+    cell = said.detailed[0]
+    figure = forecast_figures.timeline([cell], said.cards)
+    stack = [trace for trace in figure.data if trace.stackgroup]
+    assert max(map(sum, zip(*(trace.y for trace in stack), strict=True))) == pytest.approx(cell["requested_bytes"] / GIB, abs=0.006)
+    sizes = [button.args[0]["y"][0][0] * GIB for button in figure.layout.updatemenus[-1].buttons]
+    assert sizes == [card["capacity_bytes"] for card in said.cards.values()]
+    bands = {trace.name for trace in figure.data if trace.yaxis == "y2"}
+    assert bands == set(cell["curve"]["phase"]) >= {"forward", "backward", "update"}
+
+
+def test_one_variable_is_said_only_where_it_is_true():
+    only = forecasts.one_variable(_content({"small": 9, "tight": 12, "large": 24}))
+    assert len(only) == 1 and only[0].startswith("full, 1 × 8 tokens, on TIGHT: you do not need a bigger card")
+    assert "PYTORCH_ALLOC_CONF=a:1 (reserved 11.0 GiB instead of 14.0; predicted, not verified on a GPU: a)" in only[0]
+    frame = forecasts.allocator_table(_content({"small": 9, "tight": 12, "large": 24}))
+    assert frame["card"].tolist() == ["TIGHT", "LARGE"], "a card smaller than the request is nobody's what-if"
+
+
+def test_what_moved_adds_up_to_the_difference_of_the_peaks(said):
+    full, lomo = (next(cell for cell in said.cells if cell["regime"] == name) for name in ("full", "lomo"))
+    frame = forecasts.moved(full, lomo)
+    assert frame["moved_GiB"].sum() * GIB == pytest.approx(lomo["requested_bytes"] - full["requested_bytes"], abs=1)
+    assert sum(forecasts.parts(full).values()) == full["requested_bytes"]
+    assert set(frame.query("category == 'optimizer'")["to_GiB"]) == {0.0}
+
+
+def test_between_two_forecasts_the_planner_draws_a_line_and_outside_it_refuses(said):
+    known, (card, *_) = plan.config(said), said.cards
+    ask = {"known": known, "model": "tiny", "name": "full", "card": card}
+    one, half, two = (plan.estimate(**ask, seq=seq, batch=1) for seq in (32, 48, 64))
+    assert one["exact"] and two["exact"] and not half["exact"]
+    assert half["reserved_bytes"] == (one["reserved_bytes"] + two["reserved_bytes"]) / 2
+    cell = next(c for c in said.cells if (c["name"], c["seq"], c["batch"]) == ("full", 32, 1))
+    assert one["reserved_bytes"] == cell["cards"][card]["reserved_bytes"]
+    for seq, batch in ((31, 1), (65, 1), (64, 3), (64, 0)):
+        assert plan.estimate(**ask, seq=seq, batch=batch) == {"verdict": "refused"}
+    missing = {**known, "cells": [c for c in known["cells"] if (c["seq"], c["batch"]) != (64, 2)]}
+    assert plan.estimate(**{**ask, "known": missing}, seq=40, batch=1.5)["verdict"] == "refused"
+
+
+def test_the_page_marks_what_is_predicted_and_has_a_table_behind_each_figure(page):
+    text = page.read_text()
+    assert page.stat().st_size < 10_000_000
+    for title in ("The atlas", "Why this peak", "The predicted timeline", "Allocator what-if", "Regime diff", "Planner"):
+        assert f"<h2>{title} <span class=badge>predicted, " in text
+    assert text.count("<details>") == text.count("data-figure=") + 1, "the planner has a table and no figure"
+
+
+def test_a_folder_without_forecasts_has_no_such_part(finished):
+    assert "<h2>The atlas" not in build(finished).read_text()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_whole_page_is_drawn_with_the_network_off(browser, page, width):  # noqa: F811
+    browse(browser, page, width, "light")
+
+
+def test_the_page_computes_what_python_computes(browser, said, tmp_path):  # noqa: F811
+    path = tmp_path / "planner.html"
+    path.write_text(f"<!doctype html><meta charset=utf-8>{plan.embed(said, expose=True)}")
+    known, dice = plan.config(said), random.Random(0)
+    known["cards"] = {key: {**card, "capacity_bytes": dice.randint(10_000_000, 90_000_000)} for key, card in known["cards"].items()}
+    names = list(dict.fromkeys(cell["name"] for cell in known["cells"]))
+    asked = [("tiny", dice.choice(names), dice.choice(list(known["cards"])), dice.choice([32, 64, dice.randint(28, 68)]),
+              dice.choice([1, 2, 1.5, 3])) for _ in range(200)]
+    here = [plan.estimate(known, *one) for one in asked]
+    tab = browser.new_page()
+    tab.goto(path.as_uri())
+    there = tab.evaluate("([known, asked]) => asked.map((one) => vramlabEstimate(known, ...one))", [known, asked])
+    assert there == here and {one["verdict"] for one in here} == {"fits", "lacks", "refused"} | {
+        one["verdict"] for one in here if one["verdict"] == "may fit"}
+    tab.close()
+
+
+def test_the_verdict_follows_the_inputs_by_keyboard(browser, page, said):  # noqa: F811
+    tab = browser.new_page()
+    tab.goto(page.as_uri())
+    tab.locator(".planner select").nth(1).select_option("full")
+    status = tab.locator(".planner [role=status]")
+    card = next(iter(said.cards))
+    assert status.text_content() == plan.words(plan.estimate(plan.config(said), "tiny", "full", card, 32, 1))
+    tokens = tab.get_by_label("tokens a row")
+    assert tokens.get_attribute("data-lm-suppress-shortcuts") == "true"
+    tokens.press("ArrowUp")
+    assert "interpolated linearly between forecasts" in status.text_content()
+    tokens.fill("5000")
+    assert status.text_content().startswith("Refused") and status.get_attribute("data-verdict") == "refused"
+    tab.close()
