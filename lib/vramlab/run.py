@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -128,21 +129,26 @@ def _passes(params: dict, folder: Path, progress: bool) -> dict:
     prepared = passes.prepare(params, progress)
     learned, trained = passes.learn(prepared, progress)
     learned.steps.to_parquet(folder / "steps.parquet")
-    scores = _score(trained, prepared, params, progress)
-    scores.to_parquet(folder / "scores.parquet")
-    summarise(scores).to_parquet(folder / "accuracy.parquet")
-    del trained
-    result = {**learned.result, "base": prepared.base_record, "host_bytes": 0,
-              "truncated_share": float(scores["truncated"].mean()), "problems": prepared.data.problems,
-              "notes": passes.notes(prepared)}
-    if params["measure"]:
-        metered = passes.meter(prepared)
-        metered.events.to_parquet(folder / "timeline.parquet")
-        result |= metered.result
-        result["peak_bytes"] = {"meter": metered.result["peak"]["peak_bytes"], "process": None}
-        result["process"] = _measured(params)
-        result["peak_bytes"]["process"] = result["process"].get("peak_bytes")
-    return result
+    # from here on nothing is timed: the measured process, which only wants its own bytes, may run beside the scoring
+    with ThreadPoolExecutor(1) as beside:
+        measured = beside.submit(_measured, params) if params["measure"] else None
+        scores = _score(trained, prepared, params, progress)
+        del trained
+        scores.to_parquet(folder / "scores.parquet")
+        summarise(scores).to_parquet(folder / "accuracy.parquet")
+        result = {**learned.result, "base": prepared.base_record, "host_bytes": 0,
+                  "truncated_share": float(scores["truncated"].mean()), "problems": prepared.data.problems,
+                  "notes": passes.notes(prepared)}
+        return {**result, **(_memory(prepared, measured, folder) if measured else {})}
+
+
+def _memory(prepared: passes.Prepared, measured: Future, folder: Path) -> dict:
+    """What both memory passes saw."""
+    metered = passes.meter(prepared)
+    metered.events.to_parquet(folder / "timeline.parquet")
+    process = measured.result()
+    peaks = {"meter": metered.result["peak"]["peak_bytes"], "process": process.get("peak_bytes")}
+    return {**metered.result, "process": process, "peak_bytes": peaks}
 
 
 def _measured(params: dict) -> dict:
