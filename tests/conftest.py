@@ -13,9 +13,11 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 import json  # noqa: E402
+import shutil  # noqa: E402
 
 import pytest  # noqa: E402
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SMALL = {"recipe": "smoke", "steps": 4, "train_items": 64, "val_items": 40, "test_items": 40, "batch_size": 4}
 
 

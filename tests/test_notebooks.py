@@ -13,7 +13,7 @@ import nbformat
 import papermill
 import pytest
 
-from conftest import SMALL
+from conftest import CHROMIUM, SMALL
 from vramlab import expectation
 from vramlab.cards import card
 from vramlab.environment import ROOT
@@ -23,7 +23,6 @@ from vramlab.runs import Run
 
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 PLOTLY = "application/vnd.plotly.v1+json"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

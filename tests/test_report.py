@@ -9,11 +9,10 @@ import shutil
 import pandas as pd
 import pytest
 
+from conftest import CHROMIUM
 from vramlab.cli import main
 from vramlab.report import build, figures, tables, words
 from vramlab.runs import read_runs
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")

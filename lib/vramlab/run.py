@@ -102,9 +102,10 @@ def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path
     (folder / "result.json").unlink(missing_ok=True)
     if full["threads"]:
         torch.set_num_threads(full["threads"])
-    _write(folder / "params.yml", yaml.safe_dump({**full, "run_id": folder.name, "sweep": folder.parent.name}, sort_keys=False))
+    named = {**full, "run_id": folder.name, "sweep": folder.parent.name}
+    write_whole(folder / "params.yml", yaml.safe_dump(named, sort_keys=False))
     env = {**environment.record(full["device"]), "seed": full["seed"], "config_hash": config_hash(params)}
-    _write(folder / "env.json", json.dumps(env, indent=1))
+    write_whole(folder / "env.json", json.dumps(env, indent=1))
     result = {"schema": SCHEMA, "run_id": folder.name, "regime": full["regime"], "model": full["model"],
               "measured_on": env["device"]["kind"], "device": env["device"]["name"]}
     try:
@@ -116,7 +117,7 @@ def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path
             raise
     finally:
         if "outcome" in result:
-            _write(folder / "result.json", json.dumps(result, indent=1))
+            write_whole(folder / "result.json", json.dumps(result, indent=1))
     return folder
 
 
@@ -166,7 +167,7 @@ def _score(model, prepared, params: dict, progress: bool) -> pd.DataFrame:
     return frame.merge(baseline_scores(prepared.data.train, items), on="uid", validate="one_to_one")
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Whole or not at all."""
     partial = path.with_name(path.name + ".part")
     partial.write_text(text)

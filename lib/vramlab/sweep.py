@@ -25,7 +25,7 @@ import yaml
 
 from .environment import ROOT
 from .passes import model_spec, pretrained
-from .run import KNOWN_PARAMETERS, SCHEMA, config_hash, run_id
+from .run import KNOWN_PARAMETERS, SCHEMA, config_hash, run_id, write_whole
 from .runs import KILLED
 
 KEYS = {"name", "notebook", "defaults", "grid"}
@@ -241,7 +241,4 @@ def _say(rows: list[dict], as_json: bool) -> None:
 
 
 def _write(path: Path, content: dict) -> None:
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(content, indent=1))
-    os.replace(partial, path)
-
+    write_whole(path, json.dumps(content, indent=1))
