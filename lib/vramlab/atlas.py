@@ -3,9 +3,10 @@
     content = chart(read_atlas("params/atlas.yml"))
     table(content)  # one row a cell and card
 
-Cells are traced once, for compute capability (8, 0), by one process a core, and kept by content: beside each trace lies its
-summary against all cards, so a second look simulates nothing. An atlas that is stopped goes on from the cells it has. A cell
-that fails is a row with its reason.
+Of each model and row three sizes are traced, for compute capability (8, 0), and the others solved from them (`scaling`) where
+they follow, else traced as well. Rows are shared out to one process a core. Every cell's summary against all cards is kept by
+content, so a second look simulates nothing. An atlas that is stopped goes on from the cells it has. A cell that fails is a row
+with its reason.
 
 Cards of another capability get their own cuBLAS workspaces; their attention kernels are those of (8, 0), which for half types
 may differ on Hopper: see `summary`. `vramlab predict --card` is exact there.
@@ -22,19 +23,20 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 import yaml
 
-from . import summary
+from . import scaling, summary
 from .cards import Card, read_cards
 from .memory.settings import Settings
 from .passes import model_spec
 from .predict import CACHE, Question, traced_step
 from .regime import IllegalRegime, read_regimes
+from .scaling import ENOUGH, Sizes
 
 SCHEMA = 1
 
@@ -107,62 +109,109 @@ def read_atlas(path: Path | str) -> Atlas:
 def chart(atlas: Atlas, cache_dir: Path | None = CACHE, progress: bool = True, jobs: int | None = None) -> dict:
     """Every cell of the atlas, as the plain data that `forecast.json` holds. What is kept already is read; the rest is traced
     by `jobs` processes (one a core)."""
-    questions = atlas.questions()
-    find = partial(_cell, cards=atlas.held_against(), allocators=atlas.allocators, cache_dir=cache_dir)
-    found = {question: cell for question in questions if (cell := find(question, only_kept=True)) is not None}
-    due = [question for question in questions if question not in found]
-    for question, cell in _all(find, due, len(found), progress, jobs or os.cpu_count() or 1):
-        found[question] = cell
+    questions, keep = atlas.questions(), Keep(atlas.held_against(), atlas.allocators, cache_dir)
+    found = {question: cell for question in questions if (cell := keep.read(question)) is not None}
+    rows: dict[tuple, list[Question]] = {}
+    for question in questions:
+        rows.setdefault((question.model, question.regime, question.weights), []).append(question)
+    due = [row for row in rows.values() if not found.keys() >= set(row)]
+    for cells in _all(partial(_row, keep=keep), due, len(found), len(questions), progress, jobs or os.cpu_count() or 1):
+        found |= cells
     cards = {key: {"name": card.name, "capacity_bytes": card.capacity_bytes, "context_bytes": card.context_bytes,
                    "compute_capability": list(card.compute_capability)} for key, card in atlas.held_against().items()}
     return {"schema": SCHEMA, "kind": "predicted", "atlas": atlas.name, "torch": torch.__version__, "cards": cards,
             "cells": [found[question] for question in questions]}
 
 
-def _all(find, due: list[Question], kept: int, progress: bool, jobs: int) -> Iterator[tuple[Question, dict]]:
+def _all(find, due: list[list[Question]], kept: int, total: int, progress: bool, jobs: int) -> Iterator[dict]:
     from tqdm import tqdm
 
-    with tqdm(total=kept + len(due), initial=kept, unit="cell", file=sys.stderr, dynamic_ncols=True,
-              disable=not (progress and due)) as shown:
-        for question, cell in _in_processes(find, due, jobs) if min(jobs, len(due)) > 1 else ((q, find(q)) for q in due):
-            shown.set_description(f"{question.model} {question.name}, {question.batch} x {question.seq}")
-            shown.update(1)
-            yield question, cell
+    with tqdm(total=total, initial=kept, unit="cell", file=sys.stderr, dynamic_ncols=True, disable=not (progress and due)) as shown:
+        for row, cells in _in_processes(find, due, jobs) if min(jobs, len(due)) > 1 else ((row, find(row)) for row in due):
+            shown.set_description(f"{row[0].model} {row[0].name}")
+            shown.update(min(len(row), total - shown.n))
+            yield cells
 
 
-def _in_processes(find, due: list[Question], jobs: int) -> Iterator[tuple[Question, dict]]:
+def _in_processes(find, due: list[list[Question]], jobs: int) -> Iterator[tuple[list[Question], dict]]:
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
     try:
-        asked = {pool.submit(find, question): question for question in due}
+        asked = {pool.submit(find, row): row for row in due}
         for future in as_completed(asked):
-            error = future.exception()  # a process that died takes its cell, never the atlas
-            yield asked[future], _named(asked[future], _reason(error)) if error else future.result()
+            row, error = asked[future], future.exception()  # a process that died takes its row, never the atlas
+            yield row, {question: _named(question, _reason(error)) for question in row} if error else future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _cell(question: Question, cards: dict[str, Card], allocators: tuple[str, ...], cache_dir: Path | None,
-          only_kept: bool = False) -> dict | None:
-    """One cell from its summary, else from its trace, which is made if it must be; with `only_kept`, None instead."""
-    path = cache_dir and cache_dir / question.key() / f"summary-{_against(cards, allocators)}.json"
-    if path and path.exists():
-        return {**_named(question), **json.loads(path.read_text())}
-    if only_kept:
-        return None
+def _row(questions: list[Question], keep: Keep) -> dict[Question, dict]:
+    """The cells of one model and row, which differ in length and batch only."""
+    sizes, cells = Sizes(), {}
+    for question in _spread(questions):
+        cells[question] = keep.read(question)
+        if cells[question] is None:
+            cells[question] = _cell(question, sizes, keep)
+        elif len(questions) > ENOUGH and not cells[question]["solved"]:
+            sizes.add(traced_step(question, keep.cache_dir))
+    return cells
+
+
+def _spread(questions: list[Question]) -> list[Question]:
+    """Smallest, largest and one between first: what lies within them can be solved."""
+    seq, batch = (sorted({getattr(question, axis) for question in questions}) for axis in ("seq", "batch"))
+    first = [(seq[0], batch[0]), (seq[-1], batch[-1]), (seq[len(seq) // 2], batch[len(batch) // 2])]
+    return sorted(questions, key=lambda question: (question.seq, question.batch) not in first)
+
+
+def _cell(question: Question, sizes: Sizes, keep: Keep) -> dict:
+    """One cell, solved from the sizes that are there, else traced and then one of them."""
     try:
-        made = summary.summarize(traced_step(question, cache_dir), cards, allocators)
+        step = sizes.at(question.seq, question.batch)
+        solved = step is not None
+        if not solved:
+            step = traced_step(question, keep.cache_dir)
+            sizes.add(step)
+        return keep.write(question, {**summary.summarize(step, keep.cards, keep.allocators), "solved": solved})
     except Exception as error:  # whatever it is, the other cells go on and this one says why
         return _named(question, _reason(error))
-    if path:
-        part = path.with_name(f"{path.name}.{os.getpid()}")
-        part.write_text(json.dumps(made, separators=(",", ":")))
-        os.replace(part, path)
-    return {**_named(question), **made}
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Summaries on disk, beside the traces they come from; without `cache_dir`, nowhere."""
+
+    cards: dict[str, Card]
+    allocators: tuple[str, ...]
+    cache_dir: Path | None
+
+    @cached_property
+    def _against(self) -> str:
+        """Hash of what a summary depends on besides its trace."""
+        code = [Path(module.__file__).read_text() for module in (summary, scaling)]
+        content = [[dataclasses.asdict(card) for card in self.cards.values()], self.allocators, code]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+    def _path(self, question: Question) -> Path:
+        return self.cache_dir / question.key() / f"summary-{self._against}.json"
+
+    def read(self, question: Question) -> dict | None:
+        if self.cache_dir is None or not self._path(question).exists():
+            return None
+        return {**_named(question), **json.loads(self._path(question).read_text())}
+
+    def write(self, question: Question, made: dict) -> dict:
+        if self.cache_dir is not None:
+            path = self._path(question)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{path.name}.{os.getpid()}")
+            part.write_text(json.dumps(made, separators=(",", ":")))
+            os.replace(part, path)
+        return {**_named(question), **made}
 
 
 def kept(atlas: Atlas, question: Question, cache_dir: Path = CACHE) -> bool:
     """Whether the cell needs no tracing any more."""
-    return _cell(question, atlas.held_against(), atlas.allocators, cache_dir, only_kept=True) is not None
+    return Keep(atlas.held_against(), atlas.allocators, cache_dir).read(question) is not None
 
 
 def _reason(error: BaseException) -> str:
@@ -172,12 +221,6 @@ def _reason(error: BaseException) -> str:
 def _named(question: Question, reason: str = "") -> dict:
     return {"model": question.model, "regime": question.regime, "weights": question.row.values["weights"], "name": question.name,
             "seq": question.seq, "batch": question.batch, "reason": reason}
-
-
-def _against(cards: dict[str, Card], allocators: tuple[str, ...]) -> str:
-    """Hash of what a summary depends on besides its trace."""
-    content = [[dataclasses.asdict(card) for card in cards.values()], allocators, Path(summary.__file__).read_text()]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def table(content: dict) -> pd.DataFrame:

@@ -21,6 +21,7 @@ import torch
 
 from .axes.place import Fsdp
 from .baichuan import BaichuanForCausalLM, ModelSpec
+from .memory import timeline
 from .memory.kernels import AMPERE, Architecture
 from .memory.virtual import VirtualGpu, virtual_gpu
 from .regime import Regime
@@ -55,10 +56,20 @@ class Trace:
     host_bytes: int
     """Most bytes in host memory that the regime put there, the parts not visited included; a batch on its way too."""
     work: Mapping[str, Mapping]
-    """phase -> what the reported step computes and moves there, see `memory.work`."""
+    """phase -> what the reported step computes and moves there, see `memory.work`; empty where it was not counted."""
     frame: pd.DataFrame
     """The timeline of every step run, as `Meter.frame` gives it."""
     took_s: float
+    ranked: Mapping[int, int]
+    """Where parts take turns: step -> bytes of optimizer state of the part active in it, for the steps among which the reported
+    part was chosen, see `highest`. Else empty."""
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame, step: int, ranked: Mapping[int, int], unseen_host_bytes: int, **said) -> Trace:
+        """What a timeline says of its step number `step`. `unseen_host_bytes`: on the host, but not in the timeline."""
+        peak = timeline.peak(frame, step)
+        return cls(step=step, peak_bytes=peak["peak_bytes"], phase=peak["phase"], ledger=peak["categories"], alive=peak["alive"],
+                   host_bytes=timeline.host_peak_bytes(frame) + unseen_host_bytes, frame=frame, ranked=ranked, **said)
 
     @property
     def events(self) -> dict[str, np.ndarray]:
@@ -121,12 +132,20 @@ def trace(spec: ModelSpec, regime: Regime, seq: int, batch: int, steps: int | No
         run = _Run(gpu, spec, regime, seq, batch)
         with run.meter:
             step = run.take_turns(steps or 2, every_part) if len(run.trainer.parts) > 1 else run.repeat(steps or 2)
-        host_bytes = run.meter.host_peak_bytes + run.unseen_host_bytes()
-    peak, alive = run.meter.peak(step), run.meter.alive_after(run.meter.peak_event(step)[0])
-    return Trace(spec.name, regime.name, seq, batch, world, gpu.label, architecture, step,
-                 run.turns.part if len(run.trainer.parts) > 1 else None, peak["peak_bytes"], peak["phase"],
-                 peak["categories"], {owner: size for owner, size in alive.items() if size > 0}, host_bytes,
-                 run.meter.work(step), run.meter.frame(), time.perf_counter() - began)
+        unseen_host_bytes = run.unseen_host_bytes()
+    part = run.turns.part if len(run.trainer.parts) > 1 else None
+    found = Trace.of(run.meter.frame(), step, run.ranked, unseen_host_bytes, model=spec.name, regime=regime.name, seq=seq,
+                     batch=batch, world=world, device=gpu.label, architecture=architecture, part=part,
+                     work=run.meter.work(step), took_s=0.0)
+    return dataclasses.replace(found, took_s=time.perf_counter() - began)
+
+
+def highest(frame: pd.DataFrame, ranked: Mapping[int, int]) -> int:
+    """The step of `ranked` (step -> bytes of its part's optimizer state) whose peak is highest when its own state is there and
+    nothing of the others' is; the first step of all runs before there are workspaces, so they are left out."""
+    rows = frame[~frame["category"].isin(("host", "optimizer", "workspace"))]
+    peaks = pd.Series(timeline.signed(rows).cumsum()).groupby(rows["step"].to_numpy()).max()
+    return max(ranked, key=lambda step: peaks[step] + ranked[step])
 
 
 class _Turns:
@@ -154,6 +173,7 @@ class _Run:
         self.trainer = Trainer(model, regime, Schedule(regime.lr, 1), device=gpu.device, observer=self.meter)
         self.rows, self.seq = batch, seq
         self.visited: dict[int, int] = {}  # part -> its last step
+        self.ranked: dict[int, int] = {}
 
     def step(self, part: int = 0) -> int:
         """One step with `part` active; returns its number."""
@@ -176,13 +196,15 @@ class _Run:
         """The last step of the part with the highest peak."""
         for part in range(len(self.trainer.parts)) if every_part else self._candidates():
             self.step(part)
-        highest = self._highest()
-        if self.turns.part == highest:  # a turn begins by taking over from another part
-            self.step(next(part for part in self.visited if part != highest))
+        self.ranked = {step: self._state_bytes(part) for part, step in self.visited.items()}
+        first = highest(self.meter.frame(), self.ranked)
+        part = next(part for part, step in self.visited.items() if step == first)
+        if self.turns.part == part:  # a turn begins by taking over from another part
+            self.step(next(other for other in self.visited if other != part))
         # state that is dropped at a switch takes a step of the turn to be made, if the turn has one more
         keeps_nothing = self.turns.state == "reset" and self.turns.interval == 1
         again = 1 if keeps_nothing else steps - (self.turns.state != "reset")
-        return [self.step(highest) for _ in range(max(1, again))][-1]
+        return [self.step(part) for _ in range(max(1, again))][-1]
 
     def _candidates(self) -> list[int]:
         """Parts among which the highest peak must be: first, second and last where those in between are alike and their
@@ -191,14 +213,6 @@ class _Run:
         shapes = [sorted((re.sub(r"\b\d+\b", "*", leaf.name), leaf.start, leaf.stop) for leaf in part) for part in parts]
         alike = all(shape == shapes[1] for shape in shapes[1:-1])
         return sorted({0, 1, len(parts) - 1}) if alike and self.turns.state != "device" else list(range(len(parts)))
-
-    def _highest(self) -> int:
-        """The visited part whose peak is highest when its own state is there and nothing of the others' is; the first step
-        of all runs before there are workspaces, so they are left out."""
-        frame = self.meter.frame().query("category not in ('host', 'optimizer', 'workspace')")
-        live = frame["bytes"].where(frame["event"] == "alloc", -frame["bytes"]).cumsum()
-        peaks = live.groupby(frame["step"]).max()
-        return max(self.visited, key=lambda part: peaks[self.visited[part]] + self._state_bytes(part))
 
     def _state_bytes(self, part: int) -> int:
         parameters = dict(self.trainer.model.named_parameters())

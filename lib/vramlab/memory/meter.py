@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..axes.place import local
 from ..observer import Observer, recomputing
+from . import timeline
 from .kernels import Workspaces
 from .modules import Modules
 from .watch import Watch, no_garbage_collection, propagation_unseen, resizes
@@ -230,33 +230,10 @@ class Meter(Observer):
     def peak(self, step: int | None = None) -> dict:
         """{peak_bytes, phase, step, categories {category: bytes}, owners [{module, category, op, bytes}, at most 8]} at the
         event with most bytes alive on the device, of one step or of all."""
-        at, most = self.peak_event(step)
-        alive = self.alive_after(at)
-        categories: Counter = Counter()
-        for (_, category, _), size in alive.items():
-            categories[category] += size
+        found = timeline.peak(self.frame(), step)
         owners = [{"module": module, "category": category, "op": op, "bytes": size}
-                  for (module, category, op), size in alive.most_common(8) if size > 0]
-        _, step, _, _, _, phase, _ = self._events[at]
-        return {"peak_bytes": most, "phase": phase, "step": step, "owners": owners,
-                "categories": {category: size for category, size in categories.most_common() if size > 0}}
-
-    def peak_event(self, step: int | None = None) -> tuple[int, int]:
-        """(number of the event after which most bytes are alive on the device, those bytes), of one step or of all."""
-        live = best = at = 0
-        for index, (_, when, _, record, change, *_) in enumerate(self._events):
-            live += 0 if record.host else change
-            if live > best and step in (None, when):
-                best, at = live, index
-        return at, best
-
-    def alive_after(self, index: int) -> Counter:
-        """Device bytes alive after event `index`, by (module, category, op)."""
-        alive: Counter = Counter()
-        for _, _, _, record, change, *_ in self._events[: index + 1]:
-            if not record.host:
-                alive[record.module, self._category(record), record.op] += change
-        return alive
+                  for (module, category, op), size in found.pop("alive").most_common(8)]
+        return {**found, "owners": owners}
 
     def work(self, step: int) -> dict[str, dict]:
         """phase -> what one step computed and moved, see `Work.of_step`; nothing without `work`."""
@@ -266,8 +243,4 @@ class Meter(Observer):
 
     @property
     def host_peak_bytes(self) -> int:
-        live = best = 0
-        for _, _, _, record, change, *_ in self._events:
-            live += change if record.host else 0
-            best = max(best, live)
-        return best
+        return timeline.host_peak_bytes(self.frame())

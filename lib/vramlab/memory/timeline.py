@@ -1,0 +1,58 @@
+"""What a timeline says: where its peak lies, and what is alive there.
+
+A timeline is a frame as `Meter.frame` makes it, one row an event. Bytes are integers and as asked for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+
+
+def signed(frame: pd.DataFrame) -> np.ndarray:
+    """(events,) what each event changes, in bytes: negative for a release."""
+    return np.where(frame["event"].to_numpy() == "alloc", frame["bytes"].to_numpy(), -frame["bytes"].to_numpy())
+
+
+def on_device(frame: pd.DataFrame) -> np.ndarray:
+    """(events,) whether an event is about the device's memory."""
+    return (frame["category"] != "host").to_numpy()
+
+
+def live_bytes(frame: pd.DataFrame) -> np.ndarray:
+    """(events,) bytes alive on the device after each event."""
+    return np.where(on_device(frame), signed(frame), 0).cumsum()
+
+
+def peak_event(frame: pd.DataFrame, step: int | None = None) -> int:
+    """Number of the first event after which most bytes are alive on the device, of one step or of all."""
+    live = frame["live_bytes"].to_numpy()
+    return int(np.where((frame["step"] == step).to_numpy(), live, -1).argmax() if step is not None else live.argmax())
+
+
+def alive_after(frame: pd.DataFrame, event: int) -> Counter:
+    """Device bytes alive after event number `event`, by (module, category, op)."""
+    rows = frame.iloc[: event + 1][on_device(frame)[: event + 1]]
+    alive: Counter = Counter()
+    for owner, change in zip(zip(rows["module"], rows["category"], rows["op"], strict=True), signed(rows).tolist(), strict=True):
+        alive[owner] += change
+    return Counter({owner: size for owner, size in alive.items() if size > 0})
+
+
+def peak(frame: pd.DataFrame, step: int | None = None) -> dict:
+    """{peak_bytes, phase, step, categories {category: bytes}, alive {(module, category, op): bytes}} at the peak of one step or
+    of all."""
+    at = peak_event(frame, step)
+    alive, categories = alive_after(frame, at), Counter()
+    for (_, category, _), size in alive.items():
+        categories[category] += size
+    row = frame.iloc[at]
+    return {"peak_bytes": int(row["live_bytes"]), "phase": str(row["phase"]), "step": int(row["step"]),
+            "categories": dict(categories.most_common()), "alive": alive}
+
+
+def host_peak_bytes(frame: pd.DataFrame) -> int:
+    """Most bytes alive on the host at one time."""
+    return int(np.where(on_device(frame), 0, signed(frame)).cumsum().max(initial=0))
