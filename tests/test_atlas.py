@@ -14,6 +14,7 @@ from vramlab.atlas import Atlas, chart, read_atlas, table
 from vramlab.cards import card, read_cards
 from vramlab.cli import main
 from vramlab.environment import ROOT
+from vramlab.memory.settings import Settings
 from vramlab.predict import Question, forecast
 from vramlab.regime import read_regimes
 
@@ -96,6 +97,21 @@ def test_processes_say_what_one_says(asked, content, tmp_path):
     cells = [{**cell, "trace_s": 0} for cell in chart(two, tmp_path, progress=False, jobs=2)["cells"]]
     wanted = [{**cell, "trace_s": 0} for cell in content["cells"] if cell["seq"] == 16 and cell["name"] in ("full", "lomo")]
     assert cells == wanted
+
+
+COLLECTS = "garbage_collection_threshold:0.8,per_process_memory_fraction:0.999"
+
+
+def test_garbage_is_collected_only_beside_a_fraction_and_can_lose_a_step(kept):
+    traced = predict.traced_step(Question("baichuan2-7b", "zero_shot", 1024, 1), kept)
+    held = card("rtx5090")
+    alone, both = (summary._on_cards(traced, {"it": held}, Settings.parse(text))["it"]
+                   for text in ("garbage_collection_threshold:0.8", COLLECTS))
+    assert alone == summary._on_cards(traced, {"it": held}, Settings())["it"] and alone["fits"] and not both["fits"]
+    room = dataclasses.replace(held, total_gib=held.total_gib + 1)
+    said = forecast(Question("baichuan2-7b", "zero_shot", 1024, 1), room, Settings.parse(COLLECTS), kept)
+    fits = summary._on_cards(traced, {"it": room}, Settings.parse(COLLECTS))["it"]
+    assert fits["fits"] and fits["reserved_bytes"] == said.reserved_peak_bytes > alone["reserved_bytes"]
 
 
 def test_only_hoppers_workspaces_differ(asked, kept):

@@ -18,7 +18,7 @@ from vramlab.report.forecasts import GIB, Forecasts
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     atlas = Atlas("small", ("tiny",), (32, 64), (1, 2), regimes=("full", "mixed", "lomo"),
-                  allocators=("expandable_segments:True", "garbage_collection_threshold:0.8"))
+                  allocators=("expandable_segments:True", "garbage_collection_threshold:0.8,per_process_memory_fraction:0.999"))
     return Forecasts(json.loads(json.dumps(chart(atlas, tmp_path_factory.mktemp("cache"), progress=False, jobs=1))))
 
 
@@ -79,6 +79,16 @@ def test_one_variable_is_said_only_where_it_is_true():
     assert "PYTORCH_ALLOC_CONF=a:1 (reserved 11.0 GiB instead of 14.0; predicted, not verified on a GPU: a)" in only[0]
     frame = forecasts.allocator_table(_content({"small": 9, "tight": 12, "large": 24}))
     assert frame["card"].tolist() == ["TIGHT", "LARGE"], "a card smaller than the request is nobody's what-if"
+
+
+def test_a_setting_that_loses_a_step_is_named_with_its_reason():
+    made = _content({"tight": 15})
+    assert forecasts.lost(made) == []
+    held = made.cells[0]["allocators"][0]
+    held["cards"]["tight"] |= {"fits": False}
+    assert forecasts.lost(made) == ["With a:1 these do not fit that fit without it: full, 1 × 8 tokens, on TIGHT."]
+    held["allocator"] = "garbage_collection_threshold:0.8"
+    assert "Collection returns whole cached blocks" in forecasts.lost(made)[0]
 
 
 def test_what_moved_adds_up_to_the_difference_of_the_peaks(said):

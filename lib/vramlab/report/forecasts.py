@@ -143,6 +143,24 @@ def one_variable(said: Forecasts) -> list[str]:
     return found
 
 
+def lost(said: Forecasts) -> list[str]:
+    """Where a setting keeps a step from fitting that fits without it: a sentence for each setting, with the reason it has."""
+    frame = allocator_table(said)
+    if frame.empty:
+        return []
+    worse = frame[(frame["by_default"] == "fits") & (frame["with_it"] == "does not fit")]
+    return [f"With {setting} these do not fit that fit without it: "
+            f"{'; '.join(f'{row.cell}, on {row.card}' for row in rows.itertuples())}.{_why_worse(setting)}"
+            for setting, rows in worse.groupby("setting", sort=False)]
+
+
+def _why_worse(setting: str) -> str:
+    if "garbage_collection_threshold" not in setting:
+        return ""
+    return (" Collection returns whole cached blocks to the driver; small requests then cut large blocks, a cut block cannot be "
+            "returned, and a large request may find none whole.")
+
+
 def parts(cell: Mapping) -> dict[tuple[str, str], int]:
     """(category, part of the model) -> bytes at the peak. What is in no listed group is (`rest`, ``)."""
     sizes: Counter = Counter()

@@ -104,9 +104,11 @@ def forecast_sections(said: Forecasts) -> list[Section]:
                 "what the card has for the allocator. Pick a regime and a card. Reserved bytes are more: see the atlas." + only,
                 forecast_figures.timeline(cells, said.cards), forecasts.curve_table(said), device),
         Section("Allocator what-if", "The same events under other settings of PyTorch's allocator. The default's arithmetic was "
-                "verified against recorded GPU snapshots; the others follow PyTorch's source." + only,
+                "verified against recorded GPU snapshots; the others follow PyTorch's source, by which "
+                "`garbage_collection_threshold` does nothing unless `per_process_memory_fraction` is below 1." + only,
                 forecast_figures.allocators(said), forecasts.allocator_table(said), device,
-                saved or ["In no cell here does a setting make a step fit that does not fit without it."]),
+                [*(saved or ["In no cell here does a setting make a step fit that does not fit without it."]),
+                 *forecasts.lost(said)]),
         Section("Regime diff", "Bytes at the peak of two cells, by category and part of the model. The table has what moved from "
                 "full fine-tuning to each other row." + only, forecast_figures.difference(cells), forecasts.moved_table(said),
                 device),
