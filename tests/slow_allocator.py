@@ -17,9 +17,10 @@ class Full(Exception):
 class SlowAllocator:
     """`reuse`: the driver gives the lowest address that is free, as real ones may, instead of one never used."""
 
-    def __init__(self, expandable=False, max_split=None, large=20 * MIB, divisions=0, collect=0.0, capacity=None, reuse=False):
+    def __init__(self, expandable=False, max_split=None, large=20 * MIB, divisions=0, collect=0.0, capacity=None, reuse=False,
+                 fraction=1.0):
         self.expandable, self.max_split, self.large, self.divisions = expandable, max_split or 1 << 62, large, divisions
-        self.collect, self.capacity, self.reuse = collect, capacity, reuse
+        self.collect, self.capacity, self.reuse, self.fraction = collect, capacity, reuse, fraction
         self.segments, self.trace, self.retries = [], [], 0
         self.next, self.clock, self.ages = 0x7F0000000000, 0, {}
 
@@ -64,7 +65,7 @@ class SlowAllocator:
         if not small:
             self.clock += 1
         found = self.search(size, stream, small)
-        if found is None and self.collect and self.capacity:
+        if found is None and self.collect and self.allowed() is not None:
             self.collect_garbage()
         if found is None:
             found = self.fresh(size, stream, small)
@@ -106,7 +107,13 @@ class SlowAllocator:
         after = segment["blocks"][segment["blocks"].index(block) + 1 :]
         return block[1] + (after[0][1] if after and after[0][2] == "unmapped" else 0)
 
+    def allowed(self):
+        """PyTorch has a maximum only below a fraction of 1."""
+        return int(self.fraction * self.capacity) if self.capacity and self.fraction < 1 else None
+
     def fresh(self, size, stream, small):
+        if self.allowed() is not None and self.reserved + self.segment_size(size) > self.allowed():
+            return None
         if self.expandable:
             return self.expand(size, stream, small)
         return self.cuda_malloc(self.segment_size(size), stream, small)
@@ -241,7 +248,7 @@ class SlowAllocator:
         return total >= target
 
     def collect_garbage(self):
-        threshold = int(self.collect * self.capacity)
+        threshold = int(self.collect * self.allowed())
         over = self.reserved - threshold
         while over > 0:
             idle = [(self.clock - self.ages[s["blocks"][0][0]], s) for s in self.whole() if not s["small"]]
@@ -304,4 +311,5 @@ class SlowAllocator:
         told += [f"max_split_size_mb:{self.max_split // MIB}"] * (self.max_split < 1 << 62)
         told += [f"large_segment_size_mb:{self.large // MIB}"] * (self.large != 20 * MIB)
         told += [f"roundup_power2_divisions:{self.divisions}"] * (self.divisions > 0)
+        told += [f"per_process_memory_fraction:{self.fraction}"] * (self.fraction < 1)
         return ",".join([*told, f"garbage_collection_threshold:{self.collect}"] if self.collect else told)

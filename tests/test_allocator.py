@@ -25,8 +25,13 @@ MIB = 1 << 20
 ROWS = {"native": {}, "full": {"capacity": 300 * MIB}, "max_split": {"max_split": 24 * MIB},
         "max_split_full": {"max_split": 24 * MIB, "capacity": 250 * MIB}, "expandable": {"expandable": True},
         "expandable_full": {"expandable": True, "capacity": 300 * MIB}, "divisions": {"divisions": 4},
-        "large": {"large": 32 * MIB}, "collect": {"collect": 0.6, "capacity": 350 * MIB},
+        "large": {"large": 32 * MIB}, "collect": {"collect": 0.6, "capacity": 350 * MIB, "fraction": 0.95},
+        "collect_alone": {"collect": 0.2, "capacity": 300 * MIB}, "fraction": {"capacity": 400 * MIB, "fraction": 0.7},
+        "expandable_fraction": {"expandable": True, "capacity": 400 * MIB, "fraction": 0.7, "collect": 0.5},
         "everything": {"expandable": True, "large": 30 * MIB, "divisions": 2, "max_split": 40 * MIB, "capacity": 400 * MIB}}
+
+
+COLLECTS = "garbage_collection_threshold:0.5,per_process_memory_fraction:0.99"
 
 
 def _served(*sizes, text="", **given_):
@@ -192,7 +197,7 @@ def test_a_full_device_returns_the_largest_oversize_blocks_when_none_is_enough()
 
 
 def test_garbage_collection_returns_what_waited_longest():
-    allocator = _served(40 * MIB, 30 * MIB, text="garbage_collection_threshold:0.5", capacity_bytes=190 * MIB)
+    allocator = _served(40 * MIB, 30 * MIB, text=COLLECTS, capacity_bytes=190 * MIB)
     allocator.free(0)
     for key in ("a", "b", "c"):  # three searches later
         allocator.malloc(key, 25 * MIB, stream=1)
@@ -201,6 +206,36 @@ def test_garbage_collection_returns_what_waited_longest():
     assert allocator.reserved_bytes == 96 * MIB
     allocator.malloc("more", 50 * MIB)
     assert (allocator.reserved_bytes, allocator.num_alloc_retries) == (106 * MIB, 0)  # 40 went; 30 and 26 are younger
+
+
+@pytest.mark.parametrize("text", ["", "garbage_collection_threshold:0.5",
+                                  "garbage_collection_threshold:0.5,per_process_memory_fraction:1.0"])
+def test_without_a_fraction_below_one_nothing_is_collected(text):
+    allocator = _served(40 * MIB, 30 * MIB, text=text, capacity_bytes=190 * MIB)
+    allocator.free(0)
+    allocator.malloc("more", 50 * MIB)
+    assert allocator.reserved_bytes == 120 * MIB
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_fraction_is_of_the_whole_device_and_refuses_before_the_driver(fits):
+    allocator = _served(40 * MIB, text="per_process_memory_fraction:0.5", capacity_bytes=190 * MIB, device_bytes=200 * MIB)
+    if fits:
+        allocator.malloc("all", 60 * MIB)
+        return
+    with pytest.raises(OutOfMemory):
+        allocator.malloc("more", 60 * MIB + 1)
+    allocator.free(0)
+    allocator.malloc("after flushing", 90 * MIB)
+    assert (allocator.reserved_bytes, allocator.num_alloc_retries) == (90 * MIB, 2)
+
+
+def test_collection_can_lose_a_step_that_fits_without_it():
+    """The small cached block went, so the small request cuts the large one, and the next large request finds none whole."""
+    events = [("alloc", 1, 100 * MIB, 0), ("alloc", 2, 16 * MIB, 0), ("free", 2, 0, 0), ("alloc", 3, 40 * MIB, 0),
+              ("free", 3, 0, 0), ("alloc", 4, 16 * MIB, 0), ("alloc", 5, 40 * MIB, 0)]
+    usual, collected = (simulate(events, Settings.parse(text), 165 * MIB) for text in ("", COLLECTS))
+    assert usual.oom is None and usual.num_alloc_retries == 0 and collected.oom is not None
 
 
 # expandable segments -------------------------------------------------------------------------------------------------
@@ -266,7 +301,8 @@ def test_settings_are_read_and_labelled():
     assert settings == Settings(expandable_segments=True, max_split_size_mb=128)
     assert settings.labels() == {"expandable_segments": "not verified on a GPU", "max_split_size_mb": "not verified on a GPU",
                                  "max_non_split_rounding_mb": "verified", "large_segment_size_mb": "verified",
-                                 "roundup_power2_divisions": "verified", "garbage_collection_threshold": "verified"}
+                                 "roundup_power2_divisions": "verified", "garbage_collection_threshold": "verified",
+                                 "per_process_memory_fraction": "verified"}
     assert settings.label() == "not verified on a GPU: expandable_segments, max_split_size_mb"
     assert (Settings().label(), Settings.parse("expandable_segments:False").label()) == ("verified", "verified")
     assert Settings.parse("large_segment_size_mb:40").segment_bytes(2 * MIB) == 40 * MIB
@@ -277,6 +313,7 @@ SETTINGS = {"": True, "max_split_size_mb:20": True, "max_split_size_mb:19": Fals
             "max_split_size_mb:30,large_segment_size_mb:40": False, "max_non_split_rounding_mb:5": False,
             "max_non_split_rounding_mb:25": True, "garbage_collection_threshold:1.0": False,
             "garbage_collection_threshold:0.0": False, "garbage_collection_threshold:0.8": True,
+            "per_process_memory_fraction:0.5": True, "per_process_memory_fraction:1.0": True,
             "roundup_power2_divisions:3": False, "roundup_power2_divisions:0": False, "roundup_power2_divisions:[256:0]": True,
             "roundup_power2_divisions:[256:3]": False, "roundup_power2_divisions:[257:1]": False,
             "roundup_power2_divisions:[]": True, "roundup_power2_divisions:[256:1,512:2,1024:4,>:8]": True,

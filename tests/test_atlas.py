@@ -14,8 +14,10 @@ from vramlab.atlas import Atlas, chart, read_atlas, table
 from vramlab.cards import card, read_cards
 from vramlab.cli import main
 from vramlab.environment import ROOT
+from vramlab.memory.settings import Settings
 from vramlab.predict import Question, forecast
 from vramlab.regime import read_regimes
+from vramlab.worlds import chart_worlds
 
 CONF = "expandable_segments:True"
 
@@ -98,6 +100,21 @@ def test_processes_say_what_one_says(asked, content, tmp_path):
     assert cells == wanted
 
 
+COLLECTS = "garbage_collection_threshold:0.8,per_process_memory_fraction:0.999"
+
+
+def test_garbage_is_collected_only_beside_a_fraction_and_can_lose_a_step(kept):
+    traced = predict.traced_step(Question("baichuan2-7b", "zero_shot", 1024, 1), kept)
+    held = card("rtx5090")
+    alone, both = (summary._on_cards(traced, {"it": held}, Settings.parse(text))["it"]
+                   for text in ("garbage_collection_threshold:0.8", COLLECTS))
+    assert alone == summary._on_cards(traced, {"it": held}, Settings())["it"] and alone["fits"] and not both["fits"]
+    room = dataclasses.replace(held, total_gib=held.total_gib + 1)
+    said = forecast(Question("baichuan2-7b", "zero_shot", 1024, 1), room, Settings.parse(COLLECTS), kept)
+    fits = summary._on_cards(traced, {"it": room}, Settings.parse(COLLECTS))["it"]
+    assert fits["fits"] and fits["reserved_bytes"] == said.reserved_peak_bytes > alone["reserved_bytes"]
+
+
 def test_only_hoppers_workspaces_differ(asked, kept):
     traced = predict.traced_step(asked.questions()[0], kept)
     ampere, hopper = summary.events_for(traced, (8, 6)), summary.events_for(traced, (9, 0))
@@ -120,9 +137,39 @@ def test_without_a_group_the_peak_is_that_of_the_other_events(asked, kept):
     assert stacked.max() == traced.peak_bytes and len(stacked) <= summary.POINTS
 
 
+def test_a_world_is_the_forecast_of_one_of_its_ranks(asked, kept):
+    cells = chart_worlds(dataclasses.replace(asked, worlds=(1, 8), world_seq=32), kept, progress=False, jobs=1)
+    assert [cell["world"] for cell in cells] == [1, 8]
+    for cell in cells:
+        said = forecast(Question("tiny", "fsdp", 32, 1, world=cell["world"]), card("a100-40"), cache_dir=kept)
+        held = cell["cards"]["a100-40"]
+        assert (held["reserved_bytes"], held["fits"], cell["ledger"]) == (said.reserved_peak_bytes, said.fits, said.trace.ledger)
+        assert sum(cell["ledger"].values()) == cell["requested_bytes"] and cell["ledger"]["collectives"] > 0
+    whole, eighth = (cell["ledger"] for cell in cells)
+    assert 7.9 < whole["optimizer"] / eighth["optimizer"] < 8.1
+    assert chart_worlds(asked, kept, progress=False) == []
+
+
+def test_worlds_are_kept_as_cells_are(asked, kept, monkeypatch):
+    two = dataclasses.replace(asked, worlds=(1, 8), world_seq=32)
+    before = chart_worlds(two, kept, progress=False, jobs=1)
+    monkeypatch.setattr(atlas, "traced_step", None)
+    monkeypatch.setattr(predict, "trace", None)
+    assert chart_worlds(two, kept, progress=False, jobs=1) == before
+    failed = chart_worlds(dataclasses.replace(two, worlds=(2,)), kept, progress=False, jobs=1)
+    assert failed[0]["world"] == 2 and failed[0]["reason"] and "ledger" not in failed[0]
+
+
+def test_the_quick_atlas_stays_cheap():
+    quick, whole = (read_atlas(ROOT / "params" / name) for name in ("atlas-quick.yml", "atlas.yml"))
+    assert (quick.models, quick.worlds) == (("baichuan2-7b",), (1, 8, 64, 1024)), "four traces of some five seconds"
+    assert whole.worlds == tuple(2**power for power in range(11)) and whole.world_seq == 1024
+
+
 def test_an_atlas_refuses_what_it_does_not_know(tmp_path):
     path = tmp_path / "wrong.yml"
     for text, said in (("models: [tiny]\nseq: [1]\n", "no batch"), ("modles: [tiny]\nseq: [1]\nbatch: [1]\n", "modles"),
+                       ("models: [tiny]\nseq: [1]\nbatch: [1]\nworlds: [8, 0]", "worlds or world_seq has 0"),
                        ("models: [tiny]\nseq: [1]\nbatch: [1]\ncards: [gtx]\nregimes: [ful]", "no ful.*no gtx")):
         path.write_text(text)
         with pytest.raises(ValueError, match=said):
@@ -142,6 +189,18 @@ def test_the_command_writes_the_table_and_the_reports_file(tmp_path, capsys, mon
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 80 and rows[0]["kind"] == "predicted" and rows[0]["margin_bytes"] > 0
     assert json.loads((tmp_path / "forecast.json").read_text()) == json.loads(json.dumps(content))
+
+
+def test_the_command_adds_the_worlds_only_where_they_are_asked_for(tmp_path, capsys, monkeypatch, kept):
+    monkeypatch.setattr(atlas.chart, "__defaults__", (kept, True, None))
+    monkeypatch.setattr(chart_worlds, "__defaults__", (kept, True, 1))
+    spec = {"models": ["tiny"], "seq": [16], "batch": [1], "regimes": ["full"]}
+    for more in ({}, {"worlds": [1, 8], "world_seq": 32}):
+        (tmp_path / "mine.yml").write_text(yaml.safe_dump({**spec, **more}))
+        assert main(["atlas", str(tmp_path / "mine.yml"), "--out", str(tmp_path)]) == 0
+        content = json.loads((tmp_path / "forecast.json").read_text())
+        assert [cell["world"] for cell in content.get("worlds", ())] == more.get("worlds", [])
+        assert ("worlds" in content) is bool(more)
 
 
 @pytest.mark.parametrize(("option", "made"), [((), True), (("--no-forecast",), False), (("--no-report",), False)])

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 
+import numpy as np
 import pytest
 
 from test_report import browser  # noqa: F401, the fixture
@@ -13,13 +14,17 @@ from test_report import test_with_the_network_off_every_figure_is_drawn_and_noth
 from vramlab.atlas import Atlas, chart
 from vramlab.report import build, forecast_figures, forecasts, plan
 from vramlab.report.forecasts import GIB, Forecasts
+from vramlab.worlds import chart_worlds
 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     atlas = Atlas("small", ("tiny",), (32, 64), (1, 2), regimes=("full", "mixed", "lomo"),
-                  allocators=("expandable_segments:True", "garbage_collection_threshold:0.8"))
-    return Forecasts(json.loads(json.dumps(chart(atlas, tmp_path_factory.mktemp("cache"), progress=False, jobs=1))))
+                  allocators=("expandable_segments:True", "garbage_collection_threshold:0.8,per_process_memory_fraction:0.999"),
+                  worlds=(1, 8, 1024), world_seq=32)
+    kept = tmp_path_factory.mktemp("cache")
+    content = {**chart(atlas, kept, progress=False, jobs=1), "worlds": chart_worlds(atlas, kept, progress=False, jobs=1)}
+    return Forecasts(json.loads(json.dumps(content)))
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +86,16 @@ def test_one_variable_is_said_only_where_it_is_true():
     assert frame["card"].tolist() == ["TIGHT", "LARGE"], "a card smaller than the request is nobody's what-if"
 
 
+def test_a_setting_that_loses_a_step_is_named_with_its_reason():
+    made = _content({"tight": 15})
+    assert forecasts.lost(made) == []
+    held = made.cells[0]["allocators"][0]
+    held["cards"]["tight"] |= {"fits": False}
+    assert forecasts.lost(made) == ["With a:1 these do not fit that fit without it: full, 1 × 8 tokens, on TIGHT."]
+    held["allocator"] = "garbage_collection_threshold:0.8"
+    assert "Collection returns whole cached blocks" in forecasts.lost(made)[0]
+
+
 def test_what_moved_adds_up_to_the_difference_of_the_peaks(said):
     full, lomo = (next(cell for cell in said.cells if cell["regime"] == name) for name in ("full", "lomo"))
     frame = forecasts.moved(full, lomo)
@@ -106,9 +121,58 @@ def test_between_two_forecasts_the_planner_draws_a_line_and_outside_it_refuses(s
 def test_the_page_marks_what_is_predicted_and_has_a_table_behind_each_figure(page):
     text = page.read_text()
     assert page.stat().st_size < 10_000_000
-    for title in ("The atlas", "Why this peak", "The predicted timeline", "Allocator what-if", "Regime diff", "Planner"):
+    for title in ("The atlas", "Why this peak", "The predicted timeline", "Allocator what-if", "Regime diff", "One rank of many",
+                  "Planner"):
         assert f"<h2>{title} <span class=badge>predicted, " in text
     assert text.count("<details>") == text.count("data-figure=") + 1, "the planner has a table and no figure"
+
+
+def _two_models(said) -> Forecasts:
+    """The same worlds for a second model, and cards so small that it depends on the world whether a rank fits."""
+    again = [{**cell, "model": "twice", "requested_bytes": 2 * cell["requested_bytes"],
+              "ledger": {name: 2 * size for name, size in cell["ledger"].items()}} for cell in said.worlds]
+    one, many = (cell["cards"]["a100-40"]["reserved_bytes"] for cell in (said.worlds[0], said.worlds[-1]))
+    cards = {"all": {**said.cards["a100-40"], "name": "ALL"}, "some": {**said.cards["a100-40"], "name": "SOME",
+                                                                     "capacity_bytes": (one + many) // 2}}
+    cells = [{**cell, "cards": {"all": {**cell["cards"]["a100-40"]}, "some": {
+        **cell["cards"]["a100-40"], "fits": cell["world"] > 1, "margin_bytes": (one + many) // 2 - many}}}
+        for cell in [*said.worlds, *again]]
+    return Forecasts({**said.content, "cards": cards, "worlds": cells})
+
+
+def test_the_stack_over_worlds_is_each_ranks_peak_and_the_limit_the_cards(said):
+    made = _two_models(said)
+    figure = forecast_figures.worlds(made)
+    models, cards = figure.layout.updatemenus
+    for index, (button, model) in enumerate(zip(models.buttons, ("tiny", "twice"), strict=True)):
+        shown = [trace for trace, seen in zip(figure.data, button.args[0]["visible"], strict=True) if seen]
+        bars = [trace for trace in shown if trace.type == "bar"]
+        peaks = [sum(cell["ledger"].values()) / GIB for cell in made.worlds if cell["model"] == model]
+        assert np.allclose(np.sum([bar.y for bar in bars], axis=0), peaks, rtol=0.003, atol=0.0001 * len(bars))
+        assert list(bars[0].x) == [0, 3, 10] and list(bars[0].customdata) == [1, 8, 1024]
+        assert sum(trace.name == forecast_figures.RESERVED for trace in shown) == 1 and shown[-1].name == "limit: SOME"
+        assert bool(shown[0].visible) is (index == 0)
+    assert cards.active == 1 and list(figure.layout.xaxis.ticktext) == ["1", "8", "1,024"]
+    for button, card in zip(cards.buttons, made.cards.values(), strict=True):
+        change, where = button.args
+        assert [figure.data[at].name for at in where] == [forecast_figures.RESERVED] * 2 + ["limit: SOME"]
+        assert change["y"][-1] == [card["capacity_bytes"] / GIB] * 2 and change["name"][-1] == f"limit: {card['name']}"
+    assert forecasts.worlds_words(made)[0] == "tiny, the smallest of the worlds 1, 8, 1,024 whose ranks fit: ALL 1; SOME 8."
+
+
+def test_the_table_of_worlds_has_every_category_and_keeps_what_failed(said):
+    lost = {"model": "m", "name": "fsdp", "world": 2, "seq": 32, "batch": 1, "reason": "RuntimeError: no"}
+    frame = forecasts.worlds_table(Forecasts({**said.content, "worlds": [*said.content["worlds"], lost]}))
+    assert frame["world"].tolist() == [1, 8, 1024, 2] and frame["reason"].tolist() == ["", "", "", "RuntimeError: no"]
+    parts = frame.loc[:2, [f"{name}_GiB" for name in said.worlds[0]["ledger"]]].sum(axis=1)
+    assert np.allclose(parts, frame.loc[:2, "peak_requested_GiB"]) and "collectives_GiB" in frame
+
+
+def test_forecasts_made_before_there_were_worlds_still_render(said, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "old")
+    (tmp_path / "old" / "forecast.json").write_text(json.dumps({k: v for k, v in said.content.items() if k != "worlds"}))
+    text = build(tmp_path / "old").read_text()
+    assert "<h2>The atlas" in text and "<h2>One rank of many" not in text
 
 
 def test_a_folder_without_forecasts_has_no_such_part(finished):

@@ -58,12 +58,18 @@ class Atlas:
     cards: tuple[str, ...] = ()
     """Empty: all."""
     allocators: tuple[str, ...] = ()
+    worlds: tuple[int, ...] = ()
+    """Numbers of ranks that the sharded regime is also asked for, as written: see `worlds`."""
+    world_seq: int = 1024
+    """Tokens of the one row that each rank then takes."""
 
     def __post_init__(self):
         reasons = [f"no {name} given" for name in ("models", "seq", "batch", "weights") if not getattr(self, name)]
         for name, known in (("regimes", read_regimes()), ("as_written", read_regimes()), ("cards", read_cards())):
             wrong = [value for value in getattr(self, name) if value not in known]
             reasons += [f"{name} has no {', '.join(wrong)}; there are {', '.join(known)}"] if wrong else []
+        wrong = [world for world in (*self.worlds, self.world_seq) if not isinstance(world, int) or world < 1]
+        reasons += [f"worlds or world_seq has {', '.join(map(repr, wrong))}: they are whole numbers from 1 on"] if wrong else []
         if reasons:
             raise ValueError(f"atlas {self.name}: {'; '.join(reasons)}")
         for text in self.allocators:

@@ -79,8 +79,12 @@ def _sweep(args) -> int:
 def _chart(path: Path, folder: Path, quiet: bool) -> dict:
     """The atlas of `path`, written into `folder` for the report."""
     from .atlas import chart, read_atlas
+    from .worlds import chart_worlds
 
-    content = chart(read_atlas(path), progress=not quiet)
+    asked = read_atlas(path)
+    content = chart(asked, progress=not quiet)
+    if asked.worlds:
+        content["worlds"] = chart_worlds(asked, progress=not quiet)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "forecast.json.part"
     partial.write_text(json.dumps(content, separators=(",", ":")))
@@ -100,7 +104,7 @@ def _atlas(args) -> int:
         return 0
     content = _chart(args.path, args.out or Path("outputs") / asked.name, quiet=args.json)
     print(atlas.table(content).to_json(orient="records", indent=1) if args.json else atlas.words(content))
-    return 1 if any(cell["reason"] for cell in content["cells"]) else 0
+    return 1 if any(cell["reason"] for cell in (*content["cells"], *content.get("worlds", ()))) else 0
 
 
 def _report(args) -> int:

@@ -107,7 +107,7 @@ class Forecast:
     settings: Settings
     trace: Trace
     simulated: Simulated
-    """Through an allocator without end."""
+    """Through an allocator without end; where it collects garbage and fits, through the card's."""
     allocated_peak_bytes: int
     """`allocated` at its highest: requests rounded as the allocator rounds them."""
     reserved_peak_bytes: int
@@ -180,13 +180,15 @@ def forecast(question: Question, card: Card | None = None, settings: Settings = 
         question = dataclasses.replace(question, architecture=card.compute_capability)
     traced = traced_step(question, cache_dir)
     free = simulate(traced.events, settings)
+    held = simulate(traced.events, settings, card.capacity_bytes, card.total_bytes) if card else None
+    if held and held.oom is None and settings.collects_above_bytes(card.total_bytes) is not None:
+        free = held
     step = traced.reported
     at = step.start + int(free.allocated_bytes[step].argmax())
     allocated, reserved = int(free.allocated_bytes[at]), int(free.reserved_bytes[: step.stop].max())
     ledger = {**_alive_at(traced, at), "cached": int(free.reserved_bytes[at]) - allocated}
     ledger["rounding"] = allocated - sum(size for name, size in ledger.items() if name != "cached")
     ledger |= {"context": card.context_bytes} if card else {}
-    held = simulate(traced.events, settings, card.capacity_bytes) if card else None
     return Forecast(
         question, card, settings, traced, free, allocated, reserved, ledger,
         held and held.oom is None, held.num_alloc_retries if held else 0, card and card.capacity_bytes - reserved,

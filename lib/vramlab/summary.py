@@ -61,18 +61,19 @@ def _on_cards(traced: Trace, cards: Mapping[str, Card], settings: Settings) -> d
         if workspace not in shared:
             events = events_for(traced, card.compute_capability)
             shared[workspace] = events, simulate(events, settings)
-        found[key] = _on_card(traced, *shared[workspace], settings, card.capacity_bytes)
+        found[key] = _on_card(traced, *shared[workspace], settings, card)
     return found
 
 
-def _on_card(traced: Trace, events: Mapping, free: Simulated, settings: Settings, capacity_bytes: int) -> dict:
-    """A second simulation, with the card's end, only where its outcome is open."""
-    counted, retries, fits = free, free.num_alloc_retries, free.peak_reserved_bytes <= capacity_bytes
-    collects_from = capacity_bytes * (settings.garbage_collection_threshold or 1)
-    if free.peak_reserved_bytes > collects_from and traced.peak_bytes <= capacity_bytes:
-        held = simulate(events, settings, capacity_bytes)
+def _on_card(traced: Trace, events: Mapping, free: Simulated, settings: Settings, card: Card) -> dict:
+    """A second simulation, with the card's end, only where its outcome is open. A step that collects garbage is told as it
+    runs on the card; every other as on a card without end."""
+    capacity_bytes, counted, retries = card.capacity_bytes, free, free.num_alloc_retries
+    fits = free.peak_reserved_bytes <= settings.endless_up_to_bytes(capacity_bytes, card.total_bytes)
+    if not fits and traced.peak_bytes <= capacity_bytes:
+        held = simulate(events, settings, capacity_bytes, card.total_bytes)
         fits, retries = held.oom is None, held.num_alloc_retries
-        counted = held if fits and settings.garbage_collection_threshold else free
+        counted = held if fits and settings.collects_above_bytes(card.total_bytes) is not None else free
     step = traced.reported
     allocated, reserved = int(counted.allocated_bytes[step].max()), int(counted.reserved_bytes[: step.stop].max())
     return {"allocated_bytes": allocated, "reserved_bytes": reserved, "margin_bytes": capacity_bytes - reserved, "fits": fits,

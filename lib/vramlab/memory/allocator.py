@@ -7,8 +7,7 @@ merges with free neighbours of its segment and stays cached. When the device is 
 everything cached that is whole, and the request is tried once more.
 
 Units: bytes, integers. Not simulated: CUDA graphs' private pools, memory shared between processes, the `cudaMallocAsync`
-backend. Not exact: `Device` (addresses of new segments); garbage collection takes the capacity for the allowed maximum of
-`set_per_process_memory_fraction`, without which PyTorch never collects.
+backend. Not exact: `Device` (addresses of new segments).
 """
 
 from __future__ import annotations
@@ -50,13 +49,15 @@ class OutOfMemory(MemoryError):
 
 
 class Allocator:
-    """One device's allocator. `capacity_bytes`: what the device has for it; None: without end.
+    """One device's allocator. `capacity_bytes`: what the device has for it; None: without end. `device_bytes`: all that the
+    device has, of which settings take shares; by default the capacity.
 
     Keys name allocations; one that is alive cannot be used again. Figures are attributes: `allocated_bytes` (handed out),
     `active_bytes` (these and what another stream still awaits), their peaks, `num_alloc_retries`, `num_ooms`.
     """
 
-    def __init__(self, settings: Settings = Settings(), capacity_bytes: int | None = None):  # noqa: B008, frozen
+    def __init__(self, settings: Settings = Settings(), capacity_bytes: int | None = None,  # noqa: B008, frozen
+                 device_bytes: int | None = None):
         self.settings = settings
         self.allocated_bytes = self.active_bytes = self.peak_allocated_bytes = self.peak_active_bytes = 0
         self.num_alloc_retries = self.num_ooms = 0
@@ -68,8 +69,8 @@ class Allocator:
         self._awaiting: dict[Hashable, Block | None] = {}
         self._plans: dict[int, tuple[int, bool, int, float]] = {}
         self._max_split, self._expandable = settings.max_split_bytes, settings.expandable_segments
-        self._collects_above = (int(settings.garbage_collection_threshold * capacity_bytes)
-                                if capacity_bytes and settings.garbage_collection_threshold else None)
+        whole = None if capacity_bytes is None else device_bytes or capacity_bytes
+        self._allowed, self._collects_above = settings.allowed_bytes(whole), settings.collects_above_bytes(whole)
 
     @property
     def reserved_bytes(self) -> int:
@@ -150,18 +151,23 @@ class Allocator:
         """Ask the driver; when it refuses, return cached memory and ask again. C++: `malloc`, from `alloc_block` on."""
         if self._collects_above is not None and self.reserved_bytes > self._collects_above:
             self._segments.collect(self._pools.values(), self.reserved_bytes - self._collects_above)
-        grow = self._segments.grow
-        block = grow(pool, size, segment_bytes)
+        block = self._ask(pool, size, segment_bytes)
         if block is None and self._segments.release_oversize(pool, size):
-            block = grow(pool, size, segment_bytes)
+            block = self._ask(pool, size, segment_bytes)
         if block is None:
             self.empty_cache()
             self.num_alloc_retries += 1
-            block = grow(pool, size, segment_bytes)
+            block = self._ask(pool, size, segment_bytes)
         if block is None:
             self.num_ooms += 1
             raise OutOfMemory(self._shortage(asked, segment_bytes))
         return block
+
+    def _ask(self, pool: Pool, size: int, segment_bytes: int) -> Block | None:
+        """The driver's answer, which beyond what is allowed is no, unasked. C++: `alloc_block`."""
+        if self._allowed is not None and self.reserved_bytes + segment_bytes > self._allowed:
+            return None
+        return self._segments.grow(pool, size, segment_bytes)
 
     def _shortage(self, asked: int, segment_bytes: int) -> Shortage:
         largest = max((pool.free[-1][0] for pool in self._pools.values() if pool.free), default=0)

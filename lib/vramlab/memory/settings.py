@@ -20,11 +20,11 @@ INTERVALS = 16  # of sizes with a division of their own: below 2 MiB, below 4 Mi
 VERIFIED = "verified"
 NOT_VERIFIED = "not verified on a GPU"
 
-# settings of PyTorch that move no byte on the device, or only its capacity, which the simulator is given as a number
-_HARMLESS = ("graph_capture_record_stream_reuse", "per_process_memory_fraction", "pinned_free_catch_all",
-             "pinned_max_cached_size_mb", "pinned_max_round_threshold_mb", "pinned_num_register_threads",
-             "pinned_reserve_segment_size_mb", "pinned_use_background_threads", "pinned_use_cuda_host_register",
-             "release_lock_on_cudamalloc", "throw_on_cudamalloc_oom")
+# settings of PyTorch that move no byte on the device
+_HARMLESS = ("graph_capture_record_stream_reuse", "pinned_free_catch_all", "pinned_max_cached_size_mb",
+             "pinned_max_round_threshold_mb", "pinned_num_register_threads", "pinned_reserve_segment_size_mb",
+             "pinned_use_background_threads", "pinned_use_cuda_host_register", "release_lock_on_cudamalloc",
+             "throw_on_cudamalloc_oom")
 _ENTRY = re.compile(r"(\w+):(\[[^\[\]]*\]|[^,:\[\]]+)(?:,|$)")
 
 
@@ -43,7 +43,10 @@ class Settings:
     roundup_power2_divisions: tuple[int, ...] = (0,) * INTERVALS
     """Steps between two powers of two that requests are rounded up to, for each of the 16 intervals; 0 and 1: none."""
     garbage_collection_threshold: float = 0.0
-    """Share of the capacity above which old cached blocks are returned before a segment is asked for. 0: never."""
+    """Share of what is allowed (`per_process_memory_fraction`) above which old cached blocks are returned before a segment is
+    asked for. 0: never. Alone it does nothing, as in PyTorch, which then has nothing to take the share of."""
+    per_process_memory_fraction: float = 1.0
+    """Share of the device's whole memory that may be reserved. 1: no limit but the device's own."""
 
     def __post_init__(self):
         least = self.large_segment_size_mb
@@ -56,6 +59,8 @@ class Settings:
              f"large_segment_size_mb, {least}"),
             (not 0 <= self.garbage_collection_threshold < 1,
              f"garbage_collection_threshold is {self.garbage_collection_threshold}: it must lie between 0 and 1"),
+            (not 0 <= self.per_process_memory_fraction <= 1,
+             f"per_process_memory_fraction is {self.per_process_memory_fraction}: it must be 0 to 1"),
             (len(self.roundup_power2_divisions) != INTERVALS or any(d & (d - 1) for d in self.roundup_power2_divisions),
              f"roundup_power2_divisions is {self.roundup_power2_divisions}: it must be {INTERVALS} powers of two or zeros"),
         ) if wrong]
@@ -101,6 +106,21 @@ class Settings:
     @property
     def non_split_rounding_bytes(self) -> int:
         return (self.max_non_split_rounding_mb or self.large_segment_size_mb) * MIB
+
+    def allowed_bytes(self, device_bytes: int | None) -> int | None:
+        """How much of a device may be reserved; None: all of it. C++: `setMemoryFraction`."""
+        limited = device_bytes is not None and self.per_process_memory_fraction < 1
+        return int(self.per_process_memory_fraction * device_bytes) if limited else None
+
+    def collects_above_bytes(self, device_bytes: int | None) -> int | None:
+        """Reserved bytes from which on garbage is collected; None: never. C++: `malloc`, `garbage_collect_cached_blocks`."""
+        allowed = self.allowed_bytes(device_bytes) if self.garbage_collection_threshold else None
+        return None if allowed is None else int(self.garbage_collection_threshold * allowed)
+
+    def endless_up_to_bytes(self, capacity_bytes: int, device_bytes: int) -> int:
+        """Reserved bytes up to which a device behaves as one without end."""
+        limits = self.allowed_bytes(device_bytes), self.collects_above_bytes(device_bytes)
+        return min([capacity_bytes, *(limit for limit in limits if limit is not None)])
 
     def round_bytes(self, asked: int) -> int:
         """The block that a request takes at least. C++: `round_size`, `roundup_power2_next_division`."""
@@ -150,6 +170,16 @@ def _share(name: str, value: str) -> float:
     return share
 
 
+def _fraction(name: str, value: str) -> float:
+    try:
+        fraction = float(value)
+    except ValueError:
+        fraction = -1.0
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"allocator settings: {name} is {value!r}: it must be 0 to 1")
+    return fraction
+
+
 def _divisions(name: str, value: str) -> tuple[int, ...]:
     """`4` for all intervals, or `[256:1,512:2,>:8]`: by interval in MiB, the first also for all below, `>` for all above."""
     if not value.startswith("["):
@@ -176,4 +206,5 @@ def _divisions(name: str, value: str) -> tuple[int, ...]:
 
 
 _READ = {"expandable_segments": _truth, "max_split_size_mb": _whole, "max_non_split_rounding_mb": _whole,
-         "large_segment_size_mb": _whole, "roundup_power2_divisions": _divisions, "garbage_collection_threshold": _share}
+         "large_segment_size_mb": _whole, "roundup_power2_divisions": _divisions, "garbage_collection_threshold": _share,
+         "per_process_memory_fraction": _fraction}

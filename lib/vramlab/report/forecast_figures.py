@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
@@ -11,6 +12,7 @@ from .figures import COLORS, PHASES, _figure, _menu
 from .forecasts import GIB, Forecasts, cell_words, outcome, parts, place, place_words
 
 COLORS = {**COLORS, "workspace": "#bab0ac"}
+RESERVED = "reserved at the peak"
 SETTINGS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#76b7b2")
 
 
@@ -96,6 +98,57 @@ def _bands(cell: Mapping, visible: bool) -> list[go.Scatter]:
                                 marker={"color": PHASES.get(phase, "#888"), "symbol": "square", "size": 9},
                                 hovertemplate=phase + "<extra></extra>"))
     return found
+
+
+def worlds(said: Forecasts) -> go.Figure:
+    """What one rank holds at its peak, stacked by category, against the number of ranks; menus pick the model and the card, at
+    first one on which it depends on the number of ranks whether the step fits."""
+    sizes = sorted({cell["world"] for cell in said.worlds})
+    figure = _figure("One rank's predicted peak by world size", 560, barmode="stack",
+                     yaxis={"title": "GiB a rank", "domain": [0, 0.86]},
+                     xaxis={"title": "ranks (log scale)", "tickvals": [math.log2(size) for size in sizes],
+                            "ticktext": [f"{size:,}" for size in sizes]})
+    groups = [[cell for cell in said.worlds if cell["model"] == model] for model in dict.fromkeys(c["model"] for c in said.worlds)]
+    first = next((key for key in said.cards if len({cell["cards"][key]["fits"] for cell in groups[0]}) > 1), next(iter(said.cards)))
+    owners: list[int | None] = []
+    for index, cells in enumerate(groups):
+        bars = _bars(cells, index == 0)
+        figure.add_traces([*bars, _reserved(cells, first, index == 0)])
+        owners += [index] * (len(bars) + 1)
+    marks = [at for at, trace in enumerate(figure.data) if trace.name == RESERVED]
+    ends, limits = [math.log2(sizes[0]) - 0.5, math.log2(sizes[-1]) + 0.5], {}
+    for key, card in said.cards.items():
+        limits[key] = {"y": [card["capacity_bytes"] / GIB] * 2, "name": f"limit: {card['name']}"}
+    figure.add_scatter(x=ends, **limits[first], mode="lines", line={"dash": "dash", "color": "#d62728", "width": 2},
+                       hovertemplate="%{y:.2f} GiB<extra>card</extra>")
+    buttons = []
+    for key, limit in limits.items():
+        drawn = [_reserved(cells, key, True) for cells in groups]
+        buttons.append({"label": said.cards[key]["name"], "method": "restyle", "args": [
+            {"y": [*(trace.y for trace in drawn), limit["y"]], "name": [RESERVED] * len(drawn) + [limit["name"]],
+             "text": [*(trace.text for trace in drawn), None]}, [*marks, len(owners)]]})
+    figure = _with_menu(figure, [place_words(place(cells[0])) + " a rank" for cells in groups], [*owners, None])
+    figure.update_layout(updatemenus=[*figure.layout.updatemenus, {**_second(buttons, 0.9), "active": list(limits).index(first)}])
+    return figure
+
+
+def _bars(cells: Sequence[Mapping], visible: bool) -> list[go.Bar]:
+    """Categories that are nowhere a thousandth of the peak are left to the table."""
+    at, shown = [math.log2(cell["world"]) for cell in cells], [cell["world"] for cell in cells]
+    seen = [name for name in COLORS if any(cell["ledger"].get(name, 0) >= cell["requested_bytes"] / 1000 for cell in cells)]
+    return [go.Bar(x=at, y=[round(cell["ledger"].get(name, 0) / GIB, 4) for cell in cells], name=name, marker_color=COLORS[name],
+                   width=0.7, visible=visible, customdata=shown,
+                   hovertemplate="%{customdata:,} ranks: %{y:.2f} GiB<extra>" + name + "</extra>") for name in seen]
+
+
+def _reserved(cells: Sequence[Mapping], card: str, visible: bool) -> go.Scatter:
+    held = [cell["cards"][card] for cell in cells]
+    return go.Scatter(
+        x=[math.log2(cell["world"]) for cell in cells], y=[round(one["reserved_bytes"] / GIB, 3) for one in held], name=RESERVED,
+        text=[outcome(one).replace(" ", "<br>", 1) for one in held], textposition="top center", textfont={"size": 9},
+        mode="markers+text", cliponaxis=False, visible=visible, customdata=[cell["world"] for cell in cells],
+        marker={"symbol": "line-ew-open", "size": 16, "color": "#888", "line": {"width": 3}},
+        hovertemplate="%{customdata:,} ranks: %{y:.2f} GiB reserved, %{text}<extra>predicted</extra>")
 
 
 def allocators(said: Forecasts) -> go.Figure:

@@ -45,6 +45,11 @@ class Forecasts:
         """Those that did not fail."""
         return [cell for cell in self.content["cells"] if not cell["reason"]]
 
+    @cached_property
+    def worlds(self) -> list[dict]:
+        """One rank's cell for each world of the sharded regime; none in files made before there were any."""
+        return [cell for cell in self.content.get("worlds", ()) if not cell["reason"]]
+
     @property
     def places(self) -> list[tuple[str, int, int]]:
         """(model, sequence, batch) in order."""
@@ -140,6 +145,50 @@ def one_variable(said: Forecasts) -> list[str]:
         found.append(f"{cell}, on {card}: you do not need a bigger card, you need one environment variable, "
                      f"PYTORCH_ALLOC_CONF={best['setting']} (reserved {best['reserved_GiB']:.1f} GiB instead of "
                      f"{best['default_GiB']:.1f}; predicted, {best['label']}).")
+    return found
+
+
+def lost(said: Forecasts) -> list[str]:
+    """Where a setting keeps a step from fitting that fits without it: a sentence for each setting, with the reason it has."""
+    frame = allocator_table(said)
+    if frame.empty:
+        return []
+    worse = frame[(frame["by_default"] == "fits") & (frame["with_it"] == "does not fit")]
+    return [f"With {setting} these do not fit that fit without it: "
+            f"{'; '.join(f'{row.cell}, on {row.card}' for row in rows.itertuples())}.{_why_worse(setting)}"
+            for setting, rows in worse.groupby("setting", sort=False)]
+
+
+def _why_worse(setting: str) -> str:
+    if "garbage_collection_threshold" not in setting:
+        return ""
+    return (" Collection returns whole cached blocks to the driver; small requests then cut large blocks, a cut block cannot be "
+            "returned, and a large request may find none whole.")
+
+
+def worlds_table(said: Forecasts) -> pd.DataFrame:
+    """One row a model and world: one rank's peak, what it is made of, in GiB, and the outcome on every card."""
+    rows = []
+    for cell in said.content.get("worlds", ()):
+        row = {key: cell[key] for key in ("model", "name", "world")} | {"tokens_a_rank": cell["seq"] * cell["batch"]}
+        if not cell["reason"]:
+            row |= {"peak_requested_GiB": cell["requested_bytes"] / GIB, "phase": cell["phase"],
+                    "peak_reserved_GiB": next(iter(cell["cards"].values()))["reserved_bytes"] / GIB}
+            row |= {f"{name}_GiB": size / GIB for name, size in cell["ledger"].items()}
+            row |= {said.cards[key]["name"]: outcome(held) for key, held in cell["cards"].items()}
+        rows.append({**row, "reason": cell["reason"]})
+    return pd.DataFrame(rows)
+
+
+def worlds_words(said: Forecasts) -> list[str]:
+    """For each model the smallest world asked for that fits each card."""
+    found = []
+    for model in dict.fromkeys(cell["model"] for cell in said.worlds):
+        cells = sorted((cell for cell in said.worlds if cell["model"] == model), key=lambda cell: cell["world"])
+        asked = ", ".join(f"{cell['world']:,}" for cell in cells)
+        least = [f"{card['name']} {next((format(cell['world'], ',') for cell in cells if cell['cards'][key]['fits']), 'none')}"
+                 for key, card in said.cards.items()]
+        found.append(f"{model}, the smallest of the worlds {asked} whose ranks fit: {'; '.join(least)}.")
     return found
 
 

@@ -104,15 +104,29 @@ def forecast_sections(said: Forecasts) -> list[Section]:
                 "what the card has for the allocator. Pick a regime and a card. Reserved bytes are more: see the atlas." + only,
                 forecast_figures.timeline(cells, said.cards), forecasts.curve_table(said), device),
         Section("Allocator what-if", "The same events under other settings of PyTorch's allocator. The default's arithmetic was "
-                "verified against recorded GPU snapshots; the others follow PyTorch's source." + only,
+                "verified against recorded GPU snapshots; the others follow PyTorch's source, by which "
+                "`garbage_collection_threshold` does nothing unless `per_process_memory_fraction` is below 1." + only,
                 forecast_figures.allocators(said), forecasts.allocator_table(said), device,
-                saved or ["In no cell here does a setting make a step fit that does not fit without it."]),
+                [*(saved or ["In no cell here does a setting make a step fit that does not fit without it."]),
+                 *forecasts.lost(said)]),
         Section("Regime diff", "Bytes at the peak of two cells, by category and part of the model. The table has what moved from "
                 "full fine-tuning to each other row." + only, forecast_figures.difference(cells), forecasts.moved_table(said),
                 device),
+        *([_worlds(said)] if said.content.get("worlds") else []),
         Section("Planner", "Pick a regime, a card and a size. Between two forecasts it draws a straight line and says so; outside "
                 "them it refuses.", None, table[["name", "model", "seq", "batch"]], device, extra=plan.embed(said)),
     ]
+
+
+def _worlds(said: Forecasts) -> Section:
+    table = forecasts.worlds_table(said)
+    if not said.worlds:
+        return Section("One rank of many", "No world could be forecast; the reasons are here.", None, table, "predicted")
+    return Section("One rank of many", "Requested bytes at one rank's peak of fsdp as written, each rank with rows of its own. "
+                   "Weights, gradients and optimizer state are cut between ranks; activations, temporaries and the buffers of "
+                   "gathers and reductions (`collectives`) are not. The mark is the reserved peak, the dashed line what the card "
+                   "has for the allocator. What NCCL holds for itself, 1 to 2 GiB a rank, is not included.",
+                   forecast_figures.worlds(said), table, f"predicted, {said.worlds[0]['device']}", forecasts.worlds_words(said))
 
 
 def _accuracy_table(runs: Sequence[Run]) -> pd.DataFrame:
