@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 
 from .axes.place import Fsdp
+from .axes.rule import given
 from .baichuan import BaichuanForCausalLM, ModelSpec
 from .memory.kernels import AMPERE, Architecture
 from .memory.virtual import VirtualGpu, virtual_gpu
@@ -149,6 +150,8 @@ class _Run:
         self.turns, self.meter = _Turns(regime.trains), gpu.meter()
         if hasattr(regime.trains, "interval"):
             regime = dataclasses.replace(regime, trains=self.turns)
+        if hasattr(regime.rule, "gap"):  # the step that decides whether a run fits is one that projects anew
+            regime = dataclasses.replace(regime, rule=dataclasses.replace(regime.rule, gap=1))
         model = BaichuanForCausalLM(spec.config)
         model.to(spec.config.dtype or torch.float32)  # as published; the regime's own type is the trainer's to give
         self.trainer = Trainer(model, regime, Schedule(regime.lr, 1), device=gpu.device, observer=self.meter)
@@ -202,8 +205,9 @@ class _Run:
 
     def _state_bytes(self, part: int) -> int:
         parameters = dict(self.trainer.model.named_parameters())
-        return self.trainer.regime.rule.state_bytes(parameters[leaf.name][leaf.start : leaf.stop]
-                                                    for leaf in self.trainer.parts[part])
+        rule = self.trainer.regime.rule
+        return rule.state_bytes(given(rule, {leaf.name: parameters[leaf.name][leaf.start : leaf.stop]
+                                             for leaf in self.trainer.parts[part]}))
 
     def unseen_host_bytes(self) -> int:
         """State of parts never visited, which a real run would have parked on the host by then."""

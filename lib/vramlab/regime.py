@@ -11,8 +11,10 @@ from typing import Any
 import yaml
 
 from .axes import AXES
+from .axes.grads import ZerothOrder
 from .axes.place import Fsdp
-from .axes.rule import NoRule
+from .axes.projected import LowRank
+from .axes.rule import NoRule, Sgd
 from .axes.trains import Nothing
 from .axes.until import Backward
 from .axes.weights import Bf16, Mixed
@@ -35,6 +37,7 @@ class Regime:
     name: str
     weights: Any
     trains: Any
+    grads: Any
     until: Any
     rule: Any
     acts: Any
@@ -65,7 +68,12 @@ def _is(axis: str, kind: type) -> Callable[[Regime], bool]:
 
 
 _nothing, _no_rule, _in_backward = _is("trains", Nothing), _is("rule", NoRule), _is("until", Backward)
-_fsdp = _is("place", Fsdp)
+_fsdp, _low_rank, _guessed = _is("place", Fsdp), _is("rule", LowRank), _is("grads", ZerothOrder)
+
+
+def _clips_inside(regime: Regime) -> bool:
+    return _in_backward(regime) and regime.until.clip_norm > 0
+
 
 ILLEGAL: list[tuple[Callable[[Regime], bool], str]] = [
     (lambda r: r.accumulate < 1, "accumulate counts micro-batches: use 1 or more"),
@@ -80,10 +88,26 @@ ILLEGAL: list[tuple[Callable[[Regime], bool], str]] = [
     (lambda r: _in_backward(r) and r.accumulate > 1,
      "until: backward updates at every micro-batch, so accumulate would change the result: use until: step, or a larger batch"),
     (lambda r: _in_backward(r) and r.clip > 0,
-     "until: backward drops each gradient before the norm of all is known: use until: step, or clip: 0"),
+     "until: backward drops each gradient before the norm of all is known: use until: {backward: {clip_norm: ...}}, which looks "
+     "twice, or until: step, or clip: 0"),
     (lambda r: _fsdp(r) and hasattr(r.trains, "interval"),
      "place: fsdp cuts every weight between ranks, and decides once how its gradient is reduced, so parts cannot take turns: "
      "use trains: all or lora, or place: device"),
+    (lambda r: _fsdp(r) and _clips_inside(r),
+     "until.backward.clip_norm measures what this rank has, and place: fsdp cuts every gradient between ranks: use until: step and "
+     "clip, or place: device"),
+    (lambda r: _fsdp(r) and _low_rank(r),
+     "a low-rank rule projects whole matrices, and place: fsdp cuts every one between ranks: use rule: adamw, or place: device"),
+    (lambda r: _fsdp(r) and _guessed(r),
+     "grads: zeroth_order moves a weight while its module runs, and place: fsdp has gathered it before: use place: device"),
+    (lambda r: _guessed(r) and not (isinstance(r.rule, Sgd) or _no_rule(r)),
+     "grads: zeroth_order never holds a gradient that a rule could remember something of: use rule: sgd, or grads: exact"),
+    (lambda r: _guessed(r) and _nothing(r), "nothing trains, so there is no gradient to guess: use grads: exact"),
+    (lambda r: _guessed(r) and _in_backward(r), "grads: zeroth_order has no backward to update in: use until: step"),
+    (lambda r: _guessed(r) and not _nothing(r) and r.values["acts"] != "keep",
+     "grads: zeroth_order has no backward, so forward keeps nothing: use acts: keep"),
+    (lambda r: _guessed(r) and not _nothing(r) and r.clip > 0,
+     "grads: zeroth_order has no gradient whose norm could be clipped: use clip: 0, or a lower lr"),
 ]
 """(excluded, reason with the way out); all that apply are reported together."""
 

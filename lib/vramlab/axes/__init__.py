@@ -5,7 +5,9 @@
 """
 
 from .acts import Checkpoint, Keep, Offload
+from .grads import Exact, ZerothOrder
 from .place import Device, Fsdp
+from .projected import Apollo, GaLore
 from .rule import AdamW, NoRule, Sgd
 from .trains import All, Blocks, Chunks, Lora, Nothing
 from .until import Backward, Step
@@ -14,8 +16,9 @@ from .weights import Bf16, Fp32, Mixed
 AXES: dict[str, dict[str, type]] = {
     "weights": {"fp32": Fp32, "mixed": Mixed, "bf16": Bf16},
     "trains": {"all": All, "none": Nothing, "lora": Lora, "blocks": Blocks, "chunks": Chunks},
+    "grads": {"exact": Exact, "zeroth_order": ZerothOrder},
     "until": {"step": Step, "backward": Backward},
-    "rule": {"adamw": AdamW, "sgd": Sgd, "none": NoRule},
+    "rule": {"adamw": AdamW, "sgd": Sgd, "galore": GaLore, "apollo": Apollo, "none": NoRule},
     "acts": {"keep": Keep, "checkpoint": Checkpoint, "offload": Offload},
     "place": {"device": Device, "fsdp": Fsdp},
 }

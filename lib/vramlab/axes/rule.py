@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,12 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from .place import is_sharded, local
+
+
+def given(rule, named: Mapping[str, Tensor]) -> list:
+    """The leaves `named` as `rule.make` and `rule.state_bytes` take them: tensors, or, by a rule that has `by_name` because it
+    does not treat all alike, (name, tensor) pairs. torch's optimizers take either."""
+    return list(named.items() if getattr(rule, "by_name", False) else named.values())
 
 
 class _AdamW(torch.optim.AdamW):
