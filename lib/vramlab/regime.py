@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor, nn
 
 from .axes import AXES
 from .axes.place import Fsdp
-from .axes.rule import NoRule
-from .axes.trains import Nothing
+from .axes.rowwise import Fit
+from .axes.rule import AdamMini, NoRule, Rule
+from .axes.storage import Nearest
+from .axes.trains import Chunks, Nothing
 from .axes.until import Backward
 from .axes.weights import Bf16, Mixed
 
@@ -55,6 +58,11 @@ class Regime:
         if reasons:
             raise IllegalRegime(f"regime {self.name!r} is not possible:\n" + "\n".join(f"  - {r}" for r in reasons))
 
+    def rule_for(self, model: nn.Module, named: Mapping[str, Tensor]) -> Rule:
+        """The rule, told how weights are stored and what the leaves are that it will update."""
+        names = {id(leaf): name for name, leaf in named.items()}
+        return self.rule.fitted(Fit(self.weights.storage, names, getattr(model.config, "head_dim", 0)))
+
     def axes(self) -> dict[str, dict]:
         """The resolved row: every axis with its value and that value's fields. Plain data, for records and tables."""
         return {axis: {"value": self.values[axis], **dataclasses.asdict(getattr(self, axis))} for axis in AXES}
@@ -84,6 +92,16 @@ ILLEGAL: list[tuple[Callable[[Regime], bool], str]] = [
     (lambda r: _fsdp(r) and hasattr(r.trains, "interval"),
      "place: fsdp cuts every weight between ranks, and decides once how its gradient is reduced, so parts cannot take turns: "
      "use trains: all or lora, or place: device"),
+    (lambda r: type(r.weights.storage) is not Nearest and not r.rule.row_wise and not _no_rule(r),
+     "this rule writes weights itself, and rounds them to nearest: use weights: bf16, or a rule that updates rows in fp32, as "
+     "rule: adamw does"),
+    (lambda r: type(r.weights.storage) is not Nearest and _no_rule(r),
+     "nothing is updated, so it does not matter how an update is stored: use weights: bf16"),
+    (lambda r: _fsdp(r) and not r.rule.pieces,
+     "this rule looks at whole matrices or blocks of them, and place: fsdp cuts them between ranks: use rule: adamw or sgd, or "
+     "place: device"),
+    (lambda r: isinstance(r.rule, AdamMini) and isinstance(r.trains, Chunks),
+     "adam_mini has one second moment a head, and chunks cut heads: use trains: blocks, or rule: adamw"),
 ]
 """(excluded, reason with the way out); all that apply are reported together."""
 

@@ -168,7 +168,8 @@ class Trainer:
         if turn is None:
             leaves = ActiveLeaves(self.model, self.parts[index])
             leaves.switch_on()
-            updater = self.regime.until.updater(self.regime.rule, list(leaves.named.values()), self.schedule.lr)
+            rule = self.regime.rule_for(self.model, leaves.named)
+            updater = self.regime.until.updater(rule, list(leaves.named.values()), self.schedule.lr)
             turn = self._turns[index] = _Turn(leaves, updater)
         else:
             turn.leaves.switch_on()
