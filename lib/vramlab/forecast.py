@@ -20,7 +20,6 @@ import pandas as pd
 import torch
 
 from .axes.place import Fsdp
-from .axes.rule import given
 from .baichuan import BaichuanForCausalLM, ModelSpec
 from .memory.kernels import AMPERE, Architecture
 from .memory.virtual import VirtualGpu, virtual_gpu
@@ -204,10 +203,10 @@ class _Run:
         return max(self.visited, key=lambda part: peaks[self.visited[part]] + self._state_bytes(part))
 
     def _state_bytes(self, part: int) -> int:
-        parameters = dict(self.trainer.model.named_parameters())
-        rule = self.trainer.regime.rule
-        return rule.state_bytes(given(rule, {leaf.name: parameters[leaf.name][leaf.start : leaf.stop]
-                                             for leaf in self.trainer.parts[part]}))
+        model = self.trainer.model
+        parameters = dict(model.named_parameters())
+        leaves = {leaf.name: parameters[leaf.name][leaf.start : leaf.stop] for leaf in self.trainer.parts[part]}
+        return self.trainer.regime.rule_for(model, leaves).state_bytes(leaves.values())
 
     def unseen_host_bytes(self) -> int:
         """State of parts never visited, which a real run would have parked on the host by then."""

@@ -175,8 +175,8 @@ class Trainer:
         if turn is None:
             leaves = ActiveLeaves(self.model, self.parts[index])
             leaves.switch_on()
-            updater = self.regime.grads.updater(self.regime.until, self.regime.rule, self.model, leaves.named, self.schedule.lr,
-                                                self.observer)
+            updater = self.regime.grads.updater(self.regime.until, self.regime.rule_for(self.model, leaves.named), self.model,
+                                                leaves.named, self.schedule.lr, self.observer)
             turn = self._turns[index] = _Turn(leaves, updater)
         else:
             turn.leaves.switch_on()

@@ -14,7 +14,7 @@ norm's weight, near 1, does not feel an eps of 1e-3 at all. Here a leaf is moved
 after its bytes have been copied, and the bytes are put back when that forward ends: exactly, in every type. It costs a
 copy of one matrix at a time; one larger than `parked_bytes` (the embeddings and the head of a 7B) is copied to the host.
 
-Not exact in bf16: w + eps z and the update are rounded at random (`noise.rounded`), so that they are right in the mean: where an
+Not exact in bf16: w + eps z and the update are rounded at random (`storage.round_up_or_down`), whatever `weights` says, so that they are right in the mean: where an
 ulp is above eps, a guess has more variance than z alone would give it. In fp32 both are rounded to nearest, once.
 """
 
@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from ..observer import Observer
-from .noise import generator, normal, rounded
-from .rule import given
+from .noise import generator, normal
+from .storage import random_bits, round_up_or_down
 from .until import Updater
 
 SLICE = 8 << 20
@@ -45,7 +45,7 @@ class Exact:
     """Whether forward has to keep what a backward needs."""
 
     def updater(self, until, rule, model: nn.Module, named: Mapping[str, nn.Parameter], lr: float, observer: Observer) -> Updater:
-        return until.updater(rule, named, lr)
+        return until.updater(rule, list(named.values()), lr)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ZerothOrder(Exact):
             raise ValueError(f"grads.eps is {self.eps}: it is how far weights are moved, use a positive number, such as 1e-3")
 
     def updater(self, until, rule, model: nn.Module, named: Mapping[str, nn.Parameter], lr: float, observer: Observer) -> Updater:
-        assert not rule.state_bytes(given(rule, named)), "a guess goes with a rule that remembers nothing"
+        assert not rule.state_bytes(named.values()), "a guess goes with a rule that remembers nothing"
         return Guess(self, model, named, observer)
 
 
@@ -112,25 +112,26 @@ class Guess(Updater):
     @torch.no_grad()
     def apply(self) -> None:
         for name, leaf in self.named.items():
-            for piece, z, stream in self._slices(name, leaf):
-                piece.copy_(rounded(piece.float().add_(z.mul_(self._slope), alpha=-self.lr), piece.dtype, stream))
+            self._add(name, leaf, self._slope * -self.lr, "update")
         self._slope = None
 
-    def _slices(self, name: str, leaf: Tensor):
-        """(some of a leaf's weights, their z, where its stream goes on), all of them in order."""
+    def _add(self, name: str, leaf: Tensor, factor: Tensor | float, purpose: str) -> None:
+        """w <- w + factor z, a slice at a time. Where weights are bf16, both runs round with the same numbers, which leaves their
+        difference less to vary by."""
         for start in range(0, leaf.numel(), SLICE):
             piece = leaf.detach().view(-1)[start : start + SLICE]
-            stream = generator(leaf.device, self.options.seed, self.step, name, start)
-            yield piece, normal(piece.shape, stream), stream
+            moved = normal(piece.shape, generator(leaf.device, self.options.seed, self.step, name, start)).mul_(factor).add_(piece)
+            if piece.dtype is torch.bfloat16:
+                label = f"{self.options.seed}/{self.step}/{name}/{purpose}"
+                moved = round_up_or_down(moved, random_bits(len(piece), start, label, leaf.device))
+            piece.copy_(moved)
 
     @torch.no_grad()
     def _move(self, leaves: Mapping[str, Tensor]) -> None:
         for name, leaf in leaves.items() if self._sign else ():
             self._park(leaf)
             self._unmoved.discard(name)
-            for piece, z, stream in self._slices(name, leaf):
-                wide = torch.add(piece.float(), z, alpha=self._sign * self.options.eps)
-                piece.copy_(rounded(wide, piece.dtype, stream))
+            self._add(name, leaf, self._sign * self.options.eps, "move")
 
     def _park(self, leaf: Tensor) -> None:
         if leaf.nbytes <= self.options.parked_bytes:

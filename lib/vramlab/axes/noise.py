@@ -33,16 +33,3 @@ class _Stream:
 def normal(shape: Sequence[int], stream: _Stream) -> Tensor:
     """Standard normal numbers, fp32."""
     return torch.empty(shape, dtype=torch.float32, device=stream.device).normal_(generator=stream.source)
-
-
-def rounded(wide: Tensor, dtype: torch.dtype, stream: _Stream) -> Tensor:
-    """`wide` (fp32) in `dtype`; into bf16 it is rounded up or down at random, with the nearer neighbour the likelier, so that
-    the mean is `wide`. `wide` is overwritten. Gupta 2015, arXiv:1502.02551.
-
-    Not exact: an infinity may become NaN.
-    """
-    if dtype is not torch.bfloat16:
-        return wide.to(dtype)
-    noise = torch.empty_like(wide, dtype=torch.int32).random_(0, 1 << 16, generator=stream.source)
-    bits = wide.view(torch.int32).add_(noise).bitwise_and_(-1 << 16)
-    return bits.view(torch.float32).to(torch.bfloat16)

@@ -25,7 +25,7 @@ temporary of the matrix's size; the singular vectors have (see `leading`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,17 +34,17 @@ from torch import Tensor
 
 from .noise import generator, normal
 from .rows import spans
+from .rowwise import Fit
 from .rule import AdamW, _AdamW
 
-Named = Iterable[tuple[str, Tensor]]
 ROWS_BYTES = 16 << 20
 """Most bytes in fp32 of the rows that APOLLO updates at a time."""
 INNER = ("adamw", "sgd")
 
 
-def is_projected(name: str, tensor: Tensor) -> bool:
-    """Whether a leaf is a matrix of a block: embeddings, head and norms are not."""
-    return tensor.dim() == 2 and re.search(r"\blayers\.\d+\.", name) is not None
+def is_projected(leaf: Tensor, names: Mapping[int, str]) -> bool:
+    """Whether a leaf is a matrix of a block: embeddings, head and norms are not. `names` maps its id to its name."""
+    return leaf.dim() == 2 and re.search(r"\blayers\.\d+\.", names.get(id(leaf), "")) is not None
 
 
 def _sides(matrix: Tensor, rank: int) -> tuple[int, int, int]:
@@ -67,10 +67,9 @@ def leading(grad: Tensor, rank: int) -> Tensor:
 class _Projected(_AdamW):
     """AdamW, except for the matrices, which `rule.update` updates. Their step count is an int: it decides what runs."""
 
-    def __init__(self, named: Named, lr: float, rule):
-        named = list(named)
-        super().__init__(named, lr=lr, betas=(rule.beta1, rule.beta2), eps=rule.eps, weight_decay=rule.weight_decay, fused=True)
-        self._rule, self._matrices = rule, {p: name for name, p in named if is_projected(name, p)}
+    def __init__(self, params: list[Tensor], lr: float, rule: LowRank, names: Mapping[int, str]):
+        super().__init__(params, lr=lr, betas=(rule.beta1, rule.beta2), eps=rule.eps, weight_decay=rule.weight_decay, fused=True)
+        self._rule, self._matrices = rule, {p: names[id(p)] for p in params if is_projected(p, names)}
 
     def __setstate__(self, state) -> None:
         torch.optim.Optimizer.__setstate__(self, state)  # AdamW's makes tensors of step counts, for checkpoints of old
@@ -94,7 +93,8 @@ class _Projected(_AdamW):
 class LowRank(AdamW):
     """What GaLore and APOLLO share."""
 
-    by_name: ClassVar[bool] = True
+    row_wise: ClassVar[bool] = False
+    pieces: ClassVar[bool] = False
     rank: int = 128
     """Never more than the matrix's shorter side."""
     gap: int = 200
@@ -106,12 +106,11 @@ class LowRank(AdamW):
             if getattr(self, name) < 1:
                 raise ValueError(f"rule.{name} is {getattr(self, name)}: use 1 or more")
 
-    def make(self, named: Named, lr: float) -> torch.optim.Optimizer:
-        return _Projected(named, lr, self)
+    def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
+        return _Projected(params, lr, self, fit.names)
 
-    def state_bytes(self, named: Named) -> int:
-        """`named`: (name, leaf) pairs."""
-        return sum(self._matrix_bytes(p) if is_projected(name, p) else super(LowRank, self).state_bytes([p]) for name, p in named)
+    def leaf_bytes(self, leaf: Tensor, fit: Fit) -> int:
+        return self._matrix_bytes(leaf) if is_projected(leaf, fit.names) else super().leaf_bytes(leaf, fit)
 
     def _adam(self, low: Tensor, state: dict) -> Tensor:
         """Adam's direction for the projected gradient, which is fp32; the moments are made at the first update."""

@@ -7,7 +7,7 @@ other optimizer the whole gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ..observer import Observer
 from .place import is_sharded, local
 from .rows import TakesRows
-from .rule import given
 
 
 class Updater:
@@ -177,8 +176,8 @@ class _ClippedRows:
 class Step:
     """All gradients of a step exist together; one update reads and drops them at its end."""
 
-    def updater(self, rule, named: Mapping[str, nn.Parameter], lr: float) -> Updater:
-        return _AtTheEnd([rule.make(given(rule, named), lr)])
+    def updater(self, rule, params: list[nn.Parameter], lr: float) -> Updater:
+        return _AtTheEnd([rule.make(params, lr)])
 
 
 @dataclass(frozen=True)
@@ -199,6 +198,6 @@ class Backward:
         if self.clip_norm < 0:
             raise ValueError(f"until.clip_norm is {self.clip_norm}: it is a norm, use a positive number, or 0 to leave gradients alone")
 
-    def updater(self, rule, named: Mapping[str, nn.Parameter], lr: float) -> Updater:
-        params, optimizers = list(named.values()), [rule.make(given(rule, {name: p}), lr) for name, p in named.items()]
+    def updater(self, rule, params: list[nn.Parameter], lr: float) -> Updater:
+        optimizers = [rule.make([p], lr) for p in params]
         return _Clipped(optimizers, params, self.clip_norm) if self.clip_norm else _InBackward(optimizers, params)
