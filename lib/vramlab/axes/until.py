@@ -196,7 +196,7 @@ class Backward:
 
     def __post_init__(self):
         if self.clip_norm < 0:
-            raise ValueError(f"until.clip_norm is {self.clip_norm}: it is a norm, use a positive number, or 0 to leave gradients alone")
+            raise ValueError(f"until.clip_norm is {self.clip_norm}: it is a norm, use a positive number, or 0 not to clip")
 
     def updater(self, rule, params: list[nn.Parameter], lr: float) -> Updater:
         optimizers = [rule.make([p], lr) for p in params]
