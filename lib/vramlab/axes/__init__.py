@@ -5,6 +5,7 @@
 """
 
 from .acts import Checkpoint, Keep, Offload
+from .head import Fused, Plain
 from .place import Device, Fsdp
 from .rule import AdamW, NoRule, Sgd
 from .trains import All, Blocks, Chunks, Lora, Nothing
@@ -17,6 +18,7 @@ AXES: dict[str, dict[str, type]] = {
     "until": {"step": Step, "backward": Backward},
     "rule": {"adamw": AdamW, "sgd": Sgd, "none": NoRule},
     "acts": {"keep": Keep, "checkpoint": Checkpoint, "offload": Offload},
+    "head": {"plain": Plain, "fused": Fused},
     "place": {"device": Device, "fsdp": Fsdp},
 }
 """axis -> value -> class; the first value of each axis is its default."""

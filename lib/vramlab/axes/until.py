@@ -87,8 +87,9 @@ class _InBackward(Updater):
 
 def _consume(optimizer: torch.optim.Optimizer):
     def hook(param: Tensor) -> None:
-        optimizer.step()
-        param.grad = None
+        if param.grad is not None:  # else it was taken in rows, and torch says so by the same hook
+            optimizer.step()
+            param.grad = None
 
     return hook
 
