@@ -9,8 +9,9 @@ In bytes: no activation is kept and no gradient formed; z is drawn again from (s
 and is never longer than `SLICE` numbers.
 
 How weights are moved, and moved back. The published code adds eps z to every weight, takes off 2 eps z and adds eps z again:
-in fp32 that leaves each weight about an ulp off; in bf16 (8 digits) a weight is then off by up to an ulp of it a step, and a
-norm's weight, near 1, does not feel an eps of 1e-3 at all. Here a leaf is moved when the module that owns it begins its forward,
+of weights of standard deviation 0.02 and at eps 1e-3, a hundred steps of lr 0 leave weights off by 6e-7 of that in fp32 and by
+4e-2 of it in bf16 (root mean square; it grows as the root of the steps), and in bf16 2 or 3 of 100 weights of a norm, near 1,
+are moved at all. Here a leaf is moved when the module that owns it begins its forward,
 after its bytes have been copied, and the bytes are put back when that forward ends: exactly, in every type. It costs a
 copy of one matrix at a time; one larger than `parked_bytes` (the embeddings and the head of a 7B) is copied to the host, once a
 step, and comes back after each forward.
