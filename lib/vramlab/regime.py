@@ -11,11 +11,13 @@ from typing import Any
 import yaml
 
 from .axes import AXES
+from .axes.acts import Checkpoint
+from .axes.adapters import Lora, Prefix, Prompt, SplitLora
 from .axes.place import Fsdp
 from .axes.rule import NoRule
-from .axes.trains import Nothing
+from .axes.trains import Norms, Nothing
 from .axes.until import Backward
-from .axes.weights import Bf16, Mixed
+from .axes.weights import Bf16, Mixed, Nf4
 
 REGIMES_FILE = Path(__file__).parents[2] / "params" / "regimes.yml"
 
@@ -65,7 +67,7 @@ def _is(axis: str, kind: type) -> Callable[[Regime], bool]:
 
 
 _nothing, _no_rule, _in_backward = _is("trains", Nothing), _is("rule", NoRule), _is("until", Backward)
-_fsdp = _is("place", Fsdp)
+_fsdp, _packed = _is("place", Fsdp), _is("weights", Nf4)
 
 ILLEGAL: list[tuple[Callable[[Regime], bool], str]] = [
     (lambda r: r.accumulate < 1, "accumulate counts micro-batches: use 1 or more"),
@@ -84,6 +86,18 @@ ILLEGAL: list[tuple[Callable[[Regime], bool], str]] = [
     (lambda r: _fsdp(r) and hasattr(r.trains, "interval"),
      "place: fsdp cuts every weight between ranks, and decides once how its gradient is reduced, so parts cannot take turns: "
      "use trains: all or lora, or place: device"),
+    (lambda r: _packed(r) and not isinstance(r.trains, Lora | Prompt | Norms | Nothing),
+     "weights: nf4 and int8 are packed, and an update cannot move packed numbers: use trains: lora, split_lora, prompt, prefix "
+     "or norms, or weights: bf16"),
+    (lambda r: _packed(r) and getattr(r.trains, "dora", False),
+     "dora takes the norms of whole rows, and weights: nf4 and int8 are packed: use dora: false, or weights: bf16"),
+    (lambda r: _packed(r) and _fsdp(r),
+     "place: fsdp cuts weights between rows, and weights: nf4 and int8 are packed: use place: device, or weights: bf16"),
+    (lambda r: isinstance(r.trains, Prefix) and isinstance(r.acts, Checkpoint),
+     "trains: prefix goes through the key-value cache, to which a checkpointed block, formed again, would add its tokens twice "
+     "(peft refuses it too): use acts: keep or offload, or trains: prompt"),
+    (lambda r: isinstance(r.trains, SplitLora) and _fsdp(r),
+     "trains: split_lora is two machines with one part each, place: fsdp cuts every part: use place: device, or trains: lora"),
 ]
 """(excluded, reason with the way out); all that apply are reported together."""
 
