@@ -6,6 +6,7 @@
 
 from .acts import Checkpoint, Keep, Offload
 from .adapters import Lora, Prefix, Prompt, SplitLora
+from .head import Fused, Plain
 from .place import Device, Fsdp
 from .rule import AdamW, NoRule, Sgd
 from .trains import All, Blocks, Chunks, Norms, Nothing, Top
@@ -19,6 +20,7 @@ AXES: dict[str, dict[str, type]] = {
     "until": {"step": Step, "backward": Backward},
     "rule": {"adamw": AdamW, "sgd": Sgd, "none": NoRule},
     "acts": {"keep": Keep, "checkpoint": Checkpoint, "offload": Offload},
+    "head": {"plain": Plain, "fused": Fused},
     "place": {"device": Device, "fsdp": Fsdp},
 }
 """axis -> value -> class; the first value of each axis is its default."""
