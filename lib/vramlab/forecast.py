@@ -192,9 +192,9 @@ class _Run:
 
     def _candidates(self) -> list[tuple[int, ...]]:
         """Sets of parts among which the highest peak must be: first, second and last where those in between are alike and
-        their state does not stay on the device; else all. Of more than `MANY`, that many would take minutes: then, of sets
-        that take from the same matrices, the lowest and the one with most state. Not exact there: where the cuts lie in those
-        matrices differs from set to set, by less than a part's own gradient."""
+        their state does not stay on the device; else all. More than `MANY` would take minutes: then the lowest of those
+        that take from the same matrices. Not exact there: sets differ in where in those matrices they are cut, and so in bytes
+        by less than a part's own gradient and state."""
         sets = self.sets
         shapes = [sorted((re.sub(r"\b\d+\b", "*", leaf.name), leaf.start, leaf.stop) for leaf in self._leaves(parts))
                   for parts in sets]
@@ -204,11 +204,11 @@ class _Run:
         return [sets[at] for at in sorted({0, 1, len(sets) - 1})] if alike else self._kinds() if len(sets) > MANY else sets
 
     def _kinds(self) -> list[tuple[int, ...]]:
-        kinds: dict[tuple, list[tuple[int, ...]]] = {}
+        kinds: dict[frozenset, tuple[int, ...]] = {}
         for parts in self.sets:
-            names = sorted({re.sub(r"\b\d+\b", "*", leaf.name) for leaf in self._leaves(parts)})
-            kinds.setdefault(tuple(names), []).append(parts)
-        return sorted({parts for kind in kinds.values() for parts in (kind[0], max(kind, key=self._state_bytes))})
+            names = {re.sub(r"\b\d+\b", "*", leaf.name) for leaf in self._leaves(parts) if "norm" not in leaf.name}
+            kinds.setdefault(frozenset(names), parts)
+        return list(kinds.values())
 
     def _leaves(self, parts: Iterable[int]) -> list[Leaf]:
         return [leaf for part in parts for leaf in self.trainer.parts[part]]

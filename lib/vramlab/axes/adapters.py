@@ -2,8 +2,8 @@
 
 Bytes: weights once, in whatever form `weights` stores them, and gradient and optimizer state for the adapter only. All but
 LoRA-FA keep, for each adapted matrix, its input x for the gradient of A; backward runs to the lowest adapter, so prompt and
-prefix tuning run it to the bottom. Adapters are fp32, as peft makes them for a bf16 model too, so a bf16 x is kept once more
-in fp32 for each adapted matrix.
+prefix tuning run it to the bottom. Unless said otherwise adapters are fp32, as peft makes them for a bf16 model too, so that
+a bf16 x is kept once more in fp32 for each adapted matrix.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..observer import recomputing
 from .acts import decoder
 from .trains import All, Part, whole
 
+ADAPTERS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LINEARS = ("W_pack", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The matrices of a block. The packed projection is one, so its adapter serves query, key and value together."""
 
@@ -41,6 +42,8 @@ class Lora(All):
     rank: int = 8
     alpha: int = 16
     targets: tuple[str, ...] = LINEARS
+    adapters: str = "fp32"
+    """Their type, `fp32` or `bf16`: 4 or 2 bytes a number, its gradient and each moment."""
     dora: bool = False
     """m (W + B A) / |W + B A| with row norms m trained too. The norm is formed from the whole matrix in each forward and is not
     differentiated, as published. Liu 2024, arXiv:2402.09353."""
@@ -48,13 +51,25 @@ class Lora(All):
     """LoRA-FA: A stays as it was drawn, so that rank numbers a token, A x, are kept in place of x. Zhang 2023,
     arXiv:2308.03303. The paper's algorithm: a later version, in peft, also corrects the gradient of B by (A A^T)^-1."""
 
+    def __post_init__(self):
+        if self.adapters not in ADAPTERS:
+            raise ValueError(f"trains.lora.adapters is {self.adapters!r}: use one of {', '.join(ADAPTERS)}")
+        if self.rank < 1:
+            raise ValueError(f"trains.lora.rank is {self.rank}: use 1 or more")
+
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora import LoraLayer
 
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets), lora_dropout=0.0,
                             bias="none", use_dora=self.dora)
         with _peft(seed):
-            return get_peft_model(model, config)
+            model = get_peft_model(model, config)
+        for module in model.modules():
+            if isinstance(module, LoraLayer):  # the base inside it is none of these
+                for name in module.adapter_layer_names:
+                    getattr(module, name).to(ADAPTERS[self.adapters])
+        return model
 
     def parts(self, model: nn.Module) -> list[Part]:
         frozen = ("lora_A",) if self.frozen_a else ()
@@ -92,6 +107,7 @@ class SplitLora(Lora):
     """Number of the client's blocks."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.cut < 1:
             raise ValueError(f"trains.split_lora.cut is {self.cut}: it counts the client's blocks, use 1 or more")
 
