@@ -11,7 +11,7 @@ import dataclasses
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .axes.leaves import Leaf
 from .axes.place import Fsdp
+from .axes.trains import Part
 from .baichuan import BaichuanForCausalLM, ModelSpec
 from .memory import timeline
 from .memory.kernels import AMPERE, Architecture
@@ -43,8 +45,8 @@ class Trace:
     architecture: Architecture
     step: int
     """The reported step, counted from 0. The steps before it made the state it starts from."""
-    part: int | None
-    """Which part of a regime that takes turns is active in the reported step."""
+    parts: tuple[int, ...]
+    """Which parts of the regime are active in the reported step."""
     peak_bytes: int
     """Most bytes alive on the device at one time within the step: `allocated`, before rounding."""
     phase: str
@@ -131,34 +133,37 @@ def trace(spec: ModelSpec, regime: Regime, seq: int, batch: int, steps: int | No
     with virtual_gpu(mode, architecture, world if sharded else 0) as gpu:
         run = _Run(gpu, spec, regime, seq, batch)
         with run.meter:
-            step = run.take_turns(steps or 2, every_part) if len(run.trainer.parts) > 1 else run.repeat(steps or 2)
+            step = run.take_turns(steps or 2, every_part) if len(run.sets) > 1 else run.repeat(steps or 2)
         unseen_host_bytes = run.unseen_host_bytes()
-    part = run.turns.part if len(run.trainer.parts) > 1 else None
     found = Trace.of(run.meter.frame(), step, run.ranked, unseen_host_bytes, model=spec.name, regime=regime.name, seq=seq,
-                     batch=batch, world=world, device=gpu.label, architecture=architecture, part=part,
+                     batch=batch, world=world, device=gpu.label, architecture=architecture, parts=run.turns.parts_due,
                      work=run.meter.work(step), took_s=0.0)
     return dataclasses.replace(found, took_s=time.perf_counter() - began)
 
 
 def highest(frame: pd.DataFrame, ranked: Mapping[int, int]) -> int:
-    """The step of `ranked` (step -> bytes of its part's optimizer state) whose peak is highest when its own state is there and
+    """The step of `ranked` (step -> bytes of its parts' optimizer state) whose peak is highest when its own state is there and
     nothing of the others' is; the first step of all runs before there are workspaces, so they are left out."""
     rows = frame[~frame["category"].isin(("host", "optimizer", "workspace"))]
     peaks = pd.Series(timeline.signed(rows).cumsum()).groupby(rows["step"].to_numpy()).max()
     return max(ranked, key=lambda step: peaks[step] + ranked[step])
 
 
+MANY = 32
+"""So many sets of parts are each run in full."""
+
+
 class _Turns:
-    """Stands in for axis `trains`: the same parts, and the one that is active is the one asked for."""
+    """Stands in for axis `trains`: the same parts, and those that are active are the ones asked for."""
 
     def __init__(self, trains: Any):
-        self.trains, self.part = trains, 0
+        self.trains, self.parts_due = trains, ()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.trains, name)
 
-    def active(self, step: int, count: int) -> int:
-        return self.part
+    def active(self, step: int, count: int) -> tuple[int, ...]:
+        return self.parts_due
 
 
 class _Run:
@@ -174,15 +179,16 @@ class _Run:
         model.to(spec.config.dtype or torch.float32)  # as published; the regime's own type is the trainer's to give
         self.trainer = Trainer(model, regime, Schedule(regime.lr, 1), device=gpu.device, observer=self.meter)
         self.rows, self.seq = batch, seq
-        self.visited: dict[int, int] = {}  # part -> its last step
+        self.sets = regime.trains.sets(len(self.trainer.parts))
+        self.visited: dict[tuple[int, ...], int] = {}  # parts active together -> their last step
         self.ranked: dict[int, int] = {}
 
-    def step(self, part: int = 0) -> int:
-        """One step with `part` active; returns its number."""
-        self.turns.part, number = part, self.trainer.steps_done
+    def step(self, parts: tuple[int, ...]) -> int:
+        """One step with `parts` active; returns its number."""
+        self.turns.parts_due, number = parts, self.trainer.steps_done
         micro_batches = self.trainer.regime.accumulate
         self.trainer.step([self._batch() for _ in range(micro_batches)], [1 / micro_batches] * micro_batches)
-        self.visited[part] = number
+        self.visited[parts] = number
         return number
 
     def _batch(self) -> Batch:
@@ -192,38 +198,56 @@ class _Run:
 
     def repeat(self, steps: int) -> int:
         """The last of `steps` steps."""
-        return [self.step() for _ in range(steps)][-1]
+        return [self.step(self.sets[0]) for _ in range(steps)][-1]
 
     def take_turns(self, steps: int, every_part: bool) -> int:
-        """The last step of the part with the highest peak."""
-        for part in range(len(self.trainer.parts)) if every_part else self._candidates():
-            self.step(part)
-        self.ranked = {step: self._state_bytes(part) for part, step in self.visited.items()}
+        """The last step of the parts with the highest peak."""
+        for parts in self.sets if every_part else self._candidates():
+            self.step(parts)
+        self.ranked = {step: self._state_bytes(parts) for parts, step in self.visited.items()}
         first = highest(self.meter.frame(), self.ranked)
-        part = next(part for part, step in self.visited.items() if step == first)
-        if self.turns.part == part:  # a turn begins by taking over from another part
-            self.step(next(other for other in self.visited if other != part))
+        parts = next(parts for parts, step in self.visited.items() if step == first)
+        if self.turns.parts_due == parts:  # a turn begins by taking over from other parts
+            self.step(next(others for others in self.visited if others != parts))
         # state that is dropped at a switch takes a step of the turn to be made, if the turn has one more
         keeps_nothing = self.turns.state == "reset" and self.turns.interval == 1
         again = 1 if keeps_nothing else steps - (self.turns.state != "reset")
-        return [self.step(part) for _ in range(max(1, again))][-1]
+        return [self.step(parts) for _ in range(max(1, again))][-1]
 
-    def _candidates(self) -> list[int]:
-        """Parts among which the highest peak must be: first, second and last where those in between are alike and their
-        state does not stay on the device; else all."""
-        parts = self.trainer.parts
-        shapes = [sorted((re.sub(r"\b\d+\b", "*", leaf.name), leaf.start, leaf.stop) for leaf in part) for part in parts]
+    def _candidates(self) -> list[tuple[int, ...]]:
+        """Sets of parts among which the highest peak must be: first, second and last where those in between are alike and
+        their state does not stay on the device; else all. More than `MANY` would take minutes: then the lowest of those
+        that take from the same matrices. Not exact there: sets differ in where in those matrices they are cut, and so in bytes
+        by less than a part's own gradient and state."""
+        sets = self.sets
+        shapes = [sorted((re.sub(r"\b\d+\b", "*", leaf.name), leaf.start, leaf.stop) for leaf in self._leaves(parts))
+                  for parts in sets]
         alike = all(shape == shapes[1] for shape in shapes[1:-1])
-        return sorted({0, 1, len(parts) - 1}) if alike and self.turns.state != "device" else list(range(len(parts)))
+        if self.turns.state == "device":
+            return sets
+        return [sets[at] for at in sorted({0, 1, len(sets) - 1})] if alike else self._kinds() if len(sets) > MANY else sets
 
-    def _state_bytes(self, part: int) -> int:
+    def _kinds(self) -> list[tuple[int, ...]]:
+        kinds: dict[frozenset, tuple[int, ...]] = {}
+        for parts in self.sets:
+            names = {re.sub(r"\b\d+\b", "*", leaf.name) for leaf in self._leaves(parts) if "norm" not in leaf.name}
+            kinds.setdefault(frozenset(names), parts)
+        return list(kinds.values())
+
+    def _leaves(self, parts: Iterable[int]) -> list[Leaf]:
+        return [leaf for part in parts for leaf in self.trainer.parts[part]]
+
+    def _state_bytes(self, parts: Iterable[int]) -> int:
+        return sum(self._state_bytes_of(self.trainer.parts[part]) for part in parts)
+
+    def _state_bytes_of(self, part: Part) -> int:
         model = self.trainer.model
         parameters = dict(model.named_parameters())
-        leaves = {leaf.name: parameters[leaf.name][leaf.start : leaf.stop] for leaf in self.trainer.parts[part]}
+        leaves = {leaf.name: parameters[leaf.name][leaf.start : leaf.stop] for leaf in part}
         return self.trainer.regime.rule_for(model, leaves).state_bytes(leaves.values())
 
     def unseen_host_bytes(self) -> int:
         """State of parts never visited, which a real run would have parked on the host by then."""
         if self.turns.state != "host":
             return 0
-        return sum(self._state_bytes(part) for part in range(len(self.trainer.parts)) if part not in self.visited)
+        return self._state_bytes(set(range(len(self.trainer.parts))).difference(*self.visited))

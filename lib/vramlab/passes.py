@@ -110,7 +110,7 @@ def learn(prepared: Prepared, progress: bool) -> tuple[Learned, nn.Module]:
         for step, batches in enumerate(itertools.islice(prepared.batches(), steps)):
             loss = float(trainer.step(batches))
             tokens = sum(int(batch["attention_mask"].count_nonzero()) for batch in batches)
-            seen.append({"loss": loss, "tokens": tokens, "lr": trainer.schedule.at(step)})
+            seen.append({"loss": loss, "tokens": tokens, "lr": trainer.lr(step)})
             shown.update(1)
     frame = pd.DataFrame([{**timed, **row} for timed, row in zip(clock.rows, seen, strict=True)])
     result = {
@@ -187,7 +187,7 @@ def _few_steps(trainer: Trainer, batches: list[Batch]) -> None:
 
 def _warm_up(prepared: Prepared, batches: list[list[Batch]]) -> None:
     config = copy.deepcopy(prepared.model.config)
-    config.num_hidden_layers = 1
+    config.num_hidden_layers = min(3, config.num_hidden_layers)  # enough for every row: two to draw, or a cut
     _few_steps(prepared.trainer(prepared.regime, type(prepared.model)(config), Observer()), batches)
 
 

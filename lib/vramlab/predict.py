@@ -232,7 +232,7 @@ def _write(made: Trace, folder: Path) -> None:
 def _read(folder: Path) -> Trace:
     rest: dict[str, Any] = json.loads((folder / "trace.json").read_text())
     rest["alive"] = {(module, category, op): size for module, category, op, size in rest["alive"]}
-    rest["architecture"] = tuple(rest["architecture"])
+    rest |= {name: tuple(rest[name]) for name in ("architecture", "parts")}
     rest["ranked"] = {int(step): size for step, size in rest["ranked"].items()}
     frame = pd.read_parquet(folder / "frame.parquet")
     return Trace(**rest, frame=frame.astype({name: object for name in frame.select_dtypes("category")}))

@@ -12,14 +12,16 @@ import yaml
 from torch import Tensor, nn
 
 from .axes import AXES
+from .axes.acts import Checkpoint
+from .axes.adapters import Lora, Prefix, Prompt, SplitLora
 from .axes.grads import ZerothOrder
 from .axes.place import Fsdp
 from .axes.rowwise import Fit
 from .axes.rule import AdamMini, NoRule, Rule, Sgd
 from .axes.storage import Master, Nearest
-from .axes.trains import Chunks, Nothing
+from .axes.trains import Chunks, Norms, Nothing
 from .axes.until import Backward
-from .axes.weights import Bf16, Mixed
+from .axes.weights import Bf16, Mixed, Nf4
 
 REGIMES_FILE = Path(__file__).parents[2] / "params" / "regimes.yml"
 
@@ -76,7 +78,7 @@ def _is(axis: str, kind: type) -> Callable[[Regime], bool]:
 
 
 _nothing, _no_rule, _in_backward = _is("trains", Nothing), _is("rule", NoRule), _is("until", Backward)
-_fsdp, _guessed = _is("place", Fsdp), _is("grads", ZerothOrder)
+_fsdp, _guessed, _packed = _is("place", Fsdp), _is("grads", ZerothOrder), _is("weights", Nf4)
 
 
 def _clips_inside(regime: Regime) -> bool:
@@ -126,6 +128,18 @@ ILLEGAL: list[tuple[Callable[[Regime], bool], str]] = [
      "grads: zeroth_order has no gradient whose norm could be clipped: use clip: 0, or a lower lr"),
     (lambda r: _guessed(r) and isinstance(r.weights.storage, Master) and not _nothing(r),
      "grads: zeroth_order moves the weights the network has, and an fp32 master would not know: use weights: fp32 or bf16_sr"),
+    (lambda r: _packed(r) and not isinstance(r.trains, Lora | Prompt | Norms | Nothing),
+     "weights: nf4 and int8 are packed, and an update cannot move packed numbers: use trains: lora, split_lora, prompt, prefix "
+     "or norms, or weights: bf16"),
+    (lambda r: _packed(r) and getattr(r.trains, "dora", False),
+     "dora takes the norms of whole rows, and weights: nf4 and int8 are packed: use dora: false, or weights: bf16"),
+    (lambda r: _packed(r) and _fsdp(r),
+     "place: fsdp cuts weights between rows, and weights: nf4 and int8 are packed: use place: device, or weights: bf16"),
+    (lambda r: isinstance(r.trains, Prefix) and isinstance(r.acts, Checkpoint),
+     "trains: prefix goes through the key-value cache, to which a checkpointed block, formed again, would add its tokens twice "
+     "(peft refuses it too): use acts: keep or offload, or trains: prompt"),
+    (lambda r: isinstance(r.trains, SplitLora) and _fsdp(r),
+     "trains: split_lora is two machines with one part each, place: fsdp cuts every part: use place: device, or trains: lora"),
 ]
 """(excluded, reason with the way out); all that apply are reported together."""
 

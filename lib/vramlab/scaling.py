@@ -54,7 +54,7 @@ class Sizes:
 
 def alike(one: Trace, other: Trace) -> bool:
     """Whether two traces do the same things, to storages of other sizes."""
-    asked = ("model", "regime", "architecture", "world", "step", "part", "ranked")
+    asked = ("model", "regime", "architecture", "world", "step", "parts", "ranked")
     return (all(getattr(one, name) == getattr(other, name) for name in asked) and len(one.frame) == len(other.frame)
             and one.frame[_SAME].equals(other.frame[_SAME]) and _unseen(one) == _unseen(other))
 
@@ -76,7 +76,7 @@ def _solved(family: Sequence[Trace], seq: int, batch: int) -> Trace | None:
     if first.ranked and highest(frame, first.ranked) != highest(first.frame, first.ranked):
         return None
     return Trace.of(frame, first.step, first.ranked, _unseen(first), model=first.model, regime=first.regime, seq=seq, batch=batch,
-                    world=first.world, device=first.device, architecture=first.architecture, part=first.part, work={},
+                    world=first.world, device=first.device, architecture=first.architecture, parts=first.parts, work={},
                     took_s=time.perf_counter() - began)
 
 
