@@ -116,8 +116,9 @@ def trace(spec: ModelSpec, regime: Regime, seq: int, batch: int, steps: int | No
     With `place: fsdp` on each of `world` ranks, of which the first is reported: none holds more.
 
     The step reported is the last of `steps` (2 unless given): the first makes the optimizer's state, the rest start with
-    it. Where parts take turns it is a step of the part with the highest peak. Each part is run once, ranked by its peak
-    with the optimizer's state of a second turn in place of that of the first, and the highest is run again. Where all
+    it. Where some gradients are guessed it is the highest of a cycle of steps: one that forms the true gradient. Where parts
+    take turns it is a step of the part with the highest peak. Each part is run once, ranked by its peak with the optimizer's
+    state of a second turn in place of that of the first, and the highest is run again. Where all
     parts between the first and the last have the same shapes, only the lowest of them is run: backward goes down to the
     lowest active weight, so a lower part keeps every activation that a higher one keeps, and more. `every_part` runs all.
 
@@ -171,6 +172,7 @@ class _Run:
 
     def __init__(self, gpu: VirtualGpu, spec: ModelSpec, regime: Regime, seq: int, batch: int):
         self.turns, self.meter = _Turns(regime.trains), gpu.meter()
+        regime = dataclasses.replace(regime, grads=regime.grads.hurried())
         if hasattr(regime.trains, "interval"):
             regime = dataclasses.replace(regime, trains=self.turns)
         if hasattr(regime.rule, "gap"):  # the step that decides whether a run fits is one that projects anew
@@ -197,8 +199,13 @@ class _Run:
         return {"input_ids": ids, "labels": torch.empty_like(ids)}
 
     def repeat(self, steps: int) -> int:
-        """The last of `steps` steps."""
-        return [self.step(self.sets[0]) for _ in range(steps)][-1]
+        """The last of `steps` steps; where steps differ, the highest of the last cycle."""
+        cycle = self.trainer.regime.grads.cycle
+        done = [self.step(self.sets[0]) for _ in range(max(steps, cycle + 1))]
+        if cycle == 1:
+            return done[-1]
+        frame = self.meter.frame()
+        return max(done[-cycle:], key=lambda step: frame.at[timeline.peak_event(frame, step), "live_bytes"])
 
     def take_turns(self, steps: int, every_part: bool) -> int:
         """The last step of the parts with the highest peak."""

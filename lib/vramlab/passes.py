@@ -57,10 +57,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Learned:
-    """`steps`: one row a step; `result`: speed, sizes and losses."""
+    """`steps`: one row a step; `result`: speed, sizes and losses; `probes`: guessed gradients against true ones, see
+    `axes.probes.Probes.rows`, empty where nothing was guessed or measured."""
 
     steps: pd.DataFrame
     result: dict
+    probes: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def learn(prepared: Prepared, progress: bool) -> tuple[Learned, nn.Module]:
         "loss_last": float(frame["loss"].tail(10).mean()),
         "train_s": float(frame["step_s"].sum()),
     }
-    return Learned(frame, result), trainer.finish()
+    return Learned(frame, result, pd.DataFrame(trainer.probes())), trainer.finish()
 
 
 def _speed(frame: pd.DataFrame) -> dict:
@@ -172,7 +174,9 @@ def _longest(prepared: Prepared) -> list[Batch]:
 
 
 def _watched(regime: Regime) -> Regime:
-    """The same regime with turns of two steps at most, so that every part can be seen: its peak is the largest part's."""
+    """The same regime with turns of two steps at most, and steps of every kind soon, so that every part and kind can be seen:
+    its peak is the largest one's."""
+    regime = dataclasses.replace(regime, grads=regime.grads.hurried())
     if not hasattr(regime.trains, "interval"):
         return regime
     return dataclasses.replace(regime, trains=dataclasses.replace(regime.trains, interval=min(2, regime.trains.interval)))
@@ -188,7 +192,7 @@ def _few_steps(trainer: Trainer, batches: list[Batch]) -> None:
 def _warm_up(prepared: Prepared, batches: list[list[Batch]]) -> None:
     config = copy.deepcopy(prepared.model.config)
     config.num_hidden_layers = min(3, config.num_hidden_layers)  # enough for every row: two to draw, or a cut
-    _few_steps(prepared.trainer(prepared.regime, type(prepared.model)(config), Observer()), batches)
+    _few_steps(prepared.trainer(_watched(prepared.regime), type(prepared.model)(config), Observer()), batches)
 
 
 def notes(prepared: Prepared) -> list[str]:

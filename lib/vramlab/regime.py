@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .axes import AXES
 from .axes.acts import Checkpoint
 from .axes.adapters import Lora, Prefix, Prompt, SplitLora
+from .axes.feedback import Predicted, Writers
 from .axes.grads import ZerothOrder
 from .axes.place import Fsdp
 from .axes.rowwise import Fit
@@ -21,6 +22,7 @@ from .axes.rule import AdamMini, NoRule, Rule, Sgd
 from .axes.storage import Master, Nearest
 from .axes.trains import Chunks, Norms, Nothing
 from .axes.until import Backward
+from .axes.update_head import Amortised, UpdateHead
 from .axes.weights import Bf16, Mixed, Nf4
 
 REGIMES_FILE = Path(__file__).parents[2] / "params" / "regimes.yml"
@@ -79,6 +81,7 @@ def _is(axis: str, kind: type) -> Callable[[Regime], bool]:
 
 _nothing, _no_rule, _in_backward = _is("trains", Nothing), _is("rule", NoRule), _is("until", Backward)
 _fsdp, _guessed, _packed = _is("place", Fsdp), _is("grads", ZerothOrder), _is("weights", Nf4)
+_predicted, _amortised, _update_head = _is("grads", Predicted), _is("grads", Amortised), _is("trains", UpdateHead)
 
 
 def _clips_inside(regime: Regime) -> bool:
@@ -140,6 +143,24 @@ ILLEGAL: list[tuple[Callable[[Regime], bool], str]] = [
      "(peft refuses it too): use acts: keep or offload, or trains: prompt"),
     (lambda r: isinstance(r.trains, SplitLora) and _fsdp(r),
      "trains: split_lora is two machines with one part each, place: fsdp cuts every part: use place: device, or trains: lora"),
+    (lambda r: _predicted(r) and not isinstance(r.trains, Writers),
+     "grads: predicted guesses the gradient of the residual stream, which is all that its writers' adapters need and no other "
+     "weight's: use trains: writers, or grads: exact"),
+    (lambda r: (_predicted(r) or _amortised(r)) and _in_backward(r),
+     "a guess, or a probe of one, is made of the weights a step starts with, and until: backward changes them on the way: use "
+     "until: step, or grads: exact"),
+    (lambda r: _predicted(r) and r.grads.by == "learned" and r.clip > 0,
+     "clip would take one norm of two losses' gradients, the task's and the approximator's: use clip: 0, or by: identity"),
+    (lambda r: _predicted(r) and not (r.grads.every or r.grads.probe) and r.values["acts"] != "keep",
+     "grads: predicted with no anchor and no probe never goes back through the blocks, so forward keeps nothing of them: "
+     "use acts: keep, or every: 8"),
+    (lambda r: _update_head(r) and not _guessed(r) and r.values["acts"] != "keep",
+     "trains: update_head freezes every block, so forward keeps nothing of them: use acts: keep"),
+    (lambda r: _amortised(r) and not _update_head(r),
+     "grads: amortised measures the approximator of an update head: use trains: update_head, or grads: exact"),
+    (lambda r: (_predicted(r) or _amortised(r)) and _fsdp(r),
+     "place: fsdp reduces a gradient where backward has formed it, and a guess or a probe forms one elsewhere: "
+     "use place: device, or grads: exact"),
 ]
 """(excluded, reason with the way out); all that apply are reported together."""
 

@@ -130,6 +130,8 @@ def _passes(params: dict, folder: Path, progress: bool) -> dict:
     prepared = passes.prepare(params, progress)
     learned, trained = passes.learn(prepared, progress)
     learned.steps.to_parquet(folder / "steps.parquet")
+    if len(learned.probes):
+        learned.probes.to_parquet(folder / "probes.parquet")
     # from here on nothing is timed: the measured process, which only wants its own bytes, may run beside the scoring
     with ThreadPoolExecutor(1) as beside:
         measured = beside.submit(_measured, params) if params["measure"] else None

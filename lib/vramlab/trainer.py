@@ -73,12 +73,14 @@ class Trainer:
         model = regime.place.move(model, self.device)
         # 3. adapters wrap modules, so they come before anything that looks modules up
         model = regime.trains.prepare(model, seed)
-        # 4. checkpointing wraps blocks, adapters included; the head is no block
+        # 4. what guesses the adapters' gradients is made for them
+        model = regime.grads.prepare(model, seed)
+        # 5. checkpointing wraps blocks, adapters included; the head is no block
         self.model = regime.head.prepare(regime.acts.prepare(model))
-        # 5. sharding replaces parameters and gathers them around a block, so around all that is done to it; it needs them
+        # 6. sharding replaces parameters and gathers them around a block, so around all that is done to it; it needs them
         # before any leaf is cut out of one
         self._weights = regime.place.shard(self.model, self.device, regime.weights, self.observer)
-        # 6. last, what trains is cut out of the finished network; everything else stops asking for a gradient
+        # 7. last, what trains is cut out of the finished network; everything else stops asking for a gradient
         self.parts: list[Part] = regime.trains.parts(self.model)
         self.model.requires_grad_(False)
         self._turns: dict[int, _Turn] = {}
@@ -218,6 +220,10 @@ class Trainer:
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state that exist now, wherever they live."""
         return sum(tensor.nbytes for turn in self._turns.values() for _, tensor in turn.state())
+
+    def probes(self) -> list[dict]:
+        """What was measured of guessed gradients so far, in plain numbers: one row a step and site."""
+        return [row for turn in self._turns.values() for row in turn.updater.probes()]
 
     def trainable_parameters(self) -> int:
         """Parameters that some part trains, each counted once."""

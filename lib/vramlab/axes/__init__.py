@@ -6,6 +6,7 @@
 
 from .acts import Checkpoint, Keep, Offload
 from .adapters import Lora, Prefix, Prompt, SplitLora
+from .feedback import Predicted, Writers
 from .grads import Exact, ZerothOrder
 from .head import Fused, Plain
 from .place import Device, Fsdp
@@ -13,14 +14,15 @@ from .projected import Apollo, GaLore
 from .rule import Adafactor, AdaLomo, Adam4bit, Adam8bit, AdamMini, AdamW, NoRule, Sgd
 from .trains import All, Blocks, Chunks, Norms, Nothing, Top
 from .until import Backward, Step
+from .update_head import Amortised, UpdateHead
 from .weights import Bf16, Bf16Stochastic, Fp32, Int8, MasterFp32, Mixed, Nf4
 
 AXES: dict[str, dict[str, type]] = {
     "weights": {"fp32": Fp32, "mixed": Mixed, "bf16": Bf16, "bf16_sr": Bf16Stochastic, "master": MasterFp32, "int8": Int8,
                 "nf4": Nf4},
     "trains": {"all": All, "none": Nothing, "norms": Norms, "top": Top, "blocks": Blocks, "chunks": Chunks, "lora": Lora,
-               "split_lora": SplitLora, "prompt": Prompt, "prefix": Prefix},
-    "grads": {"exact": Exact, "zeroth_order": ZerothOrder},
+               "split_lora": SplitLora, "prompt": Prompt, "prefix": Prefix, "writers": Writers, "update_head": UpdateHead},
+    "grads": {"exact": Exact, "zeroth_order": ZerothOrder, "predicted": Predicted, "amortised": Amortised},
     "until": {"step": Step, "backward": Backward},
     "rule": {"adamw": AdamW, "sgd": Sgd, "adafactor": Adafactor, "adalomo": AdaLomo, "adam_mini": AdamMini, "adam8bit": Adam8bit,
              "adam4bit": Adam4bit, "galore": GaLore, "apollo": Apollo, "none": NoRule},

@@ -47,6 +47,19 @@ class Exact:
     backward: ClassVar[bool] = True
     """Whether forward has to keep what a backward needs."""
 
+    @property
+    def cycle(self) -> int:
+        """Steps after which the kinds of steps repeat; the first of them is of the kind that holds most."""
+        return 1
+
+    def hurried(self) -> Exact:
+        """The same with a cycle of two steps at most, for who wants to see every kind of step soon."""
+        return self
+
+    def prepare(self, model: nn.Module, seed: int) -> nn.Module:
+        """Adds to the model what forming the gradient needs."""
+        return model
+
     def updater(self, until, rule, model: nn.Module, named: Mapping[str, nn.Parameter], lr: float, observer: Observer) -> Updater:
         return until.updater(rule, list(named.values()), lr)
 

@@ -57,6 +57,10 @@ class Updater:
         """Who takes the rows of `leaf`'s gradient as they are formed; None where its gradient has to be whole."""
         return None
 
+    def probes(self) -> list[dict]:
+        """What was measured of guessed gradients: one row a step and site, see `probes.Probes.rows`."""
+        return []
+
     def state(self) -> Iterator[tuple[Tensor, str, Tensor]]:
         """Every tensor of optimizer state: (leaf, what it is, the tensor, of a sharded one this rank's piece)."""
         for optimizer in self.optimizers:

@@ -1,0 +1,162 @@
+"""Structured gradient approximation, construction A: the seed paper's equations as they are written (Zhu 2024).
+
+    g = G(H),  theta' = theta - eta g,  H' = H + P theta',  logits = head(H')
+
+H is what the final norm gives (the paper's LayerNorm(H) is that norm, so that the base is the starting point), theta a code of
+p numbers, P (H, p) and G an MLP of 1 to 5 layers. All three train by the task's loss; the backbone is frozen. Nothing below H
+requires a gradient, so forward keeps nothing of the backbone and backward touches the head side alone.
+
+That is a conditional adapter on the last hidden state, exactly differentiated: nothing in the loss makes g the gradient it is
+called. `grads: amortised` measures how near it comes. eta = 0 is the adapter without condition: one learned bias P theta.
+
+Shapes: b batch, t tokens, H hidden, p code, w width. H (b, t, H); g, theta' (b, t, p); theta (p).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..observer import Observer
+from .acts import decoder
+from .grads import Exact
+from .leaves import Leaf
+from .probes import Again, Probes, drop_ratio
+from .trains import All, Part
+from .until import Updater
+
+
+@dataclass(frozen=True)
+class UpdateHead(All):
+    """The code, its projection and the module that updates it for each token; starts as the identity. Zhu 2024."""
+
+    depth: int = 3
+    """Layers of G."""
+    code: int = 64
+    """p, numbers of theta."""
+    width: int = 256
+    """w, of G's inner layers."""
+    eta: float = 1.0
+
+    def __post_init__(self):
+        if min(self.depth, self.code, self.width) < 1:
+            raise ValueError(f"trains.update_head has depth {self.depth}, code {self.code}, width {self.width}: use 1 or more")
+
+    def prepare(self, model: nn.Module, seed: int) -> nn.Module:
+        stack = decoder(model)
+        like = stack.norm.weight
+        with torch.random.fork_rng(), like.device:
+            torch.manual_seed(seed)
+            stack.norm = UpdatedNorm(stack.norm, self.depth, self.code, self.width, self.eta).to(like.dtype)
+        return model
+
+    def parts(self, model: nn.Module) -> list[Part]:
+        frozen = {id(param) for param in decoder(model).norm.norm.parameters()}
+        inside = {id(param) for param in decoder(model).norm.parameters()} - frozen
+        return [tuple(Leaf(name, 0, len(param), len(param)) for name, param in model.named_parameters() if id(param) in inside)]
+
+
+class UpdatedNorm(nn.Module):
+    """In place of the final norm: H' from the stream (b, t, H)."""
+
+    def __init__(self, norm: nn.Module, depth: int, code: int, width: int, eta: float):
+        super().__init__()
+        size, self.eta = norm.weight.shape[0], eta
+        self.norm, self.theta = norm, nn.Parameter(torch.zeros(code))
+        widths = [size, *[width] * (depth - 1), code]
+        layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.SiLU())][:-1]
+        nn.init.zeros_(layers[-1].weight)
+        nn.init.zeros_(layers[-1].bias)
+        self.approximator, self.project = nn.Sequential(*layers), nn.Linear(code, size, bias=False)
+        self.tap: Callable[[Tensor, Tensor], Tensor] | None = None
+        """(theta, g) -> the code to go on with, for who wants another than theta'."""
+
+    def forward(self, stream: Tensor) -> Tensor:
+        hidden = self.norm(stream)
+        guess = self.approximator(hidden)
+        code = self.theta - self.eta * guess if self.tap is None else self.tap(self.theta, guess)
+        return hidden + self.project(code)
+
+
+@dataclass(frozen=True)
+class Amortised(Exact):
+    """Exact gradients for all that trains; G's output is held against the gradient it stands for: that of the loss by theta,
+    token by token, where theta has not been updated yet."""
+
+    probe: int = 0
+    """Steps from probe to probe, the first step being one; 0 is never. A probe is one forward and the head's backward more."""
+    drop: bool = False
+    """Whether a probe also measures how far the loss falls along the guess: three forwards more."""
+
+    def __post_init__(self):
+        if self.probe < 0:
+            raise ValueError(f"grads.amortised.probe is {self.probe}: it counts steps, use 0 (never) or more")
+
+    @property
+    def cycle(self) -> int:
+        return max(1, self.probe)
+
+    def hurried(self) -> Amortised:
+        return dataclasses.replace(self, probe=min(self.probe, 2))
+
+    def updater(self, until, rule, model: nn.Module, named: Mapping[str, nn.Parameter], lr: float, observer: Observer) -> Updater:
+        inner = super().updater(until, rule, model, named, lr, observer)
+        return _Probed(self, model, inner, observer) if self.probe else inner
+
+
+class _Probed(Updater):
+    """Updates as `inner` does, at the end of a step, and probes before that."""
+
+    def __init__(self, value: Amortised, model: nn.Module, inner: Updater, observer: Observer):
+        super().__init__(inner.optimizers)
+        self.inner, self.value, self.head, self.observer = inner, value, decoder(model).norm, observer
+        self.again, self._probes = Again(model, observer), Probes()
+
+    def begin(self, step: int, lr: float) -> None:
+        self.inner.begin(step, lr)
+        self.step = step
+
+    @contextmanager
+    def run(self, number: int) -> Iterator[None]:
+        if self.step % self.value.probe:
+            yield
+            return
+        with self.again.watching():
+            yield
+            self._probe()
+
+    def _probe(self) -> None:
+        seen = {}
+
+        def as_it_is(theta: Tensor, guess: Tensor) -> Tensor:
+            seen["guess"] = guess.detach()
+            seen["code"] = theta.detach().expand_as(guess).clone().requires_grad_()
+            return seen["code"]
+
+        loss = self._tapped(as_it_is)
+        with self.observer.phase("backward"):
+            true, guessed = {"head": torch.autograd.grad(loss, seen["code"])[0]}, {"head": seen["guess"]}
+        del loss
+        self._probes.add(self.step, guessed, true, drop_ratio(self._loss_after, guessed, true) if self.value.drop else None)
+
+    @torch.no_grad()
+    def _loss_after(self, change: Mapping[str, Tensor]) -> Tensor:
+        return self._tapped(lambda theta, guess: theta.expand_as(guess) - change.get("head", 0))
+
+    def _tapped(self, tap: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        self.head.tap = tap
+        try:
+            return self.again.loss()
+        finally:
+            self.head.tap = None
+
+    def apply(self) -> None:
+        self.inner.apply()
+
+    def probes(self) -> list[dict]:
+        return self._probes.rows()
