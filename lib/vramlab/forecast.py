@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from .axes.place import Fsdp
 from .baichuan import BaichuanForCausalLM, ModelSpec
@@ -198,15 +199,24 @@ class _Run:
         frame = self.meter.frame().query("category not in ('host', 'optimizer', 'workspace')")
         live = frame["bytes"].where(frame["event"] == "alloc", -frame["bytes"]).cumsum()
         peaks = live.groupby(frame["step"]).max()
-        return max(self.visited, key=lambda part: peaks[self.visited[part]] + self._state_bytes(part))
+        return max(self.visited, key=lambda part: peaks[self.visited[part]] + self._state_bytes(self._leaves(part, False)))
 
-    def _state_bytes(self, part: int) -> int:
-        parameters = dict(self.trainer.model.named_parameters())
-        return self.trainer.regime.rule.state_bytes(parameters[leaf.name][leaf.start : leaf.stop]
-                                                    for leaf in self.trainer.parts[part])
+    def _leaves(self, part: int, *on_host: bool) -> list[Tensor]:
+        """The part's leaves whose state is always on the host, or those whose state is not, or both."""
+        parameters, place = dict(self.trainer.model.named_parameters()), self.trainer.regime.place
+        return [parameters[leaf.name][leaf.start : leaf.stop] for leaf in self.trainer.parts[part]
+                if place.on_host(leaf.name) in on_host]
+
+    def _state_bytes(self, leaves: list[Tensor]) -> int:
+        return self.trainer.regime.rule.state_bytes(leaves)
 
     def unseen_host_bytes(self) -> int:
-        """State of parts never visited, which a real run would have parked on the host by then."""
-        if self.turns.state != "host":
-            return 0
-        return sum(self._state_bytes(part) for part in range(len(self.trainer.parts)) if part not in self.visited)
+        """What parts never visited would have put on the host by then in a real run."""
+        place = self.trainer.regime.place
+        kept = {"host": (True, False), "device": (True,)}.get(self.turns.state, ())
+        total = 0
+        for part in range(len(self.trainer.parts)):
+            if part not in self.visited:
+                total += self._state_bytes(self._leaves(part, *kept))
+                total += sum(place.host_copy_bytes(leaf) for leaf in self._leaves(part, *kept))
+        return total

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from .axes import AXES
+from .axes.host import HostState
 from .axes.place import Fsdp
 from .axes.rule import NoRule
 from .axes.trains import Nothing
@@ -84,6 +85,8 @@ ILLEGAL: list[tuple[Callable[[Regime], bool], str]] = [
     (lambda r: _fsdp(r) and hasattr(r.trains, "interval"),
      "place: fsdp cuts every weight between ranks, and decides once how its gradient is reduced, so parts cannot take turns: "
      "use trains: all or lora, or place: device"),
+    (lambda r: _nothing(r) and isinstance(r.place, HostState),
+     "nothing trains, so there is no optimizer's state to keep on the host: use place: device or host_embed"),
 ]
 """(excluded, reason with the way out); all that apply are reported together."""
 

@@ -143,6 +143,7 @@ class Trainer:
 
     def _update(self) -> None:
         turn = self._turns[self._active]
+        turn.updater.gather()
         if self.regime.clip > 0:
             nn.utils.clip_grad_norm_(self.active.values(), self.regime.clip)
         turn.updater.apply()
@@ -168,12 +169,13 @@ class Trainer:
         if turn is None:
             leaves = ActiveLeaves(self.model, self.parts[index])
             leaves.switch_on()
-            updater = self.regime.until.updater(self.regime.rule, list(leaves.named.values()), self.schedule.lr)
+            updater = self.regime.place.updater(self.regime.until, self.regime.rule, leaves.named, self.schedule.lr, self.model,
+                                                self.observer)
             turn = self._turns[index] = _Turn(leaves, updater)
         else:
             turn.leaves.switch_on()
             if self.regime.trains.state == "host":
-                turn.updater.move_state(self.device, self.observer, "device")
+                turn.updater.move_state(self.observer, "device")
                 self.observer.own("optimizer", turn.state())
         # the observer first: an updater inside backward drops the gradient it is handed
         self.observer.trains(turn.leaves.named.items())
@@ -189,7 +191,7 @@ class Trainer:
         if self.regime.trains.state == "reset":
             del self._turns[self._active]
         elif self.regime.trains.state == "host":
-            turn.updater.move_state("cpu", self.observer, "host")
+            turn.updater.move_state(self.observer, "host")
         self._active = None
 
     def optimizer_state_bytes(self) -> int:

@@ -5,6 +5,7 @@
 """
 
 from .acts import Checkpoint, Keep, Offload
+from .host import HostEmbed, HostState
 from .place import Device, Fsdp
 from .rule import AdamW, NoRule, Sgd
 from .trains import All, Blocks, Chunks, Lora, Nothing
@@ -17,7 +18,7 @@ AXES: dict[str, dict[str, type]] = {
     "until": {"step": Step, "backward": Backward},
     "rule": {"adamw": AdamW, "sgd": Sgd, "none": NoRule},
     "acts": {"keep": Keep, "checkpoint": Checkpoint, "offload": Offload},
-    "place": {"device": Device, "fsdp": Fsdp},
+    "place": {"device": Device, "host_state": HostState, "host_embed": HostEmbed, "fsdp": Fsdp},
 }
 """axis -> value -> class; the first value of each axis is its default."""
 

@@ -19,7 +19,9 @@ what NCCL holds for itself (1 to 2 GiB a rank), which no allocator of torch sees
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -50,6 +52,19 @@ class Device:
         """Puts the finished network on `device` as it will be run. Returns the storages of its parameters: a set that grows,
         when they come into being later."""
         return {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def updater(self, until: Any, rule: Any, leaves: Mapping[str, nn.Parameter], lr: float, model: nn.Module,
+                observer: Observer) -> Any:
+        """The `until.Updater` of some leaves, by name, wherever they and their state are."""
+        return until.updater(rule, list(leaves.values()), lr)
+
+    def on_host(self, name: str) -> bool:
+        """Whether the optimizer's state of the leaf called `name` is always in host memory."""
+        return False
+
+    def host_copy_bytes(self, leaf: Tensor) -> int:
+        """What of host memory a leaf on the device takes for good, besides the optimizer's state."""
+        return 0
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of `value` over all ranks, in place."""
