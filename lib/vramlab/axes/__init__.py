@@ -8,6 +8,7 @@ from .acts import Checkpoint, Keep, Offload
 from .host import HostEmbed, HostState
 from .place import Device, Fsdp
 from .rule import AdamW, NoRule, Sgd
+from .stream import HostWeights
 from .trains import All, Blocks, Chunks, Lora, Nothing
 from .until import Backward, Step
 from .weights import Bf16, Fp32, Mixed
@@ -18,7 +19,7 @@ AXES: dict[str, dict[str, type]] = {
     "until": {"step": Step, "backward": Backward},
     "rule": {"adamw": AdamW, "sgd": Sgd, "none": NoRule},
     "acts": {"keep": Keep, "checkpoint": Checkpoint, "offload": Offload},
-    "place": {"device": Device, "host_state": HostState, "host_embed": HostEmbed, "fsdp": Fsdp},
+    "place": {"device": Device, "host_state": HostState, "host_weights": HostWeights, "host_embed": HostEmbed, "fsdp": Fsdp},
 }
 """axis -> value -> class; the first value of each axis is its default."""
 
