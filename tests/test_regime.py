@@ -16,6 +16,9 @@ ALONE = {
     7: {"until": "backward", "accumulate": 2},
     8: {"until": "backward", "clip": 1.0},
     9: {"place": "fsdp", "trains": "blocks"},
+    10: {"place": "host_state", "trains": "none", "rule": "none"},
+    11: {"place": "host_weights", "acts": {"checkpoint": {"every": 2}}},
+    12: {"place": "host_weights", "acts": "checkpoint", "trains": "chunks"},
 }
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import yaml
 
 from .axes import AXES
+from .axes.acts import Checkpoint
 from .axes.host import HostState
 from .axes.place import Fsdp
 from .axes.rule import NoRule
+from .axes.stream import HostWeights
 from .axes.trains import Nothing
 from .axes.until import Backward
 from .axes.weights import Bf16, Mixed
@@ -66,7 +68,7 @@ def _is(axis: str, kind: type) -> Callable[[Regime], bool]:
 
 
 _nothing, _no_rule, _in_backward = _is("trains", Nothing), _is("rule", NoRule), _is("until", Backward)
-_fsdp = _is("place", Fsdp)
+_fsdp, _streamed = _is("place", Fsdp), _is("place", HostWeights)
 
 ILLEGAL: list[tuple[Callable[[Regime], bool], str]] = [
     (lambda r: r.accumulate < 1, "accumulate counts micro-batches: use 1 or more"),
@@ -87,6 +89,12 @@ ILLEGAL: list[tuple[Callable[[Regime], bool], str]] = [
      "use trains: all or lora, or place: device"),
     (lambda r: _nothing(r) and isinstance(r.place, HostState),
      "nothing trains, so there is no optimizer's state to keep on the host: use place: device or host_embed"),
+    (lambda r: _streamed(r) and not _nothing(r) and not (isinstance(r.acts, Checkpoint) and r.acts.every == 1),
+     "place: host_weights drops a block's weights after its forward, and only forming the block again brings them back: use "
+     "acts: checkpoint, of every block, or place: host_state"),
+    (lambda r: _streamed(r) and r.values["trains"] not in ("all", "none", "lora", "blocks"),
+     "place: host_weights brings up whole weights of plain modules, not rows that train apart or modules that read others' "
+     "weights: use trains: all, blocks or lora, or place: host_embed"),
 ]
 """(excluded, reason with the way out); all that apply are reported together."""
 

@@ -4,7 +4,7 @@
 (`rule: adamw`) or by its name with fields (`trains: {chunks: {count: 8, interval: 4}}`).
 """
 
-from .acts import Checkpoint, Keep, Offload
+from .acts import Checkpoint, Keep, Offload, Selective
 from .host import HostEmbed, HostState
 from .place import Device, Fsdp
 from .rule import AdamW, NoRule, Sgd
@@ -18,7 +18,7 @@ AXES: dict[str, dict[str, type]] = {
     "trains": {"all": All, "none": Nothing, "lora": Lora, "blocks": Blocks, "chunks": Chunks},
     "until": {"step": Step, "backward": Backward},
     "rule": {"adamw": AdamW, "sgd": Sgd, "none": NoRule},
-    "acts": {"keep": Keep, "checkpoint": Checkpoint, "offload": Offload},
+    "acts": {"keep": Keep, "checkpoint": Checkpoint, "selective": Selective, "offload": Offload},
     "place": {"device": Device, "host_state": HostState, "host_weights": HostWeights, "host_embed": HostEmbed, "fsdp": Fsdp},
 }
 """axis -> value -> class; the first value of each axis is its default."""

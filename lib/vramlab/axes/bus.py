@@ -50,18 +50,20 @@ class Bus:
             self._now().wait_event(self._leaving.popleft()[1])
         return host, event
 
-    def up(self, host: Tensor, into: Tensor | None = None) -> tuple[Tensor, object]:
-        """A copy on the device, and the event for `arrived`."""
+    def up(self, host: Tensor, into: Tensor | None = None, after=None) -> tuple[Tensor, object]:
+        """A copy on the device, and the event for `arrived`. `after`: the event of the host tensor's own arrival."""
         # a fresh tensor on every device, so that a CPU run has the same lifetimes as a GPU run
         there = torch.empty_like(host, device=self.device) if into is None else into
         self._up.wait_stream(self._now())
+        if after is not None:
+            self._up.wait_event(after)
         with self._module.stream(self._up):
             there.copy_(host, non_blocking=True)
         return there, self._mark(self._up)
 
-    def fetch(self, host: Tensor) -> Tensor:
+    def fetch(self, host: Tensor, after=None) -> Tensor:
         """A copy on the device, ready for what is asked next."""
-        there, event = self.up(host)
+        there, event = self.up(host, after=after)
         self.arrived(event)
         return there
 
@@ -73,10 +75,14 @@ class Bus:
         """The event after which all that has been sent down so far is there."""
         return self._mark(self._down)
 
-    def settle(self) -> None:
-        """The host waits until all that went down is there; the device, for all that went up."""
+    def release(self) -> None:
+        """Nothing that has been sent down is held any longer; the device waits for what is still on its way."""
         while self._leaving:
             self.arrived(self._leaving.popleft()[1])
+
+    def settle(self) -> None:
+        """The host waits until all that went down is there; the device, for all that went up."""
+        self.release()
         self._mark(self._down).synchronize()
         self._now().wait_stream(self._up)
 
