@@ -12,7 +12,7 @@ import yaml
 
 from .axes import AXES
 from .axes.acts import Checkpoint
-from .axes.host import HostState
+from .axes.host import FsdpOffload, HostState
 from .axes.place import Fsdp
 from .axes.rule import NoRule
 from .axes.stream import HostWeights
@@ -163,6 +163,10 @@ def check_machine(regime: Regime, device: str) -> None:
         if isinstance(regime.weights, Mixed | Bf16) and not torch.cuda.is_bf16_supported():
             name = torch.cuda.get_device_name(device)
             raise ImpossibleHere(f"regime {regime.name!r} computes in bf16, which {name} cannot: use weights: fp32")
+    if (isinstance(regime.place, FsdpOffload) and regime.clip > 0 and device.startswith("cuda")
+            and distributed.is_initialized() and "gloo" not in distributed.get_backend_config()):
+        raise ImpossibleHere(f"regime {regime.name!r} clips gradients that lie in host memory, and this process group reduces "
+                             'none there: use init_process_group("cpu:gloo,cuda:nccl"), or clip: 0')
     if _fsdp(regime) and not (distributed.is_available() and distributed.is_initialized()):
         raise ImpossibleHere(f"regime {regime.name!r} shards over a process group, and this process is in none: start it with "
                              "torchrun and call torch.distributed.init_process_group, or use place: device")

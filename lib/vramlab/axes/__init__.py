@@ -5,7 +5,7 @@
 """
 
 from .acts import Checkpoint, Keep, Offload, Selective
-from .host import HostEmbed, HostState
+from .host import FsdpOffload, HostEmbed, HostState
 from .place import Device, Fsdp
 from .rule import AdamW, NoRule, Sgd
 from .stream import HostWeights
@@ -19,7 +19,8 @@ AXES: dict[str, dict[str, type]] = {
     "until": {"step": Step, "backward": Backward},
     "rule": {"adamw": AdamW, "sgd": Sgd, "none": NoRule},
     "acts": {"keep": Keep, "checkpoint": Checkpoint, "selective": Selective, "offload": Offload},
-    "place": {"device": Device, "host_state": HostState, "host_weights": HostWeights, "host_embed": HostEmbed, "fsdp": Fsdp},
+    "place": {"device": Device, "host_state": HostState, "host_weights": HostWeights, "host_embed": HostEmbed, "fsdp": Fsdp,
+              "fsdp_offload": FsdpOffload},
 }
 """axis -> value -> class; the first value of each axis is its default."""
 

@@ -5,8 +5,9 @@
                  `until: backward` each gradient leaves when it is formed, and its update runs while backward goes on.
     host_embed   the input embedding table on the host, with its state. A step looks up its tokens' rows there, and their
                  gradients go back there; the device never holds the table.
+    fsdp_offload sharding (see `place`), each rank's pieces on its host.
 
-Both are exact: the rule does to the same numbers what it would do on the device (fused kernels of the CPU and of a GPU may
+All are exact: the rule does to the same numbers what it would do on the device (fused kernels of the CPU and of a GPU may
 round differently in the last digit). Host bytes of host_state, a trained weight of `b` bytes: b (copy) + b (gradient; with
 `until: backward` two tensors' at a time) + the rule's state.
 """
@@ -15,15 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 from ..observer import Observer
 from .acts import decoder
 from .bus import Bus
-from .place import Device
+from .place import Device, Fsdp
 from .until import Backward, Updater
 from .weights import Fp32
 
@@ -239,6 +241,29 @@ class HostEmbed(Device):
             bus = decoder(model).embed_tokens.bus
             updaters.append(HostUpdater(until, rule, here, lr, bus, copies=False))
         return updaters[0] if len(updaters) == 1 else _Together(*updaters)
+
+
+@dataclass(frozen=True)
+class FsdpOffload(Fsdp):
+    """Sharding whose pieces live in host memory, with their gradients and the optimizer's state: FSDP2's `CPUOffloadPolicy`. A
+    unit's piece comes up before it is gathered, its reduced gradient goes down, and the rule runs on the host.
+
+    On CUDA pieces are page-locked. Norms for clipping are then reduced on the host, which needs a process group that can:
+    `init_process_group("cpu:gloo,cuda:nccl")`."""
+
+    pieces_on: ClassVar[str] = "host"
+
+    def on_host(self, name: str) -> bool:
+        return True
+
+    def _offload_policy(self, device: torch.device) -> OffloadPolicy:
+        return CPUOffloadPolicy(pin_memory=device.type == "cuda")
+
+    def updater(self, until: Any, rule: Any, leaves: Mapping[str, nn.Parameter], lr: float, model: nn.Module,
+                observer: Observer) -> Updater:
+        params = list(leaves.values())
+        device = torch.device(params[0].device_mesh.device_type)
+        return HostUpdater(until, rule, params, lr, Bus(device, observer), copies=False)
 
 
 def move_all_but(model: nn.Module, device: torch.device, staying: set[nn.Module]) -> nn.Module:

@@ -21,12 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor
 
@@ -80,6 +80,11 @@ class Fsdp(Device):
     Every rank makes the whole model in host memory first, and must make the same one; on the device it is never whole.
     """
 
+    pieces_on: ClassVar[str] = "device"
+
+    def _offload_policy(self, device: torch.device) -> OffloadPolicy:
+        return OffloadPolicy()
+
     @property
     def ranks(self) -> int:
         return distributed.get_world_size()
@@ -94,7 +99,8 @@ class Fsdp(Device):
         names, storages = {id(module): name for name, module in model.named_modules()}, set()
         for unit in (*decoder(model).layers, model):
             _move_unsharded(unit, device)
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
+            with observer.region(self.pieces_on):
+                fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=self._offload_policy(device))
             name = names[id(unit)]
             unit.set_custom_all_gather(_AllGather(name, observer))
             unit.set_custom_reduce_scatter(_ReduceScatter(name, observer))
