@@ -5,6 +5,7 @@
 """
 
 from .acts import Checkpoint, Keep, Offload, Selective
+from .head import Fused, Plain
 from .host import FsdpOffload, HostEmbed, HostState
 from .place import Device, Fsdp
 from .rule import AdamW, NoRule, Sgd
@@ -19,6 +20,7 @@ AXES: dict[str, dict[str, type]] = {
     "until": {"step": Step, "backward": Backward},
     "rule": {"adamw": AdamW, "sgd": Sgd, "none": NoRule},
     "acts": {"keep": Keep, "checkpoint": Checkpoint, "selective": Selective, "offload": Offload},
+    "head": {"plain": Plain, "fused": Fused},
     "place": {"device": Device, "host_state": HostState, "host_weights": HostWeights, "host_embed": HostEmbed, "fsdp": Fsdp,
               "fsdp_offload": FsdpOffload},
 }

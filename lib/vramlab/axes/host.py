@@ -25,7 +25,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from ..observer import Observer
 from .acts import decoder
 from .bus import Bus
-from .place import Device, Fsdp
+from .place import Device, Fsdp, is_sharded
+from .rows import TakesRows
 from .until import Backward, Updater
 from .weights import Fp32
 
@@ -58,10 +59,14 @@ class HostUpdater(Updater):
 
     def _hook(self, index: int):
         def hook(leaf: Tensor) -> None:
-            before, self._pending = self._pending, (index, self._receive(index))
-            self._finish(before)
+            if leaf.grad is not None:  # else it was taken in rows
+                self._then_finish_another(index, self._receive(index))
 
         return hook
+
+    def _then_finish_another(self, index: int, arrived) -> None:
+        before, self._pending = self._pending, (index, arrived)
+        self._finish(before)
 
     @torch.no_grad()
     def _receive(self, index: int):
@@ -87,6 +92,25 @@ class HostUpdater(Updater):
     def _return(self, index: int) -> None:
         if self._copies:
             self._bus.up(self._on_host[index], into=self._leaves[index])
+
+    def has(self, leaf: Tensor) -> bool:
+        return any(mine is leaf for mine in self._leaves)
+
+    def taker(self, leaf: Tensor) -> TakesRows | None:
+        """Rows go down as they are formed; here the whole gradient is on the device only where it stays to the end."""
+        if is_sharded(leaf) or (self._copies and not self._at_once):
+            return None
+        return _RowsDown(self, next(i for i, mine in enumerate(self._leaves) if mine is leaf))
+
+    def rows_came(self, index: int, gradient: Tensor) -> None:
+        """All rows of a leaf's gradient have been sent down into `gradient`."""
+        into = self._on_host[index]
+        if into.grad is not None:  # of the micro-batch before
+            self._bus.settle()
+            gradient.add_(into.grad)
+        into.grad = gradient
+        if self._copies:  # else the hook, which torch calls next, finds it
+            self._then_finish_another(index, self._bus.last_down())
 
     def gather(self) -> None:
         if not self._copies:
@@ -118,12 +142,32 @@ class HostUpdater(Updater):
         """It is on the host, and stays."""
 
 
+class _RowsDown:
+    """Takes a leaf's gradient in rows, see `rows`, and sends them down."""
+
+    sweeps = 1
+
+    def __init__(self, updater: HostUpdater, index: int):
+        self._updater, self._index, self._bus = updater, index, updater._bus
+
+    def begin_rows(self, leaf: Tensor) -> None:
+        self._gradient = self._bus.host_like(leaf.detach())
+
+    def rows(self, leaf: Tensor, start: int, stop: int, grad: Tensor, sweep: int) -> None:
+        self._bus.down(grad, into=self._gradient[start:stop])
+
+    @torch.no_grad()
+    def end_rows(self, leaf: Tensor) -> None:
+        gradient, self._gradient = self._gradient, None
+        self._updater.rows_came(self._index, gradient)
+
+
 class _Together(Updater):
     """Leaves on the device and leaves on the host, each updated where they are."""
 
-    def __init__(self, *updaters: Updater):
-        super().__init__([optimizer for updater in updaters for optimizer in updater.optimizers])
-        self._updaters = updaters
+    def __init__(self, there: Updater, here: HostUpdater):
+        super().__init__([*there.optimizers, *here.optimizers])
+        self._updaters = there, here
 
     def arm(self) -> None:
         for updater in self._updaters:
@@ -136,6 +180,10 @@ class _Together(Updater):
     def gather(self) -> None:
         for updater in self._updaters:
             updater.gather()
+
+    def taker(self, leaf: Tensor) -> TakesRows | None:
+        there, here = self._updaters
+        return (here if here.has(leaf) else there).taker(leaf)
 
     def apply(self) -> None:
         for updater in self._updaters:
@@ -236,11 +284,10 @@ class HostEmbed(Device):
                 observer: Observer) -> Updater:
         here = [leaf for name, leaf in leaves.items() if self.on_host(name)]
         there = [leaf for name, leaf in leaves.items() if not self.on_host(name)]
-        updaters = [until.updater(rule, there, lr)] if there else []
-        if here:
-            bus = decoder(model).embed_tokens.bus
-            updaters.append(HostUpdater(until, rule, here, lr, bus, copies=False))
-        return updaters[0] if len(updaters) == 1 else _Together(*updaters)
+        if not here:
+            return until.updater(rule, there, lr)
+        on_host = HostUpdater(until, rule, here, lr, decoder(model).embed_tokens.bus, copies=False)
+        return _Together(until.updater(rule, there, lr), on_host) if there else on_host
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,10 @@ from ..baichuan.model import NormHead
 from ..observer import Observer, recomputing
 from .acts import decoder
 from .bus import Bus
+from .fused_head import FusedLoss
 from .host import HostEmbedding, HostUpdater, move_all_but, own_on_host
 from .place import Device
+from .rows import Spans, spans
 from .until import Updater
 from .weights import Fp32
 
@@ -132,8 +134,9 @@ class StreamedLogits(torch.autograd.Function):
         ctx.weight, ctx.step, ctx.bus = weight, step, bus
         ctx.low = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
         logits = hidden.new_empty(*hidden.shape[:-1], weight.shape[0], dtype=ctx.low)
-        for start, rows in chunks(weight, step, bus):
-            logits[..., start : start + len(rows)] = F.linear(hidden, F.normalize(rows))
+        pieces = spans(weight.shape[0], step)
+        for (a, b), rows in zip(pieces, rows_up(weight.detach(), pieces, bus), strict=True):
+            logits[..., a:b] = F.linear(hidden, F.normalize(rows))
         return logits
 
     @staticmethod
@@ -143,8 +146,9 @@ class StreamedLogits(torch.autograd.Function):
         flat, dflat = hidden.flatten(0, -2).to(low), dlogits.flatten(0, -2)
         dhidden = None
         dweight = ctx.bus.host_like(ctx.weight.detach()) if ctx.needs_input_grad[1] else None
-        for start, rows in chunks(ctx.weight, ctx.step, ctx.bus):
-            stop, dpart = start + len(rows), dflat[:, start : start + len(rows)]
+        pieces = spans(ctx.weight.shape[0], ctx.step)
+        for (a, b), rows in zip(pieces, rows_up(ctx.weight.detach(), pieces, ctx.bus), strict=True):
+            dpart = dflat[:, a:b]
             with torch.enable_grad():
                 unit = F.normalize(rows.requires_grad_(dweight is not None))
             if ctx.needs_input_grad[0]:
@@ -152,32 +156,33 @@ class StreamedLogits(torch.autograd.Function):
                 dhidden = part if dhidden is None else dhidden.add_(part)
             if dweight is not None:
                 dunit = F.linear(dpart.mT, flat.mT).to(rows.dtype)
-                ctx.bus.down(torch.autograd.grad(unit, rows, dunit)[0], into=dweight[start:stop])
+                ctx.bus.down(torch.autograd.grad(unit, rows, dunit)[0], into=dweight[a:b])
         if dweight is not None and ctx.weight.grad is not None:
             ctx.bus.last_down().synchronize()
         return dhidden if dhidden is None else dhidden.to(hidden.dtype).view_as(hidden), dweight, None, None
 
 
-def chunks(weight: Tensor, step: int, bus: Bus) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows on the device), the next ones on their way up meanwhile."""
-    starts = range(0, weight.shape[0], step)
-    coming = bus.up(weight.detach()[:step])
-    for start in starts:
-        (rows, event), coming = coming, None
-        if start + step < weight.shape[0]:
-            coming = bus.up(weight.detach()[start + step : start + 2 * step])
+def rows_up(weight: Tensor, pieces: Spans, bus: Bus) -> Iterator[Tensor]:
+    """Rows of a weight on the host, piece by piece on the device, the next piece on its way up meanwhile."""
+    coming = None
+    for at, (a, b) in enumerate(pieces):
+        rows, event = coming or bus.up(weight[a:b])
+        following = pieces[at + 1 : at + 2]
+        coming = bus.up(weight[slice(*following[0])]) if following else None
         bus.arrived(event)
-        yield start, rows
+        yield rows
 
 
-class StreamedHead(nn.Module):
+class StreamedHead(NormHead):
     """Stands in for `NormHead`, with the same parameter, on the host."""
 
     def __init__(self, head: NormHead, step: int, bus: Bus):
-        super().__init__()
+        nn.Module.__init__(self)
         self.weight, self.step, self.bus = head.weight, step, bus
+        if head.fused is not None:
+            self.fused = FusedLoss(partial(rows_up, bus=bus))
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         return StreamedLogits.apply(hidden, self.weight, self.step, self.bus)
 
 
@@ -186,7 +191,7 @@ class HostWeights(Device):
     """Everything that lasts longer than a step is in host memory."""
 
     head_rows: int = 8192
-    """Rows of the head on the device at one time; two such pieces are there."""
+    """Rows of a plain head on the device at one time; two such pieces are there. A fused head has its own sizes."""
 
     def __post_init__(self):
         if self.head_rows < 1:

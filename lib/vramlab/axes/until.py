@@ -1,4 +1,9 @@
-"""Axis `until`: how long a gradient lives: to the end of the step, or only until backward has formed it."""
+"""Axis `until`: how long a gradient lives: to the end of the step, or only until backward has formed it.
+
+Inside backward a gradient need not even be whole: an optimizer that has `sweeps`, `begin_rows`, `rows` and `end_rows` (the
+protocol and its order stand in `rows`) is handed the gradients of embeddings and of a fused head some rows at a time, any
+other optimizer the whole gradient.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..observer import Observer
-from .place import local
+from .place import is_sharded, local
+from .rows import TakesRows
 
 
 class Updater:
@@ -34,6 +40,10 @@ class Updater:
 
     def apply(self) -> None:
         """One update from the gradients that are there, which are then dropped."""
+
+    def taker(self, leaf: Tensor) -> TakesRows | None:
+        """Who takes the rows of `leaf`'s gradient as they are formed; None where its gradient has to be whole."""
+        return None
 
     def state(self) -> Iterator[tuple[Tensor, str, Tensor]]:
         """Every tensor of optimizer state: (leaf, what it is, the tensor, of a sharded one this rank's piece)."""
@@ -70,6 +80,10 @@ class _InBackward(Updater):
         for param, optimizer in zip(self._params, self.optimizers, strict=True):
             self._handles.append(param.register_post_accumulate_grad_hook(_consume(optimizer)))
 
+    def taker(self, leaf: Tensor) -> TakesRows | None:
+        optimizer = next(o for p, o in zip(self._params, self.optimizers, strict=True) if p is leaf)
+        return optimizer if isinstance(optimizer, TakesRows) and not is_sharded(leaf) else None
+
     def disarm(self) -> None:
         while self._handles:
             self._handles.pop().remove()
@@ -77,8 +91,9 @@ class _InBackward(Updater):
 
 def _consume(optimizer: torch.optim.Optimizer):
     def hook(param: Tensor) -> None:
-        optimizer.step()
-        param.grad = None
+        if param.grad is not None:  # else it was taken in rows, and torch says so by the same hook
+            optimizer.step()
+            param.grad = None
 
     return hook
 
@@ -93,7 +108,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Backward:
-    """Each gradient updates its weight the moment it is whole, and is dropped: one gradient alive at a time.
+    """Each gradient updates its weight the moment it is formed, and is dropped: one gradient alive at a time, of embeddings
+    and a fused head only some rows of it.
     With `rule: sgd` this is LOMO, Lv 2024, arXiv:2306.09782 (there the update of one tensor waits for the next
     tensor's hook, so that two gradients live; here none waits)."""
 
