@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from vramlab.axes.place import local
+from vramlab.axes.place import Fsdp, local
 from vramlab.baichuan import BaichuanConfig, BaichuanForCausalLM
 from vramlab.memory.ranks import pretended_ranks
 from vramlab.observer import Observer
@@ -30,7 +30,7 @@ def batch(seed: int, rows: int = 3, tokens: int = 11) -> dict:
 
 def ranks(regime: Regime) -> AbstractContextManager:
     """What a regime that shards needs. One rank has nothing to exchange, so a pretended one is right on real tensors too."""
-    return nullcontext() if regime.values["place"] == "device" else pretended_ranks(1)
+    return pretended_ranks(1) if isinstance(regime.place, Fsdp) else nullcontext()
 
 
 def train(row: dict, steps: int = 4, observer: Observer | None = None, lr: float = 1e-2, **changes):

@@ -29,6 +29,11 @@ ROWS = {
     "checkpoint": {"acts": "checkpoint"},
     "offload": {"acts": {"offload": {"min_bytes": 0}}},
     "lora": {"trains": "lora"},
+    "mixed": {"weights": "mixed"},
+    "fsdp_offload": {"place": "fsdp_offload"},
+    "fsdp_offload, lomo": {"place": "fsdp_offload", "until": "backward", "rule": "sgd"},
+    "fsdp_offload, clip": {"place": "fsdp_offload", "clip": 0.05},
+    "fsdp_offload, accumulate": {"place": "fsdp_offload", "accumulate": 2},
 }
 STEPS = 3
 
@@ -75,7 +80,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
-    sharded = {name: {**row, "place": "fsdp"} for name, row in ROWS.items()}
+    sharded = {name: {"place": "fsdp", **row} for name, row in ROWS.items()}
     out = {"trained": {name: train(row, slice(rank, rank + 1)) for name, row in sharded.items()},
            "metered": {name: metered(row) for name, row in sharded.items() if not row.get("accumulate")}}
     torch.save(out, folder / f"rank{rank}.pt")

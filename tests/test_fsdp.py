@@ -116,6 +116,18 @@ def test_waiting_for_a_collective_makes_nothing():
     assert ops.str.contains("_c10d_functional.all_reduce").any() and not ops.str.contains("wait_tensor").any()
 
 
+@pytest.mark.parametrize("until", ["step", "backward"])
+def test_offloaded_pieces_are_host_bytes(until):
+    """Weights, gradients and moments: the same bytes, on the other side."""
+    here, offloaded = _said({"until": until}, 8), _said({"until": until}, 8, place="fsdp_offload")
+    pieces = sum(_piece(parameter, 8) for parameter in micro.model().parameters())
+    count = len(list(micro.model().parameters()))
+    assert here.before()["bytes"].sum() - offloaded.before()["bytes"].sum() == 12 * pieces + 4 * count
+    assert not {"weights", "optimizer"} & set(offloaded.ledger) and offloaded.peak_bytes < here.peak_bytes
+    least = 12 * pieces + (4 * pieces if until == "step" else 0)
+    assert least <= offloaded.host_bytes < least + 4 * pieces
+
+
 @pytest.mark.parametrize("world", [1, 8])
 def test_after_a_step_only_pieces_are_left(world):
     said = _of("full", world)
@@ -195,9 +207,14 @@ def two_ranks(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", ranked_steps.ROWS)
+def _alone(name):
+    """The row on one device, where nothing is sharded."""
+    return ranked_steps.train({key: value for key, value in ranked_steps.ROWS[name].items() if key != "place"}, slice(0, 2))
+
+
+@pytest.mark.parametrize("name", [name for name in ranked_steps.ROWS if name != "mixed"])
 def test_two_ranks_train_as_one_device_with_both_batches(name, two_ranks):
-    alone = ranked_steps.train(ranked_steps.ROWS[name], slice(0, 2))
+    alone = _alone(name)
     for rank in two_ranks:
         trained = rank["trained"][name]
         assert trained["losses"] == pytest.approx(alone["losses"], abs=2e-6)
@@ -205,7 +222,25 @@ def test_two_ranks_train_as_one_device_with_both_batches(name, two_ranks):
             torch.testing.assert_close(trained["weights"][key], tensor, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in ranked_steps.ROWS if name != "accumulate"])
+def test_two_ranks_in_mixed_precision_err_as_one_device_does(two_ranks):
+    """Not the same roundings: gathered weights make norms and the sum of blocks bf16. Errors are those of fp32's losses and
+    weights, taken together."""
+    exact, alone = _alone("full"), _alone("mixed")
+
+    def errors(trained):
+        losses = torch.tensor(trained["losses"]) - torch.tensor(exact["losses"])
+        weights = torch.cat([(trained["weights"][name] - tensor).flatten() for name, tensor in exact["weights"].items()])
+        return losses.norm(), weights.norm()
+
+    for rank in two_ranks:
+        for mine, one_device in zip(errors(rank["trained"]["mixed"]), errors(alone), strict=True):
+            assert 0 < mine < 4 * one_device
+        assert all(tensor.dtype == torch.float32 for tensor in rank["trained"]["mixed"]["weights"].values())
+    for key, tensor in two_ranks[0]["trained"]["mixed"]["weights"].items():
+        assert torch.equal(tensor, two_ranks[1]["trained"]["mixed"]["weights"][key])
+
+
+@pytest.mark.parametrize("name", [name for name, row in ranked_steps.ROWS.items() if not row.get("accumulate")])
 def test_a_real_rank_makes_what_was_forecast(name, two_ranks):
     said = _said(ranked_steps.ROWS[name], 2, mode="cpu")
     assert two_ranks[0]["metered"][name] == ranked_steps.births(said.frame)

@@ -11,17 +11,17 @@ import dataclasses
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from .axes.leaves import Leaf
 from .axes.place import Fsdp
-from .axes.trains import Part
 from .baichuan import BaichuanForCausalLM, ModelSpec
 from .memory import timeline
 from .memory.kernels import AMPERE, Architecture
@@ -211,7 +211,7 @@ class _Run:
         """The last step of the parts with the highest peak."""
         for parts in self.sets if every_part else self._candidates():
             self.step(parts)
-        self.ranked = {step: self._state_bytes(parts) for parts, step in self.visited.items()}
+        self.ranked = {step: self._state_bytes(parts, (False,)) for parts, step in self.visited.items()}
         first = highest(self.meter.frame(), self.ranked)
         parts = next(parts for parts, step in self.visited.items() if step == first)
         if self.turns.parts_due == parts:  # a turn begins by taking over from other parts
@@ -244,17 +244,20 @@ class _Run:
     def _leaves(self, parts: Iterable[int]) -> list[Leaf]:
         return [leaf for part in parts for leaf in self.trainer.parts[part]]
 
-    def _state_bytes(self, parts: Iterable[int]) -> int:
-        return sum(self._state_bytes_of(self.trainer.parts[part]) for part in parts)
+    def _tensors(self, part: int, on_host: Collection[bool]) -> dict[str, Tensor]:
+        """The part's leaves whose state is always on the host, or those whose state is not, or both."""
+        parameters, place = dict(self.trainer.model.named_parameters()), self.trainer.regime.place
+        return {leaf.name: parameters[leaf.name][leaf.start : leaf.stop] for leaf in self.trainer.parts[part]
+                if place.on_host(leaf.name) in on_host}
 
-    def _state_bytes_of(self, part: Part) -> int:
-        model = self.trainer.model
-        parameters = dict(model.named_parameters())
-        leaves = {leaf.name: parameters[leaf.name][leaf.start : leaf.stop] for leaf in part}
-        return self.trainer.regime.rule_for(model, leaves).state_bytes(leaves.values())
+    def _state_bytes(self, parts: Iterable[int], on_host: Collection[bool]) -> int:
+        leaves = [self._tensors(part, on_host) for part in parts]
+        return sum(self.trainer.regime.rule_for(self.trainer.model, named).state_bytes(named.values()) for named in leaves)
 
     def unseen_host_bytes(self) -> int:
-        """State of parts never visited, which a real run would have parked on the host by then."""
-        if self.turns.state != "host":
-            return 0
-        return self._state_bytes(set(range(len(self.trainer.parts))).difference(*self.visited))
+        """What parts never visited would have put on the host by then in a real run."""
+        place = self.trainer.regime.place
+        kept = {"host": (True, False), "device": (True,)}.get(self.turns.state, ())
+        unseen = set(range(len(self.trainer.parts))).difference(*self.visited)
+        copies = sum(place.host_copy_bytes(leaf) for part in unseen for leaf in self._tensors(part, kept).values())
+        return self._state_bytes(unseen, kept) + copies

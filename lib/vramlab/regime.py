@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,12 @@ import yaml
 from torch import Tensor, nn
 
 from .axes import AXES
-from .axes.acts import Checkpoint
-from .axes.adapters import Lora, Prefix, Prompt, SplitLora
-from .axes.feedback import Predicted, Writers
-from .axes.grads import ZerothOrder
+from .axes.host import FsdpOffload
 from .axes.place import Fsdp
 from .axes.rowwise import Fit
-from .axes.rule import AdamMini, NoRule, Rule, Sgd
-from .axes.storage import Master, Nearest
-from .axes.trains import Chunks, Norms, Nothing
-from .axes.until import Backward
-from .axes.update_head import Amortised, UpdateHead
-from .axes.weights import Bf16, Mixed, Nf4
+from .axes.rule import Rule
+from .axes.weights import Bf16, Mixed
+from .illegal import ILLEGAL
 
 REGIMES_FILE = Path(__file__).parents[2] / "params" / "regimes.yml"
 
@@ -61,7 +55,7 @@ class Regime:
     """axis -> the name of its value, as written in the row."""
 
     def __post_init__(self):
-        reasons = [reason for excluded, reason in ILLEGAL if excluded(self)]
+        reasons = [prohibition.reason for prohibition in ILLEGAL if prohibition.excludes(self)]
         if reasons:
             raise IllegalRegime(f"regime {self.name!r} is not possible:\n" + "\n".join(f"  - {r}" for r in reasons))
 
@@ -73,96 +67,6 @@ class Regime:
     def axes(self) -> dict[str, dict]:
         """The resolved row: every axis with its value and that value's fields. Plain data, for records and tables."""
         return {axis: {"value": self.values[axis], **dataclasses.asdict(getattr(self, axis))} for axis in AXES}
-
-
-def _is(axis: str, kind: type) -> Callable[[Regime], bool]:
-    return lambda regime: isinstance(getattr(regime, axis), kind)
-
-
-_nothing, _no_rule, _in_backward = _is("trains", Nothing), _is("rule", NoRule), _is("until", Backward)
-_fsdp, _guessed, _packed = _is("place", Fsdp), _is("grads", ZerothOrder), _is("weights", Nf4)
-_predicted, _amortised, _update_head = _is("grads", Predicted), _is("grads", Amortised), _is("trains", UpdateHead)
-
-
-def _clips_inside(regime: Regime) -> bool:
-    return _in_backward(regime) and regime.until.clip_norm > 0
-
-
-ILLEGAL: list[tuple[Callable[[Regime], bool], str]] = [
-    (lambda r: r.accumulate < 1, "accumulate counts micro-batches: use 1 or more"),
-    (lambda r: r.clip < 0, "clip is a norm: use a positive number, or 0 to leave gradients alone"),
-    (lambda r: _nothing(r) and not _no_rule(r), "nothing trains, so there is nothing to update: use rule: none"),
-    (lambda r: _no_rule(r) and not _nothing(r), "weights train, but rule is none: use rule: adamw or sgd, or trains: none"),
-    (lambda r: _nothing(r) and _in_backward(r), "nothing trains, so there is no backward: use until: step"),
-    (lambda r: _nothing(r) and r.values["acts"] != "keep",
-     "nothing trains, so forward keeps nothing: use acts: keep"),
-    (lambda r: _nothing(r) and (r.accumulate > 1 or r.clip > 0),
-     "nothing trains, so there is no gradient to accumulate or clip: use accumulate: 1 and clip: 0"),
-    (lambda r: _in_backward(r) and r.accumulate > 1,
-     "until: backward updates at every micro-batch, so accumulate would change the result: use until: step, or a larger batch"),
-    (lambda r: _in_backward(r) and r.clip > 0,
-     "until: backward drops each gradient before the norm of all is known: use until: {backward: {clip_norm: ...}}, which looks "
-     "twice, or until: step, or clip: 0"),
-    (lambda r: _fsdp(r) and hasattr(r.trains, "interval"),
-     "place: fsdp cuts every weight between ranks, and decides once how its gradient is reduced, so parts cannot take turns: "
-     "use trains: all or lora, or place: device"),
-    (lambda r: type(r.weights.storage) is not Nearest and not r.rule.row_wise and not _no_rule(r),
-     "this rule writes weights itself, and rounds them to nearest: use weights: bf16, or a rule that updates rows in fp32, as "
-     "rule: adamw does"),
-    (lambda r: type(r.weights.storage) is not Nearest and _no_rule(r),
-     "nothing is updated, so it does not matter how an update is stored: use weights: bf16"),
-    (lambda r: _fsdp(r) and not r.rule.pieces,
-     "this rule looks at whole matrices or blocks of them, and place: fsdp cuts them between ranks: use rule: adamw or sgd, or "
-     "place: device"),
-    (lambda r: isinstance(r.rule, AdamMini) and isinstance(r.trains, Chunks),
-     "adam_mini has one second moment a head, and chunks cut heads: use trains: blocks, or rule: adamw"),
-    (lambda r: _fsdp(r) and _clips_inside(r),
-     "until.backward.clip_norm measures what this rank has, and place: fsdp cuts every gradient between ranks: use until: step and "
-     "clip, or place: device"),
-    (lambda r: _fsdp(r) and _guessed(r),
-     "grads: zeroth_order moves a weight while its module runs, and place: fsdp has gathered it before: use place: device"),
-    (lambda r: _guessed(r) and not (isinstance(r.rule, Sgd) or _no_rule(r)),
-     "grads: zeroth_order never holds a gradient that a rule could remember something of: use rule: sgd, or grads: exact"),
-    (lambda r: _guessed(r) and _nothing(r), "nothing trains, so there is no gradient to guess: use grads: exact"),
-    (lambda r: _guessed(r) and _in_backward(r), "grads: zeroth_order has no backward to update in: use until: step"),
-    (lambda r: _guessed(r) and not _nothing(r) and r.values["acts"] != "keep",
-     "grads: zeroth_order has no backward, so forward keeps nothing: use acts: keep"),
-    (lambda r: _guessed(r) and not _nothing(r) and r.clip > 0,
-     "grads: zeroth_order has no gradient whose norm could be clipped: use clip: 0, or a lower lr"),
-    (lambda r: _guessed(r) and isinstance(r.weights.storage, Master) and not _nothing(r),
-     "grads: zeroth_order moves the weights the network has, and an fp32 master would not know: use weights: fp32 or bf16_sr"),
-    (lambda r: _packed(r) and not isinstance(r.trains, Lora | Prompt | Norms | Nothing),
-     "weights: nf4 and int8 are packed, and an update cannot move packed numbers: use trains: lora, split_lora, prompt, prefix "
-     "or norms, or weights: bf16"),
-    (lambda r: _packed(r) and getattr(r.trains, "dora", False),
-     "dora takes the norms of whole rows, and weights: nf4 and int8 are packed: use dora: false, or weights: bf16"),
-    (lambda r: _packed(r) and _fsdp(r),
-     "place: fsdp cuts weights between rows, and weights: nf4 and int8 are packed: use place: device, or weights: bf16"),
-    (lambda r: isinstance(r.trains, Prefix) and isinstance(r.acts, Checkpoint),
-     "trains: prefix goes through the key-value cache, to which a checkpointed block, formed again, would add its tokens twice "
-     "(peft refuses it too): use acts: keep or offload, or trains: prompt"),
-    (lambda r: isinstance(r.trains, SplitLora) and _fsdp(r),
-     "trains: split_lora is two machines with one part each, place: fsdp cuts every part: use place: device, or trains: lora"),
-    (lambda r: _predicted(r) and not isinstance(r.trains, Writers),
-     "grads: predicted guesses the gradient of the residual stream, which is all that its writers' adapters need and no other "
-     "weight's: use trains: writers, or grads: exact"),
-    (lambda r: (_predicted(r) or _amortised(r)) and _in_backward(r),
-     "a guess, or a probe of one, is made of the weights a step starts with, and until: backward changes them on the way: use "
-     "until: step, or grads: exact"),
-    (lambda r: _predicted(r) and r.grads.by == "learned" and r.clip > 0,
-     "clip would take one norm of two losses' gradients, the task's and the approximator's: use clip: 0, or by: identity"),
-    (lambda r: _predicted(r) and not (r.grads.every or r.grads.probe) and r.values["acts"] != "keep",
-     "grads: predicted with no anchor and no probe never goes back through the blocks, so forward keeps nothing of them: "
-     "use acts: keep, or every: 8"),
-    (lambda r: _update_head(r) and not _guessed(r) and r.values["acts"] != "keep",
-     "trains: update_head freezes every block, so forward keeps nothing of them: use acts: keep"),
-    (lambda r: _amortised(r) and not _update_head(r),
-     "grads: amortised measures the approximator of an update head: use trains: update_head, or grads: exact"),
-    (lambda r: (_predicted(r) or _amortised(r)) and _fsdp(r),
-     "place: fsdp reduces a gradient where backward has formed it, and a guess or a probe forms one elsewhere: "
-     "use place: device, or grads: exact"),
-]
-"""(excluded, reason with the way out); all that apply are reported together."""
 
 
 def _value(regime: str, axis: str, cell: Any) -> tuple[str, Any]:
@@ -229,6 +133,10 @@ def check_machine(regime: Regime, device: str) -> None:
         if isinstance(regime.weights, Mixed | Bf16) and not torch.cuda.is_bf16_supported():
             name = torch.cuda.get_device_name(device)
             raise ImpossibleHere(f"regime {regime.name!r} computes in bf16, which {name} cannot: use weights: fp32")
-    if _fsdp(regime) and not (distributed.is_available() and distributed.is_initialized()):
+    if (isinstance(regime.place, FsdpOffload) and regime.clip > 0 and device.startswith("cuda")
+            and distributed.is_initialized() and "gloo" not in distributed.get_backend_config()):
+        raise ImpossibleHere(f"regime {regime.name!r} clips gradients that lie in host memory, and this process group reduces "
+                             'none there: use init_process_group("cpu:gloo,cuda:nccl"), or clip: 0')
+    if isinstance(regime.place, Fsdp) and not (distributed.is_available() and distributed.is_initialized()):
         raise ImpossibleHere(f"regime {regime.name!r} shards over a process group, and this process is in none: start it with "
                              "torchrun and call torch.distributed.init_process_group, or use place: device")

@@ -146,6 +146,8 @@ class Trainer:
             return self.model(**batch, use_cache=False).loss
 
     def _update(self) -> None:
+        for turn in self._active_turns():
+            turn.updater.gather()
         if self.regime.clip > 0:
             nn.utils.clip_grad_norm_(self.active.values(), self.regime.clip)
         for turn in self._active_turns():
@@ -195,14 +197,15 @@ class Trainer:
         turn = self._turns.get(index)
         if turn is None:
             leaves = ActiveLeaves(self.model, self.parts[index])
-            updater = self.regime.grads.updater(self.regime.until, self.regime.rule_for(self.model, leaves.named), self.model,
-                                                leaves.named, self.schedule.lr, self.observer)
+            rule = self.regime.rule_for(self.model, leaves.named)
+            updater = self.regime.grads.updater(self.regime.place, self.regime.until, rule, self.model, leaves.named,
+                                                self.schedule.lr, self.observer)
             self._turns[index] = _Turn(leaves, updater)
             leaves.switch_on(updater.taker)
         else:
             turn.leaves.switch_on(turn.updater.taker)
             if self.regime.trains.state == "host":
-                turn.updater.move_state(self.device, self.observer, "device")
+                turn.updater.move_state(self.observer, "device")
                 self.observer.own("optimizer", turn.state())
 
     def _rest(self, indices: set[int]) -> None:
@@ -215,7 +218,7 @@ class Trainer:
             if self.regime.trains.state == "reset":
                 del self._turns[index]
             elif self.regime.trains.state == "host":
-                turn.updater.move_state("cpu", self.observer, "host")
+                turn.updater.move_state(self.observer, "host")
 
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state that exist now, wherever they live."""

@@ -4,14 +4,16 @@
 (`rule: adamw`) or by its name with fields (`trains: {chunks: {count: 8, interval: 4}}`).
 """
 
-from .acts import Checkpoint, Keep, Offload
+from .acts import Checkpoint, Keep, Offload, Selective
 from .adapters import Lora, Prefix, Prompt, SplitLora
 from .feedback import Predicted, Writers
 from .grads import Exact, ZerothOrder
 from .head import Fused, Plain
+from .host import FsdpOffload, HostEmbed, HostState
 from .place import Device, Fsdp
 from .projected import Apollo, GaLore
 from .rule import Adafactor, AdaLomo, Adam4bit, Adam8bit, AdamMini, AdamW, NoRule, Sgd
+from .stream import HostWeights
 from .trains import All, Blocks, Chunks, Norms, Nothing, Top
 from .until import Backward, Step
 from .update_head import Amortised, UpdateHead
@@ -26,9 +28,10 @@ AXES: dict[str, dict[str, type]] = {
     "until": {"step": Step, "backward": Backward},
     "rule": {"adamw": AdamW, "sgd": Sgd, "adafactor": Adafactor, "adalomo": AdaLomo, "adam_mini": AdamMini, "adam8bit": Adam8bit,
              "adam4bit": Adam4bit, "galore": GaLore, "apollo": Apollo, "none": NoRule},
-    "acts": {"keep": Keep, "checkpoint": Checkpoint, "offload": Offload},
+    "acts": {"keep": Keep, "checkpoint": Checkpoint, "selective": Selective, "offload": Offload},
     "head": {"plain": Plain, "fused": Fused},
-    "place": {"device": Device, "fsdp": Fsdp},
+    "place": {"device": Device, "host_state": HostState, "host_weights": HostWeights, "host_embed": HostEmbed, "fsdp": Fsdp,
+              "fsdp_offload": FsdpOffload},
 }
 """axis -> value -> class; the first value of each axis is its default."""
 

@@ -33,11 +33,11 @@ from torch import Tensor, nn
 
 from ..observer import Observer, recomputing
 from .acts import decoder
+from .adapters import Lora
 from .grads import Exact
 from .guesses import GUESSES
 from .leaves import Leaf
 from .probes import Again, Probes, drop_ratio
-from .adapters import Lora
 from .trains import Part
 from .until import Updater
 
@@ -114,8 +114,9 @@ class Predicted(Exact):
             model.add_module(GUESS, GUESSES[self.by](len(found), like.shape[0], self.rank, self.depth).to(like.dtype))
         return model
 
-    def updater(self, until, rule, model: nn.Module, named: Mapping[str, nn.Parameter], lr: float, observer: Observer) -> Feedback:
-        return Feedback(self, model, super().updater(until, rule, model, named, lr, observer), observer)
+    def updater(self, place, until, rule, model: nn.Module, named: Mapping[str, nn.Parameter], lr: float,
+                observer: Observer) -> Feedback:
+        return Feedback(self, model, super().updater(place, until, rule, model, named, lr, observer), observer)
 
 
 @dataclass(frozen=True)

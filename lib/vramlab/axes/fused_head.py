@@ -24,6 +24,7 @@ Shapes: n tokens, H hidden, V vocabulary, R rows of a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .rows import TakesRows, feed, spans
+from .rows import Spans, TakesRows, feed, spans
 
 EPS = 1e-12
 """Least length a row is divided by: the default of `F.normalize`."""
@@ -44,15 +45,25 @@ HELD = 0.15
 """Most of the weight's size in bf16 that a chunk's products with all rows may have."""
 
 
+Bring = Callable[[Tensor, Spans], Iterator[Tensor]]
+
+
+def _there(weight: Tensor, pieces: Spans) -> Iterator[Tensor]:
+    """The rows of a weight that is on the device as a whole."""
+    return (weight[a:b] for a, b in pieces)
+
+
 @dataclass(frozen=True)
 class Options:
     """What of the function is not a tensor. `dtype` is the type products are formed in; `start` the row of the weight that
-    is the first of the trained leaf; `taker` takes the leaf's gradient in rows."""
+    is the first of the trained leaf; `taker` takes the leaf's gradient in rows; `bring` yields the weight's rows, span by span,
+    on the device."""
 
     dtype: torch.dtype
     z_loss_weight: float = 0.0
     start: int = 0
     taker: TakesRows | None = None
+    bring: Bring = _there
 
 
 class FusedHeadLoss(torch.autograd.Function):
@@ -122,12 +133,14 @@ class _Head:
         self.share = labelled.to(self.wide) / labelled.sum()
 
     def _norms(self) -> Tensor:
-        parts = [torch.linalg.vector_norm(self.weight[a:b], dim=1, dtype=self.wide) for a, b in self.row_spans]
-        return torch.cat(parts)
+        return torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=self.wide) for _, _, rows in self._rows(self.row_spans)])
 
-    def _products(self, hidden: Tensor, a: int, b: int) -> Tensor:
-        """h W^T for rows a:b, rounded to the type of products. F.linear, which a CPU may have replaced, see `rounding`."""
-        return F.linear(hidden, self.weight[a:b].to(self.options.dtype))
+    def _rows(self, pieces: Spans) -> Iterator[tuple[int, int, Tensor]]:
+        return ((a, b, rows) for (a, b), rows in zip(pieces, self.options.bring(self.weight, pieces), strict=True))
+
+    def _products(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """h W^T for some rows, rounded to the type of products. F.linear, which a CPU may have replaced, see `rounding`."""
+        return F.linear(hidden, rows.to(self.options.dtype))
 
     def _tokens_at_once(self) -> int:
         vocabulary, hidden_size = self.weight.shape
@@ -152,8 +165,8 @@ class _Head:
         hidden, labels = self.hidden[tokens], self.labels[tokens]
         lse = torch.full_like(labels, -torch.inf, dtype=self.wide)
         highest, ties, wanted = lse, torch.zeros_like(lse), torch.zeros_like(lse)
-        for a, b in self.row_spans:
-            formed = self._products(hidden, a, b)
+        for a, b, rows in self._rows(self.row_spans):
+            formed = self._products(hidden, rows)
             if products is not None:
                 products[:, a:b] = formed
             logits = formed * self.scale[a:b]
@@ -186,26 +199,31 @@ class _Head:
     def _form(self, tokens: slice, products: Tensor, seen: tuple[Tensor, ...], dhidden: Tensor | None,
               dleaf: Tensor | None) -> None:
         hidden, labels, share, start = self.hidden[tokens], self.labels[tokens], self.share[tokens], self.options.start
-        for a, b in self.row_spans:
+        for a, b, rows in self._rows(self.row_spans):
             d = self._dproducts(products[:, a:b], a, labels, seen, share)
             if dhidden is not None:
-                dhidden[tokens] += F.linear(d, self.weight[a:b].to(d.dtype).mT)
+                dhidden[tokens] += F.linear(d, rows.to(d.dtype).mT)
             low, high = (max(a, start), min(b, start + len(dleaf))) if dleaf is not None else (0, 0)
             if low < high:
-                rows, part = dleaf[low - start : high - start], F.linear(d[:, low - a : high - a].mT, hidden.mT)
-                rows.copy_(part) if tokens.start == 0 else rows.add_(part)
+                drows, part = dleaf[low - start : high - start], F.linear(d[:, low - a : high - a].mT, hidden.mT)
+                drows.copy_(part) if tokens.start == 0 else drows.add_(part)
 
     def hand_over(self, leaf: Tensor, seen: list[Tensor], upstream: Tensor) -> None:
         """The leaf's gradient, some rows at a time, to whoever takes them."""
         share, start = self.share * upstream, self.options.start
+        pieces = spans(len(leaf), _rows_at_once(self.weight, len(self.hidden)))
+        coming: Iterator = iter(())
 
         def gradient(a: int, b: int) -> Tensor:
-            formed = self._products(self.hidden, start + a, start + b)
-            d = self._dproducts(formed, start + a, self.labels, seen, share)
-            rows = F.linear(d.mT, self.hidden.mT).to(leaf.dtype)
-            return _through_norm(rows, leaf[a:b], self.norm[start + a : start + b])
+            nonlocal coming
+            if a == 0:  # a sweep begins
+                coming = self._rows([(start + first, start + last) for first, last in pieces])
+            _, _, rows = next(coming)
+            d = self._dproducts(self._products(self.hidden, rows), start + a, self.labels, seen, share)
+            drows = F.linear(d.mT, self.hidden.mT).to(leaf.dtype)
+            return _through_norm(drows, rows, self.norm[start + a : start + b])
 
-        feed(self.options.taker, leaf, spans(len(leaf), _rows_at_once(self.weight, len(self.hidden))), gradient)
+        feed(self.options.taker, leaf, pieces, gradient)
 
 
 def _column(labels: Tensor, a: int, b: int) -> tuple[Tensor, Tensor]:
@@ -226,7 +244,8 @@ class FusedLoss:
     """What a `NormHead` calls in place of forming logits. `leaf`, `start`, `taker`: what trains, see `Options`; without a
     leaf it is the weight, if that trains."""
 
-    def __init__(self):
+    def __init__(self, bring: Bring = _there):
+        self._bring = bring
         self.trains(None)
 
     def trains(self, leaf: Tensor | None, start: int = 0, taker: TakesRows | None = None) -> None:
@@ -242,4 +261,4 @@ class FusedLoss:
             hidden, leaf = hidden.detach(), None
         with torch.autocast(device_type, enabled=False):
             return FusedHeadLoss.apply(hidden.flatten(0, -2), weight.detach(), leaf, labels.flatten(),
-                                       Options(dtype, z_loss_weight, self.start, self.taker))
+                                       Options(dtype, z_loss_weight, self.start, self.taker, self._bring))

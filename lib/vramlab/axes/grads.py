@@ -60,8 +60,10 @@ class Exact:
         """Adds to the model what forming the gradient needs."""
         return model
 
-    def updater(self, until, rule, model: nn.Module, named: Mapping[str, nn.Parameter], lr: float, observer: Observer) -> Updater:
-        return until.updater(rule, list(named.values()), lr)
+    def updater(self, place, until, rule, model: nn.Module, named: Mapping[str, nn.Parameter], lr: float,
+                observer: Observer) -> Updater:
+        """The updater of one part's leaves, by name."""
+        return place.updater(until, rule, named, lr, model, observer)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class ZerothOrder(Exact):
         if not self.eps > 0:
             raise ValueError(f"grads.eps is {self.eps}: it is how far weights are moved, use a positive number, such as 1e-3")
 
-    def updater(self, until, rule, model: nn.Module, named: Mapping[str, nn.Parameter], lr: float, observer: Observer) -> Updater:
+    def updater(self, place, until, rule, model: nn.Module, named: Mapping[str, nn.Parameter], lr: float,
+                observer: Observer) -> Updater:
         assert not rule.state_bytes(named.values()), "a guess goes with a rule that remembers nothing"
         return Guess(self, model, named, observer)
 

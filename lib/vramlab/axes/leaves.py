@@ -96,6 +96,8 @@ def _autocast(*tensors: Tensor) -> Iterable[Tensor]:
 
 def _leaf_forward(module: nn.Module, leaf: nn.Parameter, start: int, taker: TakesRows | None) -> Callable:
     """What stands in for the module's method while only `leaf` is trained in it."""
+    if hasattr(module, "look_up"):  # a table on the host
+        return lambda ids: module.look_up(ids, leaf, start)
     if isinstance(module, nn.Linear):
         return lambda x: SlicedLinear.apply(*_autocast(x, module.weight, leaf), start)
     if isinstance(module, nn.Embedding):
@@ -110,7 +112,8 @@ def _leaf_forward(module: nn.Module, leaf: nn.Parameter, start: int, taker: Take
 def divisible(model: nn.Module) -> set[str]:
     """Names of the parameters that can be cut between rows."""
     kinds = (nn.Linear, nn.Embedding, NormHead)
-    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {f"{name}.weight" for name, module in model.named_modules()
+            if isinstance(module, kinds) or hasattr(module, "look_up")}
 
 
 class ActiveLeaves:

@@ -19,12 +19,14 @@ what NCCL holds for itself (1 to 2 GiB a rank), which no allocator of torch sees
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor
 
@@ -51,6 +53,19 @@ class Device:
         when they come into being later."""
         return {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
+    def updater(self, until: Any, rule: Any, leaves: Mapping[str, nn.Parameter], lr: float, model: nn.Module,
+                observer: Observer) -> Any:
+        """The `until.Updater` of some leaves, by name, wherever they and their state are."""
+        return until.updater(rule, list(leaves.values()), lr)
+
+    def on_host(self, name: str) -> bool:
+        """Whether the optimizer's state of the leaf called `name` is always in host memory."""
+        return False
+
+    def host_copy_bytes(self, leaf: Tensor) -> int:
+        """What of host memory a leaf on the device takes for good, besides the optimizer's state."""
+        return 0
+
     def mean(self, value: Tensor) -> Tensor:
         """The mean of `value` over all ranks, in place."""
         return value
@@ -64,6 +79,11 @@ class Fsdp(Device):
     autocast finds nothing to copy; norms and the sum of blocks are bf16 then, which on one device they are not.
     Every rank makes the whole model in host memory first, and must make the same one; on the device it is never whole.
     """
+
+    pieces_on: ClassVar[str] = "device"
+
+    def _offload_policy(self, device: torch.device) -> OffloadPolicy:
+        return OffloadPolicy()
 
     @property
     def ranks(self) -> int:
@@ -79,7 +99,8 @@ class Fsdp(Device):
         names, storages = {id(module): name for name, module in model.named_modules()}, set()
         for unit in (*decoder(model).layers, model):
             _move_unsharded(unit, device)
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
+            with observer.region(self.pieces_on):
+                fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=self._offload_policy(device))
             name = names[id(unit)]
             unit.set_custom_all_gather(_AllGather(name, observer))
             unit.set_custom_reduce_scatter(_ReduceScatter(name, observer))

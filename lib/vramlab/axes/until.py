@@ -50,6 +50,9 @@ class Updater:
         """The loss (0-d, weighted by its micro-batch's share) of the run that is on: its gradients are formed."""
         loss.backward()
 
+    def gather(self) -> None:
+        """Whatever gradients are on their way have come: they may be read."""
+
     def apply(self) -> None:
         """One update from the gradients that are there, which are then dropped."""
 
@@ -69,11 +72,12 @@ class Updater:
                     if isinstance(value, Tensor):
                         yield leaf, key, local(value)
 
-    def move_state(self, device: torch.device | str, observer: Observer, place: str) -> None:
-        """Copy all state to `device`; the copies live in `place` ("host" or "device")."""
+    def move_state(self, observer: Observer, place: str) -> None:
+        """Copy all state to `place`: "host", or "device", which is where each leaf is."""
         with observer.region(place):
             for optimizer in self.optimizers:
-                for entry in optimizer.state.values():
+                for leaf, entry in optimizer.state.items():
+                    device = "cpu" if place == "host" else leaf.device
                     for key, value in entry.items():
                         if isinstance(value, Tensor):
                             entry[key] = torch.empty_like(value, device=device).copy_(value)

@@ -104,8 +104,9 @@ class Amortised(Exact):
     def hurried(self) -> Amortised:
         return dataclasses.replace(self, probe=min(self.probe, 2))
 
-    def updater(self, until, rule, model: nn.Module, named: Mapping[str, nn.Parameter], lr: float, observer: Observer) -> Updater:
-        inner = super().updater(until, rule, model, named, lr, observer)
+    def updater(self, place, until, rule, model: nn.Module, named: Mapping[str, nn.Parameter], lr: float,
+                observer: Observer) -> Updater:
+        inner = super().updater(place, until, rule, model, named, lr, observer)
         return _Probed(self, model, inner, observer) if self.probe else inner
 
 

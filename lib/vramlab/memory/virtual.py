@@ -76,6 +76,7 @@ def virtual_gpu(mode: str = "auto", architecture: Architecture = AMPERE, world: 
         # one thread: autograd counts its devices at the first backward of a process, and this one may come later
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(_replaced(nn.Module, "_apply", _apply))
+        stack.enter_context(_replaced(Stream, "made", 1))  # numbered alike in every forecast
         if world:
             stack.enter_context(pretended_ranks(world))
         stack.enter_context(_Fake(allow_non_fake_inputs=True))
