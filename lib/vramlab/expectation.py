@@ -7,7 +7,8 @@ in it: activations, temporaries, workspaces, rounding and the allocator's cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections import Counter
 
 import pandas as pd
 import torch
@@ -21,13 +22,17 @@ STORED = {"fp32": 4, "mixed": 4, "bf16": 2}
 MOMENTS = {"adamw": 2}
 WHY = {
     "activations": "kept by forward for backward; the arithmetic has none",
-    "temporaries": "alive only inside an operation or between two, the logits and their loss first; the arithmetic has none",
+    "temporaries": "alive only inside an operation or between two; the arithmetic has none",
     "workspace": "held by cuBLAS and attention kernels",
     "cached": "reserved by the allocator and in no tensor at that moment: freed blocks of other sizes",
     "rounding": "each request rounded up to the allocator's blocks",
     "context": "CUDA's own memory before the first tensor, a public figure for this card",
-    "buffers": "not parameters", "inputs": "the batch",
+    "buffers": "not parameters", "inputs": "the batch", "collectives": "buffers of gathers and reductions between ranks",
 }
+UNNAMED = "unnamed"
+PLACES = (("lm_head", "NormHead, its weight normalised and gradients of that"), ("norm", "norms"), ("self_attn", "attention"),
+          ("mlp", "MLP"), ("embed_tokens", "embedding"), ("rotary", "rotary angles"), ("layers", "sums between blocks"))
+"""(in a module's name, what bytes there are), the first that fits."""
 
 
 def parameters(spec: ModelSpec) -> int:
@@ -64,24 +69,74 @@ def beside(found: Forecast) -> pd.DataFrame:
     return frame.assign(difference_GiB=frame["predicted_GiB"] - frame["arithmetic_GiB"])
 
 
-def explained(found: Forecast) -> list[str]:
-    """A sentence for each category whose difference is over 1 % of the forecast's sum."""
+def over(found: Forecast) -> pd.DataFrame:
+    """The rows of `beside` whose difference is over 1 %: of the forecast's sum, or of what arithmetic says where that is less."""
     frame = beside(found)
-    total = frame["predicted_GiB"].iloc[-1]
+    rows, total = frame.iloc[:-1], frame["predicted_GiB"].iloc[-1]
+    said = rows["arithmetic_GiB"].where(rows["arithmetic_GiB"] > 0, total)
+    return rows[rows["difference_GiB"].abs() > said.clip(upper=total) / 100]
+
+
+def explained(found: Forecast) -> list[str]:
+    """A sentence for each category that is `over`, with what makes the difference."""
     return [f"{row.category}: {row.predicted_GiB:.2f} GiB predicted, {row.arithmetic_GiB:.2f} by arithmetic "
-            f"({row.difference_GiB:+.2f}): {_why(found, row.category, row.difference_GiB, found.ledger)}."
-            for row in frame.iloc[:-1].itertuples() if abs(row.difference_GiB) > total / 100]
+            f"({row.difference_GiB:+.2f}): {_why(found, row.category, row.difference_GiB)}." for row in over(found).itertuples()]
 
 
-def _why(found: Forecast, category: str, difference_gib: float, ledger: Mapping[str, int]) -> str:
+def causes(found: Forecast, category: str) -> dict[str, int]:
+    """What the category's bytes are at the forecast's peak, named by where they were made; largest first. They add up."""
+    step, rows = found.trace.reported, found.trace.device_rows()
+    rows = rows.iloc[: step.start + int(found.simulated.allocated_bytes[step].argmax()) + 1]
+    gone = rows.loc[rows["event"] == "free", "storage"]
+    alive = rows[(rows["event"] == "alloc") & (rows["category"] == category) & ~rows["storage"].isin(gone)]
+    sizes: Counter = Counter()
+    for (module, op), size in alive.groupby(["module", "op"])["bytes"].sum().items():
+        sizes[_cause(found, module, op)] += int(size)
+    return dict(sizes.most_common())
+
+
+def _cause(found: Forecast, module: str, op: str) -> str:
+    module = re.sub(r"^base_model\.model\.?", "", module)  # peft's
+    if not module:
+        return "the update" if found.trace.phase == "update" else "the loss on the logits"
+    if module == "model":  # what all blocks share
+        return "ALiBi's mask" if found.question.spec.config.position == "alibi" else "the attention mask"
+    where = next((name for word, name in PLACES if word in module), f"{UNNAMED} ({module})")
+    return f"copies in another type, {where}" if "_to_copy" in op and "lm_head" not in module else where
+
+
+def _why(found: Forecast, category: str, difference_gib: float) -> str:
+    if category in ("activations", "temporaries"):
+        return f"{WHY[category]}: {_named(found, category)}"
     if category in WHY:
         return WHY[category]
+    if category == "optimizer" and 0 < _share(found.question) < 1 and category in found.ledger:
+        return _unequal(found)
     phase = found.trace.phase
     owner = next((f"; the largest is {module}, {size / GIB:.2f} GiB" for kind, module, size in found.trace.owners(100)
                   if kind == category), "")
     if difference_gib < 0:
-        return f"the peak is in {phase}, when {'none' if not ledger.get(category) else 'not all'} of it is there{owner}"
+        return f"the peak is in {phase}, when {'none' if not found.ledger.get(category) else 'not all'} of it is there{owner}"
     return f"more is there at the peak in {phase} than the share that trains{owner}"
+
+
+def _unequal(found: Forecast) -> str:
+    each = STORED[found.weights] * MOMENTS[found.question.row.values["rule"]]
+    moments = sum(size for (module, kind, _), size in found.trace.alive.items() if kind == "optimizer" and "exp_avg" in module)
+    equal = parameters(found.question.spec) * _share(found.question)
+    return (f"the active part has {moments // each:,} weights, an equal share of the model {equal:,.0f}; "
+            "a part that is whole blocks has nothing of the embedding and the head")
+
+
+def _named(found: Forecast, category: str) -> str:
+    """The causes above a twentieth of the category, in GiB; NormHead's also in copies of the head's stored weight."""
+    named = causes(found, category)
+    least = sum(named.values()) / 20
+    head = sum(size for (module, kind, _), size in found.trace.alive.items() if kind == "weights" and "lm_head" in module)
+    words = [f"{name} {size / GIB:.2f}" + (f" (the stored weight {size / head:.1f} times)" if name == PLACES[0][1] and head else "")
+             for name, size in named.items() if size >= least]
+    rest = sum(size for size in named.values() if size < least)
+    return "; ".join([*words, *([f"smaller ones {rest / GIB:.2f}"] if rest >= GIB / 200 else [])])
 
 
 def arithmetic_words(question: Question) -> str:

@@ -145,8 +145,8 @@ def _reserved(cells: Sequence[Mapping], card: str, visible: bool) -> go.Scatter:
     held = [cell["cards"][card] for cell in cells]
     return go.Scatter(
         x=[math.log2(cell["world"]) for cell in cells], y=[round(one["reserved_bytes"] / GIB, 3) for one in held], name=RESERVED,
-        text=[outcome(one).replace(" ", "<br>", 1) for one in held], textposition="top center", textfont={"size": 9},
-        mode="markers+text", cliponaxis=False, visible=visible, customdata=[cell["world"] for cell in cells],
+        text=[outcome(one).replace("flushing", "flush").replace(" ", "<br>") for one in held], textposition="top center",
+        textfont={"size": 9}, mode="markers+text", cliponaxis=False, visible=visible, customdata=[cell["world"] for cell in cells],
         marker={"symbol": "line-ew-open", "size": 16, "color": "#888", "line": {"width": 3}},
         hovertemplate="%{customdata:,} ranks: %{y:.2f} GiB reserved, %{text}<extra>predicted</extra>")
 

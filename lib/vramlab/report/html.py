@@ -124,8 +124,9 @@ def _worlds(said: Forecasts) -> Section:
         return Section("One rank of many", "No world could be forecast; the reasons are here.", None, table, "predicted")
     return Section("One rank of many", "Requested bytes at one rank's peak of fsdp as written, each rank with rows of its own. "
                    "Weights, gradients and optimizer state are cut between ranks; activations, temporaries and the buffers of "
-                   "gathers and reductions (`collectives`) are not. The mark is the reserved peak, the dashed line what the card "
-                   "has for the allocator. What NCCL holds for itself, 1 to 2 GiB a rank, is not included.",
+                   "gathers and reductions (`collectives`) are not. The mark is the reserved peak (`flush`: it fits if the "
+                   "allocator gives its cache back), the dashed line what the card has for the allocator. What NCCL holds for "
+                   "itself, 1 to 2 GiB a rank, is not included.",
                    forecast_figures.worlds(said), table, f"predicted, {said.worlds[0]['device']}", forecasts.worlds_words(said))
 
 
