@@ -22,7 +22,7 @@ IDENTICAL_TO_FULL = {
     "checkpoint every other block": {"acts": {"checkpoint": {"every": 2}}},
     "offload": {"acts": {"offload": {"min_bytes": 0}}},
     "one chunk": {"trains": {"chunks": {"count": 1}}},
-    "one block of everything": {"trains": {"blocks": {"count": 1, "ends": True}}},
+    "one block of everything": {"trains": {"blocks": {"count": 1, "ends": "units"}}},
     "fused backward": {"until": "backward"},
     "one rank": {"place": "fsdp"},
     "one rank, fused backward": {"place": "fsdp", "until": "backward"},

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .axes.adapters import link
 from .axes.leaves import Leaf
 from .axes.place import Fsdp
 from .baichuan import BaichuanForCausalLM, ModelSpec
@@ -55,6 +56,8 @@ class Trace:
     """(module, category, op that made it) -> bytes at the peak."""
     host_bytes: int
     """Most bytes in host memory that the regime put there, the parts not visited included; a batch on its way too."""
+    crossed: Mapping[str, int]
+    """`up_bytes` and `down_bytes` of the reported step where the model is cut between two machines, see `split`; else empty."""
     work: Mapping[str, Mapping]
     """phase -> what the reported step computes and moves there, see `memory.work`."""
     frame: pd.DataFrame
@@ -127,7 +130,7 @@ def trace(spec: ModelSpec, regime: Regime, seq: int, batch: int, steps: int | No
     return Trace(spec.name, regime.name, seq, batch, world, gpu.label, architecture, step,
                  run.turns.parts_due, peak["peak_bytes"], peak["phase"],
                  peak["categories"], {owner: size for owner, size in alive.items() if size > 0}, host_bytes,
-                 run.meter.work(step), run.meter.frame(), time.perf_counter() - began)
+                 run.crossed, run.meter.work(step), run.meter.frame(), time.perf_counter() - began)
 
 
 MANY = 32
@@ -167,6 +170,7 @@ class _Run:
         micro_batches = self.trainer.regime.accumulate
         self.trainer.step([self._batch() for _ in range(micro_batches)], [1 / micro_batches] * micro_batches)
         self.visited[parts] = number
+        self.crossed = cut.read() if (cut := link(self.trainer.model)) else {}
         return number
 
     def _batch(self) -> Batch:

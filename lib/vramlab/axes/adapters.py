@@ -79,10 +79,17 @@ class Lora(All):
 
 @dataclass
 class Link:
-    """What has crossed the cut so far, in bytes: activations up to the server, their gradients down to the client."""
+    """What has crossed the cut so far, in bytes: activations up to the server, their gradients down to the client. Labels, which
+    SplitLoRA sends up too, are not counted."""
 
     up_bytes: int = 0
     down_bytes: int = 0
+
+    def read(self) -> dict[str, int]:
+        """What has crossed since it was read last."""
+        seen = {"up_bytes": self.up_bytes, "down_bytes": self.down_bytes}
+        self.up_bytes = self.down_bytes = 0
+        return seen
 
     def carry(self, block: nn.Module, args: tuple) -> None:
         """Hook of the server's first block."""
@@ -95,6 +102,11 @@ class Link:
 
     def _back(self, gradient: Tensor) -> None:
         self.down_bytes += gradient.nbytes
+
+
+def link(model: nn.Module) -> Link | None:
+    """The link of a model that is cut, of any other none."""
+    return getattr(decoder(model), "link", None)
 
 
 @dataclass(frozen=True)
