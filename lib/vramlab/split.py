@@ -3,7 +3,8 @@
 SplitLoRA, Lin 2024, arXiv:2407.00952: the client has the embeddings and the blocks below the cut, the server the rest. Each
 event of the timeline belongs to the side of the module that made it; what was made outside any (loss, masks, angles) is the
 server's. What crosses is held at both ends: the receiver's copy is added to its peak as if it were always there, so each peak
-is at most what is said. It saves nothing in sum: one device that runs both holds less than the two together.
+is at most what is said, but for kernels' workspaces, of which each machine has its own: they are left out. It saves nothing
+in sum: one device that runs both holds less than the two together.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def side(module: str, cut: int) -> str:
 def sides(frame: pd.DataFrame, step: int, cut: int, crossed: Mapping[str, int]) -> dict[str, dict[str, int]]:
     """side -> {peak_bytes, the side's own and what it receives; weights_bytes; sends_bytes, in one step}, of `step` in a
     timeline as `Meter.frame` gives it. `crossed`: up_bytes and down_bytes of that step."""
-    rows = frame[(frame["category"] != "host") & (frame["step"] <= step)]
+    rows = frame[~frame["category"].isin(["host", "workspace"]) & (frame["step"] <= step)]
     signed = rows["bytes"].where(rows["event"] == "alloc", -rows["bytes"])
     owners = rows["module"].map({name: side(name, cut) for name in rows["module"].unique()})
     sent = {"client": crossed["up_bytes"], "server": crossed["down_bytes"]}

@@ -69,12 +69,21 @@ class Lora(All):
             if isinstance(module, LoraLayer):  # the base inside it is none of these
                 for name in module.adapter_layer_names:
                     getattr(module, name).to(ADAPTERS[self.adapters])
+                for magnitude in module.lora_magnitude_vector.values():
+                    _start_at_the_norm(magnitude, module.get_base_layer().weight)
         return model
 
     def parts(self, model: nn.Module) -> list[Part]:
         frozen = ("lora_A",) if self.frozen_a else ()
         return [tuple(whole(name, p) for name, p in model.named_parameters()
                       if "lora_" in name and not any(word in name for word in frozen))]
+
+
+@torch.no_grad()
+def _start_at_the_norm(magnitude: nn.Module, weight: Tensor) -> None:
+    """DoRA's m as the forward will form the norm, in the adapters' type: else m / norm is not 1 at the start."""
+    weight = weight.to(magnitude.weight.dtype)
+    magnitude.weight.copy_(magnitude.get_weight_norm(weight, torch.zeros_like(weight), 1.0))
 
 
 @dataclass
