@@ -235,8 +235,8 @@ def test_lisas_state_is_that_of_the_active_leaves_and_never_more(until):
         drawn |= blocks
         assert len(blocks) == 1 and {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} < set(active)
         assert trainer.optimizer_state_bytes() == regime.rule.state_bytes(active.values())
-        counts = {name: int(tensor) for index in trainer._active for name, tensor in trainer._turns[index].state() if "step" in name}
-        assert counts["lm_head.weight.step"] == step + 1
+        state = dict(item for index in trainer._active for item in trainer._turns[index].state())
+        assert int(state["lm_head.weight.step"]) == step + 1
         assert all(p.grad is None for p in trainer.model.parameters())
     assert drawn == {"0", "1", "2"}
 
@@ -296,7 +296,8 @@ def test_badam_is_badams(order):
     for step in range(5):
         trainer.step([batch(step)])
     for name, tensor in reference.state_dict().items():
-        torch.testing.assert_close(trainer.model.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+        # an Adam that has just begun divides a gradient by itself, so rounding in it shows: a thousandth of one update
+        torch.testing.assert_close(trainer.model.state_dict()[name], tensor, rtol=0, atol=1e-5)
 
 
 def test_host_and_device_state_train_the_same():

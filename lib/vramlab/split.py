@@ -35,5 +35,6 @@ def sides(frame: pd.DataFrame, step: int, cut: int, crossed: Mapping[str, int]) 
     for name, other in (("client", "server"), ("server", "client")):
         own = signed.where(owners == name, 0)
         peak = int(own.cumsum()[rows["step"] == step].max()) + sent[other]
-        found[name] = {"peak_bytes": peak, "weights_bytes": int(own[rows["category"] == "weights"].sum()), "sends_bytes": sent[name]}
+        weights = int(own[rows["category"] == "weights"].sum())
+        found[name] = {"peak_bytes": peak, "weights_bytes": weights, "sends_bytes": sent[name]}
     return found
