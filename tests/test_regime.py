@@ -32,6 +32,14 @@ def test_all_reasons_come_together():
     ({"rule": {"galore": {"inner": "adam"}}}, ["adam", "adamw, sgd"]),
     ({"grads": {"zeroth_order": {"eps": 0.0}}, "rule": "sgd"}, ["0.0", "positive"]),
     ({"until": {"backward": {"clip_norm": -1.0}}}, ["-1.0", "positive"]),
+    ({"trains": {"blocks": {"ends": "both"}}}, ["both", "rest, units, always"]),
+    ({"trains": {"blocks": {"sample": 2, "order": "ascending"}}}, ["2", "use order: random"]),
+    ({"trains": {"blocks": {"sample": -1}}}, ["-1", "or 0"]),
+    ({"trains": {"top": {"share": 0}}}, ["0", "at most 1"]),
+    ({"trains": {"lora": {"adapters": "fp8"}}}, ["fp8", "fp32, bf16"]),
+    ({"trains": {"lora": {"rank": 0}}}, ["0", "1 or more"]),
+    ({"trains": {"split_lora": {"cut": 0}}}, ["0", "1 or more"]),
+    ({"trains": {"prefix": {"tokens": 0}}}, ["prefix.tokens", "1 or more"]),
 ])
 def test_a_wrong_row_names_the_value_and_the_known_ones(row, words):
     with pytest.raises(IllegalRegime) as refusal:

@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .axes.adapters import link
 from .axes.leaves import Leaf
 from .axes.place import Fsdp
 from .baichuan import BaichuanForCausalLM, ModelSpec
@@ -57,6 +58,8 @@ class Trace:
     """(module, category, op that made it) -> bytes at the peak."""
     host_bytes: int
     """Most bytes in host memory that the regime put there, the parts not visited included; a batch on its way too."""
+    crossed: Mapping[str, int]
+    """`up_bytes` and `down_bytes` of the reported step where the model is cut between two machines, see `split`; else empty."""
     work: Mapping[str, Mapping]
     """phase -> what the reported step computes and moves there, see `memory.work`; empty where it was not counted."""
     frame: pd.DataFrame
@@ -138,7 +141,7 @@ def trace(spec: ModelSpec, regime: Regime, seq: int, batch: int, steps: int | No
         unseen_host_bytes = run.unseen_host_bytes()
     found = Trace.of(run.meter.frame(), step, run.ranked, unseen_host_bytes, model=spec.name, regime=regime.name, seq=seq,
                      batch=batch, world=world, device=gpu.label, architecture=architecture, parts=run.turns.parts_due,
-                     work=run.meter.work(step), took_s=0.0)
+                     crossed=run.crossed, work=run.meter.work(step), took_s=0.0)
     return dataclasses.replace(found, took_s=time.perf_counter() - began)
 
 
@@ -191,6 +194,7 @@ class _Run:
         micro_batches = self.trainer.regime.accumulate
         self.trainer.step([self._batch() for _ in range(micro_batches)], [1 / micro_batches] * micro_batches)
         self.visited[parts] = number
+        self.crossed = cut.read() if (cut := link(self.trainer.model)) else {}
         return number
 
     def _batch(self) -> Batch:

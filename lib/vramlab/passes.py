@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .axes import rounding
+from .axes.adapters import link
 from .baichuan import BaichuanTokenizer, ModelSpec, load_model, read_model_file
 from .base import Recipe, base_model
 from .dataset import Dataset, dataset
@@ -25,6 +26,7 @@ from .observer import Clock, Observer
 from .progress import bar
 from .regime import Regime
 from .regime import regime as read_regime
+from .split import sides
 from .trainer import Batch, Schedule, Trainer
 
 CACHE = ROOT / "outputs" / "cache"
@@ -140,13 +142,21 @@ def meter(prepared: Prepared) -> Metered:
     model = copy.deepcopy(prepared.model)
     watcher = Meter()
     trainer, batches = prepared.trainer(_watched(prepared.regime), model, watcher), _longest(prepared)
+    cut, crossed = link(trainer.model), {}
     with watcher:
         _few_steps(trainer, batches)
+        if cut:
+            cut.read()
+            trainer.step(batches)
+            crossed = cut.read()
     peak = watcher.peak()
     held = trainer.optimizer_state_bytes()
     result = {"peak": peak, "memory_ledger": peak["categories"], "host_bytes": watcher.host_peak_bytes,
               "optimizer_state_bytes": held}
-    return Metered(watcher.frame(), result)
+    frame = watcher.frame()
+    if crossed:
+        result["sides"] = sides(frame, trainer.steps_done - 1, prepared.regime.trains.cut, crossed)
+    return Metered(frame, result)
 
 
 def measured(params: Mapping) -> dict:

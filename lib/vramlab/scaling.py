@@ -69,14 +69,15 @@ def _solved(family: Sequence[Trace], seq: int, batch: int) -> Trace | None:
     sizes, which = np.unique(np.stack([trace.frame["bytes"] for trace in family], axis=1), axis=0, return_inverse=True)
     places = [(trace.seq, trace.batch) for trace in family]
     solved = [_bytes(places, row.tolist(), (seq, batch)) for row in sizes]
-    if None in solved:
+    crossed = {way: _bytes(places, [trace.crossed[way] for trace in family], (seq, batch)) for way in first.crossed}
+    if None in (*solved, *crossed.values()):
         return None
     frame = first.frame.assign(bytes=np.array(solved, np.int64)[which.ravel()])
     frame["live_bytes"] = timeline.live_bytes(frame)
     if first.ranked and highest(frame, first.ranked) != highest(first.frame, first.ranked):
         return None
     return Trace.of(frame, first.step, first.ranked, _unseen(first), model=first.model, regime=first.regime, seq=seq, batch=batch,
-                    world=first.world, device=first.device, architecture=first.architecture, parts=first.parts, work={},
+                    world=first.world, device=first.device, architecture=first.architecture, parts=first.parts, crossed=crossed, work={},
                     took_s=time.perf_counter() - began)
 
 

@@ -69,6 +69,8 @@ class Lora(All):
             if isinstance(module, LoraLayer):  # the base inside it is none of these
                 for name in module.adapter_layer_names:
                     getattr(module, name).to(ADAPTERS[self.adapters])
+                for magnitude in module.lora_magnitude_vector.values():
+                    _start_at_the_norm(magnitude, module.get_base_layer().weight)
         return model
 
     def parts(self, model: nn.Module) -> list[Part]:
@@ -77,12 +79,26 @@ class Lora(All):
                       if "lora_" in name and not any(word in name for word in frozen))]
 
 
+@torch.no_grad()
+def _start_at_the_norm(magnitude: nn.Module, weight: Tensor) -> None:
+    """DoRA's m as the forward will form the norm, in the adapters' type: else m / norm is not 1 at the start."""
+    weight = weight.to(magnitude.weight.dtype)
+    magnitude.weight.copy_(magnitude.get_weight_norm(weight, torch.zeros_like(weight), 1.0))
+
+
 @dataclass
 class Link:
-    """What has crossed the cut so far, in bytes: activations up to the server, their gradients down to the client."""
+    """What has crossed the cut so far, in bytes: activations up to the server, their gradients down to the client. Labels, which
+    SplitLoRA sends up too, are not counted."""
 
     up_bytes: int = 0
     down_bytes: int = 0
+
+    def read(self) -> dict[str, int]:
+        """What has crossed since it was read last."""
+        seen = {"up_bytes": self.up_bytes, "down_bytes": self.down_bytes}
+        self.up_bytes = self.down_bytes = 0
+        return seen
 
     def carry(self, block: nn.Module, args: tuple) -> None:
         """Hook of the server's first block."""
@@ -95,6 +111,11 @@ class Link:
 
     def _back(self, gradient: Tensor) -> None:
         self.down_bytes += gradient.nbytes
+
+
+def link(model: nn.Module) -> Link | None:
+    """The link of a model that is cut, of any other none."""
+    return getattr(decoder(model), "link", None)
 
 
 @dataclass(frozen=True)
