@@ -16,6 +16,10 @@ ALONE = {
     7: {"until": "backward", "accumulate": 2},
     8: {"until": "backward", "clip": 1.0},
     9: {"place": "fsdp", "trains": "blocks"},
+    10: {"weights": "master", "rule": "adam8bit"},
+    11: {"weights": "bf16_sr", "trains": "none", "rule": "none"},
+    12: {"place": "fsdp", "rule": "adafactor"},
+    13: {"rule": "adam_mini", "trains": "chunks"},
 }
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 MASTER = "master"
 """What a leaf's fp32 master is called in its optimizer state."""
 
