@@ -133,6 +133,11 @@ def check_machine(regime: Regime, device: str) -> None:
         if isinstance(regime.weights, Mixed | Bf16) and not torch.cuda.is_bf16_supported():
             name = torch.cuda.get_device_name(device)
             raise ImpossibleHere(f"regime {regime.name!r} computes in bf16, which {name} cannot: use weights: fp32")
+    try:  # before the first step, whose bytes and seconds are not the import's
+        regime.rule.load()
+    except ImportError as error:
+        raise ImpossibleHere(f"regime {regime.name!r} updates by a library that does not import here ({error}): install it, or use "
+                             "rule: adam4bit") from error
     if (isinstance(regime.place, FsdpOffload) and regime.clip > 0 and device.startswith("cuda")
             and distributed.is_initialized() and "gloo" not in distributed.get_backend_config()):
         raise ImpossibleHere(f"regime {regime.name!r} clips gradients that lie in host memory, and this process group reduces "

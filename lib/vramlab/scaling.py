@@ -77,8 +77,8 @@ def _solved(family: Sequence[Trace], seq: int, batch: int) -> Trace | None:
     if first.ranked and highest(frame, first.ranked) != highest(first.frame, first.ranked):
         return None
     return Trace.of(frame, first.step, first.ranked, _unseen(first), model=first.model, regime=first.regime, seq=seq, batch=batch,
-                    world=first.world, device=first.device, architecture=first.architecture, parts=first.parts, crossed=crossed, work={},
-                    took_s=time.perf_counter() - began)
+                    world=first.world, device=first.device, architecture=first.architecture, parts=first.parts,
+                    crossed=crossed, work={}, took_s=time.perf_counter() - began)
 
 
 def _bytes(places: list[tuple[int, int]], sizes: list[int], wanted: tuple[int, int]) -> int | None:

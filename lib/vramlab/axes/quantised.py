@@ -50,13 +50,17 @@ def _on(device: torch.device, codebook: tuple[float, ...]) -> Tensor:
     return torch.tensor(codebook).to(device, copy=True)
 
 
-def adam8bit(params: Iterable[Tensor], lr: float, beta1: float, beta2: float, eps: float, weight_decay: float):
-    """bitsandbytes' AdamW8bit. The package takes seconds to import, so only here; and makes tensors then, which must be real
-    and nobody's bytes, so unseen by fake tensors and meters."""
+def library():
+    """bitsandbytes' optimizers. The package makes tensors when it is imported, which must be real and nobody's bytes: so unseen
+    by fake tensors and meters. Raises: ImportError."""
     with _disable_current_modes():
-        from bitsandbytes.optim import AdamW8bit
+        import bitsandbytes.optim
+    return bitsandbytes.optim
 
-    class OwnCodebooks(AdamW8bit):
+
+def adam8bit(params: Iterable[Tensor], lr: float, beta1: float, beta2: float, eps: float, weight_decay: float):
+    """bitsandbytes' AdamW8bit."""
+    class OwnCodebooks(library().AdamW8bit):
         """Each tensor holds its codebooks: there they belong to the optimizer, and so to many tensors or to one, as
         `until` has it, which no count of a tensor's state can know."""
 
