@@ -1,8 +1,9 @@
 """What a step should cost by arithmetic on a napkin, beside the forecast, and why they differ.
 
 Bytes a parameter, for the weights, gradients and optimizer state that are there throughout: fp32 AdamW 4 + 4 + 8, bf16 AdamW
-2 + 2 + 4, LOMO 4 or 2 alone. Parts that take turns count as one part of equal size; low-rank adapters and moments as nothing. NOT
-in it: activations, temporaries, workspaces, rounding and the allocator's cache. Those are the forecast's to say.
+2 + 2 + 4, with an fp32 master 2 + 2 + 12, LOMO 4 or 2 alone. Parts that take turns count as one part of equal size; low-rank
+adapters and moments as nothing. NOT in it: activations, temporaries, workspaces, rounding and the allocator's cache. Those
+are the forecast's to say.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from .baichuan import BaichuanForCausalLM, ModelSpec
 from .predict import Forecast, Question
 
 GIB = 2**30
-STORED = {"fp32": 4, "mixed": 4, "bf16": 2}
-"""Bytes of a stored weight; gradients and moments have the weight's own type."""
-MOMENTS = {"adamw": 2}
+STORED = {"fp32": 4, "mixed": 4, "bf16": 2, "bf16_sr": 2, "master": 2}
+"""Bytes of a stored weight; gradients have the weight's own type, and moments too, but fp32 beside a master."""
+MOMENTS = {"adamw": 2, "adam_mini": 1}
+CODED = {"adam8bit": 2 + 8 / 256, "adam4bit": 1 + 8 / 128}
+"""Bytes a trained weight of both moments, whatever the weight's type: codes, and a scale a block."""
 WHY = {
     "activations": "kept by forward for backward; the arithmetic has none",
     "temporaries": "alive only inside an operation or between two, the logits and their loss first; the arithmetic has none",
@@ -42,7 +45,13 @@ def closed_form(question: Question) -> dict[str, int]:
     stored, trained = STORED[row.values["weights"]], count * _share(question)
     kept = 0.0 if row.values["until"] == "backward" or not row.grads.backward else trained
     return {"weights": stored * count, "gradients": round(stored * kept),
-            "optimizer": round(stored * MOMENTS.get(row.values["rule"], 0) * trained)}
+            "optimizer": round(_remembered(row.values["weights"], row.values["rule"]) * trained)}
+
+
+def _remembered(weights: str, rule: str) -> float:
+    """Optimizer state, in bytes a trained weight."""
+    master = weights == "master"
+    return 4 * master + (CODED[rule] if rule in CODED else (4 if master else STORED[weights]) * MOMENTS.get(rule, 0))
 
 
 def _share(question: Question) -> float:

@@ -194,6 +194,11 @@ def check_machine(regime: Regime, device: str) -> None:
         if isinstance(regime.weights, Mixed | Bf16) and not torch.cuda.is_bf16_supported():
             name = torch.cuda.get_device_name(device)
             raise ImpossibleHere(f"regime {regime.name!r} computes in bf16, which {name} cannot: use weights: fp32")
+    try:  # before the first step, whose bytes and seconds are not the import's
+        regime.rule.load()
+    except ImportError as error:
+        raise ImpossibleHere(f"regime {regime.name!r} updates by a library that does not import here ({error}): install it, or use "
+                             "rule: adam4bit") from error
     if _fsdp(regime) and not (distributed.is_available() and distributed.is_initialized()):
         raise ImpossibleHere(f"regime {regime.name!r} shards over a process group, and this process is in none: start it with "
                              "torchrun and call torch.distributed.init_process_group, or use place: device")

@@ -28,6 +28,9 @@ class Rule:
     pieces: ClassVar[bool] = True
     """Whether the update of a part of a matrix is that part of the matrix' update, so that ranks may each do theirs."""
 
+    def load(self) -> None:
+        """Imports the library the rule is made of, if there is one. Raises: ImportError."""
+
     def fitted(self, fit: Fit) -> Rule:
         """The rule for these leaves."""
         return self
@@ -141,12 +144,14 @@ class AdamW(RowRule):
 
 @dataclass(frozen=True)
 class Sgd(RowRule):
-    """w <- w - lr * g, formed in fp32, remembering nothing: no state at all. torch's fused kernel, except on sharded weights,
-    for which it has none: there tensor by tensor, in place too."""
+    """w <- w - lr * g, formed in fp32, remembering nothing: no state at all. torch's fused kernel where it has one that is
+    right: not for sharded weights, and not for bf16, of which its CPU kernel skips all but the last few (pytorch issue 191763,
+    up to 2.13). There tensor by tensor, in place too."""
 
     def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
         if _torch_stores(fit):
-            return _Sgd(params, lr=lr, fused=not any(is_sharded(p) for p in params))
+            fused = all(p.dtype == torch.float32 and not is_sharded(p) for p in params)
+            return _Sgd(params, lr=lr, fused=fused, foreach=False)
         return RowSgd(params, lr, fit)
 
     def leaf_bytes(self, leaf: Tensor, fit: Fit) -> int:
@@ -222,6 +227,9 @@ class Adam8bit(Rule):
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
+
+    def load(self) -> None:
+        quantised.library()
 
     def make(self, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
         return quantised.adam8bit(params, lr, **vars(self))
