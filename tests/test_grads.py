@@ -38,11 +38,12 @@ def _z(trainer):
     return {name: normal((p.numel(),), generator(p.device, 0, 0, name, 0)).view_as(p) for name, p in named}
 
 
-def test_the_guess_is_the_slope_along_z():
+@pytest.mark.parametrize("head", ["plain", "fused"])
+def test_the_guess_is_the_slope_along_z(head):
     tiny, lr = model(), 0.1
     tiny(**batch(1)).loss.backward()
     gradient = {name: p.grad for name, p in tiny.named_parameters()}
-    trainer = _trainer(lr, grads={"zeroth_order": {"eps": 3e-4}})
+    trainer = _trainer(lr, grads={"zeroth_order": {"eps": 3e-4}}, head=head)
     before, z = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, _z(trainer)
     trainer.step([batch(1)])
     slope = sum((gradient[name] * z[name]).sum() for name in z)

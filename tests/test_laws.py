@@ -57,8 +57,9 @@ def test_lomo_is_sgd():
     assert all(torch.equal(weights[name], tensor) for name, tensor in reference.state_dict().items())
 
 
+@pytest.mark.parametrize("head", ["plain", "fused"])
 @pytest.mark.parametrize("clip_norm", [0.5, 1e6])
-def test_clipping_inside_backward_is_clipped_sgd(clip_norm):
+def test_clipping_inside_backward_is_clipped_sgd(clip_norm, head):
     reference, lr = model(), 1e-1
     schedule, optimizer = Schedule(lr, 4), torch.optim.SGD(reference.parameters(), lr=lr)
     for step in range(4):
@@ -68,11 +69,12 @@ def test_clipping_inside_backward_is_clipped_sgd(clip_norm):
         norm = nn.utils.clip_grad_norm_(reference.parameters(), clip_norm)
         assert (norm > clip_norm) == (clip_norm == 0.5)
         optimizer.step()
-    losses, weights, _ = train({"until": {"backward": {"clip_norm": clip_norm}}, "rule": "sgd"}, lr=lr)
+    row = {"until": {"backward": {"clip_norm": clip_norm}}, "rule": "sgd", "head": head}
+    losses, weights, _ = train(row, lr=lr)
     for name, tensor in reference.state_dict().items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)
     if clip_norm == 1e6:
-        lomo_losses, lomo_weights, _ = train({"until": "backward", "rule": "sgd"}, lr=lr)
+        lomo_losses, lomo_weights, _ = train({**row, "until": "backward"}, lr=lr)
         assert losses == lomo_losses and all(torch.equal(weights[name], lomo_weights[name]) for name in weights)
 
 

@@ -13,7 +13,10 @@ from micro import train
 from vramlab.axes.noise import generator, normal
 from vramlab.axes.projected import Apollo, GaLore
 from vramlab.axes.rowwise import Fit
+from vramlab.forecast import trace
 from vramlab.memory.virtual import virtual_gpu
+from vramlab.passes import model_spec
+from vramlab.regime import read_row
 
 SHAPES = {"layers.0.wide": (7, 12), "layers.0.tall": (33, 5), "layers.0.square": (9, 9), "layers.0.norm": (6,), "embed": (11, 4)}
 
@@ -177,6 +180,12 @@ def test_a_run_stopped_between_two_projections_goes_on_as_if_it_had_not(rule, dt
     again.load_state_dict(saved)
     _ours(rule, halves, steps=7, first=3, optimizer=again)
     assert all(torch.equal(whole[name], halves[name]) for name in SHAPES)
+
+
+def test_the_forecast_reports_a_step_that_projects_anew():
+    traced = trace(model_spec("tiny"), read_row("row", {"rule": "galore"}), 64, 1)
+    made = traced.frame[(traced.frame["step"] == traced.step) & traced.frame["op"].str.contains("linalg_svd")]
+    assert traced.step == 1 and (made["phase"] == "update").all() and len(made)
 
 
 O, I, MIB = 1024, 4096, 1 << 20  # noqa: E741
