@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -77,7 +76,7 @@ def test_a_streamed_head_adds_up_over_micro_batches_and_pieces(head, monkeypatch
     other_losses, other_weights, _ = train({**row, "place": {"host_weights": {"head_rows": 7}}})
     assert other_losses == pytest.approx(losses, abs=1e-6)
     for name, tensor in weights.items():
-        torch.testing.assert_close(other_weights[name], tensor, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(other_weights[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_streamed_backwards_pass_gradcheck():
@@ -118,8 +117,9 @@ def test_host_state_is_a_copy_gradients_and_moments_on_the_host(until):
 @pytest.mark.parametrize("head", ["plain", "fused"])
 def test_weights_on_the_host_pass_the_device_two_blocks_at_a_time(head):
     said = _traced(**STREAMED, head=head)
-    assert set(said.frame.query("category == 'buffers'")["bytes"]) >= set(said.before()["bytes"])
     frame = said.device_rows()
+    lasting = frame[frame["category"].isin(["buffers", "workspace"])]
+    assert set(said.before()["storage"]) <= set(lasting["storage"])
     weights = frame[frame["category"] == "weights"]
     live = weights["bytes"].where(weights["event"] == "alloc", -weights["bytes"]).cumsum()
     block, norm = sum(p.nbytes for p in micro.model().model.layers[0].parameters()), 4 * 20
@@ -141,12 +141,12 @@ def test_a_gradient_leaves_before_the_next_but_one_is_formed():
 
 
 def test_the_device_never_holds_a_table_that_is_on_the_host():
-    table = 4 * 61 * 20
-    held = [_traced(place=place, head="fused").device_rows().query("event == 'alloc' and bytes == @table")
-            for place in ("device", "host_embed")]
-    assert all(held[1]["module"].str.startswith("lm_head")) and len(held[1]) < len(held[0])
-    left = [_traced(place=place).before()["bytes"].sum() for place in ("device", "host_embed")]
-    assert left[0] - left[1] == 3 * table + 4
+    table, (here, there) = 4 * 61 * 20, [_traced(place=place, head="fused") for place in ("device", "host_embed")]
+    for said, without in ((here, False), (there, True)):
+        frame = said.device_rows()
+        owners = frame["module"][(frame["event"] == "alloc") & (frame["bytes"] == table)]
+        assert owners.str.startswith("lm_head").all() == without
+    assert here.before()["bytes"].sum() - there.before()["bytes"].sum() == 3 * table + 4
 
 
 @pytest.mark.parametrize("place", ["host_weights", "host_embed"])
@@ -224,8 +224,15 @@ def test_the_7b_stays_in_its_budget(regime):
     assert_peak(regime, "baichuan2-7b", 1024, 1, BUDGETS[regime], "bf16")
 
 
-def test_orders_of_places_do_not_matter_to_the_random_order():
-    """A resting part's weights may be trained by another part meanwhile: the host's copy is taken at every turn."""
-    rows = [{"place": place, "trains": {"blocks": {"count": 2, "interval": 1, "ends": True}}} for place in ("device", "host_state")]
-    (_, first, _), (_, second, _) = (train(row, steps=7) for row in rows)
-    assert all(torch.equal(first[name], second[name]) for name in first) and len(list(itertools.chain(first))) == TENSORS
+def test_the_hosts_copy_follows_what_other_parts_train():
+    """Two parts that both hold every weight, as no row has them: each finds what the other has made of it."""
+    whole = read_row("row", {"place": "host_state", "trains": {"blocks": {"count": 1, "ends": True}}})
+    ends = {}
+    for place in ("device", "host_state"):
+        trainer = Trainer(model(), read_row("row", {"place": place, "trains": {"blocks": {"interval": 1, "ends": True,
+                          "order": "ascending", "state": "host"}}}), Schedule(1e-2, 6))
+        trainer.parts = whole.trains.parts(trainer.model) * 2
+        for step in range(5):
+            trainer.step([batch(step)])
+        ends[place] = trainer.finish().state_dict()
+    assert all(torch.equal(ends["device"][name], tensor) for name, tensor in ends["host_state"].items())

@@ -19,7 +19,7 @@ AXES: dict[str, dict[str, type]] = {
     "trains": {"all": All, "none": Nothing, "lora": Lora, "blocks": Blocks, "chunks": Chunks},
     "until": {"step": Step, "backward": Backward},
     "rule": {"adamw": AdamW, "sgd": Sgd, "none": NoRule},
-    "acts": {"keep": Keep, "checkpoint": Checkpoint, "selective": Selective, "offload": Offload},
+    "acts": {"keep": Keep, "checkpoint": Checkpoint, "offload": Offload, "selective": Selective},
     "head": {"plain": Plain, "fused": Fused},
     "place": {"device": Device, "host_state": HostState, "host_weights": HostWeights, "host_embed": HostEmbed, "fsdp": Fsdp,
               "fsdp_offload": FsdpOffload},
