@@ -30,6 +30,17 @@ IDENTICAL_TO_FULL = {
     "one rank, fused backward": {"place": "fsdp", "until": "backward"},
     "one rank, checkpoint": {"place": "fsdp", "acts": "checkpoint"},
     "one rank, offload": {"place": "fsdp", "acts": "offload"},
+    "selective": {"acts": "selective"},
+    "one rank, selective": {"place": "fsdp", "acts": "selective"},
+    "checkpoint, offload": {"acts": {"checkpoint": {"offload": True}}},
+    "host state": {"place": "host_state"},
+    "host state, fused backward": {"place": "host_state", "until": "backward"},
+    "host embeddings": {"place": "host_embed"},
+    "host embeddings, fused backward": {"place": "host_embed", "until": "backward"},
+    "host weights": {"place": "host_weights", "acts": "checkpoint"},
+    "host weights, fused backward": {"place": "host_weights", "acts": {"checkpoint": {"offload": True}}, "until": "backward"},
+    "one rank, host": {"place": "fsdp_offload"},
+    "one rank, host, fused backward": {"place": "fsdp_offload", "until": "backward"},
 }
 
 
@@ -239,7 +250,9 @@ LISA = {"blocks": {"interval": 2, "sample": 1, "ends": "always"}}
                                  {"trains": {"lora": {"dora": True}}}, {"trains": {"lora": {"frozen_a": True}}},
                                  {"trains": {"lora": {"adapters": "bf16"}}, "weights": "nf4"}, {"trains": "split_lora"},
                                  {"trains": "lora", "weights": "int8"}, {"trains": "prompt"}, {"trains": "prefix"},
-                                 {"trains": {"blocks": {"ends": "units", "interval": 1, "state": "device"}}}], ids=str)
+                                 {"trains": {"blocks": {"ends": "units", "interval": 1, "state": "device"}}},
+                                 {"place": "host_state"}, {"place": "host_embed", "trains": {"chunks": {"count": 4, "state": "host"}}},
+                                 {"place": "host_weights", "acts": "checkpoint", "until": "backward"}], ids=str)
 def test_optimizer_state_is_exactly_what_the_rule_promises(row):
     _, _, trainer = train(row, steps=4)
     leaves = {name: p for turn in trainer._turns.values() for name, p in turn.leaves.named.items()}

@@ -22,7 +22,7 @@ def test_all_reasons_come_together():
 
 
 @pytest.mark.parametrize(("row", "words"), [
-    ({"acts": "chekpoint"}, ["chekpoint", "keep, checkpoint, selective, offload"]),
+    ({"acts": "chekpoint"}, ["chekpoint", "keep, checkpoint, offload, selective"]),
     ({"colour": 1}, ["colour", "weights, trains"]),
     ({"trains": {"chunks": {"k": 3}}}, ["k", "count"]),
     ({"trains": {"chunks": {"count": 0}}}, ["0", "1 or more"]),

@@ -28,7 +28,7 @@ AXES: dict[str, dict[str, type]] = {
     "until": {"step": Step, "backward": Backward},
     "rule": {"adamw": AdamW, "sgd": Sgd, "adafactor": Adafactor, "adalomo": AdaLomo, "adam_mini": AdamMini, "adam8bit": Adam8bit,
              "adam4bit": Adam4bit, "galore": GaLore, "apollo": Apollo, "none": NoRule},
-    "acts": {"keep": Keep, "checkpoint": Checkpoint, "selective": Selective, "offload": Offload},
+    "acts": {"keep": Keep, "checkpoint": Checkpoint, "offload": Offload, "selective": Selective},
     "head": {"plain": Plain, "fused": Fused},
     "place": {"device": Device, "host_state": HostState, "host_weights": HostWeights, "host_embed": HostEmbed, "fsdp": Fsdp,
               "fsdp_offload": FsdpOffload},

@@ -59,7 +59,8 @@ class Fetch(torch.autograd.Function):
 class BlockStream:
     """Brings up the weights of the blocks in the order they run."""
 
-    def __init__(self, stack: nn.Module, bus: Bus):
+    def __init__(self, model: nn.Module, stack: nn.Module, bus: Bus):
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._blocks, self._bus, self._table = list(stack.layers), bus, stack.embed_tokens
         self._there: dict[int, dict[int, tuple[Tensor, object]]] = {}  # block -> weight -> on the device, and when
         self._running: tuple[int, bool] | None = None  # block, and whether it is formed again
@@ -98,6 +99,7 @@ class BlockStream:
     def _bring(self, index: int) -> None:
         if not self._there.get(index):
             self._there[index] = {id(p): self._bus.up(p.detach()) for p in self._blocks[index].parameters()}
+            self._bus.observer.own("weights", ((self._names[key], up) for key, (up, _) in self._there[index].items()))
 
     def _drop(self, index: int) -> None:
         for _, event in self._there.pop(index, {}).values():
@@ -170,6 +172,7 @@ def rows_up(weight: Tensor, pieces: Spans, bus: Bus) -> Iterator[Tensor]:
         following = pieces[at + 1 : at + 2]
         coming = bus.up(weight[slice(*following[0])]) if following else None
         bus.arrived(event)
+        bus.observer.own("weights", [("lm_head.weight", rows)])
         yield rows
 
 
@@ -212,7 +215,7 @@ class HostWeights(Device):
             for name, child in parent.named_children():
                 if isinstance(child, NormHead):
                     setattr(parent, name, StreamedHead(child, self.head_rows, bus))
-        BlockStream(stack, bus)
+        BlockStream(model, stack, bus)
         return super().shard(model, device, weights, observer)
 
     def updater(self, until: Any, rule: Any, leaves: Mapping[str, nn.Parameter], lr: float, model: nn.Module,

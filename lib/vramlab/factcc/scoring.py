@@ -24,7 +24,8 @@ def score_items(model: nn.Module, tokenizer: BaichuanTokenizer, items: Sequence[
     if model.training:
         raise ValueError("the model is in training mode: call .eval() before scoring")
     no, yes = answer_ids(tokenizer)
-    device = next(model.parameters()).device
+    # a table on the host tells where its rows are wanted; else weights and inputs are in one place
+    device = getattr(model.get_input_embeddings(), "runs_on", None) or next(model.parameters()).device
     encoded = [encode_item(tokenizer, item, max_length) for item in items]
     # longest first: rows of a batch are of like length, and running out of memory shows at once
     order = sorted(range(len(items)), key=lambda i: -len(encoded[i].input_ids))
