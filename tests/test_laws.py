@@ -251,7 +251,8 @@ LISA = {"blocks": {"interval": 2, "sample": 1, "ends": "always"}}
                                  {"trains": {"lora": {"adapters": "bf16"}}, "weights": "nf4"}, {"trains": "split_lora"},
                                  {"trains": "lora", "weights": "int8"}, {"trains": "prompt"}, {"trains": "prefix"},
                                  {"trains": {"blocks": {"ends": "units", "interval": 1, "state": "device"}}},
-                                 {"place": "host_state"}, {"place": "host_embed", "trains": {"chunks": {"count": 4, "state": "host"}}},
+                                 {"place": "host_state"},
+                                 {"place": "host_embed", "trains": {"chunks": {"count": 4, "state": "host"}}},
                                  {"place": "host_weights", "acts": "checkpoint", "until": "backward"}], ids=str)
 def test_optimizer_state_is_exactly_what_the_rule_promises(row):
     _, _, trainer = train(row, steps=4)

@@ -121,11 +121,11 @@ def trace(spec: ModelSpec, regime: Regime, seq: int, batch: int, steps: int | No
     The step reported is the last of `steps` (2 unless given): the first makes the optimizer's state, the rest start with
     it. A rule that projects anew every `gap` steps does so at every step here: the reported step is one of those, whose peak
     decides whether a run fits; what cuSOLVER takes for itself is not in it. Where some gradients are guessed it is the highest
-    of a cycle of steps: one that forms the true gradient. Where parts take turns it is a step of the part with the highest
-    peak. Each part is run once, ranked by its peak with the optimizer's state of a second turn in place of that of the first,
-    and the highest is run again. Where all parts between the first and the last have the same shapes, only the lowest of them
-    is run: backward goes down to the lowest active weight, so a lower part keeps every activation that a higher one keeps, and
-    more. `every_part` runs all.
+    of a cycle of steps: one that forms the true gradient. Where parts take turns it is a step of the part with the highest peak.
+    Each part is run once, ranked by its peak with the optimizer's state of a second turn in place of that of the first, and the
+    highest is run again. Where all parts between the first and the last have the same shapes, only the lowest of them is run:
+    backward goes down to the lowest active weight, so a lower part keeps every activation that a higher one keeps, and more.
+    `every_part` runs all.
 
     `card` is a compute capability, or has one as `compute_capability`; without it, (8, 0). `mode`: see `virtual_gpu`.
 

@@ -38,7 +38,8 @@ class Random(Identity):
 
 
 class LowRank(nn.Module):
-    """G of one site: u = D_h LN(h) + D_d d / sigma, k numbers; u <- W silu(u), depth - 1 times; G = U u, with U = 0 at first."""
+    """G of one site: u = D_h LN(h) + D_d d / sigma, k numbers; u <- W silu(u), depth - 1 times; G = U u / k, with U = 0 at
+    first. The k is for rules whose steps have the learning rate's length: without it the first ones overshoot."""
 
     def __init__(self, size: int, rank: int, depth: int):
         super().__init__()
@@ -55,7 +56,7 @@ class LowRank(nn.Module):
         u = read + self.error(error.to(self.error.weight.dtype))
         for layer in self.middle:
             u = layer(F.silu(u))
-        return self.up(u)
+        return self.up(u) / u.shape[-1]
 
 
 class Learned(Identity):

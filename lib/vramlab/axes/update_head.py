@@ -85,11 +85,12 @@ class UpdatedNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Amortised(Exact):
-    """Exact gradients for all that trains; G's output is held against the gradient it stands for: that of the loss by theta,
-    token by token, where theta has not been updated yet."""
+    """Exact gradients for all that trains; G's output is held against the gradient it stands for, token by token: that of the
+    loss at theta, which is to be updated (site `all`), and at theta' (site `updated`). The second goes to zero in the mean as G
+    learns, whatever it has learnt, and tells only that it has; the first tells whether g is a gradient."""
 
     probe: int = 0
-    """Steps from probe to probe, the first step being one; 0 is never. A probe is one forward and the head's backward more."""
+    """Steps from probe to probe, the first step being one; 0 is never. A probe is two forwards and the head's backward twice."""
     drop: bool = False
     """Whether a probe also measures how far the loss falls along the guess: three forwards more."""
 
@@ -116,7 +117,7 @@ class _Probed(Updater):
     def __init__(self, value: Amortised, model: nn.Module, inner: Updater, observer: Observer):
         super().__init__(inner.optimizers)
         self.inner, self.value, self.head, self.observer = inner, value, decoder(model).norm, observer
-        self.again, self._probes = Again(model, observer), Probes()
+        self.again, self._before, self._after = Again(model, observer), Probes(), Probes()
 
     def begin(self, step: int, lr: float) -> None:
         self.inner.begin(step, lr)
@@ -132,22 +133,27 @@ class _Probed(Updater):
             self._probe()
 
     def _probe(self) -> None:
+        guess, true = self._gradient(updated=False)
+        ratio = drop_ratio(self._loss_after, {"code": guess}, {"code": true}) if self.value.drop else None
+        self._before.add(self.step, {"code": guess}, {"code": true}, ratio)
+        self._after.add(self.step, {"code": guess}, {"code": self._gradient(updated=True)[1]})
+
+    def _gradient(self, updated: bool) -> tuple[Tensor, Tensor]:
+        """g, and the gradient of the loss by the code of each token, at theta or at theta'."""
         seen = {}
 
-        def as_it_is(theta: Tensor, guess: Tensor) -> Tensor:
+        def tap(theta: Tensor, guess: Tensor) -> Tensor:
             seen["guess"] = guess.detach()
-            seen["code"] = theta.detach().expand_as(guess).clone().requires_grad_()
+            seen["code"] = (theta - self.head.eta * guess * updated).detach().requires_grad_()
             return seen["code"]
 
-        loss = self._tapped(as_it_is)
+        loss = self._tapped(tap)
         with self.observer.phase("backward"):
-            true, guessed = {"head": torch.autograd.grad(loss, seen["code"])[0]}, {"head": seen["guess"]}
-        del loss
-        self._probes.add(self.step, guessed, true, drop_ratio(self._loss_after, guessed, true) if self.value.drop else None)
+            return seen["guess"], torch.autograd.grad(loss, seen["code"])[0]
 
     @torch.no_grad()
     def _loss_after(self, change: Mapping[str, Tensor]) -> Tensor:
-        return self._tapped(lambda theta, guess: theta.expand_as(guess) - change.get("head", 0))
+        return self._tapped(lambda theta, guess: theta.expand_as(guess) - change.get("code", 0))
 
     def _tapped(self, tap: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         self.head.tap = tap
@@ -160,4 +166,5 @@ class _Probed(Updater):
         self.inner.apply()
 
     def probes(self) -> list[dict]:
-        return self._probes.rows()
+        return [{**row, "site": site} for site, probes in (("all", self._before), ("updated", self._after))
+                for row in probes.rows() if row["site"] == "all"]
