@@ -41,7 +41,8 @@ def _bus():
 ALIKE = [
     *({"place": place, **row} for place in ("host_state", "host_embed")
       for row in ({"clip": 0.1}, {"accumulate": 2}, {"weights": "bf16"}, {"acts": "offload"}, {"trains": "lora"},
-                  {"trains": {"chunks": {"count": 7}}}, {"trains": {"chunks": {"count": 7, "state": "device"}}, "until": "backward"})),
+                  {"trains": {"chunks": {"count": 7}}},
+                  {"trains": {"chunks": {"count": 7, "state": "device"}}, "until": "backward"})),
     *({**STREAMED, **row} for row in
       ({"clip": 0.1}, {"accumulate": 2}, {"weights": "bf16"}, {"weights": "mixed"}, {"trains": "lora"},
        {"trains": {"blocks": {"interval": 1, "order": "descending", "state": "host"}}},

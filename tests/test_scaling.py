@@ -11,7 +11,7 @@ from vramlab.atlas import Atlas, chart
 from vramlab.predict import Question
 from vramlab.scaling import Sizes, _bytes, alike
 
-TRACED = ((256, 1), (1024, 4), (768, 2))
+TRACED = ((256, 1), (2048, 4), (512, 2))
 
 
 def _traces(regime: str, weights: str = ""):

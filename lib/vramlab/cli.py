@@ -23,13 +23,15 @@ def _regimes(args) -> int:
 
 
 def table(rows: dict) -> str:
-    """The regimes-by-axes table in Markdown, as the README shows it."""
+    """The regimes-by-axes table in Markdown, as the README shows it. A cell left empty is the axis's default."""
     from .axes import AXES
 
     def cell(row, axis: str) -> str:
         fields = {k: v for k, v in row.axes()[axis].items() if k != "value"}
         defaults = AXES[axis][row.values[axis]]()
         told = [f"{k} {v}" for k, v in fields.items() if getattr(defaults, k) != v]
+        if not told and row.values[axis] == next(iter(AXES[axis])):
+            return ""
         return row.values[axis] + (f" ({', '.join(told)})" if told else "")
 
     head = "| regime | " + " | ".join(AXES) + " | what it does to the bytes |"
