@@ -104,6 +104,9 @@ def test_predict_says_what_the_forecast_says_beside_the_arithmetic(tmp_path):
 @pytest.mark.parametrize(("question", "count", "each"), [
     (Question("baichuan2-7b", "full", 1, 1), 7_505_973_248, (4, 4, 8)),
     (Question("baichuan2-7b", "full", 1, 1, "bf16"), 7_505_973_248, (2, 2, 4)),
+    (Question("baichuan2-7b", "master", 1, 1), 7_505_973_248, (2, 2, 12)),
+    (Question("baichuan2-7b", "adam8bit", 1, 1, "bf16"), 7_505_973_248, (2, 2, 2.03125)),
+    (Question("baichuan2-7b", "adam4bit", 1, 1, "bf16"), 7_505_973_248, (2, 2, 1.0625)),
     (Question("baichuan2-13b", "lomo", 1, 1, "bf16"), 13_896_668_160, (2, 0, 0)),
     (Question("baichuan2-7b", "chunkft", 1, 1), 7_505_973_248, (4, 0.5, 1)),
     (Question("baichuan2-7b", "zero_shot", 1, 1), 7_505_973_248, (4, 0, 0))])
