@@ -161,6 +161,15 @@ def test_g_learns_what_it_is_shown():
     assert learned[0] == pytest.approx(identity[0]) and learned[-1] > 0.5 * (1 + identity[-1])
 
 
+@pytest.mark.parametrize("row", [predicted("learned", every=2, drop=True), predicted("random", every=0),
+                                 {"trains": "update_head", "grads": {"amortised": {"probe": 1}}}], ids=str)
+def test_the_head_may_be_fused(row):
+    (losses, _, plain), (others, _, fused) = train(row), train({**row, "head": "fused"})
+    assert others == pytest.approx(losses, rel=1e-5)
+    for one, other in zip(plain.probes(), fused.probes(), strict=True):
+        assert other["site"] == one["site"] and other["cosine"] == pytest.approx(one["cosine"], abs=1e-3)
+
+
 class _Saved(Observer):
     """Bytes that autograd saves in each forward, parameters left out."""
 
