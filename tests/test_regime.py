@@ -28,6 +28,13 @@ ALONE = {
     19: {"grads": "zeroth_order", "rule": "sgd", "acts": "checkpoint"},
     20: {"grads": "zeroth_order", "rule": "sgd", "clip": 1.0},
     21: {"grads": "zeroth_order", "rule": "sgd", "weights": "master"},
+    22: {"grads": "predicted"},
+    23: {"trains": "writers", "grads": {"predicted": {"by": "identity"}}, "until": "backward"},
+    24: {"trains": "writers", "grads": "predicted", "clip": 1.0},
+    25: {"trains": "writers", "grads": {"predicted": {"by": "identity", "every": 0}}, "acts": "checkpoint"},
+    26: {"trains": "update_head", "acts": "checkpoint"},
+    27: {"grads": "amortised"},
+    28: {"trains": "writers", "grads": "predicted", "place": "fsdp"},
 }
 
 
