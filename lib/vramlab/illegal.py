@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from .axes.acts import Checkpoint
+from .axes.acts import Checkpoint, Selective
 from .axes.adapters import Lora, Prefix, Prompt, SplitLora
 from .axes.feedback import Predicted, Writers
 from .axes.grads import Exact, ZerothOrder
@@ -162,7 +162,7 @@ ILLEGAL: list[Prohibition] = [
         "place: fsdp cuts weights between rows, and weights: nf4 and int8 are packed: use place: device, or weights: bf16",
         {"weights": "nf4", "trains": "lora", "place": "fsdp"}),
     Prohibition(
-        lambda r: isinstance(r.trains, Prefix) and isinstance(r.acts, Checkpoint),
+        lambda r: isinstance(r.trains, Prefix) and isinstance(r.acts, Checkpoint | Selective),
         "trains: prefix goes through the key-value cache, to which a checkpointed block, formed again, would add its "
         "tokens twice (peft refuses it too): use acts: keep or offload, or trains: prompt",
         {"trains": "prefix", "acts": "checkpoint"}),

@@ -6,8 +6,8 @@ H is what the final norm gives (the paper's LayerNorm(H) is that norm, so that t
 p numbers, P (H, p) and G an MLP of 1 to 5 layers. All three train by the task's loss; the backbone is frozen. Nothing below H
 requires a gradient, so forward keeps nothing of the backbone and backward touches the head side alone.
 
-That is a conditional adapter on the last hidden state, exactly differentiated: nothing in the loss makes g the gradient it is
-called. `grads: amortised` measures how near it comes. eta = 0 is the adapter without condition: one learned bias P theta.
+That is a conditional adapter on the last hidden state, exactly differentiated: nothing in the loss asks that g be the gradient
+it is called. `grads: amortised` measures how near it comes. eta = 0 is the adapter without condition: one learned bias P theta.
 
 Shapes: b batch, t tokens, H hidden, p code, w width. H (b, t, H); g, theta' (b, t, p); theta (p).
 """
