@@ -120,8 +120,9 @@ def test_waiting_for_a_collective_makes_nothing():
 def test_offloaded_pieces_are_host_bytes(until):
     """Weights, gradients and moments: the same bytes, on the other side."""
     here, offloaded = _said({"until": until}, 8), _said({"until": until}, 8, place="fsdp_offload")
-    pieces = sum(_piece(parameter, 8) for parameter in micro.model().parameters())
-    assert here.before()["bytes"].sum() - offloaded.before()["bytes"].sum() == 12 * pieces + 4 * len(list(micro.model().parameters()))
+    parameters = list(micro.model().parameters())
+    pieces = sum(_piece(parameter, 8) for parameter in parameters)
+    assert here.before()["bytes"].sum() - offloaded.before()["bytes"].sum() == 12 * pieces + 4 * len(parameters)
     assert not {"weights", "optimizer"} & set(offloaded.ledger) and offloaded.peak_bytes < here.peak_bytes
     least = 12 * pieces + (4 * pieces if until == "step" else 0)
     assert least <= offloaded.host_bytes < least + 4 * pieces

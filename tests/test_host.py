@@ -41,11 +41,13 @@ def _bus():
 ALIKE = [
     *({"place": place, **row} for place in ("host_state", "host_embed")
       for row in ({"clip": 0.1}, {"accumulate": 2}, {"weights": "bf16"}, {"acts": "offload"}, {"trains": "lora"},
-                  {"trains": {"chunks": {"count": 7}}}, {"trains": {"chunks": {"count": 7, "state": "device"}}, "until": "backward"})),
+                  {"trains": {"chunks": {"count": 7}}}, {"until": "backward",
+                   "trains": {"chunks": {"count": 7, "state": "device"}}},
+                  {"trains": {"blocks": {"interval": 2, "sample": 1, "ends": "always"}}})),
     *({**STREAMED, **row} for row in
       ({"clip": 0.1}, {"accumulate": 2}, {"weights": "bf16"}, {"weights": "mixed"}, {"trains": "lora"},
        {"trains": {"blocks": {"interval": 1, "order": "descending", "state": "host"}}},
-       {"trains": {"blocks": {"interval": 1, "ends": True}}, "until": "backward"})),
+       {"trains": {"blocks": {"interval": 1, "ends": "units"}}, "until": "backward"})),
 ]
 
 
@@ -226,10 +228,10 @@ def test_the_7b_stays_in_its_budget(regime):
 
 def test_the_hosts_copy_follows_what_other_parts_train():
     """Two parts that both hold every weight, as no row has them: each finds what the other has made of it."""
-    whole = read_row("row", {"place": "host_state", "trains": {"blocks": {"count": 1, "ends": True}}})
+    whole = read_row("row", {"place": "host_state", "trains": {"blocks": {"count": 1, "ends": "units"}}})
     ends = {}
     for place in ("device", "host_state"):
-        trainer = Trainer(model(), read_row("row", {"place": place, "trains": {"blocks": {"interval": 1, "ends": True,
+        trainer = Trainer(model(), read_row("row", {"place": place, "trains": {"blocks": {"interval": 1, "ends": "units",
                           "order": "ascending", "state": "host"}}}), Schedule(1e-2, 6))
         trainer.parts = whole.trains.parts(trainer.model) * 2
         for step in range(5):

@@ -16,9 +16,15 @@ ALONE = {
     7: {"until": "backward", "accumulate": 2},
     8: {"until": "backward", "clip": 1.0},
     9: {"place": "fsdp", "trains": "blocks"},
-    10: {"place": "host_state", "trains": "none", "rule": "none"},
-    11: {"place": "host_weights", "acts": {"checkpoint": {"every": 2}}},
-    12: {"place": "host_weights", "acts": "checkpoint", "trains": "chunks"},
+    10: {"weights": "nf4"},
+    11: {"weights": "int8", "trains": {"lora": {"dora": True}}},
+    12: {"weights": "nf4", "trains": "lora", "place": "fsdp"},
+    13: {"trains": "prefix", "acts": "checkpoint"},
+    14: {"trains": "split_lora", "place": "fsdp"},
+    15: {"place": "host_state", "trains": "none", "rule": "none"},
+    16: {"place": "host_weights", "acts": {"checkpoint": {"every": 2}}},
+    17: {"place": "host_weights", "acts": "checkpoint", "trains": "chunks"},
+    18: {"place": "host_weights", "acts": "checkpoint", "trains": "lora", "weights": "nf4"},
 }
 
 
@@ -43,6 +49,14 @@ def test_all_reasons_come_together():
     ({"trains": {"chunks": {"count": 0}}}, ["0", "1 or more"]),
     ({"trains": {"blocks": {"order": "sideways"}}}, ["sideways", "descending"]),
     ({"acts": {"checkpoint": {}, "offload": {}}}, ["checkpoint", "known values"]),
+    ({"trains": {"blocks": {"ends": "both"}}}, ["both", "rest, units, always"]),
+    ({"trains": {"blocks": {"sample": 2, "order": "ascending"}}}, ["2", "use order: random"]),
+    ({"trains": {"blocks": {"sample": -1}}}, ["-1", "or 0"]),
+    ({"trains": {"top": {"share": 0}}}, ["0", "at most 1"]),
+    ({"trains": {"lora": {"adapters": "fp8"}}}, ["fp8", "fp32, bf16"]),
+    ({"trains": {"lora": {"rank": 0}}}, ["0", "1 or more"]),
+    ({"trains": {"split_lora": {"cut": 0}}}, ["0", "1 or more"]),
+    ({"trains": {"prefix": {"tokens": 0}}}, ["prefix.tokens", "1 or more"]),
 ])
 def test_a_wrong_row_names_the_value_and_the_known_ones(row, words):
     with pytest.raises(IllegalRegime) as refusal:

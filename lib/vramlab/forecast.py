@@ -11,7 +11,7 @@ import dataclasses
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .axes.adapters import link
+from .axes.leaves import Leaf
 from .axes.place import Fsdp
 from .baichuan import BaichuanForCausalLM, ModelSpec
 from .memory.kernels import AMPERE, Architecture
@@ -43,8 +45,8 @@ class Trace:
     architecture: Architecture
     step: int
     """The reported step, counted from 0. The steps before it made the state it starts from."""
-    part: int | None
-    """Which part of a regime that takes turns is active in the reported step."""
+    parts: tuple[int, ...]
+    """Which parts of the regime are active in the reported step."""
     peak_bytes: int
     """Most bytes alive on the device at one time within the step: `allocated`, before rounding."""
     phase: str
@@ -55,6 +57,8 @@ class Trace:
     """(module, category, op that made it) -> bytes at the peak."""
     host_bytes: int
     """Most bytes in host memory that the regime put there, the parts not visited included; a batch on its way too."""
+    crossed: Mapping[str, int]
+    """`up_bytes` and `down_bytes` of the reported step where the model is cut between two machines, see `split`; else empty."""
     work: Mapping[str, Mapping]
     """phase -> what the reported step computes and moves there, see `memory.work`."""
     frame: pd.DataFrame
@@ -121,26 +125,30 @@ def trace(spec: ModelSpec, regime: Regime, seq: int, batch: int, steps: int | No
     with virtual_gpu(mode, architecture, world if sharded else 0) as gpu:
         run = _Run(gpu, spec, regime, seq, batch)
         with run.meter:
-            step = run.take_turns(steps or 2, every_part) if len(run.trainer.parts) > 1 else run.repeat(steps or 2)
+            step = run.take_turns(steps or 2, every_part) if len(run.sets) > 1 else run.repeat(steps or 2)
         host_bytes = run.meter.host_peak_bytes + run.unseen_host_bytes()
     peak, alive = run.meter.peak(step), run.meter.alive_after(run.meter.peak_event(step)[0])
     return Trace(spec.name, regime.name, seq, batch, world, gpu.label, architecture, step,
-                 run.turns.part if len(run.trainer.parts) > 1 else None, peak["peak_bytes"], peak["phase"],
+                 run.turns.parts_due, peak["peak_bytes"], peak["phase"],
                  peak["categories"], {owner: size for owner, size in alive.items() if size > 0}, host_bytes,
-                 run.meter.work(step), run.meter.frame(), time.perf_counter() - began)
+                 run.crossed, run.meter.work(step), run.meter.frame(), time.perf_counter() - began)
+
+
+MANY = 32
+"""So many sets of parts are each run in full."""
 
 
 class _Turns:
-    """Stands in for axis `trains`: the same parts, and the one that is active is the one asked for."""
+    """Stands in for axis `trains`: the same parts, and those that are active are the ones asked for."""
 
     def __init__(self, trains: Any):
-        self.trains, self.part = trains, 0
+        self.trains, self.parts_due = trains, ()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.trains, name)
 
-    def active(self, step: int, count: int) -> int:
-        return self.part
+    def active(self, step: int, count: int) -> tuple[int, ...]:
+        return self.parts_due
 
 
 class _Run:
@@ -154,14 +162,16 @@ class _Run:
         model.to(spec.config.dtype or torch.float32)  # as published; the regime's own type is the trainer's to give
         self.trainer = Trainer(model, regime, Schedule(regime.lr, 1), device=gpu.device, observer=self.meter)
         self.rows, self.seq = batch, seq
-        self.visited: dict[int, int] = {}  # part -> its last step
+        self.sets = regime.trains.sets(len(self.trainer.parts))
+        self.visited: dict[tuple[int, ...], int] = {}  # parts active together -> their last step
 
-    def step(self, part: int = 0) -> int:
-        """One step with `part` active; returns its number."""
-        self.turns.part, number = part, self.trainer.steps_done
+    def step(self, parts: tuple[int, ...]) -> int:
+        """One step with `parts` active; returns its number."""
+        self.turns.parts_due, number = parts, self.trainer.steps_done
         micro_batches = self.trainer.regime.accumulate
         self.trainer.step([self._batch() for _ in range(micro_batches)], [1 / micro_batches] * micro_batches)
-        self.visited[part] = number
+        self.visited[parts] = number
+        self.crossed = cut.read() if (cut := link(self.trainer.model)) else {}
         return number
 
     def _batch(self) -> Batch:
@@ -171,52 +181,63 @@ class _Run:
 
     def repeat(self, steps: int) -> int:
         """The last of `steps` steps."""
-        return [self.step() for _ in range(steps)][-1]
+        return [self.step(self.sets[0]) for _ in range(steps)][-1]
 
     def take_turns(self, steps: int, every_part: bool) -> int:
-        """The last step of the part with the highest peak."""
-        for part in range(len(self.trainer.parts)) if every_part else self._candidates():
-            self.step(part)
+        """The last step of the parts with the highest peak."""
+        for parts in self.sets if every_part else self._candidates():
+            self.step(parts)
         highest = self._highest()
-        if self.turns.part == highest:  # a turn begins by taking over from another part
-            self.step(next(part for part in self.visited if part != highest))
+        if self.turns.parts_due == highest:  # a turn begins by taking over from other parts
+            self.step(next(parts for parts in self.visited if parts != highest))
         # state that is dropped at a switch takes a step of the turn to be made, if the turn has one more
         keeps_nothing = self.turns.state == "reset" and self.turns.interval == 1
         again = 1 if keeps_nothing else steps - (self.turns.state != "reset")
         return [self.step(highest) for _ in range(max(1, again))][-1]
 
-    def _candidates(self) -> list[int]:
-        """Parts among which the highest peak must be: first, second and last where those in between are alike and their
-        state does not stay on the device; else all."""
-        parts = self.trainer.parts
-        shapes = [sorted((re.sub(r"\b\d+\b", "*", leaf.name), leaf.start, leaf.stop) for leaf in part) for part in parts]
+    def _candidates(self) -> list[tuple[int, ...]]:
+        """Sets of parts among which the highest peak must be: first, second and last where those in between are alike and
+        their state does not stay on the device; else all. More than `MANY` would take minutes: then the lowest of those
+        that take from the same matrices. Not exact there: sets differ in where in those matrices they are cut, and so in bytes
+        by less than a part's own gradient and state."""
+        sets = self.sets
+        shapes = [sorted((re.sub(r"\b\d+\b", "*", leaf.name), leaf.start, leaf.stop) for leaf in self._leaves(parts))
+                  for parts in sets]
         alike = all(shape == shapes[1] for shape in shapes[1:-1])
-        return sorted({0, 1, len(parts) - 1}) if alike and self.turns.state != "device" else list(range(len(parts)))
+        if self.turns.state == "device":
+            return sets
+        return [sets[at] for at in sorted({0, 1, len(sets) - 1})] if alike else self._kinds() if len(sets) > MANY else sets
 
-    def _highest(self) -> int:
-        """The visited part whose peak is highest when its own state is there and nothing of the others' is; the first step
+    def _kinds(self) -> list[tuple[int, ...]]:
+        kinds: dict[frozenset, tuple[int, ...]] = {}
+        for parts in self.sets:
+            names = {re.sub(r"\b\d+\b", "*", leaf.name) for leaf in self._leaves(parts) if "norm" not in leaf.name}
+            kinds.setdefault(frozenset(names), parts)
+        return list(kinds.values())
+
+    def _leaves(self, parts: Iterable[int]) -> list[Leaf]:
+        return [leaf for part in parts for leaf in self.trainer.parts[part]]
+
+    def _highest(self) -> tuple[int, ...]:
+        """The visited parts whose peak is highest when their own state is there and nothing of the others' is; the first step
         of all runs before there are workspaces, so they are left out."""
         frame = self.meter.frame().query("category not in ('host', 'optimizer', 'workspace')")
         live = frame["bytes"].where(frame["event"] == "alloc", -frame["bytes"]).cumsum()
         peaks = live.groupby(frame["step"]).max()
-        return max(self.visited, key=lambda part: peaks[self.visited[part]] + self._state_bytes(self._leaves(part, False)))
+        return max(self.visited, key=lambda parts: peaks[self.visited[parts]] + self._state_bytes(parts, False))
 
-    def _leaves(self, part: int, *on_host: bool) -> list[Tensor]:
-        """The part's leaves whose state is always on the host, or those whose state is not, or both."""
+    def _state_bytes(self, parts: Iterable[int], *on_host: bool) -> int:
+        """Of the parts' leaves whose state is always on the host, or whose state is not, or of both."""
+        return self.trainer.regime.rule.state_bytes(self._tensors(parts, *on_host))
+
+    def _tensors(self, parts: Iterable[int], *on_host: bool) -> list[Tensor]:
         parameters, place = dict(self.trainer.model.named_parameters()), self.trainer.regime.place
-        return [parameters[leaf.name][leaf.start : leaf.stop] for leaf in self.trainer.parts[part]
+        return [parameters[leaf.name][leaf.start : leaf.stop] for leaf in self._leaves(parts)
                 if place.on_host(leaf.name) in on_host]
-
-    def _state_bytes(self, leaves: list[Tensor]) -> int:
-        return self.trainer.regime.rule.state_bytes(leaves)
 
     def unseen_host_bytes(self) -> int:
         """What parts never visited would have put on the host by then in a real run."""
-        place = self.trainer.regime.place
+        unseen = set(range(len(self.trainer.parts))).difference(*self.visited)
         kept = {"host": (True, False), "device": (True,)}.get(self.turns.state, ())
-        total = 0
-        for part in range(len(self.trainer.parts)):
-            if part not in self.visited:
-                total += self._state_bytes(self._leaves(part, *kept))
-                total += sum(place.host_copy_bytes(leaf) for leaf in self._leaves(part, *kept))
-        return total
+        copies = sum(self.trainer.regime.place.host_copy_bytes(leaf) for leaf in self._tensors(unseen, *kept))
+        return self._state_bytes(unseen, *kept) + copies

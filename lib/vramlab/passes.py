@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .axes import rounding
+from .axes.adapters import link
 from .baichuan import BaichuanTokenizer, ModelSpec, load_model, read_model_file
 from .base import Recipe, base_model
 from .dataset import Dataset, dataset
@@ -25,6 +26,7 @@ from .observer import Clock, Observer
 from .progress import bar
 from .regime import Regime
 from .regime import regime as read_regime
+from .split import sides
 from .trainer import Batch, Schedule, Trainer
 
 CACHE = ROOT / "outputs" / "cache"
@@ -110,7 +112,7 @@ def learn(prepared: Prepared, progress: bool) -> tuple[Learned, nn.Module]:
         for step, batches in enumerate(itertools.islice(prepared.batches(), steps)):
             loss = float(trainer.step(batches))
             tokens = sum(int(batch["attention_mask"].count_nonzero()) for batch in batches)
-            seen.append({"loss": loss, "tokens": tokens, "lr": trainer.schedule.at(step)})
+            seen.append({"loss": loss, "tokens": tokens, "lr": trainer.lr(step)})
             shown.update(1)
     frame = pd.DataFrame([{**timed, **row} for timed, row in zip(clock.rows, seen, strict=True)])
     result = {
@@ -138,13 +140,21 @@ def meter(prepared: Prepared) -> Metered:
     model = copy.deepcopy(prepared.model)
     watcher = Meter()
     trainer, batches = prepared.trainer(_watched(prepared.regime), model, watcher), _longest(prepared)
+    cut, crossed = link(trainer.model), {}
     with watcher:
         _few_steps(trainer, batches)
+        if cut:
+            cut.read()
+            trainer.step(batches)
+            crossed = cut.read()
     peak = watcher.peak()
     held = trainer.optimizer_state_bytes()
     result = {"peak": peak, "memory_ledger": peak["categories"], "host_bytes": watcher.host_peak_bytes,
               "optimizer_state_bytes": held}
-    return Metered(watcher.frame(), result)
+    frame = watcher.frame()
+    if crossed:
+        result["sides"] = sides(frame, trainer.steps_done - 1, prepared.regime.trains.cut, crossed)
+    return Metered(frame, result)
 
 
 def measured(params: Mapping) -> dict:
@@ -187,7 +197,7 @@ def _few_steps(trainer: Trainer, batches: list[Batch]) -> None:
 
 def _warm_up(prepared: Prepared, batches: list[list[Batch]]) -> None:
     config = copy.deepcopy(prepared.model.config)
-    config.num_hidden_layers = 1
+    config.num_hidden_layers = min(3, config.num_hidden_layers)  # enough for every row: two to draw, or a cut
     _few_steps(prepared.trainer(prepared.regime, type(prepared.model)(config), Observer()), batches)
 
 

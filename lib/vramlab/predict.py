@@ -34,6 +34,7 @@ from .memory.simulation import Simulated, simulate
 from .memory.work import floor_s
 from .passes import model_spec
 from .regime import REGIMES_FILE, Regime, read_row, regime_row
+from .split import sides
 
 CACHE = ROOT / "outputs" / "cache" / "forecasts"
 CODE = ("axes", "baichuan", "memory", "forecast.py", "observer.py", "regime.py", "trainer.py")
@@ -137,7 +138,11 @@ class Forecast:
             "peak_requested_bytes": self.trace.peak_bytes, "phase": self.trace.phase, "ledger": dict(self.ledger),
             "owners": owners, "host_bytes": self.trace.host_bytes, "fits": self.fits, "margin_bytes": self.margin_bytes,
             "num_alloc_retries": self.retries, "work": {phase: dict(work) for phase, work in self.trace.work.items()},
-            "floor_s": self.floor_s, "took_s": round(self.took_s, 2)}
+            "floor_s": self.floor_s, "took_s": round(self.took_s, 2), **({"sides": self.sides()} if self.trace.crossed else {})}
+
+    def sides(self) -> dict[str, dict[str, int]]:
+        """What client and server hold where the model is cut between them, in requested bytes, see `split.sides`."""
+        return sides(self.trace.frame, self.trace.step, self.question.row.trains.cut, self.trace.crossed)
 
     def words(self) -> str:
         """The forecast as text."""
@@ -150,6 +155,8 @@ class Forecast:
         lines += [f"  {name:<14}{size / gib:8.2f} GiB" for name, size in self.ledger.items()]
         lines += ["largest owners:"] + [f"  {size / gib:6.2f} GiB  {category} {module}"
                                         for category, module, size in self.trace.owners(5)]
+        lines += [f"{name:<16}{held['peak_bytes'] / gib:8.2f} GiB  sends {held['sends_bytes'] / 2**20:.1f} MiB a step"
+                  for name, held in (self.sides() if self.trace.crossed else {}).items()]
         if self.card:
             verdict = "fits" if self.fits else "does not fit"
             flushed = f", after flushing its cache {self.retries} times" if self.fits and self.retries else ""
@@ -230,7 +237,7 @@ def _write(made: Trace, folder: Path) -> None:
 def _read(folder: Path) -> Trace:
     rest: dict[str, Any] = json.loads((folder / "trace.json").read_text())
     rest["alive"] = {(module, category, op): size for module, category, op, size in rest["alive"]}
-    rest["architecture"] = tuple(rest["architecture"])
+    rest |= {name: tuple(rest[name]) for name in ("architecture", "parts")}
     frame = pd.read_parquet(folder / "frame.parquet")
     return Trace(**rest, frame=frame.astype({name: object for name in frame.select_dtypes("category")}))
 

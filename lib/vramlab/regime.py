@@ -12,13 +12,14 @@ import yaml
 
 from .axes import AXES
 from .axes.acts import Checkpoint
+from .axes.adapters import Lora, Prefix, Prompt, SplitLora
 from .axes.host import FsdpOffload, HostState
 from .axes.place import Fsdp
 from .axes.rule import NoRule
 from .axes.stream import HostWeights
-from .axes.trains import Nothing
+from .axes.trains import Norms, Nothing
 from .axes.until import Backward
-from .axes.weights import Bf16, Mixed
+from .axes.weights import Bf16, Mixed, Nf4
 
 REGIMES_FILE = Path(__file__).parents[2] / "params" / "regimes.yml"
 
@@ -69,8 +70,9 @@ def _is(axis: str, kind: type) -> Callable[[Regime], bool]:
 
 
 _nothing, _no_rule, _in_backward = _is("trains", Nothing), _is("rule", NoRule), _is("until", Backward)
-_fsdp, _streamed = _is("place", Fsdp), _is("place", HostWeights)
+_fsdp, _streamed, _packed = _is("place", Fsdp), _is("place", HostWeights), _is("weights", Nf4)
 
+STREAMABLE = ("all", "none", "lora", "blocks", "norms", "top")
 ILLEGAL: list[tuple[Callable[[Regime], bool], str]] = [
     (lambda r: r.accumulate < 1, "accumulate counts micro-batches: use 1 or more"),
     (lambda r: r.clip < 0, "clip is a norm: use a positive number, or 0 to leave gradients alone"),
@@ -88,14 +90,28 @@ ILLEGAL: list[tuple[Callable[[Regime], bool], str]] = [
     (lambda r: _fsdp(r) and hasattr(r.trains, "interval"),
      "place: fsdp cuts every weight between ranks, and decides once how its gradient is reduced, so parts cannot take turns: "
      "use trains: all or lora, or place: device"),
+    (lambda r: _packed(r) and not isinstance(r.trains, Lora | Prompt | Norms | Nothing),
+     "weights: nf4 and int8 are packed, and an update cannot move packed numbers: use trains: lora, split_lora, prompt, prefix "
+     "or norms, or weights: bf16"),
+    (lambda r: _packed(r) and getattr(r.trains, "dora", False),
+     "dora takes the norms of whole rows, and weights: nf4 and int8 are packed: use dora: false, or weights: bf16"),
+    (lambda r: _packed(r) and _fsdp(r),
+     "place: fsdp cuts weights between rows, and weights: nf4 and int8 are packed: use place: device, or weights: bf16"),
+    (lambda r: isinstance(r.trains, Prefix) and isinstance(r.acts, Checkpoint),
+     "trains: prefix goes through the key-value cache, to which a checkpointed block, formed again, would add its tokens twice "
+     "(peft refuses it too): use acts: keep or offload, or trains: prompt"),
+    (lambda r: isinstance(r.trains, SplitLora) and _fsdp(r),
+     "trains: split_lora is two machines with one part each, place: fsdp cuts every part: use place: device, or trains: lora"),
     (lambda r: _nothing(r) and isinstance(r.place, HostState),
      "nothing trains, so there is no optimizer's state to keep on the host: use place: device or host_embed"),
     (lambda r: _streamed(r) and not _nothing(r) and not (isinstance(r.acts, Checkpoint) and r.acts.every == 1),
      "place: host_weights drops a block's weights after its forward, and only forming the block again brings them back: use "
      "acts: checkpoint, of every block, or place: host_state"),
-    (lambda r: _streamed(r) and r.values["trains"] not in ("all", "none", "lora", "blocks"),
+    (lambda r: _streamed(r) and (r.values["trains"] not in STREAMABLE or getattr(r.trains, "dora", False)),
      "place: host_weights brings up whole weights of plain modules, not rows that train apart or modules that read others' "
-     "weights: use trains: all, blocks or lora, or place: host_embed"),
+     "weights: use trains: all, blocks, norms, top or lora without dora, or place: host_embed"),
+    (lambda r: _streamed(r) and _packed(r),
+     "place: host_weights brings up plain weights, and weights: nf4 and int8 are packed: use place: device, or weights: bf16"),
 ]
 """(excluded, reason with the way out); all that apply are reported together."""
 

@@ -82,7 +82,7 @@ class Trainer:
         self.parts: list[Part] = regime.trains.parts(self.model)
         self.model.requires_grad_(False)
         self._turns: dict[int, _Turn] = {}
-        self._active: int | None = None
+        self._active: tuple[int, ...] = ()
         self.observer.own("weights", self.model.named_parameters())
         self.observer.own("buffers", self.model.named_buffers())
 
@@ -142,27 +142,40 @@ class Trainer:
             return self.model(**batch, use_cache=False).loss
 
     def _update(self) -> None:
-        turn = self._turns[self._active]
-        turn.updater.gather()
+        for turn in self._active_turns():
+            turn.updater.gather()
         if self.regime.clip > 0:
             nn.utils.clip_grad_norm_(self.active.values(), self.regime.clip)
-        turn.updater.apply()
-        self.observer.own("optimizer", turn.state())
+        for turn in self._active_turns():
+            turn.updater.apply()
+            self.observer.own("optimizer", turn.state())
+
+    def _active_turns(self) -> list[_Turn]:
+        return [self._turns[index] for index in self._active]
 
     @property
     def active(self) -> dict[str, nn.Parameter]:
         """The leaves that train at this step, by name; a cut matrix's leaf is named `weight[start:stop]`."""
-        return {} if self._active is None else self._turns[self._active].leaves.named
+        return {name: leaf for turn in self._active_turns() for name, leaf in turn.leaves.named.items()}
+
+    def lr(self, step: int) -> float:
+        """The learning rate of `step`."""
+        return self.schedule.at(self.regime.trains.lr_step(step, len(self.parts)))
 
     def _take_turns(self) -> None:
-        """Hand over to the part whose turn it is, and set the learning rate."""
-        if not self.parts:
-            return
-        due = self.regime.trains.active(self.steps_done, len(self.parts))
+        """Hand over to the parts whose turn it is, and set the learning rate. A part that stays active keeps its state."""
+        due = self.regime.trains.active(self.steps_done, len(self.parts)) if self.parts else ()
         if due != self._active:
-            self._rest()
-            self._wake(due)
-        self._turns[due].updater.set_lr(self.schedule.at(self.steps_done))
+            self._rest(set(self._active) - set(due))
+            for index in sorted(set(due) - set(self._active)):
+                self._wake(index)
+            self._active = due
+            # the observer first: an updater inside backward drops the gradient it is handed
+            self.observer.trains(self.active.items())
+            for turn in self._active_turns():
+                turn.updater.arm()
+        for turn in self._active_turns():
+            turn.updater.set_lr(self.lr(self.steps_done))
 
     def _wake(self, index: int) -> None:
         turn = self._turns.get(index)
@@ -170,29 +183,25 @@ class Trainer:
             leaves = ActiveLeaves(self.model, self.parts[index])
             updater = self.regime.place.updater(self.regime.until, self.regime.rule, leaves.named, self.schedule.lr, self.model,
                                                 self.observer)
-            turn = self._turns[index] = _Turn(leaves, updater)
+            self._turns[index] = _Turn(leaves, updater)
             leaves.switch_on(updater.taker)
         else:
             turn.leaves.switch_on(turn.updater.taker)
             if self.regime.trains.state == "host":
                 turn.updater.move_state(self.observer, "device")
                 self.observer.own("optimizer", turn.state())
-        # the observer first: an updater inside backward drops the gradient it is handed
-        self.observer.trains(turn.leaves.named.items())
-        turn.updater.arm()
-        self._active = index
 
-    def _rest(self) -> None:
-        if self._active is None:
-            return
-        turn = self._turns[self._active]
-        turn.updater.disarm()
-        turn.leaves.switch_off()
-        if self.regime.trains.state == "reset":
-            del self._turns[self._active]
-        elif self.regime.trains.state == "host":
-            turn.updater.move_state(self.observer, "host")
-        self._active = None
+    def _rest(self, indices: set[int]) -> None:
+        """Disarm all, since whoever watches is to come first again; put the parts `indices` to rest."""
+        for turn in self._active_turns():
+            turn.updater.disarm()
+        for index in sorted(indices):
+            turn = self._turns[index]
+            turn.leaves.switch_off()
+            if self.regime.trains.state == "reset":
+                del self._turns[index]
+            elif self.regime.trains.state == "host":
+                turn.updater.move_state(self.observer, "host")
 
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state that exist now, wherever they live."""
@@ -205,6 +214,7 @@ class Trainer:
                    for part in self.parts for leaf in part)
 
     def finish(self) -> nn.Module:
-        """Put the active part to rest and return the trained model, ready to be scored."""
-        self._rest()
+        """Put the active parts to rest and return the trained model, ready to be scored."""
+        self._rest(set(self._active))
+        self._active = ()
         return self.model.eval()

@@ -5,18 +5,20 @@
 """
 
 from .acts import Checkpoint, Keep, Offload, Selective
+from .adapters import Lora, Prefix, Prompt, SplitLora
 from .head import Fused, Plain
 from .host import FsdpOffload, HostEmbed, HostState
 from .place import Device, Fsdp
 from .rule import AdamW, NoRule, Sgd
 from .stream import HostWeights
-from .trains import All, Blocks, Chunks, Lora, Nothing
+from .trains import All, Blocks, Chunks, Norms, Nothing, Top
 from .until import Backward, Step
-from .weights import Bf16, Fp32, Mixed
+from .weights import Bf16, Fp32, Int8, Mixed, Nf4
 
 AXES: dict[str, dict[str, type]] = {
-    "weights": {"fp32": Fp32, "mixed": Mixed, "bf16": Bf16},
-    "trains": {"all": All, "none": Nothing, "lora": Lora, "blocks": Blocks, "chunks": Chunks},
+    "weights": {"fp32": Fp32, "mixed": Mixed, "bf16": Bf16, "int8": Int8, "nf4": Nf4},
+    "trains": {"all": All, "none": Nothing, "norms": Norms, "top": Top, "blocks": Blocks, "chunks": Chunks, "lora": Lora,
+               "split_lora": SplitLora, "prompt": Prompt, "prefix": Prefix},
     "until": {"step": Step, "backward": Backward},
     "rule": {"adamw": AdamW, "sgd": Sgd, "none": NoRule},
     "acts": {"keep": Keep, "checkpoint": Checkpoint, "offload": Offload, "selective": Selective},

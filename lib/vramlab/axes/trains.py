@@ -1,28 +1,34 @@
 """Axis `trains`: which of the weights move, and when.
 
-Everything that trains is a list of parts, each a tuple of leaves, of which one is active at a time: all weights at
-once is one part, block-wise methods are one part a block, ChunkFT one a chunk. A part at rest requires no gradient, so
-autograd saves nothing for it and stops below the lowest active leaf.
+Everything that trains is a list of parts, each a tuple of leaves, no leaf in two. At each step a set of parts is active:
+all weights at once are one part; block-wise methods take turns with one part a block, ChunkFT with one a chunk; LISA draws
+some blocks and keeps one part, of what is outside the blocks, active always. A part at rest requires no gradient, so autograd
+saves nothing for its weights and stops below the lowest active leaf.
+
+The state of a part that goes to rest is dropped, parked or kept (`state`); a part that stays active keeps its own.
+Adapters, which add weights, are in `adapters`.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from ..baichuan.model import BaichuanRMSNorm
 from .acts import decoder
 from .leaves import Leaf, divisible
 
 Part = tuple[Leaf, ...]
 
-ORDERS = ("ascending", "descending", "random")
+ORDERS = ("ascending", "descending", "random", "shuffled")
 FATES = ("reset", "host", "device")
+ENDS = ("rest", "units", "always")
 
 
-def _whole(name: str, param: nn.Parameter) -> Leaf:
+def whole(name: str, param: nn.Parameter) -> Leaf:
+    """All of a parameter."""
     return Leaf(name, 0, param.shape[0], param.shape[0])
 
 
@@ -36,11 +42,19 @@ class All:
         return model
 
     def parts(self, model: nn.Module) -> list[Part]:
-        return [tuple(_whole(name, param) for name, param in model.named_parameters())]
+        return [tuple(whole(name, param) for name, param in model.named_parameters())]
 
-    def active(self, step: int, count: int) -> int:
-        """Which of `count` parts is active at `step`."""
-        return 0
+    def active(self, step: int, count: int) -> tuple[int, ...]:
+        """Which of `count` parts are active at `step`, ascending."""
+        return tuple(range(count))
+
+    def sets(self, count: int) -> list[tuple[int, ...]]:
+        """The sets of parts that are active together at some step; where parts are drawn, enough of them to show every size."""
+        return [tuple(range(count))]
+
+    def lr_step(self, step: int, count: int) -> int:
+        """The step whose learning rate `step` uses."""
+        return step
 
 
 @dataclass(frozen=True)
@@ -52,38 +66,46 @@ class Nothing(All):
 
 
 @dataclass(frozen=True)
-class Lora(All):
-    """W x + (alpha / rank) B A x with W frozen, A (rank, in) and B (out, rank) trained, B starting at 0, so that the
-    first forward is the base model's. By peft. Hu 2021, arXiv:2106.09685."""
-
-    rank: int = 8
-    alpha: int = 16
-    targets: tuple[str, ...] = ("W_pack", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-    def prepare(self, model: nn.Module, seed: int) -> nn.Module:
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets), lora_dropout=0.0,
-                            bias="none")
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            # peft asks transformers 5.24 for an attribute by its old name
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-            torch.manual_seed(seed)
-            return get_peft_model(model, config)
+class Norms(All):
+    """The weights of the norms: what BitFit is on a model that has no biases. Zaken 2022, arXiv:2106.10199."""
 
     def parts(self, model: nn.Module) -> list[Part]:
-        return [tuple(_whole(name, p) for name, p in model.named_parameters() if "lora_" in name)]
+        norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, BaichuanRMSNorm)}
+        return [tuple(whole(name, param) for name, param in model.named_parameters() if name in norms)]
+
+
+@dataclass(frozen=True)
+class Top(All):
+    """The top `share` of the blocks, at least one; all below, embeddings and head are frozen, and backward stops there: a
+    lower block keeps nothing. Howard 2018, arXiv:1801.06146, without the gradual unfreezing."""
+
+    share: float = 0.25
+
+    def __post_init__(self):
+        if not 0 < self.share <= 1:
+            raise ValueError(f"trains.top.share is {self.share}: it is a share of the blocks, use more than 0 and at most 1")
+
+    def parts(self, model: nn.Module) -> list[Part]:
+        stack = decoder(model).layers
+        chosen = {id(p) for block in stack[len(stack) - max(1, round(self.share * len(stack))):] for p in block.parameters()}
+        return [tuple(whole(name, param) for name, param in model.named_parameters() if id(param) in chosen)]
 
 
 @dataclass(frozen=True)
 class _Moving(All):
     """A schedule over parts: `interval` updates on each, then the next. `state` says what becomes of a part's
-    optimizer state when its turn ends: `reset` drops it, `host` parks it in host memory, `device` leaves it there."""
+    optimizer state when its turn ends: `reset` drops it, `host` parks it in host memory, `device` leaves it there.
+
+    `order`: ascending is from the embeddings up; random is drawn anew every cycle, shuffled once for all.
+    """
 
     interval: int = 1
     order: str = "ascending"
     state: str = "reset"
     seed: int = 0
+    delayed_lr: bool = False
+    """Whether the learning rate advances only when every part has had its turn (HiFT): it stands still within a cycle, so
+    that no part is trained at a higher rate than another."""
 
     def __post_init__(self):
         for name, value, known in (("order", self.order, ORDERS), ("state", self.state, FATES)):
@@ -92,44 +114,93 @@ class _Moving(All):
         if self.interval < 1:
             raise ValueError(f"trains.interval is {self.interval}: it counts updates, use 1 or more")
 
-    def active(self, step: int, count: int) -> int:
+    def active(self, step: int, count: int) -> tuple[int, ...]:
         cycle, position = divmod(step // self.interval, count)
-        if self.order == "random":  # reshuffled every cycle, a pure function of the step, so that a run can resume
-            generator = torch.Generator().manual_seed(self.seed + cycle)
-            return int(torch.randperm(count, generator=generator)[position])
-        return position if self.order == "ascending" else count - 1 - position
+        if self.order == "ascending":
+            return (position,)
+        if self.order == "descending":
+            return (count - 1 - position,)
+        return (self._drawn(cycle if self.order == "random" else 0, count)[position],)
+
+    def _drawn(self, number: int, count: int) -> list[int]:
+        """`count` parts in the order of draw `number`: a pure function of it, so that a run can resume."""
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + number)).tolist()
+
+    def sets(self, count: int) -> list[tuple[int, ...]]:
+        return [(part,) for part in range(count)]
+
+    def lr_step(self, step: int, count: int) -> int:
+        cycle = self.interval * count
+        return step // cycle * cycle if self.delayed_lr else step
 
 
 @dataclass(frozen=True)
 class Blocks(_Moving):
-    """One group of transformer blocks at a time. BAdam, Luo 2024, arXiv:2404.02827: one block, order random, state
-    reset, embeddings, final norm and head left out."""
+    """Groups of transformer blocks take turns, or some of them are drawn.
+
+    BAdam, Luo 2024, arXiv:2404.02827: one block at a time, order random, state reset, ends at rest. Not exact: a block that
+    two cycles' edge gives two turns in a row keeps its state, where BAdam resets it.
+    HiFT, Liu 2024, arXiv:2401.15207: interval 1, state host, ends as units, delayed_lr; its random order is `shuffled`.
+    LISA, Pan 2024, arXiv:2403.17919: `sample` blocks drawn each turn, state reset, ends always. Backward then runs to the
+    embeddings at every step: blocks at rest save nothing for their own weights, but it passes through them. A block drawn
+    twice in a row keeps its state.
+    """
 
     interval: int = 50
     order: str = "random"
     count: int = 0
     """Number of groups of equal length; 0 is one group a block."""
-    ends: bool = False
-    """Whether embeddings (with the first group) and final norm and head (with the last) train too."""
+    ends: str = "rest"
+    """What embeddings, and final norm and head, do: `rest`, take part as the first and the last unit (`units`), or train
+    at every step, with a state that lasts (`always`)."""
+    sample: int = 0
+    """How many groups each turn draws, uniformly and without replacement; 0 is one after the other."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.ends not in ENDS:
+            raise ValueError(f"trains.blocks.ends is {self.ends!r}: use one of {', '.join(ENDS)}")
+        if self.sample < 0:
+            raise ValueError(f"trains.blocks.sample is {self.sample}: use the number of groups a turn draws, or 0")
+        if self.sample and (self.order != "random" or self.delayed_lr):
+            raise ValueError(f"trains.blocks.sample is {self.sample}, and what is drawn has no order and no cycle: use order: "
+                             "random and delayed_lr: false, or sample: 0")
 
     def parts(self, model: nn.Module) -> list[Part]:
         names = {id(param): name for name, param in model.named_parameters()}
-        stack = decoder(model).layers
-        units = [[names[id(p)] for p in block.parameters()] for block in stack]
-        if self.ends:
-            inside = {name for unit in units for name in unit}
-            first = min(i for i, name in enumerate(names.values()) if name in inside)
-            outside = [(i < first, name) for i, name in enumerate(names.values()) if name not in inside]
-            units[0] = [name for before, name in outside if before] + units[0]
-            units[-1] = units[-1] + [name for before, name in outside if not before]
+        units = [[names.pop(id(p)) for p in block.parameters()] for block in decoder(model).layers]
+        below = list(names.values()).index(f"{_stem(units)}norm.weight")
+        ends = [list(names.values())[:below], list(names.values())[below:]]
+        if self.ends == "units":
+            units = [ends[0], *units, ends[1]]
         params = dict(model.named_parameters())
-        return [tuple(_whole(name, params[name]) for unit in units[a:b] for name in unit)
-                for a, b in _cuts(len(units), self.count or len(units))]
+        groups = [[name for unit in units[a:b] for name in unit] for a, b in _cuts(len(units), self.count or len(units))]
+        if self.sample > len(groups):
+            raise ValueError(f"trains.blocks.sample is {self.sample}: there are {len(groups)} groups, use 1 to {len(groups)}")
+        always = [[*ends[0], *ends[1]]] if self.ends == "always" else []
+        return [tuple(whole(name, params[name]) for name in group) for group in groups + always]
+
+    def active(self, step: int, count: int) -> tuple[int, ...]:
+        groups = count - (self.ends == "always")
+        drawn = self._drawn(step // self.interval, groups)[: self.sample] if self.sample else super().active(step, groups)
+        return (*sorted(drawn), *range(groups, count))
+
+    def sets(self, count: int) -> list[tuple[int, ...]]:
+        groups, size = count - (self.ends == "always"), self.sample or 1  # neighbours: any other groups are as large
+        return [(*range(first, first + size), *range(groups, count)) for first in range(groups - size + 1)]
+
+    def lr_step(self, step: int, count: int) -> int:
+        return super().lr_step(step, count - (self.ends == "always"))
+
+
+def _stem(units: list[list[str]]) -> str:
+    """What names in the decoder begin with: of "model.layers.0.mlp.up_proj.weight", "model."."""
+    return units[0][0].split("layers.")[0]
 
 
 def _cuts(total: int, count: int) -> list[tuple[int, int]]:
     if not 1 <= count <= total:
-        raise ValueError(f"trains.blocks.count is {count}: the model has {total} blocks, use 1 to {total} (or 0)")
+        raise ValueError(f"trains.blocks.count is {count}: there are {total} units, use 1 to {total} (or 0)")
     edges = [total * i // count for i in range(count + 1)]
     return list(zip(edges, edges[1:], strict=False))
 

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from . import rounding
+from .acts import decoder
+from .quantized import Int8Linear, Nf4Linear, Quantized, quantize_blocks
 
 
 @contextmanager
@@ -74,3 +76,24 @@ class Bf16(Fp32):
     def compute(self, device_type: str) -> Iterator[None]:
         with _bf16_products(device_type):
             yield
+
+
+@dataclass(frozen=True)
+class Nf4(Bf16):
+    """Every matrix of a block in 4.127 bits a number (blocks of 64, double quantisation), the rest (embeddings, norms, head)
+    in bf16; products in bf16. Packed on the host, before the model goes to the device. Dettmers 2023, arXiv:2305.14314."""
+
+    linear: ClassVar[type[Quantized]] = Nf4Linear
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        model = super().prepare(model)
+        quantize_blocks(decoder(model).layers, self.linear)
+        return model
+
+
+@dataclass(frozen=True)
+class Int8(Nf4):
+    """Every matrix of a block in 8 bits a number and one bf16 scale a row, the rest in bf16; products in bf16, so less exact
+    and smaller than bf16, and no faster."""
+
+    linear = Int8Linear

@@ -222,6 +222,7 @@ def _next_labels(labels: Tensor, mask: Tensor | None) -> Tensor:
     instead of the logits saves a copy of the logits."""
     moved = F.pad(labels[:, 1:], (0, 1), value=-100)
     if mask is not None:
+        mask = mask[:, -labels.shape[1]:]  # a mask covers what is cached too
         edge = mask[:, 1:] != mask[:, :-1]
         moved[:, :-1].masked_fill_(edge, -100)
     return moved
