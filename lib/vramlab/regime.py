@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from .axes import AXES
-from .axes.acts import Checkpoint
+from .axes.acts import Checkpoint, Selective
 from .axes.adapters import Lora, Prefix, Prompt, SplitLora
 from .axes.host import FsdpOffload, HostState
 from .axes.place import Fsdp
@@ -97,7 +97,7 @@ ILLEGAL: list[tuple[Callable[[Regime], bool], str]] = [
      "dora takes the norms of whole rows, and weights: nf4 and int8 are packed: use dora: false, or weights: bf16"),
     (lambda r: _packed(r) and _fsdp(r),
      "place: fsdp cuts weights between rows, and weights: nf4 and int8 are packed: use place: device, or weights: bf16"),
-    (lambda r: isinstance(r.trains, Prefix) and isinstance(r.acts, Checkpoint),
+    (lambda r: isinstance(r.trains, Prefix) and isinstance(r.acts, Checkpoint | Selective),
      "trains: prefix goes through the key-value cache, to which a checkpointed block, formed again, would add its tokens twice "
      "(peft refuses it too): use acts: keep or offload, or trains: prompt"),
     (lambda r: isinstance(r.trains, SplitLora) and _fsdp(r),
