@@ -60,13 +60,17 @@ def test_a_place_on_the_host_changes_no_number(row):
 @pytest.mark.parametrize("row", [{"place": "host_state"}, {"place": "host_embed", "acts": "checkpoint"}, STREAMED], ids=str)
 @pytest.mark.parametrize("changes", [{"until": "backward"}, {"until": "backward", "weights": "bf16"}], ids=str)
 def test_a_fused_head_in_pieces_is_the_same_on_the_host(row, changes, monkeypatch):
-    """Pieces of rows and of tokens, each with an odd one at the end; in backward both sides take rows."""
-    for name, value in {"LEAST_ROWS": 8, "LEAST_PRODUCTS": 300, "ROWS_BYTES": 20 * 4 * 9}.items():
+    """Pieces of rows and of tokens, each with an odd one at the end; in backward both sides take rows. A streamed head adds up
+    over its pieces what a resident one forms in one product."""
+    for name, value in {"LEAST_ROWS": 8, "LEAST_PRODUCTS": 300, "ROWS": 9}.items():
         monkeypatch.setattr(fused_head, name, value)
     row = {"head": "fused", **row, **changes}
     losses, weights, _ = train({key: value for key, value in row.items() if key != "place"})
     other_losses, other_weights, _ = train(row)
-    assert other_losses == losses and all(torch.equal(other_weights[key], weights[key]) for key in weights)
+    rounded = row["place"] == "host_weights" and "weights" in row  # AdamW's first steps are signs, which bf16 sums can turn
+    assert other_losses == pytest.approx(losses, abs=0.02 if rounded else 1e-6)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(other_weights[name], tensor, rtol=1e-4, atol=0.05 if rounded else 1e-6)
 
 
 @pytest.mark.parametrize("head", ["plain", "fused"])
