@@ -176,7 +176,7 @@ def test_slices_do_not_matter_and_rows_may_be_handed_over(name, stored, monkeypa
     # torch's own bf16 addition rounds the end of a vector otherwise than its middle, and slices end elsewhere
     exact = name in ("adamw", "adam4bit") or (name == "sgd" and stored != "nearest")
     for other in results[1:]:
-        _close(other, results[0], **({"rtol": 0, "atol": 0} if exact else {"rtol": 2**-6, "atol": 1e-5}))
+        _close(other, results[0], **({"rtol": 0, "atol": 0} if exact else {"rtol": 2**-6, "atol": 1e-4}))
 
 
 @pytest.mark.parametrize("name", WALKING)

@@ -187,6 +187,11 @@ ILLEGAL: list[Prohibition] = [
         "identity",
         {"grads": "predicted", "trains": "writers", "clip": 1.0}),
     Prohibition(
+        lambda r: _predicted(r) and isinstance(r.acts, Selective),
+        "grads: predicted forms products in forward that it does not form again, and selective checkpointing hands "
+        "back products by their order: use acts: checkpoint",
+        {"grads": "predicted", "trains": "writers", "acts": "selective"}),
+    Prohibition(
         lambda r: _predicted(r) and not (r.grads.every or r.grads.probe) and r.values["acts"] != "keep",
         "grads: predicted with no anchor and no probe never goes back through the blocks, so forward keeps nothing of "
         "them: use acts: keep, or every: 8",
