@@ -6,6 +6,7 @@ of a step stands in `Trainer.step`. Everything a regime changes hangs on those t
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -185,13 +186,16 @@ class Trainer:
             self._rest(set(self._active) - set(due))
             for index in sorted(set(due) - set(self._active)):
                 self._wake(index)
-            self._active = due
-            # the observer first: an updater inside backward drops the gradient it is handed
-            self.observer.trains(self.active.items())
-            for turn in self._active_turns():
-                turn.updater.arm()
+            self._arm(due)
         for turn in self._active_turns():
             turn.updater.begin(self.steps_done, self.lr(self.steps_done))
+
+    def _arm(self, indices: tuple[int, ...]) -> None:
+        self._active = indices
+        # the observer first: an updater inside backward drops the gradient it is handed
+        self.observer.trains(self.active.items())
+        for turn in self._active_turns():
+            turn.updater.arm()
 
     def _wake(self, index: int) -> None:
         turn = self._turns.get(index)
@@ -219,6 +223,25 @@ class Trainer:
                 del self._turns[index]
             elif self.regime.trains.state == "host":
                 turn.updater.move_state(self.observer, "host")
+
+    def state_dict(self) -> dict:
+        """What another trainer of the same regime and model goes on from as if this one had never stopped. As torch's: tensors
+        are the trainer's own, so save or copy them before the next step. Probes are not in it."""
+        turns = {index: [optimizer.state_dict() for optimizer in turn.updater.optimizers] for index, turn in self._turns.items()}
+        return {"steps_done": self.steps_done, "active": self._active, "model": self.model.state_dict(), "turns": turns}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on from `state_dict`, whose tensors are copied. Raises: ValueError, when steps have been taken already."""
+        if self.steps_done or self._turns:
+            raise ValueError(f"{self.steps_done} steps are done: load the state into a trainer that has taken none")
+        self.model.load_state_dict(state["model"])
+        for index, saved in state["turns"].items():
+            self._wake(index)
+            for optimizer, entry in zip(self._turns[index].updater.optimizers, copy.deepcopy(saved), strict=True):
+                optimizer.load_state_dict(entry)
+        self._rest(set(state["turns"]) - set(state["active"]))
+        self._arm(tuple(state["active"]))
+        self.steps_done = state["steps_done"]
 
     def optimizer_state_bytes(self) -> int:
         """Bytes of optimizer state that exist now, wherever they live."""
