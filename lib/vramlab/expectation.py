@@ -1,7 +1,7 @@
 """What a step should cost by arithmetic on a napkin, beside the forecast, and why they differ.
 
 Bytes a parameter, for the weights, gradients and optimizer state that are there throughout: fp32 AdamW 4 + 4 + 8, bf16 AdamW
-2 + 2 + 4, LOMO 4 or 2 alone. Parts that take turns count as one part of equal size; low-rank adapters as nothing. NOT in it:
+2 + 2 + 4, LOMO 4 or 2 alone. Parts that take turns count as one part of equal size; low-rank adapters and moments as nothing. NOT in it:
 activations, temporaries, workspaces, rounding and the allocator's cache. Those are the forecast's to say.
 """
 
@@ -40,7 +40,7 @@ def closed_form(question: Question) -> dict[str, int]:
     """category -> bytes by the arithmetic above."""
     row, count = question.row, parameters(question.spec)
     stored, trained = STORED[row.values["weights"]], count * _share(question)
-    kept = 0.0 if row.values["until"] == "backward" else trained
+    kept = 0.0 if row.values["until"] == "backward" or not row.grads.backward else trained
     return {"weights": stored * count, "gradients": round(stored * kept),
             "optimizer": round(stored * MOMENTS.get(row.values["rule"], 0) * trained)}
 

@@ -168,6 +168,8 @@ class _Run:
         self.turns, self.meter = _Turns(regime.trains), gpu.meter()
         if hasattr(regime.trains, "interval"):
             regime = dataclasses.replace(regime, trains=self.turns)
+        if hasattr(regime.rule, "gap"):  # the step that decides whether a run fits is one that projects anew
+            regime = dataclasses.replace(regime, rule=dataclasses.replace(regime.rule, gap=1))
         model = BaichuanForCausalLM(spec.config)
         model.to(spec.config.dtype or torch.float32)  # as published; the regime's own type is the trainer's to give
         self.trainer = Trainer(model, regime, Schedule(regime.lr, 1), device=gpu.device, observer=self.meter)
@@ -215,9 +217,10 @@ class _Run:
         return sorted({0, 1, len(parts) - 1}) if alike and self.turns.state != "device" else list(range(len(parts)))
 
     def _state_bytes(self, part: int) -> int:
-        parameters = dict(self.trainer.model.named_parameters())
-        return self.trainer.regime.rule.state_bytes(parameters[leaf.name][leaf.start : leaf.stop]
-                                                    for leaf in self.trainer.parts[part])
+        model = self.trainer.model
+        parameters = dict(model.named_parameters())
+        leaves = {leaf.name: parameters[leaf.name][leaf.start : leaf.stop] for leaf in self.trainer.parts[part]}
+        return self.trainer.regime.rule_for(model, leaves).state_bytes(leaves.values())
 
     def unseen_host_bytes(self) -> int:
         """State of parts never visited, which a real run would have parked on the host by then."""

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor, nn
 
 from .axes import AXES
+from .axes.grads import ZerothOrder
 from .axes.place import Fsdp
-from .axes.rule import NoRule
-from .axes.trains import Nothing
+from .axes.rowwise import Fit
+from .axes.rule import AdamMini, NoRule, Rule, Sgd
+from .axes.storage import Master, Nearest
+from .axes.trains import Chunks, Nothing
 from .axes.until import Backward
 from .axes.weights import Bf16, Mixed
 
@@ -35,6 +39,7 @@ class Regime:
     name: str
     weights: Any
     trains: Any
+    grads: Any
     until: Any
     rule: Any
     acts: Any
@@ -55,6 +60,11 @@ class Regime:
         if reasons:
             raise IllegalRegime(f"regime {self.name!r} is not possible:\n" + "\n".join(f"  - {r}" for r in reasons))
 
+    def rule_for(self, model: nn.Module, named: Mapping[str, Tensor]) -> Rule:
+        """The rule, told how weights are stored and what the leaves are that it will update."""
+        names = {id(leaf): name for name, leaf in named.items()}
+        return self.rule.fitted(Fit(self.weights.storage, names, getattr(model.config, "head_dim", 0)))
+
     def axes(self) -> dict[str, dict]:
         """The resolved row: every axis with its value and that value's fields. Plain data, for records and tables."""
         return {axis: {"value": self.values[axis], **dataclasses.asdict(getattr(self, axis))} for axis in AXES}
@@ -65,7 +75,12 @@ def _is(axis: str, kind: type) -> Callable[[Regime], bool]:
 
 
 _nothing, _no_rule, _in_backward = _is("trains", Nothing), _is("rule", NoRule), _is("until", Backward)
-_fsdp = _is("place", Fsdp)
+_fsdp, _guessed = _is("place", Fsdp), _is("grads", ZerothOrder)
+
+
+def _clips_inside(regime: Regime) -> bool:
+    return _in_backward(regime) and regime.until.clip_norm > 0
+
 
 ILLEGAL: list[tuple[Callable[[Regime], bool], str]] = [
     (lambda r: r.accumulate < 1, "accumulate counts micro-batches: use 1 or more"),
@@ -80,10 +95,36 @@ ILLEGAL: list[tuple[Callable[[Regime], bool], str]] = [
     (lambda r: _in_backward(r) and r.accumulate > 1,
      "until: backward updates at every micro-batch, so accumulate would change the result: use until: step, or a larger batch"),
     (lambda r: _in_backward(r) and r.clip > 0,
-     "until: backward drops each gradient before the norm of all is known: use until: step, or clip: 0"),
+     "until: backward drops each gradient before the norm of all is known: use until: {backward: {clip_norm: ...}}, which looks "
+     "twice, or until: step, or clip: 0"),
     (lambda r: _fsdp(r) and hasattr(r.trains, "interval"),
      "place: fsdp cuts every weight between ranks, and decides once how its gradient is reduced, so parts cannot take turns: "
      "use trains: all or lora, or place: device"),
+    (lambda r: type(r.weights.storage) is not Nearest and not r.rule.row_wise and not _no_rule(r),
+     "this rule writes weights itself, and rounds them to nearest: use weights: bf16, or a rule that updates rows in fp32, as "
+     "rule: adamw does"),
+    (lambda r: type(r.weights.storage) is not Nearest and _no_rule(r),
+     "nothing is updated, so it does not matter how an update is stored: use weights: bf16"),
+    (lambda r: _fsdp(r) and not r.rule.pieces,
+     "this rule looks at whole matrices or blocks of them, and place: fsdp cuts them between ranks: use rule: adamw or sgd, or "
+     "place: device"),
+    (lambda r: isinstance(r.rule, AdamMini) and isinstance(r.trains, Chunks),
+     "adam_mini has one second moment a head, and chunks cut heads: use trains: blocks, or rule: adamw"),
+    (lambda r: _fsdp(r) and _clips_inside(r),
+     "until.backward.clip_norm measures what this rank has, and place: fsdp cuts every gradient between ranks: use until: step and "
+     "clip, or place: device"),
+    (lambda r: _fsdp(r) and _guessed(r),
+     "grads: zeroth_order moves a weight while its module runs, and place: fsdp has gathered it before: use place: device"),
+    (lambda r: _guessed(r) and not (isinstance(r.rule, Sgd) or _no_rule(r)),
+     "grads: zeroth_order never holds a gradient that a rule could remember something of: use rule: sgd, or grads: exact"),
+    (lambda r: _guessed(r) and _nothing(r), "nothing trains, so there is no gradient to guess: use grads: exact"),
+    (lambda r: _guessed(r) and _in_backward(r), "grads: zeroth_order has no backward to update in: use until: step"),
+    (lambda r: _guessed(r) and not _nothing(r) and r.values["acts"] != "keep",
+     "grads: zeroth_order has no backward, so forward keeps nothing: use acts: keep"),
+    (lambda r: _guessed(r) and not _nothing(r) and r.clip > 0,
+     "grads: zeroth_order has no gradient whose norm could be clipped: use clip: 0, or a lower lr"),
+    (lambda r: _guessed(r) and isinstance(r.weights.storage, Master) and not _nothing(r),
+     "grads: zeroth_order moves the weights the network has, and an fp32 master would not know: use weights: fp32 or bf16_sr"),
 ]
 """(excluded, reason with the way out); all that apply are reported together."""
 

@@ -104,12 +104,14 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         with self.regime.weights.compute(self.device.type):
             for batch, share in zip(batches, shares, strict=True):
-                loss = self._forward(batch)
-                total += loss.detach() * share
-                if self.parts:
-                    with self.observer.phase("backward"):
-                        (loss if share == 1.0 else loss * share).backward()
-                del loss
+                for run in range(self._updater.runs):
+                    with self._updater.run(run):
+                        loss = self._forward(batch)
+                        total += loss.detach() * (share / self._updater.runs)
+                        if self.parts:
+                            with self.observer.phase("backward"):
+                                self._updater.take(loss if share == 1.0 else loss * share)
+                        del loss
         if self.parts:
             with self.observer.phase("update"):
                 self._update()
@@ -134,7 +136,7 @@ class Trainer:
         self.observer.own("inputs", batch.items())
         with ExitStack() as stack:
             stack.enter_context(self.observer.phase("forward"))
-            if self.parts:
+            if self.parts and self.regime.grads.backward:
                 stack.enter_context(self.regime.acts.saving(self.observer, self._weights))
             else:
                 stack.enter_context(torch.no_grad())
@@ -149,6 +151,11 @@ class Trainer:
         self.observer.own("optimizer", turn.state())
 
     @property
+    def _updater(self) -> Updater:
+        """Of the active part."""
+        return Updater([]) if self._active is None else self._turns[self._active].updater
+
+    @property
     def active(self) -> dict[str, nn.Parameter]:
         """The leaves that train at this step, by name; a cut matrix's leaf is named `weight[start:stop]`."""
         return {} if self._active is None else self._turns[self._active].leaves.named
@@ -161,14 +168,15 @@ class Trainer:
         if due != self._active:
             self._rest()
             self._wake(due)
-        self._turns[due].updater.set_lr(self.schedule.at(self.steps_done))
+        self._updater.begin(self.steps_done, self.schedule.at(self.steps_done))
 
     def _wake(self, index: int) -> None:
         turn = self._turns.get(index)
         if turn is None:
             leaves = ActiveLeaves(self.model, self.parts[index])
             leaves.switch_on()
-            updater = self.regime.until.updater(self.regime.rule, list(leaves.named.values()), self.schedule.lr)
+            updater = self.regime.grads.updater(self.regime.until, self.regime.rule_for(self.model, leaves.named), self.model,
+                                                leaves.named, self.schedule.lr, self.observer)
             turn = self._turns[index] = _Turn(leaves, updater)
         else:
             turn.leaves.switch_on()

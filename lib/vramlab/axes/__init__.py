@@ -5,17 +5,21 @@
 """
 
 from .acts import Checkpoint, Keep, Offload
+from .grads import Exact, ZerothOrder
 from .place import Device, Fsdp
-from .rule import AdamW, NoRule, Sgd
+from .projected import Apollo, GaLore
+from .rule import Adafactor, AdaLomo, Adam4bit, Adam8bit, AdamMini, AdamW, NoRule, Sgd
 from .trains import All, Blocks, Chunks, Lora, Nothing
 from .until import Backward, Step
-from .weights import Bf16, Fp32, Mixed
+from .weights import Bf16, Bf16Stochastic, Fp32, MasterFp32, Mixed
 
 AXES: dict[str, dict[str, type]] = {
-    "weights": {"fp32": Fp32, "mixed": Mixed, "bf16": Bf16},
+    "weights": {"fp32": Fp32, "mixed": Mixed, "bf16": Bf16, "bf16_sr": Bf16Stochastic, "master": MasterFp32},
     "trains": {"all": All, "none": Nothing, "lora": Lora, "blocks": Blocks, "chunks": Chunks},
+    "grads": {"exact": Exact, "zeroth_order": ZerothOrder},
     "until": {"step": Step, "backward": Backward},
-    "rule": {"adamw": AdamW, "sgd": Sgd, "none": NoRule},
+    "rule": {"adamw": AdamW, "sgd": Sgd, "adafactor": Adafactor, "adalomo": AdaLomo, "adam_mini": AdamMini, "adam8bit": Adam8bit,
+             "adam4bit": Adam4bit, "galore": GaLore, "apollo": Apollo, "none": NoRule},
     "acts": {"keep": Keep, "checkpoint": Checkpoint, "offload": Offload},
     "place": {"device": Device, "fsdp": Fsdp},
 }

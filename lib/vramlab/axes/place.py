@@ -101,6 +101,13 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local() if is_sharded(tensor) else tensor
 
 
+def first_row(tensor: Tensor) -> int:
+    """The row of a sharded tensor that this rank's piece begins with; 0 of any other."""
+    if not is_sharded(tensor):
+        return 0
+    return tensor.device_mesh.get_local_rank() * -(-tensor.shape[0] // tensor.device_mesh.size())
+
+
 def _move_unsharded(unit: nn.Module, device: torch.device) -> None:
     """A unit at a time, so that the device never holds more of the model than pieces and one unit."""
     for module in unit.modules():

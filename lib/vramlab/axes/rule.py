@@ -1,49 +1,237 @@
-"""Axis `rule`: what an update computes, and what it remembers between two updates."""
+"""Axis `rule`: what an update computes, and what it remembers between two updates.
+
+A rule is told what it updates (`fitted`) before it makes an optimizer or counts its bytes. Those that are `row_wise` update
+slices of rows in fp32, see `rowwise`, and leave it to `storage` how a weight is read and written.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
+from . import adam_mini, factored, quantised
 from .place import is_sharded, local
+from .rowwise import Fit, RowAdamW, RowSgd
+from .storage import Nearest
+
+
+class Rule:
+    """What every rule is."""
+
+    row_wise: ClassVar[bool] = False
+    """Whether it can update weights that are stored in another way than rounded to nearest."""
+    pieces: ClassVar[bool] = True
+    """Whether the update of a part of a matrix is that part of the matrix' update, so that ranks may each do theirs."""
+
+    def fitted(self, fit: Fit) -> Rule:
+        """The rule for these leaves."""
+        return self
+
+    def make(self, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
+        raise NotImplementedError
+
+    def state_bytes(self, params: Iterable[Tensor]) -> int:
+        """Bytes of state after a first update of `params`, of sharded ones this rank's."""
+        raise NotImplementedError
+
+
+class RowRule(Rule):
+    """A rule that has to know how weights are stored, or which leaf is which."""
+
+    row_wise = True
+
+    def fitted(self, fit: Fit) -> Rule:
+        return Fitted(self, fit)
+
+    def make(self, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
+        return self.optimizer(list(params), lr, Fit())
+
+    def state_bytes(self, params: Iterable[Tensor]) -> int:
+        return self.fitted(Fit()).state_bytes(params)
+
+    def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
+        raise NotImplementedError
+
+    def leaf_bytes(self, leaf: Tensor, fit: Fit) -> int:
+        """State of one leaf, what its storage needs aside."""
+        raise NotImplementedError
+
+
+class _AdamW(torch.optim.AdamW):
+    """torch's, which also takes a gradient in rows, see `rows`: each weight's update is its own affair."""
+
+    sweeps = 1
+
+    def begin_rows(self, leaf: Tensor) -> None:
+        state = self.state[leaf]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=leaf.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(leaf), torch.zeros_like(leaf)
+
+    @torch.no_grad()
+    def rows(self, leaf: Tensor, start: int, stop: int, grad: Tensor, sweep: int) -> None:
+        state, (group,) = self.state[leaf], self.param_groups
+        beta1, beta2 = group["betas"]
+        # a copy of the step count, since the kernel moves it on: it belongs to all rows
+        adamw([leaf[start:stop]], [grad], [state["exp_avg"][start:stop]], [state["exp_avg_sq"][start:stop]], [],
+              [state["step"].clone()], fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+              weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+
+    @torch.no_grad()
+    def end_rows(self, leaf: Tensor) -> None:
+        self.state[leaf]["step"] += 1
+
+
+class _Sgd(torch.optim.SGD):
+    """torch's, which also takes a gradient in rows."""
+
+    sweeps = 1
+
+    def begin_rows(self, leaf: Tensor) -> None:
+        pass
+
+    @torch.no_grad()
+    def rows(self, leaf: Tensor, start: int, stop: int, grad: Tensor, sweep: int) -> None:
+        leaf[start:stop].add_(grad, alpha=-self.param_groups[0]["lr"])
+
+    def end_rows(self, leaf: Tensor) -> None:
+        pass
 
 
 @dataclass(frozen=True)
-class AdamW:
-    """m and v beside every trained weight, in the weight's type. State: 2 x itemsize bytes a trained weight, and one
-    fp32 step count a tensor. Loshchilov 2019, arXiv:1711.05101. `fused`: no list-sized temporaries."""
+class Fitted(Rule):
+    """A rule that has been told."""
+
+    rule: RowRule
+    fit: Fit
+
+    def make(self, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
+        return self.rule.optimizer(list(params), lr, self.fit)
+
+    def state_bytes(self, params: Iterable[Tensor]) -> int:
+        return sum(self.rule.leaf_bytes(leaf, self.fit) + self.fit.storage.state_bytes(local(leaf)) for leaf in params)
+
+
+@dataclass(frozen=True)
+class AdamW(RowRule):
+    """m and v beside every trained weight, in the weight's type (fp32 where there is a master), and one fp32 step count a
+    tensor. Loshchilov 2019, arXiv:1711.05101. torch's fused kernel: no list-sized temporaries."""
 
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
 
-    def make(self, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(params, lr=lr, betas=(self.beta1, self.beta2), eps=self.eps,
-                                 weight_decay=self.weight_decay, fused=True)
+    def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
+        if _torch_stores(fit):
+            return _AdamW(params, lr=lr, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay, fused=True)
+        return RowAdamW(params, lr, fit, **vars(self))
 
-    def state_bytes(self, params: Iterable[Tensor]) -> int:
-        return sum(2 * local(p).nbytes + 4 for p in params)
+    def leaf_bytes(self, leaf: Tensor, fit: Fit) -> int:
+        """The step count of slices is a plain number."""
+        weight = local(leaf)
+        moments = 2 * weight.numel() * fit.storage.moments_dtype(weight).itemsize
+        return moments + 4 * _torch_stores(fit)
 
 
 @dataclass(frozen=True)
-class Sgd:
-    """w <- w - lr * g, remembering nothing: no state at all. Fused, except on sharded weights, for which torch has no fused
-    SGD: there tensor by tensor, in place too."""
+class Sgd(RowRule):
+    """w <- w - lr * g, formed in fp32, remembering nothing: no state at all. torch's fused kernel, except on sharded weights,
+    for which it has none: there tensor by tensor, in place too."""
 
-    def make(self, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-        params = list(params)
-        return torch.optim.SGD(params, lr=lr, fused=not any(is_sharded(p) for p in params))
+    def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
+        if _torch_stores(fit):
+            return _Sgd(params, lr=lr, fused=not any(is_sharded(p) for p in params))
+        return RowSgd(params, lr, fit)
 
-    def state_bytes(self, params: Iterable[Tensor]) -> int:
+    def leaf_bytes(self, leaf: Tensor, fit: Fit) -> int:
         return 0
 
 
+def _torch_stores(fit: Fit) -> bool:
+    return type(fit.storage) is Nearest
+
+
 @dataclass(frozen=True)
-class NoRule:
+class Adafactor(RowRule):
+    """fp32 row and column means of the squared gradient; the step is relative to the weight's RMS, at most lr and at most
+    1/sqrt(t) of it, see `factored`. Shazeer 2018, arXiv:1804.04235, as torch has it for fp32."""
+
+    pieces = False
+    decay: float = -0.8
+    least_rms: float = 1e-3
+    most_rms: float = 1.0
+
+    def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
+        eps = torch.finfo(torch.float32).eps
+        return factored.Factored(params, lr, fit, **vars(self), added=0.0, least_mean=eps, most_root=1 / eps, relative=True)
+
+    def leaf_bytes(self, leaf: Tensor, fit: Fit) -> int:
+        return factored.state_bytes(local(leaf))
+
+
+@dataclass(frozen=True)
+class AdaLomo(Adafactor):
+    """Adafactor with lr as it is given, and 1e-30 added to each square in place of other bounds, see `factored`. Lv 2023,
+    arXiv:2310.10195; its memory needs until: backward."""
+
+    def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
+        tiny = torch.finfo(torch.float32).tiny
+        return factored.Factored(params, lr, fit, **vars(self), added=1e-30, least_mean=tiny, most_root=float("inf"),
+                                 relative=False)
+
+
+@dataclass(frozen=True)
+class AdamMini(AdamW):
+    """AdamW with one second moment a head, neuron, token or norm, see `adam_mini`. Zhang 2024, arXiv:2406.16793."""
+
+    pieces = False
+
+    def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
+        return adam_mini.AdamMini(params, lr, fit, **vars(self))
+
+    def leaf_bytes(self, leaf: Tensor, fit: Fit) -> int:
+        weight = local(leaf)
+        return weight.numel() * fit.storage.moments_dtype(weight).itemsize + 4 * adam_mini.blocks(leaf, fit)
+
+
+@dataclass(frozen=True)
+class Adam4bit(AdamW):
+    """AdamW with both moments in 4 bits, see `quantised`. Li 2023, arXiv:2309.01507."""
+
+    pieces = False
+
+    def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
+        return quantised.Adam4bit(params, lr, fit, **vars(self))
+
+    def leaf_bytes(self, leaf: Tensor, fit: Fit) -> int:
+        return quantised.state_bytes_4bit(local(leaf), fit)
+
+
+@dataclass(frozen=True)
+class Adam8bit(Rule):
+    """AdamW with both moments in 8 bits, by bitsandbytes, see `quantised`. Dettmers 2021, arXiv:2110.02861."""
+
+    pieces = False
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def make(self, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
+        return quantised.adam8bit(params, lr, **vars(self))
+
+    def state_bytes(self, params: Iterable[Tensor]) -> int:
+        return sum(quantised.state_bytes_8bit(leaf) for leaf in params)
+
+
+@dataclass(frozen=True)
+class NoRule(Rule):
     """No update: for a regime that trains nothing."""
 
     def make(self, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from . import rounding
+from .storage import Master, Nearest, Stochastic
 
 
 @contextmanager
@@ -30,6 +31,11 @@ class Fp32:
     dtype = torch.float32
     gathered: ClassVar[torch.dtype | None] = None
     """The type a sharded weight is gathered in, where it is not its own."""
+
+    @property
+    def storage(self) -> Nearest:
+        """How an update is stored."""
+        return Nearest()
 
     def prepare(self, model: nn.Module) -> nn.Module:
         return model.to(self.dtype)
@@ -74,3 +80,25 @@ class Bf16(Fp32):
     def compute(self, device_type: str) -> Iterator[None]:
         with _bf16_products(device_type):
             yield
+
+
+@dataclass(frozen=True)
+class Bf16Stochastic(Bf16):
+    """Every parameter in bf16, 2 bytes each; an update is rounded up or down at random, so that on the mean none is lost.
+    Random numbers are a function of seed, leaf and step. Gupta 2015, arXiv:1502.02551."""
+
+    seed: int = 0
+
+    @property
+    def storage(self) -> Nearest:
+        return Stochastic(self.seed)
+
+
+@dataclass(frozen=True)
+class MasterFp32(Bf16):
+    """Every parameter in bf16, 2 bytes each, and of each that trains an fp32 master in the optimizer, 4 bytes, which is what is
+    updated; moments are fp32. Micikevicius 2018, arXiv:1710.03740; as DeepSpeed does with bf16."""
+
+    @property
+    def storage(self) -> Nearest:
+        return Master()

@@ -50,7 +50,7 @@ class Work:
         if func.is_view or func in NOTHING:
             return
         results = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-        if not results and func not in IN_LISTS:  # asks, computes nothing
+        if not results and func not in IN_LISTS and func.namespace != "bitsandbytes":  # asks, computes nothing
             return
         here, operands = self.seen[step, phase], [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         count = flop_registry.get(func._overloadpacket)

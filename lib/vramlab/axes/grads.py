@@ -1,0 +1,156 @@
+"""Axis `grads`: how a gradient is formed: exactly, by a backward, or guessed from two forwards.
+
+`zeroth_order` is MeZO: Malladi 2023, arXiv:2305.17333. With z standard normal, one number for each weight, and g 0-d:
+
+    g = (L(w + eps z) - L(w - eps z)) / (2 eps)            w <- w - lr g z
+
+The expectation of g z is the gradient, up to eps^2; its variance grows with the number of weights, hence lr of 1e-6. In bytes: no
+activation is kept and no gradient formed; z is drawn again from (seed, step, leaf, slice) wherever it is needed and is never
+longer than `SLICE` numbers.
+
+How weights are moved, and moved back. The published code adds eps z to every weight, takes off 2 eps z and adds eps z again:
+in fp32 that leaves each weight about an ulp off; in bf16 (8 digits) a weight is then off by up to an ulp of it a step, and a
+norm's weight, near 1, does not feel an eps of 1e-3 at all. Here a leaf is moved when the module that owns it begins its forward,
+after its bytes have been copied, and the bytes are put back when that forward ends: exactly, in every type. It costs a
+copy of one matrix at a time; one larger than `parked_bytes` (the embeddings and the head of a 7B) is copied to the host.
+
+Not exact in bf16: w + eps z and the update are rounded at random (`storage.round_up_or_down`), whatever `weights` says, so that they are right in the mean: where an
+ulp is above eps, a guess has more variance than z alone would give it. In fp32 both are rounded to nearest, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..observer import Observer
+from .noise import generator, normal
+from .storage import random_bits, round_up_or_down
+from .until import Updater
+
+SLICE = 8 << 20
+"""Most weights that are moved at a time: fp32 temporaries are a few times 32 MiB."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The gradient, by backward."""
+
+    backward: ClassVar[bool] = True
+    """Whether forward has to keep what a backward needs."""
+
+    def updater(self, until, rule, model: nn.Module, named: Mapping[str, nn.Parameter], lr: float, observer: Observer) -> Updater:
+        return until.updater(rule, list(named.values()), lr)
+
+
+@dataclass(frozen=True)
+class ZerothOrder(Exact):
+    """g z from two forwards, see above. No state at all."""
+
+    backward: ClassVar[bool] = False
+    eps: float = 1e-3
+    seed: int = 0
+    parked_bytes: int = 256 << 20
+    """A leaf with more bytes waits on the host, not on the device, while it is moved."""
+
+    def __post_init__(self):
+        if not self.eps > 0:
+            raise ValueError(f"grads.eps is {self.eps}: it is how far weights are moved, use a positive number, such as 1e-3")
+
+    def updater(self, until, rule, model: nn.Module, named: Mapping[str, nn.Parameter], lr: float, observer: Observer) -> Updater:
+        assert not rule.state_bytes(named.values()), "a guess goes with a rule that remembers nothing"
+        return Guess(self, model, named, observer)
+
+
+class Guess(Updater):
+    """Moves leaves by +eps z in the first run of a step and by -eps z in the second, and updates them by what that did."""
+
+    runs = 2
+
+    def __init__(self, options: ZerothOrder, model: nn.Module, named: Mapping[str, nn.Parameter], observer: Observer):
+        super().__init__([])
+        self.options, self.named, self.observer = options, named, observer
+        self._owners = _owners(model, named)
+        self._handles: list = []
+        self._sign, self._slope, self._unmoved = 0, None, set()
+        self._parked: dict[Tensor, Tensor] = {}
+
+    def begin(self, step: int, lr: float) -> None:
+        self.step, self.lr, self._slope = step, lr, None
+
+    def arm(self) -> None:
+        for leaf in self.named.values():
+            leaf.requires_grad_(False)  # no graph, and no bf16 copy that autocast would keep for one
+        for module, leaves in self._owners.items():
+            self._handles.append(module.register_forward_pre_hook(lambda *_, leaves=leaves: self._move(leaves)))
+            self._handles.append(module.register_forward_hook(lambda *_, leaves=leaves: self._put_back(leaves), always_call=True))
+
+    def disarm(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    @contextmanager
+    def run(self, number: int) -> Iterator[None]:
+        self._sign, self._unmoved = 1 - 2 * number, set(self.named)
+        try:
+            yield
+        finally:
+            self._sign = 0
+        assert not self._unmoved, f"trained, but no forward of the module that owns it was seen: {', '.join(sorted(self._unmoved))}"
+
+    @torch.no_grad()
+    def take(self, loss: Tensor) -> None:
+        """Adds what this loss (0-d, weighted by its micro-batch's share) says about g, on the device."""
+        part = loss.detach() * (self._sign / (2 * self.options.eps))
+        self._slope = part if self._slope is None else self._slope.add_(part)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        for name, leaf in self.named.items():
+            self._add(name, leaf, self._slope * -self.lr, "update")
+        self._slope = None
+
+    def _add(self, name: str, leaf: Tensor, factor: Tensor | float, purpose: str) -> None:
+        """w <- w + factor z, a slice at a time. Where weights are bf16, both runs round with the same numbers, which leaves their
+        difference less to vary by."""
+        for start in range(0, leaf.numel(), SLICE):
+            piece = leaf.detach().view(-1)[start : start + SLICE]
+            moved = normal(piece.shape, generator(leaf.device, self.options.seed, self.step, name, start)).mul_(factor).add_(piece)
+            if piece.dtype is torch.bfloat16:
+                label = f"{self.options.seed}/{self.step}/{name}/{purpose}"
+                moved = round_up_or_down(moved, random_bits(len(piece), start, label, leaf.device))
+            piece.copy_(moved)
+
+    @torch.no_grad()
+    def _move(self, leaves: Mapping[str, Tensor]) -> None:
+        for name, leaf in leaves.items() if self._sign else ():
+            self._park(leaf)
+            self._unmoved.discard(name)
+            self._add(name, leaf, self._sign * self.options.eps, "move")
+
+    def _park(self, leaf: Tensor) -> None:
+        if leaf.nbytes <= self.options.parked_bytes:
+            self._parked[leaf] = leaf.detach().clone()
+            return
+        with self.observer.region("host"):
+            self._parked[leaf] = torch.empty_like(leaf, device="cpu", pin_memory=leaf.is_cuda).copy_(leaf)
+
+    @torch.no_grad()
+    def _put_back(self, leaves: Mapping[str, Tensor]) -> None:
+        for leaf in leaves.values():
+            if leaf in self._parked:
+                leaf.copy_(self._parked.pop(leaf), non_blocking=leaf.is_cuda)
+
+
+def _owners(model: nn.Module, named: Mapping[str, nn.Parameter]) -> dict[nn.Module, dict[str, nn.Parameter]]:
+    """module -> its own leaves: parameters of it, or rows that share a parameter's storage."""
+    by_storage = {p.untyped_storage()._cdata: module for module in model.modules() for p in module.parameters(recurse=False)}
+    owners: dict[nn.Module, dict[str, nn.Parameter]] = {}
+    for name, leaf in named.items():
+        owners.setdefault(by_storage[leaf.untyped_storage()._cdata], {})[name] = leaf
+    return owners
