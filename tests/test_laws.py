@@ -11,6 +11,7 @@ from torch import nn
 from micro import batch, model, ranks, train
 from vramlab.axes import AXES
 from vramlab.axes.leaves import ActiveLeaves, Leaf, SlicedEmbedding, SlicedLinear
+from vramlab.memory.meter import Meter
 from vramlab.observer import Observer
 from vramlab.regime import IllegalRegime, read_regimes, read_row
 from vramlab.trainer import Schedule, Trainer
@@ -53,6 +54,37 @@ def test_lomo_is_sgd():
     lomo_losses, weights, _ = train({"until": "backward", "rule": "sgd"}, lr=lr)
     assert lomo_losses == losses
     assert all(torch.equal(weights[name], tensor) for name, tensor in reference.state_dict().items())
+
+
+@pytest.mark.parametrize("head", ["plain", "fused"])
+@pytest.mark.parametrize("clip_norm", [0.5, 1e6])
+def test_clipping_inside_backward_is_clipped_sgd(clip_norm, head):
+    reference, lr = model(), 1e-1
+    schedule, optimizer = Schedule(lr, 4), torch.optim.SGD(reference.parameters(), lr=lr)
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = schedule.at(step)
+        optimizer.zero_grad()
+        reference(**batch(100 * step)).loss.backward()
+        norm = nn.utils.clip_grad_norm_(reference.parameters(), clip_norm)
+        assert (norm > clip_norm) == (clip_norm == 0.5)
+        optimizer.step()
+    row = {"until": {"backward": {"clip_norm": clip_norm}}, "rule": "sgd", "head": head}
+    losses, weights, _ = train(row, lr=lr)
+    for name, tensor in reference.state_dict().items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)
+    if clip_norm == 1e6:
+        lomo_losses, lomo_weights, _ = train({**row, "until": "backward"}, lr=lr)
+        assert losses == lomo_losses and all(torch.equal(weights[name], lomo_weights[name]) for name in weights)
+
+
+def test_clipping_inside_backward_costs_no_bytes_but_its_norms():
+    peaks = []
+    for until in ("backward", {"backward": {"clip_norm": 0.5}}):
+        meter = Meter()
+        with meter:
+            train({"until": until, "rule": "sgd"}, steps=2, observer=meter)
+        peaks.append(meter.peak(1)["peak_bytes"])
+    assert 0 <= peaks[1] - peaks[0] <= 4 * (len(list(model().parameters())) + 8)
 
 
 def test_full_is_torch_adamw():

@@ -16,6 +16,18 @@ ALONE = {
     7: {"until": "backward", "accumulate": 2},
     8: {"until": "backward", "clip": 1.0},
     9: {"place": "fsdp", "trains": "blocks"},
+    10: {"weights": "master", "rule": "galore"},
+    11: {"trains": "none", "rule": "none", "weights": "master"},
+    12: {"place": "fsdp", "rule": "galore"},
+    13: {"rule": "adam_mini", "trains": "chunks"},
+    14: {"place": "fsdp", "until": {"backward": {"clip_norm": 1.0}}},
+    15: {"place": "fsdp", "grads": "zeroth_order", "rule": "sgd"},
+    16: {"grads": "zeroth_order"},
+    17: {"trains": "none", "rule": "none", "grads": "zeroth_order"},
+    18: {"grads": "zeroth_order", "rule": "sgd", "until": "backward"},
+    19: {"grads": "zeroth_order", "rule": "sgd", "acts": "checkpoint"},
+    20: {"grads": "zeroth_order", "rule": "sgd", "clip": 1.0},
+    21: {"grads": "zeroth_order", "rule": "sgd", "weights": "master"},
 }
 
 
@@ -40,6 +52,10 @@ def test_all_reasons_come_together():
     ({"trains": {"chunks": {"count": 0}}}, ["0", "1 or more"]),
     ({"trains": {"blocks": {"order": "sideways"}}}, ["sideways", "descending"]),
     ({"acts": {"checkpoint": {}, "offload": {}}}, ["checkpoint", "known values"]),
+    ({"rule": {"galore": {"rank": 0}}}, ["0", "1 or more"]),
+    ({"rule": {"galore": {"inner": "adam"}}}, ["adam", "adamw, sgd"]),
+    ({"grads": {"zeroth_order": {"eps": 0.0}}, "rule": "sgd"}, ["0.0", "positive"]),
+    ({"until": {"backward": {"clip_norm": -1.0}}}, ["-1.0", "positive"]),
 ])
 def test_a_wrong_row_names_the_value_and_the_known_ones(row, words):
     with pytest.raises(IllegalRegime) as refusal:

@@ -1,8 +1,8 @@
 """What a step should cost by arithmetic on a napkin, beside the forecast, and why they differ.
 
 Bytes a parameter, for the weights, gradients and optimizer state that are there throughout: fp32 AdamW 4 + 4 + 8, bf16 AdamW
-2 + 2 + 4, LOMO 4 or 2 alone. Parts that take turns count as one part of equal size; low-rank adapters and moments as nothing. NOT in it:
-activations, temporaries, workspaces, rounding and the allocator's cache. Those are the forecast's to say.
+2 + 2 + 4, LOMO 4 or 2 alone. Parts that take turns count as one part of equal size; low-rank adapters and moments as nothing. NOT
+in it: activations, temporaries, workspaces, rounding and the allocator's cache. Those are the forecast's to say.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Seen:
 
     @property
     def losses(self) -> list[float]:
-        return [float(loss) for loss in self.kept]
+        return [loss.item() for loss in self.kept]
 
 
 Loop = Callable[[Job, Observer], Seen]

@@ -43,6 +43,7 @@ class Regime:
     until: Any
     rule: Any
     acts: Any
+    head: Any
     place: Any
     accumulate: int = 1
     """Micro-batches whose gradients are added before one update; the sum equals the large batch's gradient."""

@@ -73,8 +73,8 @@ class Trainer:
         model = regime.place.move(model, self.device)
         # 3. adapters wrap modules, so they come before anything that looks modules up
         model = regime.trains.prepare(model, seed)
-        # 4. checkpointing wraps blocks, adapters included
-        self.model = regime.acts.prepare(model)
+        # 4. checkpointing wraps blocks, adapters included; the head is no block
+        self.model = regime.head.prepare(regime.acts.prepare(model))
         # 5. sharding replaces parameters and gathers them around a block, so around all that is done to it; it needs them
         # before any leaf is cut out of one
         self._weights = regime.place.shard(self.model, self.device, regime.weights, self.observer)
@@ -174,12 +174,12 @@ class Trainer:
         turn = self._turns.get(index)
         if turn is None:
             leaves = ActiveLeaves(self.model, self.parts[index])
-            leaves.switch_on()
             updater = self.regime.grads.updater(self.regime.until, self.regime.rule_for(self.model, leaves.named), self.model,
                                                 leaves.named, self.schedule.lr, self.observer)
             turn = self._turns[index] = _Turn(leaves, updater)
+            leaves.switch_on(updater.taker)
         else:
-            turn.leaves.switch_on()
+            turn.leaves.switch_on(turn.updater.taker)
             if self.regime.trains.state == "host":
                 turn.updater.move_state(self.device, self.observer, "device")
                 self.observer.own("optimizer", turn.state())

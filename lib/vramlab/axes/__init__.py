@@ -6,6 +6,7 @@
 
 from .acts import Checkpoint, Keep, Offload
 from .grads import Exact, ZerothOrder
+from .head import Fused, Plain
 from .place import Device, Fsdp
 from .projected import Apollo, GaLore
 from .rule import Adafactor, AdaLomo, Adam4bit, Adam8bit, AdamMini, AdamW, NoRule, Sgd
@@ -21,6 +22,7 @@ AXES: dict[str, dict[str, type]] = {
     "rule": {"adamw": AdamW, "sgd": Sgd, "adafactor": Adafactor, "adalomo": AdaLomo, "adam_mini": AdamMini, "adam8bit": Adam8bit,
              "adam4bit": Adam4bit, "galore": GaLore, "apollo": Apollo, "none": NoRule},
     "acts": {"keep": Keep, "checkpoint": Checkpoint, "offload": Offload},
+    "head": {"plain": Plain, "fused": Fused},
     "place": {"device": Device, "fsdp": Fsdp},
 }
 """axis -> value -> class; the first value of each axis is its default."""

@@ -5,7 +5,7 @@ all stands for it: v_ij = r_i c_j / mean(r). The update u = g / sqrt(v) is divid
 more than one unit of its own scale, and the step is lr * max(1e-3, RMS(w)): relative to the weight's size. Vectors keep all
 of v. Memory of the past fades as 1 - t^-0.8. Shazeer 2018, arXiv:1804.04235 (Adafactor); Lv 2023, arXiv:2310.10195 (AdaLomo).
 
-Three sweeps over the gradient: r, c and RMS(w); then RMS(u), which needs them whole; then the update. All in fp32. So a bf16
+Three sweeps over the gradient: r and c; then RMS(u), which needs them whole; then the update. All in fp32. So a bf16
 run differs from torch's Adafactor, which forms all this in bf16 and bounds sqrt(v) by that type's 2^-7, far above a
 language model's gradients.
 """
@@ -34,16 +34,17 @@ class Factored(RowWise):
 
     def scratch(self, leaf: Tensor, weight: Tensor, entry: dict) -> dict[str, Any]:
         columns = {"columns": torch.zeros_like(entry["col_var"])} if "col_var" in entry else {}
-        sums = torch.zeros(2, dtype=torch.float32, device=weight.device)
-        return {**columns, "weight_square": sums[0], "update_square": sums[1], "new": entry["step"] ** self.options["decay"]}
+        square = torch.zeros((), dtype=torch.float32, device=weight.device)
+        return {**columns, "update_square": square, "new": entry["step"] ** self.options["decay"]}
 
     def look(self, leaf: Tensor, sweep: int, rows: slice, gradient: Tensor) -> None:
         entry, scratch = self.state[leaf], self._scratch[leaf]
         if sweep == 1:
             scratch["update_square"].add_(self._direction(leaf, rows, gradient).square_().sum())
             return
-        scratch["weight_square"].add_(self.read(leaf, rows).square().sum())
-        square = gradient.square().add_(self.options["added"])
+        square = gradient.square()
+        if self.options["added"]:
+            square.add_(self.options["added"])
         if "variance" in entry:
             entry["variance"][rows].lerp_(square, scratch["new"])
         else:
@@ -60,7 +61,9 @@ class Factored(RowWise):
             scratch["root"] = entry["variance"].rsqrt().clamp_(max=options["most_root"])
         else:
             lr = min(options["lr"], entry["step"] ** -0.5) if options["relative"] else options["lr"]
-            weight_rms, update_rms = ((scratch[name] / leaf.numel()).sqrt_() for name in ("weight_square", "update_square"))
+            # summed in fp32 as it is read: no fp32 copy of the weight
+            weight_rms = torch.linalg.vector_norm(self.exact(leaf), dtype=torch.float32).div_(leaf.numel() ** 0.5)
+            update_rms = (scratch["update_square"] / leaf.numel()).sqrt_()
             scratch["factor"] = lr * weight_rms.clamp_(min=options["least_rms"]) / (update_rms / options["most_rms"]).clamp_(min=1)
 
     def update(self, leaf: Tensor, rows: slice, gradient: Tensor, wide: Tensor) -> None:

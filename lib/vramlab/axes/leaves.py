@@ -10,7 +10,7 @@ Shapes: weight (O, I); leaf (stop - start, I); x (..., I); y (..., O); ids (...)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..baichuan.model import NormHead
+from .rows import TakesRows, feed, spans
+
+TAKEN_BYTES = 32 << 20
+"""Most bytes of an embedding's gradient at once, where it is taken in rows."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +56,33 @@ class SlicedLinear(torch.autograd.Function):
 
 
 class SlicedEmbedding(torch.autograd.Function):
-    """y = W[ids]; backward: dleaf sums dy over the tokens whose id lies in the slice. The padding row gets none."""
+    """y = W[ids]; backward: dleaf sums dy over the tokens whose id lies in the slice. The padding row gets none. Whoever takes
+    the gradient in rows is handed some rows of dleaf at a time, and autograd none."""
 
     @staticmethod
-    def forward(ctx, ids: Tensor, weight: Tensor, leaf: Tensor, start: int, padding_idx: int | None) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.start, ctx.shape, ctx.padding_idx = start, leaf.shape, padding_idx
+    def forward(ctx, ids: Tensor, weight: Tensor, leaf: Tensor, start: int, padding_idx: int | None,
+                taker: TakesRows | None = None) -> Tensor:
+        # who hands rows over needs the leaf itself; the weight's values nobody needs
+        ctx.save_for_backward(ids, leaf if taker is not None else None)
+        ctx.start, ctx.rows, ctx.padding_idx, ctx.taker = start, len(leaf), padding_idx, taker
         return F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        (ids,) = ctx.saved_tensors
-        local = ids - ctx.start
-        inside = (local >= 0) & (local < ctx.shape[0])
-        if ctx.padding_idx is not None:
-            inside &= ids != ctx.padding_idx
-        # tokens outside land in a spare row: no data-dependent shape, so fake tensors can follow
-        dleaf = dy.new_zeros(ctx.shape[0] + 1, ctx.shape[1])
-        dleaf.index_add_(0, local.where(inside, ctx.shape[0]).flatten(), dy.flatten(0, -2))
-        return None, None, dleaf[:-1], None, None
+        ids, leaf = ctx.saved_tensors
+
+        def gradient(a: int, b: int) -> Tensor:
+            local = ids - (ctx.start + a)
+            inside = (local >= 0) & (local < b - a)
+            if ctx.padding_idx is not None:
+                inside &= ids != ctx.padding_idx
+            # tokens outside go to a spare row, which torch is told to leave out: no data-dependent shape
+            return torch.ops.aten.embedding_dense_backward(dy, local.where(inside, b - a), b - a + 1, b - a, False)[:-1]
+
+        if ctx.taker is None:
+            return None, None, gradient(0, ctx.rows), None, None, None
+        feed(ctx.taker, leaf, spans(ctx.rows, max(64, TAKEN_BYTES // (leaf.nbytes // ctx.rows))), gradient)
+        return None, None, None, None, None, None
 
 
 def _autocast(*tensors: Tensor) -> Iterable[Tensor]:
@@ -82,12 +94,13 @@ def _autocast(*tensors: Tensor) -> Iterable[Tensor]:
     return [t.to(dtype) for t in tensors]
 
 
-def _sliced_forward(module: nn.Module, leaf: nn.Parameter, start: int):
-    """The forward of `module` in which only `leaf` is trained."""
+def _leaf_forward(module: nn.Module, leaf: nn.Parameter, start: int, taker: TakesRows | None) -> Callable:
+    """What stands in for the module's method while only `leaf` is trained in it."""
     if isinstance(module, nn.Linear):
         return lambda x: SlicedLinear.apply(*_autocast(x, module.weight, leaf), start)
     if isinstance(module, nn.Embedding):
-        return lambda ids: SlicedEmbedding.apply(ids, module.weight, leaf, start, module.padding_idx)
+        # detached: the same storage, of which autograd sees the leaf only
+        return lambda ids: SlicedEmbedding.apply(ids, module.weight.detach(), leaf, start, module.padding_idx, taker)
     if isinstance(module, NormHead):
         # rows are normalised one by one, so a slice of the normalised weight is the normalised slice
         return lambda x: SlicedLinear.apply(*_autocast(x, F.normalize(module.weight), F.normalize(leaf)), start)
@@ -104,8 +117,7 @@ class ActiveLeaves:
     """The parameters of one part, ready to be switched on and off. `named` maps names to what autograd trains."""
 
     def __init__(self, model: nn.Module, part: Iterable[Leaf]):
-        self._slices: list[tuple[nn.Module, nn.Parameter, int]] = []
-        self._whole: list[nn.Parameter] = []
+        self._leaves: list[tuple[nn.Module, nn.Parameter, Leaf]] = []
         self.named: dict[str, nn.Parameter] = {}
         for leaf in part:
             self._add(model, leaf)
@@ -113,24 +125,36 @@ class ActiveLeaves:
     def _add(self, model: nn.Module, leaf: Leaf) -> None:
         owner, _, attribute = leaf.name.rpartition(".")
         module = model.get_submodule(owner)
-        weight = getattr(module, attribute)
-        if leaf.whole:
-            self._whole.append(weight)
-            self.named[leaf.name] = weight
-            return
-        rows = nn.Parameter(weight.detach()[leaf.start : leaf.stop])
-        self._slices.append((module, rows, leaf.start))
-        self.named[f"{leaf.name}[{leaf.start}:{leaf.stop}]"] = rows
+        rows, name = getattr(module, attribute), leaf.name
+        if not leaf.whole:
+            rows, name = nn.Parameter(rows.detach()[leaf.start : leaf.stop]), f"{leaf.name}[{leaf.start}:{leaf.stop}]"
+        self._leaves.append((module, rows, leaf))
+        self.named[name] = rows
 
-    def switch_on(self) -> None:
-        for weight in self._whole:
-            weight.requires_grad_(True)
-        for module, rows, start in self._slices:
-            module.forward = _sliced_forward(module, rows, start)
+    def switch_on(self, taker: Callable[[nn.Parameter], TakesRows | None] = lambda leaf: None) -> None:
+        """`taker` says who takes the rows of a leaf's gradient as they are formed, if anyone does."""
+        for module, rows, leaf in self._leaves:
+            rows.requires_grad_(True)
+            if _fused(module):
+                module.fused.trains(rows, leaf.start, taker(rows))
+            if not leaf.whole or (isinstance(module, nn.Embedding) and taker(rows) is not None):
+                setattr(module, _method(module), _leaf_forward(module, rows, leaf.start, taker(rows)))
 
     def switch_off(self) -> None:
-        for weight in self._whole:
-            weight.requires_grad_(False)
-        for module, rows, _ in self._slices:
-            del module.forward
-            rows.grad = None
+        for module, rows, leaf in self._leaves:
+            vars(module).pop(_method(module), None)
+            if _fused(module):
+                module.fused.trains(None)
+            if leaf.whole:
+                rows.requires_grad_(False)
+            else:
+                rows.grad = None
+
+
+def _method(module: nn.Module) -> str:
+    """The method that `_leaf_forward` stands in for."""
+    return "logits" if isinstance(module, NormHead) else "forward"
+
+
+def _fused(module: nn.Module) -> bool:
+    return isinstance(module, NormHead) and module.fused is not None

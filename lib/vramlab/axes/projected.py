@@ -74,6 +74,15 @@ class _Projected(_AdamW):
     def __setstate__(self, state) -> None:
         torch.optim.Optimizer.__setstate__(self, state)  # AdamW's makes tensors of step counts, for checkpoints of old
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        leaves = [leaf for group in self.param_groups for leaf in group["params"]]
+        for leaf, number in zip(leaves, saved, strict=True):
+            if leaf in self._matrices:  # torch casts state to the weight's type, which fp32 moments would not survive
+                self.state[leaf] = {key: value.to(leaf.device, copy=True) if isinstance(value, Tensor) else value
+                                    for key, value in state_dict["state"].get(number, {}).items()}
+
     @torch.no_grad()
     def step(self, closure=None):
         lr = self.param_groups[0]["lr"]
@@ -167,7 +176,8 @@ class Apollo(LowRank):
     def update(self, name: str, matrix: Tensor, grad: Tensor, state: dict, lr: float) -> None:
         short, long, rank = _sides(grad, self.rank)
         dim = 0 if grad.shape[0] < grad.shape[1] else 1  # of the shorter side; channels are what lies along the other
-        drawn = normal((short, rank), generator(grad.device, self.seed, name, state["step"] // self.gap)).div_(rank**0.5).to(grad.dtype)
+        stream = generator(grad.device, self.seed, name, state["step"] // self.gap)
+        drawn = normal((short, rank), stream).div_(rank**0.5).to(grad.dtype)
         low = (drawn.mT @ grad if dim == 0 else grad @ drawn).float()
         del drawn
         over = (0, 1) if self.per_tensor else dim

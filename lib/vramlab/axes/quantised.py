@@ -19,6 +19,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .rowwise import Fit, Walking
 
@@ -44,20 +45,29 @@ CODEBOOKS_4BIT = {"exp_avg": dynamic_codebook(True, 4, 3), "exp_avg_sq": tuple(s
 """Of 4 bits the second moment's is linear and has no zero, by which the update would divide."""
 
 
+def _on(device: torch.device, codebook: tuple[float, ...]) -> Tensor:
+    """A codebook of its own; copied on a CPU too, so that a CPU run does what a GPU run does."""
+    return torch.tensor(codebook).to(device, copy=True)
+
+
 def adam8bit(params: Iterable[Tensor], lr: float, beta1: float, beta2: float, eps: float, weight_decay: float):
-    """bitsandbytes' AdamW8bit; the package takes seconds to import, so only here."""
-    from bitsandbytes.optim import AdamW8bit
+    """bitsandbytes' AdamW8bit. The package takes seconds to import, so only here; and makes tensors then, which must be real
+    and nobody's bytes, so unseen by fake tensors and meters."""
+    with _disable_current_modes():
+        from bitsandbytes.optim import AdamW8bit
 
     class OwnCodebooks(AdamW8bit):
         """Each tensor holds its codebooks: there they belong to the optimizer, and so to many tensors or to one, as
         `until` has it, which no count of a tensor's state can know."""
 
         def fill_qmap(self) -> None:
-            self.name2qmap = {name: torch.tensor(values) for name, values in CODEBOOKS_8BIT.items()}
+            self.name2qmap = {}
 
         def init_state(self, group, p, gindex, pindex) -> None:
+            if p.numel() >= SMALLEST:
+                self.name2qmap = {name: _on(p.device, values) for name, values in CODEBOOKS_8BIT.items()}
             super().init_state(group, p, gindex, pindex)
-            self.fill_qmap()
+            self.name2qmap = {}
 
     return OwnCodebooks(params, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
 
@@ -87,7 +97,7 @@ class Adam4bit(Walking):
             if _coded(weight):
                 entry[f"{name}_codes"] = torch.zeros(weight.numel() // 2, dtype=torch.uint8, device=weight.device)
                 entry[f"{name}_scale"] = torch.zeros(weight.numel() // BLOCK_4BIT, device=weight.device)
-                entry[f"{name}_codebook"] = torch.tensor(values, device=weight.device)
+                entry[f"{name}_codebook"] = _on(weight.device, values)
             else:
                 entry[name] = torch.zeros_like(weight, dtype=self.fit.storage.moments_dtype(weight))
 

@@ -18,6 +18,10 @@ import torch
 from torch import Tensor
 
 
+MASTER = "master"
+"""What a leaf's fp32 master is called in its optimizer state."""
+
+
 @dataclass(frozen=True)
 class Nearest:
     """The weight as it is stored."""
@@ -62,10 +66,10 @@ class Master(Nearest):
 
     def begin(self, weight: Tensor, entry: dict) -> None:
         if weight.dtype != torch.float32:
-            entry["master"] = weight.float()
+            entry[MASTER] = weight.float()
 
     def read(self, weight: Tensor, entry: dict, rows: slice) -> Tensor:
-        return entry.get("master", weight)[rows]
+        return entry.get(MASTER, weight)[rows]
 
     def moments_dtype(self, weight: Tensor) -> torch.dtype:
         return torch.float32

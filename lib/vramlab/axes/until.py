@@ -92,8 +92,9 @@ class _InBackward(Updater):
             self._handles.append(param.register_post_accumulate_grad_hook(partial(self._use, optimizer)))
 
     def _use(self, optimizer: torch.optim.Optimizer, param: Tensor) -> None:
-        optimizer.step()
-        param.grad = None
+        if param.grad is not None:  # else it was taken in rows, and torch says so by the same hook
+            optimizer.step()
+            param.grad = None
 
     def taker(self, leaf: Tensor) -> TakesRows | None:
         optimizer = next(o for p, o in zip(self._params, self.optimizers, strict=True) if p is leaf)
@@ -140,7 +141,7 @@ class _Clipped(_InBackward):
         return True
 
     def _use(self, optimizer: torch.optim.Optimizer, param: Tensor) -> None:
-        if self.clip(param.grad):
+        if param.grad is not None and self.clip(param.grad):
             optimizer.step()
         param.grad = None
 
@@ -196,7 +197,7 @@ class Backward:
 
     def __post_init__(self):
         if self.clip_norm < 0:
-            raise ValueError(f"until.clip_norm is {self.clip_norm}: it is a norm, use a positive number, or 0 to leave gradients alone")
+            raise ValueError(f"until.clip_norm is {self.clip_norm}: it is a norm, use a positive number, or 0 not to clip")
 
     def updater(self, rule, params: list[nn.Parameter], lr: float) -> Updater:
         optimizers = [rule.make([p], lr) for p in params]

@@ -45,13 +45,25 @@ class NormHead(nn.Module):
     """logits = h normalize(W)^T, rows normalised to length one in every forward; gradient flows through the
     normalisation. W (V, H). The published head normalises its own weight in place at the first evaluation."""
 
+    fused = None
+    """(hidden, weight, labels, z_loss_weight) -> loss, where something stands in for forming logits."""
+
     def __init__(self, hidden_size: int, vocab_size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, F.normalize(self.weight))
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, z_loss_weight: float = 0.0):
+        """hidden (b, t, H) -> logits (b, t, V); with labels (b, t), already moved: (loss, logits, or None if none were formed)."""
+        if labels is None:
+            return self.logits(hidden)
+        if self.fused is not None:
+            return self.fused(hidden, self.weight, labels, z_loss_weight), None
+        logits = self.logits(hidden)
+        return causal_loss(logits, labels, z_loss_weight), logits
 
 
 class Attention(nn.Module):
@@ -191,15 +203,17 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
                 position_ids: Tensor | None = None, past_key_values: Cache | None = None,
                 inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
                 logits_to_keep: int | Tensor = 0, cache: Cache | None = None, **_) -> CausalLMOutputWithPast:
-        """-> logits (b, kept, V), and the loss when labels (b, t) are given: -100 where nothing is to be predicted."""
+        """-> logits (b, kept, V), and the loss when labels (b, t) are given: -100 where nothing is to be predicted. A fused
+        head forms the loss without logits, which are None then."""
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
         output = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = causal_loss(logits, _next_labels(labels, attention_mask), self.config.z_loss_weight)
+        hidden, loss = output.last_hidden_state[:, kept], None
+        if labels is None:
+            logits = self.lm_head(hidden)
+        else:
+            loss, logits = self.lm_head(hidden, _next_labels(labels, attention_mask), self.config.z_loss_weight)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: getattr(output, CACHE)})
 
 

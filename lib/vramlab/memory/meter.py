@@ -118,7 +118,8 @@ class Meter(Observer):
 
     def _whole_gradient(self, name: str):
         def hook(leaf: Tensor) -> None:
-            self.own("gradients", [(name, leaf.grad)])
+            if leaf.grad is not None:  # else it was taken in rows, and torch says so by the same hook
+                self.own("gradients", [(name, leaf.grad)])
 
         return hook
 
