@@ -7,9 +7,11 @@ nothing, clips nothing, and does not look whether losses are finite: what is lef
 
 from __future__ import annotations
 
+import io
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 
 import torch
@@ -81,7 +83,7 @@ def hugging_face(optim: str, checkpointing: bool = False, **arguments) -> Loop:
 
     def loop(job: Job, observer: Observer) -> Seen:
         from transformers import Trainer as Theirs
-        from transformers import TrainerCallback, TrainingArguments, default_data_collator
+        from transformers import PrinterCallback, TrainerCallback, TrainingArguments, default_data_collator
 
         class InOrder(Theirs):
             def _get_train_sampler(self, *_):
@@ -107,6 +109,7 @@ def hugging_face(optim: str, checkpointing: bool = False, **arguments) -> Loop:
                 dataloader_num_workers=0, dataloader_pin_memory=False, remove_unused_columns=False,
                 **(_checkpointing() if checkpointing else {}), **arguments)
             trainer = InOrder(job.model, settings, default_data_collator, job.data, callbacks=[Clock()])
+            trainer.remove_callback(PrinterCallback)
             backward = trainer.accelerator.backward
 
             def told(*given, **named) -> None:
@@ -148,9 +151,10 @@ def badam(blocks: Blocks) -> Loop:
     def loop(job: Job, observer: Observer) -> Seen:
         from badam import BlockOptimizer
 
-        optimizer = BlockOptimizer(torch.optim.AdamW(job.model.parameters(), lr=job.lr, weight_decay=0.0, fused=True),
-                                   list(job.model.named_parameters()), switch_block_every=blocks.interval,
-                                   switch_mode="ascending", verbose=0)
+        with redirect_stdout(io.StringIO()):  # it says which parameters will train
+            optimizer = BlockOptimizer(torch.optim.AdamW(job.model.parameters(), lr=job.lr, weight_decay=0.0, fused=True),
+                                       list(job.model.named_parameters()), switch_block_every=blocks.interval,
+                                       switch_mode="ascending", verbose=0)
         seen = Seen()
         job.model.train()
         seen.begin()
