@@ -118,9 +118,19 @@ def hugging_face(optim: str, checkpointing: bool = False, **arguments) -> Loop:
 
             trainer.accelerator.backward = told
             trainer.train()
+        if "bnb" in optim:
+            _forget_overrides()
         return seen
 
     return loop
+
+
+def _forget_overrides() -> None:
+    """The Trainer asks bitsandbytes for 32-bit moments of embeddings. It remembers that for the whole process, by a parameter's
+    place in its group, and so for whatever optimizer comes next, ours too."""
+    from bitsandbytes.optim import GlobalOptimManager
+
+    GlobalOptimManager.get_instance().initialize()
 
 
 def _checkpointing() -> dict:

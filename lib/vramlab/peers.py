@@ -30,7 +30,6 @@ import torch
 from . import environment
 from .baichuan import BaichuanForCausalLM
 from .memory.meter import Meter
-from .memory.process import peak_window, run_in_measured_process
 from .observer import Observer
 from .passes import model_spec
 from .peer_loops import Job, Loop, Seen, badam, hugging_face, ours, peft_lora
@@ -102,18 +101,17 @@ PAIRS = (
     Pair("adalomo", "Trainer, adalomo (lomo-optim)", under_trainer("adalomo"), tolerance=1e-3),
     Pair("adafactor", "Trainer, adafactor", under_trainer("adafactor"), tolerance=1e-2,
          note="the Trainer's takes lr as it is, ours at most 1 / sqrt(t) of the weight's size"),
-    Pair("badam", "badam's BlockOptimizer", lambda row: badam(row.trains), {"trains": {"blocks": {"interval": 100}}},
+    Pair("badam", "badam's BlockOptimizer", lambda row: badam(row.trains), {"trains": {"blocks": {"interval": 100, "order": "ascending"}}},
          note="the lowest block, 100 steps a block, as its authors use: no switch is timed, at which badam collects garbage twice; "
               "it holds an fp32 copy of the active block, even of an fp32 one"),
     Pair("galore", "Trainer, galore_adamw (galore-torch)", under_trainer(
         "galore_adamw", optim_args=f"rank={RANK},update_proj_gap=200,scale=0.25", optim_target_modules="all-linear"),
-         {"rule": {"galore": {"rank": RANK}}}, tolerance=1e-3, note="galore-torch's eps is 1e-6"),
+         {"rule": {"galore": {"rank": RANK}}}, tolerance=5e-3, note="galore-torch's eps is 1e-6, ours 1e-8"),
     Pair("galore_layerwise", "Trainer, galore_adamw_layerwise", under_trainer(
         "galore_adamw_layerwise", optim_args=f"rank={RANK},update_proj_gap=200,scale=0.25", optim_target_modules="all-linear"),
-         {"rule": {"galore": {"rank": RANK}}}, tolerance=1e-3, note="galore-torch's eps is 1e-6"),
+         {"rule": {"galore": {"rank": RANK}}}, tolerance=5e-3, note="galore-torch's eps is 1e-6, ours 1e-8"),
     Pair("adam8bit", "Trainer, adamw_bnb_8bit", under_trainer("adamw_bnb_8bit"), tolerance=1e-2,
          note="the Trainer keeps the moments of embeddings in 32 bits"),
-    Pair("adam4bit", "Trainer, adamw_torch_4bit (torchao)", under_trainer("adamw_torch_4bit"), tolerance=1e-2),
     Pair("full", "our `full`, head: plain", lambda row: ours(read_row("full", regime_row("full"))), {"head": "fused"},
          tolerance=1e-5, name="fused head"),
 )
@@ -201,40 +199,16 @@ def _spread(values: Sequence[float]) -> dict:
     return {"median": middle, "q25": low, "q75": high, "values": list(values)}
 
 
-def resident(payload: Mapping) -> dict:
-    """Each pair's sides with only the operating system watching; called in a process of its own. title -> bytes of each."""
-    settings, answer = Settings(**payload["settings"]), {}
-    _quiet(payload["threads"])
-    for pair in (pair for pair in PAIRS if pair.title in payload["pairs"]):
-        row = read_row(pair.regime, {**regime_row(pair.regime), **pair.changes})
-        supply, answer[pair.title] = jobs(settings, row.lr, batch_size=1, tokens=settings.bytes_tokens, timed=2), {}
-        for side, loop in (("ours", ours(row)), ("peer", pair.loop(row))):
-            loop(next(supply), Observer())  # late imports and kernels' caches are nobody's bytes
-            gc.collect()
-            with peak_window() as peak:
-                loop(next(supply), Observer())
-            answer[pair.title][side] = peak.delta_bytes
-    return answer
-
-
 # all pairs --------------------------------------------------------------------------------------------------------------
 
 
-def bench(settings: Settings, pairs: Sequence[Pair] = PAIRS, threads: int = 1, progress: bool = True,
-          process: bool = True) -> dict:
+def bench(settings: Settings, pairs: Sequence[Pair] = PAIRS, threads: int = 1, progress: bool = True) -> dict:
     """Every pair, as plain data, the contents of peers.json."""
     _quiet(threads)
     rows = []
-    with bar("peers", len(pairs) * (2 + 2 * settings.repeats) + process, progress) as shown:
+    with bar("peers", len(pairs) * (2 + 2 * settings.repeats), progress) as shown:
         for pair in pairs:
             rows.append(compare(pair, settings, lambda: shown.update(1)))
-        able = [row["name"] for row in rows if row["outcome"] == "ok"]
-        if process and able:
-            answer = run_in_measured_process("vramlab.peers:resident", {"settings": asdict(settings), "pairs": able,
-                                                                        "threads": threads}, timeout_s=600, threads=threads)
-            for row in rows:
-                row["resident_bytes"] = answer.get(row["name"], {})
-            shown.update(1)
     versions = {name: environment._version(name) for name in PACKAGES}
     recorded = environment.record()
     return {"schema": SCHEMA, "made_at": datetime.now(UTC).isoformat(timespec="seconds"), "settings": asdict(settings),
