@@ -82,8 +82,8 @@ def hugging_face(optim: str, checkpointing: bool = False, **arguments) -> Loop:
     """The Trainer of transformers with that optimizer; `arguments` are TrainingArguments."""
 
     def loop(job: Job, observer: Observer) -> Seen:
-        from transformers import Trainer as Theirs
         from transformers import PrinterCallback, TrainerCallback, TrainingArguments, default_data_collator
+        from transformers import Trainer as Theirs
 
         class InOrder(Theirs):
             def _get_train_sampler(self, *_):

@@ -21,6 +21,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,7 +102,8 @@ PAIRS = (
     Pair("adalomo", "Trainer, adalomo (lomo-optim)", under_trainer("adalomo"), tolerance=1e-3),
     Pair("adafactor", "Trainer, adafactor", under_trainer("adafactor"), tolerance=1e-2,
          note="the Trainer's takes lr as it is, ours at most 1 / sqrt(t) of the weight's size"),
-    Pair("badam", "badam's BlockOptimizer", lambda row: badam(row.trains), {"trains": {"blocks": {"interval": 100, "order": "ascending"}}},
+    Pair("badam", "badam's BlockOptimizer", lambda row: badam(row.trains),
+         {"trains": {"blocks": {"interval": 100, "order": "ascending"}}},
          note="the lowest block, 100 steps a block, as its authors use: no switch is timed, at which badam collects garbage twice; "
               "it holds an fp32 copy of the active block, even of an fp32 one"),
     Pair("galore", "Trainer, galore_adamw (galore-torch)", under_trainer(
@@ -204,22 +206,28 @@ def _spread(values: Sequence[float]) -> dict:
 
 def bench(settings: Settings, pairs: Sequence[Pair] = PAIRS, threads: int = 1, progress: bool = True) -> dict:
     """Every pair, as plain data, the contents of peers.json."""
-    _quiet(threads)
-    rows = []
-    with bar("peers", len(pairs) * (2 + 2 * settings.repeats), progress) as shown:
-        for pair in pairs:
-            rows.append(compare(pair, settings, lambda: shown.update(1)))
-    versions = {name: environment._version(name) for name in PACKAGES}
-    recorded = environment.record()
+    with quiet(threads), bar("peers", len(pairs) * (2 + 2 * settings.repeats), progress) as shown:
+        rows = [compare(pair, settings, lambda: shown.update(1)) for pair in pairs]
+        recorded = environment.record()
+    versions = recorded["versions"] | {name: environment.version(name) for name in PACKAGES}
     return {"schema": SCHEMA, "made_at": datetime.now(UTC).isoformat(timespec="seconds"), "settings": asdict(settings),
-            "environment": {**recorded, "versions": {**recorded["versions"], **versions}}, "pairs": rows}
+            "environment": {**recorded, "versions": versions}, "pairs": rows}
 
 
-def _quiet(threads: int) -> None:
-    """What peers say of deprecations and of models unknown to them is not about the figures."""
+@contextmanager
+def quiet(threads: int) -> Iterator[None]:
+    """That many threads, and silence: what peers say of deprecations and of models unknown to them is not about the figures."""
+    before, logger = torch.get_num_threads(), logging.getLogger("transformers")
+    level = logger.level
     torch.set_num_threads(threads)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_num_threads(before)
+        logger.setLevel(level)
 
 
 def table(result: Mapping) -> str:
