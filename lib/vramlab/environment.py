@@ -21,7 +21,7 @@ def record(device: str = "cpu") -> dict:
     """The environment as plain data, the contents of a run's env.json."""
     needed, why = rounding.needed()
     return {
-        "python": platform.pythonversion(),
+        "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
