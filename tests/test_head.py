@@ -33,7 +33,7 @@ class Collects:
 def small_chunks(monkeypatch):
     monkeypatch.setattr(fused_head, "LEAST_ROWS", 4)
     monkeypatch.setattr(fused_head, "LEAST_PRODUCTS", 60)
-    monkeypatch.setattr(fused_head, "ROWS_BYTES", 4 * 6 * 5)
+    monkeypatch.setattr(fused_head, "ROWS", 5)
 
 
 def _case(dtype, tokens=13, hidden=6, vocabulary=37, seed=0):

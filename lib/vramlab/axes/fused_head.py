@@ -13,17 +13,20 @@ what waits for backward is dh (tokens, H) and d, which backward turns into the g
 forward of a loss is Liger-Kernel's way, Hsu 2024, arXiv:2410.10989.) A frozen head keeps dh alone.
 
 Where the gradient is taken in rows (see `rows`), d is not formed in forward. Backward goes over chunks of rows, forms
-their logits again from the kept log-sum-exp, and hands over their gradient: one more product of the head's size a sweep.
-The recomputation from log-sum-exp is that of cut cross-entropy, Wijmans 2024, arXiv:2411.09009.
+their logits again from what was kept of each token, the highest logit and the sum of exponentials, and hands over their
+gradient: one more product of the head's size a sweep. (Recomputation is cut cross-entropy's way, Wijmans 2024,
+arXiv:2411.09009.) A gradient in half types goes that way too where there are many chunks of tokens, since a sum over them
+would be rounded at each.
 
-Not exact: in half types d is rounded once for each chunk of tokens. Logits and loss are formed in fp32 (fp64 in fp64) from
-products rounded to their type, as the plain head's are; the plain head also rounds the normalised weight.
+Not exact: logits and loss are formed in fp32 (fp64 in fp64) from products rounded to their type, as the plain head's are;
+the plain head also rounds the normalised weight.
 
 Shapes: n tokens, H hidden, V vocabulary, R rows of a chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,15 +34,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import rounding
 from .rows import TakesRows, feed, spans
 
 EPS = 1e-12
 """Least length a row is divided by: the default of `F.normalize`."""
 IGNORED = -100
-ROWS_BYTES = 64 << 20
-"""Most bytes of a chunk of rows of the weight in fp32."""
+ROWS = 4096
+"""Most rows of the weight in a product: a thirtieth of the published vocabulary."""
 LEAST_ROWS, LEAST_PRODUCTS = 64, 4 << 20
 """Rows of a chunk, and products of a chunk of tokens: smaller ones save no bytes worth their time."""
+MOST_ROUNDINGS = 4
+"""Over so many chunks of tokens a gradient in half types may be summed up."""
 HELD = 0.15
 """Most of the weight's size in bf16 that a chunk's products with all rows may have."""
 
@@ -63,13 +69,12 @@ class FusedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, leaf: Tensor | None, labels: Tensor, options: Options) -> Tensor:
-        ctx.options, ctx.hidden_dtype = options, hidden.dtype
-        ctx.in_rows = ctx.needs_input_grad[2] and options.taker is not None
-        head = _Head(hidden, weight, labels, options)
-        dhidden = torch.zeros_like(hidden, dtype=head.wide) if ctx.needs_input_grad[0] else None
-        dleaf = torch.empty_like(leaf) if ctx.needs_input_grad[2] and not ctx.in_rows else None
+        head, trains = _Head(hidden, weight, labels, options), ctx.needs_input_grad[2]
+        ctx.options, ctx.in_rows = options, trains and (options.taker is not None or head.rounds_too_often(leaf))
+        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        dleaf = torch.empty_like(leaf) if trains and not ctx.in_rows else None
         seen = head.look(dhidden, dleaf)
-        ctx.save_for_backward(dhidden, dleaf, None if dleaf is None and not ctx.in_rows else leaf, head.norm,
+        ctx.save_for_backward(dhidden, dleaf, leaf if trains else None, head.norm,
                               *((hidden, weight, labels, *seen) if ctx.in_rows else ()))
         return head.mean(*seen)
 
@@ -77,18 +82,29 @@ class FusedHeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor):
         dhidden, dleaf, leaf, norm, *rest = ctx.saved_tensors
+        # in place, unless someone wants backward a second time
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            dhidden, dleaf = (grad if grad is None else grad.clone() for grad in (dhidden, dleaf))
         if ctx.in_rows:
             hidden, weight, labels, *seen = rest
-            _Head(hidden, weight, labels, ctx.options, norm).hand_over(leaf, seen, upstream)
-        if dleaf is not None:
-            if torch._C._autograd._get_current_graph_task_keep_graph():  # someone wants backward a second time
-                dleaf = dleaf.clone()
-            start = ctx.options.start
+            head = _Head(hidden, weight, labels, ctx.options, norm)
+            dleaf = _in_rows(leaf, ctx.options.taker, head.row_gradient(leaf, seen, upstream), _rows_at_once(weight, len(hidden)))
+        elif dleaf is not None:
             for a, b in spans(len(leaf), _rows_at_once(leaf, 0)):
-                dleaf[a:b] = _through_norm(dleaf[a:b], leaf[a:b], norm[start + a : start + b], upstream)
+                dleaf[a:b] = _through_norm(dleaf[a:b], leaf[a:b], norm[ctx.options.start :][a:b], upstream)
         if dhidden is not None:
-            dhidden = dhidden.mul(upstream).to(ctx.hidden_dtype)
+            dhidden.mul_(upstream)
         return dhidden, None, dleaf, None, None
+
+
+def _in_rows(leaf: Tensor, taker: TakesRows | None, gradient: Callable[[int, int], Tensor], most: int) -> Tensor | None:
+    """The leaf's gradient, formed some rows at a time: whole, unless someone takes the rows."""
+    if taker is not None:
+        return feed(taker, leaf, spans(len(leaf), most), gradient)
+    whole = torch.empty_like(leaf)
+    for a, b in spans(len(leaf), most):
+        whole[a:b] = gradient(a, b)
+    return whole
 
 
 def _rows_at_once(weight: Tensor, tokens: int) -> int:
@@ -96,17 +112,12 @@ def _rows_at_once(weight: Tensor, tokens: int) -> int:
     return max(LEAST_ROWS, int(HELD * 2 * weight.numel() / (16 * (weight.shape[-1] + tokens))))
 
 
-def _through_norm(d: Tensor, rows: Tensor, norm: Tensor, upstream: Tensor | float = 1.0) -> Tensor:
-    """d (R, H), the gradient of the normalised rows divided by their length -> the gradient of the rows, in d's type."""
-    wide = norm.dtype
-    unit = rows.to(wide) * _inverse(norm)[:, None]
-    grad = d.to(wide)
-    radial = torch.linalg.vecdot(grad, unit) * (norm >= EPS)
-    return unit.mul_(radial[:, None]).sub_(grad).mul_(-upstream).to(d.dtype)
-
-
-def _inverse(norm: Tensor) -> Tensor:
-    return norm.clamp_min(EPS).reciprocal()
+def _through_norm(d: Tensor, rows: Tensor, norm: Tensor, upstream: Tensor) -> Tensor:
+    """d (R, H), the gradient of the normalised rows divided by their length -> upstream * the gradient of the rows, wide."""
+    unit = rows.to(norm.dtype) / norm.clamp_min(EPS)[:, None]
+    d = d.to(norm.dtype)
+    radial = torch.linalg.vecdot(d, unit) * (norm >= EPS)
+    return unit.mul_(radial[:, None]).sub_(d).mul_(-upstream)
 
 
 class _Head:
@@ -115,111 +126,144 @@ class _Head:
     def __init__(self, hidden: Tensor, weight: Tensor, labels: Tensor, options: Options, norm: Tensor | None = None):
         self.hidden, self.weight, self.labels, self.options = hidden.to(options.dtype), weight, labels, options
         self.wide = torch.promote_types(options.dtype, torch.float32)
-        self.row_spans = spans(len(weight), max(LEAST_ROWS, ROWS_BYTES // (4 * weight.shape[1])))
+        # the weight is multiplied as it is, unless its rows have to be copied to another type first
+        self.copies = weight.dtype != options.dtype or (rounding.active() and options.dtype == torch.bfloat16)
+        self.row_spans = spans(len(weight), ROWS)
         self.norm = self._norms() if norm is None else norm
-        self.scale = _inverse(self.norm)
-        labelled = labels != IGNORED
-        self.share = labelled.to(self.wide) / labelled.sum()
+        self.length = self.norm.clamp_min(EPS)
+        self.labelled = labels != IGNORED
+        self.count = self.labelled.sum()
 
     def _norms(self) -> Tensor:
         parts = [torch.linalg.vector_norm(self.weight[a:b], dim=1, dtype=self.wide) for a, b in self.row_spans]
         return torch.cat(parts)
 
+    def _matmul(self, left: Tensor, right: Tensor) -> Tensor:
+        """left @ right, rounded to the type of products first; the result not rounded where it is formed in fp32."""
+        left, right = left.to(self.options.dtype), right.to(self.options.dtype)
+        return left.to(self.wide) @ right.to(self.wide) if rounding.active() else left @ right
+
     def _products(self, hidden: Tensor, a: int, b: int) -> Tensor:
         """h W^T for rows a:b, rounded to the type of products. F.linear, which a CPU may have replaced, see `rounding`."""
         return F.linear(hidden, self.weight[a:b].to(self.options.dtype))
 
+    def _all_products(self, hidden: Tensor) -> Tensor:
+        if not self.copies:
+            return self._products(hidden, 0, len(self.weight))
+        products = hidden.new_empty(len(hidden), len(self.weight))
+        for a, b in self.row_spans:
+            products[:, a:b] = self._products(hidden, a, b)
+        return products
+
     def _tokens_at_once(self) -> int:
         vocabulary, hidden_size = self.weight.shape
-        return max(int(HELD * 2 * hidden_size / self.hidden.itemsize), LEAST_PRODUCTS // vocabulary)
+        return max(1, int(HELD * 2 * hidden_size / self.hidden.itemsize), LEAST_PRODUCTS // vocabulary)
+
+    def rounds_too_often(self, leaf: Tensor) -> bool:
+        """Whether a sum over chunks of tokens, rounded to the leaf's type at each, would be worse than one product's."""
+        return leaf.itemsize < 4 and len(self.hidden) > MOST_ROUNDINGS * self._tokens_at_once()
 
     def look(self, dhidden: Tensor | None, dleaf: Tensor | None) -> tuple[Tensor, ...]:
-        """Fills the gradients that are wanted. Returns, each (n,): log-sum-exp and the label's logit, and with max-z the
-        highest logit and how many share it."""
+        """Fills the gradients that are wanted. Returns, each (n,): the highest logit, the sum of exp(logit - highest), the
+        label's logit, and how many logits are as high as the highest (0 without max-z, where nobody asks)."""
         seen = []
         for first, last in spans(len(self.hidden), self._tokens_at_once()):
             tokens = slice(first, last)
-            products = None
+            products = self._all_products(self.hidden[tokens])
+            seen.append(self._look_at(products, self.labels[tokens]))
             if dhidden is not None or dleaf is not None:
-                products = self.hidden.new_empty(last - first, len(self.weight))
-            seen.append(self._look_at(tokens, products))
-            if products is not None:
                 self._form(tokens, products, seen[-1], dhidden, dleaf)
+            del products  # before the next chunk's
         return tuple(torch.cat(parts) for parts in zip(*seen, strict=True))
 
-    def _look_at(self, tokens: slice, products: Tensor | None) -> tuple[Tensor, ...]:
-        """One chunk of tokens against all rows; keeps the products if there is room for them."""
-        hidden, labels = self.hidden[tokens], self.labels[tokens]
-        lse = torch.full_like(labels, -torch.inf, dtype=self.wide)
-        highest, ties, wanted = lse, torch.zeros_like(lse), torch.zeros_like(lse)
+    def _look_at(self, products: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        highest = torch.full_like(labels, -torch.inf, dtype=self.wide)
+        total, wanted, ties = (torch.zeros_like(highest) for _ in range(3))
         for a, b in self.row_spans:
-            formed = self._products(hidden, a, b)
-            if products is not None:
-                products[:, a:b] = formed
-            logits = formed * self.scale[a:b]
+            logits = products[:, a:b] / self.length[a:b]
             column, here = _column(labels, a, b)
             wanted += logits.gather(1, column[:, None])[:, 0] * here
-            lse = torch.logaddexp(lse, logits.logsumexp(1))
+            top = logits.amax(1)
             if self.options.z_loss_weight:
-                highest, ties = _highest(highest, ties, logits)
-        return (lse, wanted, highest, ties) if self.options.z_loss_weight else (lse, wanted)
+                ties = self._ties(ties, highest, logits, top)
+            before, highest = highest, highest.maximum(top)
+            total = total * (before - highest).exp() + logits.sub_(highest[:, None]).exp_().sum(1)
+        return highest, total, wanted, ties
 
-    def mean(self, lse: Tensor, wanted: Tensor, highest: Tensor | None = None, ties: Tensor | None = None) -> Tensor:
-        loss = (lse - wanted).mul(self.share).sum()
-        return loss if highest is None else loss + self.options.z_loss_weight * highest.square().mul(self.share).sum()
+    def _as_high(self, logits: Tensor, highest: Tensor) -> Tensor:
+        """Which logits are the highest, as far as the type of products can tell."""
+        return logits.to(self.options.dtype) == highest.to(self.options.dtype)[:, None]
 
-    def _dproducts(self, formed: Tensor, a: int, labels: Tensor, seen: tuple[Tensor, ...], share: Tensor) -> Tensor:
-        """Products (n, R) with rows from a on -> the gradient of the loss by them, in their type."""
-        lse, _, *maximum = seen
-        scale = self.scale[a : a + formed.shape[1]]
-        logits = formed * scale
-        extra = None
-        if maximum:  # the maximum's gradient is shared between equals, as amax shares it
-            extra = (logits == maximum[0][:, None]) * (2 * self.options.z_loss_weight * maximum[0] / maximum[1])[:, None]
-        grad = logits.sub_(lse[:, None]).exp_()
-        column, here = _column(labels, a, a + formed.shape[1])
-        grad.scatter_add_(1, column[:, None], -here.to(grad.dtype)[:, None])
-        if extra is not None:
-            grad += extra
-        return grad.mul_(share[:, None]).mul_(scale).to(formed.dtype)
+    def _ties(self, ties: Tensor, highest: Tensor, logits: Tensor, top: Tensor) -> Tensor:
+        """How many logits are as high as the highest so far, with `logits`, of which `top` is the highest, among them."""
+        count, low, high = self._as_high(logits, top).sum(1), highest.to(self.options.dtype), top.to(self.options.dtype)
+        return torch.where(high > low, count, ties + count * (high == low))
+
+    def mean(self, highest: Tensor, total: Tensor, wanted: Tensor, ties: Tensor) -> Tensor:
+        each = highest - wanted + total.log()
+        if self.options.z_loss_weight:
+            each += self.options.z_loss_weight * highest.square()
+        return each.mul(self.labelled).sum() / self.count
+
+    def _dproducts(self, products: Tensor, a: int, tokens: slice, seen: tuple[Tensor, ...]) -> Tensor:
+        """Products (n, R) with rows from a on -> the gradient of the loss by them, wide."""
+        highest, total, _, ties = seen
+        b, labelled, top = a + products.shape[1], self.labelled[tokens], None
+        if self.options.z_loss_weight:  # the maximum's gradient is shared between equals, as amax shares it
+            pull = 2 * self.options.z_loss_weight * labelled * highest / ties
+            top = self._as_high(products / self.length[a:b], highest) * pull[:, None]
+        # softmax, and 0 where nothing is to be predicted
+        grad = torch.addcdiv(highest.neg()[:, None], products, self.length[a:b]).exp_().mul_((labelled / total)[:, None])
+        column, here = _column(self.labels[tokens], a, b)
+        grad.scatter_add_(1, column[:, None], here.to(grad.dtype).neg()[:, None])
+        if top is not None:
+            grad += top
+        return grad.mul_((self.length[a:b] * self.count).reciprocal())
 
     def _form(self, tokens: slice, products: Tensor, seen: tuple[Tensor, ...], dhidden: Tensor | None,
               dleaf: Tensor | None) -> None:
-        hidden, labels, share, start = self.hidden[tokens], self.labels[tokens], self.share[tokens], self.options.start
+        """The chunk's gradients: its own dh, and its part of d. `products` becomes the gradient by itself."""
         for a, b in self.row_spans:
-            d = self._dproducts(products[:, a:b], a, labels, seen, share)
-            if dhidden is not None:
-                dhidden[tokens] += F.linear(d, self.weight[a:b].to(d.dtype).mT)
-            low, high = (max(a, start), min(b, start + len(dleaf))) if dleaf is not None else (0, 0)
-            if low < high:
-                rows, part = dleaf[low - start : high - start], F.linear(d[:, low - a : high - a].mT, hidden.mT)
-                rows.copy_(part) if tokens.start == 0 else rows.add_(part)
+            products[:, a:b] = self._dproducts(products[:, a:b], a, tokens, seen)
+        if dhidden is not None:
+            dhidden[tokens] = self._dhidden(products)
+        if dleaf is not None:
+            self._add_to(dleaf, products, tokens)
 
-    def hand_over(self, leaf: Tensor, seen: list[Tensor], upstream: Tensor) -> None:
-        """The leaf's gradient, some rows at a time, to whoever takes them."""
-        share, start = self.share * upstream, self.options.start
+    def _dhidden(self, dproducts: Tensor) -> Tensor:
+        if not self.copies:
+            return dproducts @ self.weight
+        summed = torch.zeros(len(dproducts), self.weight.shape[1], dtype=self.wide, device=dproducts.device)
+        for a, b in self.row_spans:
+            summed += self._matmul(dproducts[:, a:b], self.weight[a:b])
+        return summed
+
+    def _add_to(self, dleaf: Tensor, dproducts: Tensor, tokens: slice) -> None:
+        hidden, first = self.hidden[tokens], tokens.start == 0
+        dproducts = dproducts[:, self.options.start : self.options.start + len(dleaf)].mT
+        if not self.copies:  # one rounding a chunk
+            dleaf.addmm_(dproducts, hidden, beta=0 if first else 1)
+            return
+        for a, b in spans(len(dleaf), ROWS):
+            part = self._matmul(dproducts[a:b], hidden)
+            dleaf[a:b] = part if first else part + dleaf[a:b]
+
+    def row_gradient(self, leaf: Tensor, seen: list[Tensor], upstream: Tensor) -> Callable[[int, int], Tensor]:
+        """(a, b) -> rows a:b of the leaf's gradient, from products formed again."""
+        start = self.options.start
 
         def gradient(a: int, b: int) -> Tensor:
-            formed = self._products(self.hidden, start + a, start + b)
-            d = self._dproducts(formed, start + a, self.labels, seen, share)
-            rows = F.linear(d.mT, self.hidden.mT).to(leaf.dtype)
-            return _through_norm(rows, leaf[a:b], self.norm[start + a : start + b])
+            dproducts = self._dproducts(self._products(self.hidden, start + a, start + b), start + a, slice(None), seen)
+            d = self._matmul(dproducts.mT, self.hidden)
+            return _through_norm(d, leaf[a:b], self.norm[start + a : start + b], upstream).to(leaf.dtype)
 
-        feed(self.options.taker, leaf, spans(len(leaf), _rows_at_once(self.weight, len(self.hidden))), gradient)
+        return gradient
 
 
 def _column(labels: Tensor, a: int, b: int) -> tuple[Tensor, Tensor]:
     """Where in columns a:b each label is, and whether it is there at all."""
     local = labels - a
     return local.clamp(0, b - a - 1), (local >= 0) & (local < b - a)
-
-
-def _highest(highest: Tensor, ties: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest logit so far and how many are as high."""
-    here = logits.amax(1)
-    count = (logits == here[:, None]).sum(1)
-    above, equal = here > highest, here == highest
-    return here.maximum(highest), torch.where(above, count, ties + count * equal)
 
 
 class FusedLoss:

@@ -104,6 +104,11 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
         return RoundedAttention.apply(query, key, value, attn_mask, is_causal, torch.float32)
 
 
+def active() -> bool:
+    """Whether bf16 products are formed in fp32 now."""
+    return F.linear is _linear
+
+
 @contextmanager
 def bf16_formed_in_fp32() -> Iterator[None]:
     """Inside, bf16 `F.linear` and attention on the CPU are formed in fp32 and rounded, forward and backward."""
