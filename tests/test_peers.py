@@ -78,7 +78,7 @@ def test_the_result_is_kept_and_printed_again(result, tmp_path, capsys):
     kept.write_text(json.dumps(result))
     assert main(["--table", "--out", str(kept)]) == 0
     printed = capsys.readouterr().out
-    assert printed.strip() == table(result) and all(f"`{row['name']}`" in printed for row in result["pairs"])
+    assert printed.strip() == table(result).strip() and all(f"`{row['name']}`" in printed for row in result["pairs"])
     assert {"torch", "transformers", "badam"} <= set(result["environment"]["versions"])
     assert result["made_at"] and result["environment"]["device"]["kind"] == "cpu"
 

@@ -98,7 +98,7 @@ PAIRS = (
     Pair("full", "Trainer, adamw_torch_fused", under_trainer("adamw_torch_fused")),
     Pair("checkpoint", "Trainer, activation checkpointing", under_trainer("adamw_torch_fused")),
     Pair("lora", "peft under Trainer", lambda row: peft_lora(row.trains)),
-    Pair("lomo", "Trainer, lomo (lomo-optim)", under_trainer("lomo")),
+    Pair("lomo", "Trainer, lomo (lomo-optim)", under_trainer("lomo"), note="ours with the row's fused head; both checkpoint"),
     Pair("adalomo", "Trainer, adalomo (lomo-optim)", under_trainer("adalomo"), tolerance=1e-3),
     Pair("adafactor", "Trainer, adafactor", under_trainer("adafactor"), tolerance=1e-2,
          note="the Trainer's takes lr as it is, ours at most 1 / sqrt(t) of the weight's size"),
@@ -111,7 +111,8 @@ PAIRS = (
          {"rule": {"galore": {"rank": RANK}}}, tolerance=5e-3, note="galore-torch's eps is 1e-6, ours 1e-8"),
     Pair("galore_layerwise", "Trainer, galore_adamw_layerwise", under_trainer(
         "galore_adamw_layerwise", optim_args=f"rank={RANK},update_proj_gap=200,scale=0.25", optim_target_modules="all-linear"),
-         {"rule": {"galore": {"rank": RANK}}}, tolerance=5e-3, note="galore-torch's eps is 1e-6, ours 1e-8"),
+         {"rule": {"galore": {"rank": RANK}}}, tolerance=5e-3,
+         note="galore-torch's eps is 1e-6, ours 1e-8; ours with the row's fused head; both checkpoint"),
     Pair("adam8bit", "Trainer, adamw_bnb_8bit", under_trainer("adamw_bnb_8bit"), tolerance=1e-2,
          note="the Trainer keeps the moments of embeddings in 32 bits"),
     Pair("full", "our `full`, head: plain", lambda row: ours(read_row("full", regime_row("full"))), {"head": "fused"},
@@ -237,10 +238,11 @@ def table(result: Mapping) -> str:
     lines += [f"| `{row['name']}` | {row['peer']} | {' | '.join(_cells(row))} |" for row in result["pairs"]]
     settings, device = result["settings"], result["environment"]
     where = (f"{device['device']['name']}, {device['threads']} thread(s), fp32, model {settings['model']}, "
-             f"{settings['batch_size']} x {settings['tokens']} tokens, {settings['timed']} steps timed, {settings['repeats']} "
-             f"repetitions; torch {device['versions']['torch']}, transformers {device['versions']['transformers']}; "
+             f"{settings['batch_size']} x {settings['tokens']} tokens (bytes: 1 x {settings['bytes_tokens']}), {settings['timed']} steps "
+             f"timed, {settings['repeats']} repetitions; torch {device['versions']['torch']}, transformers {device['versions']['transformers']}; "
              f"{result['made_at'][:10]}")
-    return "\n".join([*lines, "", where])
+    notes = [f"- `{row['name']}`: {row['note']}" for row in result["pairs"] if row["note"] and row["outcome"] == "ok"]
+    return "\n".join([*lines, "", where, "", *notes])
 
 
 def _cells(row: Mapping) -> tuple[str, str, str]:
