@@ -207,8 +207,11 @@ def _spread(values: Sequence[float]) -> dict:
 
 def bench(settings: Settings, pairs: Sequence[Pair] = PAIRS, threads: int = 1, progress: bool = True) -> dict:
     """Every pair, as plain data, the contents of peers.json."""
-    with quiet(threads), bar("peers", len(pairs) * (2 + 2 * settings.repeats), progress) as shown:
-        rows = [compare(pair, settings, lambda: shown.update(1)) for pair in pairs]
+    each, rows = 2 + 2 * settings.repeats, []
+    with quiet(threads), bar("peers", len(pairs) * each, progress) as shown:
+        for pair in pairs:
+            rows.append(compare(pair, settings, lambda: shown.update(1)))
+            shown.update(0 if rows[-1]["outcome"] == "ok" else each)
         recorded = environment.record()
     versions = recorded["versions"] | {name: environment.version(name) for name in PACKAGES}
     return {"schema": SCHEMA, "made_at": datetime.now(UTC).isoformat(timespec="seconds"), "settings": asdict(settings),
@@ -236,10 +239,10 @@ def table(result: Mapping) -> str:
     lines = ["| ours | instead of | tokens/s, ours / peer (quartiles) | peak bytes, ours / peer | largest difference of losses |",
              "|---|---|---|---|---|"]
     lines += [f"| `{row['name']}` | {row['peer']} | {' | '.join(_cells(row))} |" for row in result["pairs"]]
-    settings, device = result["settings"], result["environment"]
-    where = (f"{device['device']['name']}, {device['threads']} thread(s), fp32, model {settings['model']}, "
-             f"{settings['batch_size']} x {settings['tokens']} tokens (bytes: 1 x {settings['bytes_tokens']}), {settings['timed']} steps "
-             f"timed, {settings['repeats']} repetitions; torch {device['versions']['torch']}, transformers {device['versions']['transformers']}; "
+    said, made = result["settings"], result["environment"]
+    where = (f"{made['device']['name']}, {made['threads']} thread(s), fp32, model {said['model']}, {said['batch_size']} x "
+             f"{said['tokens']} tokens (bytes: 1 x {said['bytes_tokens']}), {said['timed']} steps timed, {said['repeats']} "
+             f"repetitions; torch {made['versions']['torch']}, transformers {made['versions']['transformers']}; "
              f"{result['made_at'][:10]}")
     notes = [f"- `{row['name']}`: {row['note']}" for row in result["pairs"] if row["note"] and row["outcome"] == "ok"]
     return "\n".join([*lines, "", where, "", *notes])
