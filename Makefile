@@ -27,6 +27,7 @@ lab: env
 
 bench: env
 	$(BIN)/python -m vramlab.bench
+	$(BIN)/python -m vramlab.peers
 
 check: env
 	$(BIN)/ruff check lib tests

@@ -1,4 +1,4 @@
-"""Speeds as ratios, each pair in one run on one machine: `python -m vramlab.bench`, or `make bench`.
+"""The event meter against MemTracker, as a ratio in one run: `python -m vramlab.bench`, the first part of `make bench`.
 
 The tracker: one step of the 7B (fp32, AdamW, 1 x 1,024 tokens) on fake tensors, watched by our event meter and by
 `torch.distributed._tools.MemTracker`, the only other tool that watches every tensor of a step without a GPU. Both on the

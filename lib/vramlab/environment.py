@@ -30,7 +30,7 @@ def record(device: str = "cpu") -> dict:
         "bf16": f"formed in fp32 and rounded: {why}" if needed else f"native: {why}",
         "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": _device(device),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in PACKAGES},
         "allocator": os.environ.get("PYTORCH_ALLOC_CONF", "") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
         **_commit(),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -53,7 +53,8 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed package, or that it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -91,9 +91,19 @@ class _AdamW(torch.optim.AdamW):
 
 
 class _Sgd(torch.optim.SGD):
-    """torch's, which also takes a gradient in rows."""
+    """torch's, which also takes a gradient in rows. Of one tensor the kernel itself: inside backward, where each tensor has an
+    optimizer, what torch does around it takes longer than a small update."""
 
     sweeps = 1
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        (group,) = self.param_groups
+        if len(group["params"]) > 1 or closure is not None:
+            return super().step(closure)
+        (leaf,) = group["params"]
+        if leaf.grad is not None:
+            leaf.add_(leaf.grad, alpha=-group["lr"])
 
     def begin_rows(self, leaf: Tensor) -> None:
         pass
