@@ -7,6 +7,7 @@ nobody watches. The same holds on fake tensors, which are subclasses by themselv
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
@@ -32,6 +33,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, saw: Callable, in_backward: Callable[[], bool]):
         super().__init__()
         self._saw, self._in_backward = saw, in_backward
+        _holders_of_one_held_once()  # now, not inside a backward
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if DTensor in types:  # it is none itself; what it does to this rank's piece comes here next
@@ -72,9 +74,8 @@ _REWRITTEN = {aten.add.Tensor, *INTO_FIRST}
 
 def _as_the_engine_does(func, args, frame):
     """The operation that would run if nobody watched. Source: torch/csrc/autograd/input_buffer.cpp, `accumulate`: two
-    gradients of one tensor are added into the first when that is dense and the engine alone holds it. Not exact: the
-    engine also counts holders of the tensor, here only those of its storage are counted; and an addition that a backward
-    formula asks for, never in place, is not told from the engine's own."""
+    gradients of one tensor are added into the first when that is dense and the engine alone holds it, and its storage. Not
+    exact: an addition that a backward formula asks for, never in place, is not told from the engine's own."""
     if torch.is_grad_enabled() or not _called_by_the_engine(frame):
         return func
     if func in INTO_FIRST:
@@ -96,8 +97,28 @@ _WRAPPERS = (os.path.join("torch", "_compile.py"), os.path.join("torch", "_dynam
 
 
 def _held_once(tensor: Tensor) -> bool:
-    # the tensor itself and the Python storage made here to ask
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= 2
+    # of the storage: the tensor itself and the Python storage made here to ask
+    return (tensor._use_count() <= _holders_of_one_held_once()
+            and torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= 2)
+
+
+@functools.cache
+def _holders_of_one_held_once() -> int:
+    """How many references a gradient has, seen from a mode, that the engine alone holds: what calls the mode holds some too.
+    Asked of two gradients that nobody shares."""
+    counts = []
+
+    class Asks(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is aten.add.Tensor and not torch.is_grad_enabled():
+                counts.append(args[0]._use_count())
+            return func(*args, **(kwargs or {}))
+
+    with torch.enable_grad(), Asks():
+        leaf = torch.ones(2, requires_grad=True)
+        middle = leaf * 2
+        (middle.sin() * 3 + middle.cos() * 3).sum().backward()
+    return counts[0]
 
 
 def _dense(tensor: Tensor) -> bool:
