@@ -254,26 +254,3 @@ def _column(labels: Tensor, a: int, b: int) -> tuple[Tensor, Tensor]:
     """Where in columns a:b each label is (n, 1), and whether it is there at all (n,)."""
     local = labels - a
     return local.clamp(0, b - a - 1)[:, None], (local >= 0) & (local < b - a)
-
-
-class FusedLoss:
-    """What a `NormHead` calls in place of forming logits. `leaf`, `start`, `taker`: what trains, see `Options`; without a
-    leaf it is the weight, if that trains."""
-
-    def __init__(self):
-        self.trains(None)
-
-    def trains(self, leaf: Tensor | None, start: int = 0, taker: TakesRows | None = None) -> None:
-        self.leaf, self.start, self.taker = leaf, start, taker
-
-    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_weight: float) -> Tensor:
-        """hidden (b, t, H), weight (V, H), labels (b, t) already moved -> mean loss, fp32."""
-        device_type, dtype = hidden.device.type, hidden.dtype
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-        leaf = weight if self.leaf is None and weight.requires_grad else self.leaf
-        if not torch.is_grad_enabled():
-            hidden, leaf = hidden.detach(), None
-        with torch.autocast(device_type, enabled=False):
-            return FusedHeadLoss.apply(hidden.flatten(0, -2), weight.detach(), leaf, labels.flatten(),
-                                       Options(dtype, z_loss_weight, self.start, self.taker))
