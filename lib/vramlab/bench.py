@@ -3,6 +3,8 @@
 The tracker: one step of the 7B (fp32, AdamW, 1 x 1,024 tokens) on fake tensors, watched by our event meter and by
 `torch.distributed._tools.MemTracker`, the only other tool that watches every tensor of a step without a GPU. Both on the
 fake CPU, which MemTracker knows; building the model is not counted.
+
+The head: fused against plain, see `bench_head`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from .baichuan import BaichuanForCausalLM
+from .bench_head import head_rows
 from .memory.virtual import virtual_gpu
 from .passes import model_spec
 from .regime import regime
@@ -56,13 +59,14 @@ def mem_tracker_s() -> float:
 
 
 def main() -> int:
-    """Print the table, or JSON with `--json`."""
+    """Print the table, or JSON with `--json`, a row a line."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     ours, theirs = ours_s(), mem_tracker_s()
     row = {"step": f"{MODEL}, full, 1 x {SEQ}", "ours_s": round(ours, 2), "mem_tracker_s": round(theirs, 2),
            "ratio": round(theirs / ours, 1)}
-    print(json.dumps(row) if "--json" in sys.argv else "  ".join(f"{name} {value}" for name, value in row.items()))
+    for measured in (row, *head_rows()):
+        print(json.dumps(measured) if "--json" in sys.argv else "  ".join(f"{name} {value}" for name, value in measured.items()))
     return 0
 
 

@@ -3,7 +3,7 @@
 Normalising the rows of W (V, H) scales the columns of the logits, so W itself is what is multiplied:
 
     logits = (h W^T) * s,    s_v = 1 / max(|w_v|, eps)                    eps as in F.normalize
-    G = dloss/dlogits = (softmax(logits) - onehot) / labelled tokens      and 2 z max(logit) at the maximum, for max-z
+    G = dloss/dlogits = (softmax(logits) - onehot) / labelled tokens      and 2 z max(logit) more at the maximum, for max-z
     dh = (G s) W
     dw_v = d_v - (d_v . u_v) u_v,    d = (G s)^T h,    u_v = s_v w_v      second term only where |w_v| >= eps
 
@@ -19,7 +19,8 @@ arXiv:2411.09009.) A gradient in half types goes that way too where there are ma
 would be rounded at each.
 
 Not exact: logits and loss are formed in fp32 (fp64 in fp64) from products rounded to their type, as the plain head's are;
-the plain head also rounds the normalised weight.
+the plain head also rounds the normalised weight. Where several logits are the highest, the first takes the gradient of
+max-z, and torch's amax shares it among them: in half types, where that is common, the two differ by their luck.
 
 Shapes: n tokens, H hidden, V vocabulary, R rows of a chunk.
 """
@@ -53,7 +54,7 @@ HELD = 0.15
 Bring = Callable[[Tensor, Spans], Iterator[Tensor]]
 
 
-def _there(weight: Tensor, pieces: Spans) -> Iterator[Tensor]:
+def there(weight: Tensor, pieces: Spans) -> Iterator[Tensor]:
     """The rows of a weight that is on the device as a whole."""
     return (weight[a:b] for a, b in pieces)
 
@@ -68,7 +69,7 @@ class Options:
     z_loss_weight: float = 0.0
     start: int = 0
     taker: TakesRows | None = None
-    bring: Bring = _there
+    bring: Bring = there
 
 
 class FusedHeadLoss(torch.autograd.Function):
@@ -138,7 +139,7 @@ class _Head:
         self.hidden, self.weight, self.labels, self.options = hidden.to(options.dtype), weight, labels, options
         self.wide = torch.promote_types(options.dtype, torch.float32)
         # the weight is multiplied as it is, unless its rows have to be brought here, or copied to another type, first
-        self.copies = (options.bring is not _there or weight.dtype != options.dtype
+        self.copies = (options.bring is not there or weight.dtype != options.dtype
                        or (rounding.active() and options.dtype == torch.bfloat16))
         self.row_spans = spans(len(weight), ROWS)
         self.norm = self._norms() if norm is None else norm
@@ -179,7 +180,7 @@ class _Head:
 
     def look(self, dhidden: Tensor | None, dleaf: Tensor | None) -> tuple[Tensor, ...]:
         """Fills the gradients that are wanted. Returns, each (n,): the highest logit, the sum of exp(logit - highest), the
-        label's logit, and how many logits are as high as the highest (0 without max-z, where nobody asks)."""
+        label's logit, and where the highest is (0 without max-z, where nobody asks)."""
         seen = []
         for first, last in spans(len(self.hidden), self._tokens_at_once()):
             tokens = slice(first, last)
@@ -192,28 +193,19 @@ class _Head:
 
     def _look_at(self, products: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         highest = torch.full_like(labels, -torch.inf, dtype=self.wide)
-        total, wanted, ties = (torch.zeros_like(highest) for _ in range(3))
+        total, wanted, place = torch.zeros_like(highest), torch.zeros_like(highest), torch.zeros_like(labels)
         for a, b in self.row_spans:
             logits = products[:, a:b] / self.length[a:b]
             column, here = _column(labels, a, b)
-            wanted += logits.gather(1, column[:, None])[:, 0] * here
+            wanted += logits.gather(1, column)[:, 0] * here
             top = logits.amax(1)
             if self.options.z_loss_weight:
-                ties = self._ties(ties, highest, logits, top)
+                place = torch.where(top > highest, a + logits.argmax(1), place)
             before, highest = highest, highest.maximum(top)
             total = total * (before - highest).exp() + logits.sub_(highest[:, None]).exp_().sum(1)
-        return highest, total, wanted, ties
+        return highest, total, wanted, place
 
-    def _as_high(self, logits: Tensor, highest: Tensor) -> Tensor:
-        """Which logits are the highest, as far as the type of products can tell."""
-        return logits.to(self.options.dtype) == highest.to(self.options.dtype)[:, None]
-
-    def _ties(self, ties: Tensor, highest: Tensor, logits: Tensor, top: Tensor) -> Tensor:
-        """How many logits are as high as the highest so far, with `logits`, of which `top` is the highest, among them."""
-        count, low, high = self._as_high(logits, top).sum(1), highest.to(self.options.dtype), top.to(self.options.dtype)
-        return torch.where(high > low, count, ties + count * (high == low))
-
-    def mean(self, highest: Tensor, total: Tensor, wanted: Tensor, ties: Tensor) -> Tensor:
+    def mean(self, highest: Tensor, total: Tensor, wanted: Tensor, place: Tensor) -> Tensor:
         each = highest - wanted + total.log()
         if self.options.z_loss_weight:
             each += self.options.z_loss_weight * highest.square()
@@ -221,17 +213,15 @@ class _Head:
 
     def _dproducts(self, products: Tensor, a: int, tokens: slice, seen: tuple[Tensor, ...]) -> Tensor:
         """Products (n, R) with rows from a on -> the gradient of the loss by them, wide."""
-        highest, total, _, ties = seen
-        b, labelled, top = a + products.shape[1], self.labelled[tokens], None
-        if self.options.z_loss_weight:  # the maximum's gradient is shared between equals, as amax shares it
-            pull = 2 * self.options.z_loss_weight * labelled * highest / ties
-            top = self._as_high(products / self.length[a:b], highest) * pull[:, None]
+        highest, total, _, place = seen
+        b, labelled = a + products.shape[1], self.labelled[tokens].to(self.wide)
         # softmax, and 0 where nothing is to be predicted
         grad = torch.addcdiv(highest.neg()[:, None], products, self.length[a:b]).exp_().mul_((labelled / total)[:, None])
         column, here = _column(self.labels[tokens], a, b)
-        grad.scatter_add_(1, column[:, None], here.to(grad.dtype).neg()[:, None])
-        if top is not None:
-            grad += top
+        grad.scatter_add_(1, column, here.to(self.wide).neg()[:, None])
+        if self.options.z_loss_weight:
+            column, here = _column(place, a, b)
+            grad.scatter_add_(1, column, (2 * self.options.z_loss_weight * highest * labelled * here)[:, None])
         return grad.mul_((self.length[a:b] * self.count).reciprocal())
 
     def _form(self, tokens: slice, products: Tensor, seen: tuple[Tensor, ...], dhidden: Tensor | None,
@@ -280,30 +270,6 @@ class _Head:
 
 
 def _column(labels: Tensor, a: int, b: int) -> tuple[Tensor, Tensor]:
-    """Where in columns a:b each label is, and whether it is there at all."""
+    """Where in columns a:b each label is (n, 1), and whether it is there at all (n,)."""
     local = labels - a
-    return local.clamp(0, b - a - 1), (local >= 0) & (local < b - a)
-
-
-class FusedLoss:
-    """What a `NormHead` calls in place of forming logits. `leaf`, `start`, `taker`: what trains, see `Options`; without a
-    leaf it is the weight, if that trains."""
-
-    def __init__(self, bring: Bring = _there):
-        self._bring = bring
-        self.trains(None)
-
-    def trains(self, leaf: Tensor | None, start: int = 0, taker: TakesRows | None = None) -> None:
-        self.leaf, self.start, self.taker = leaf, start, taker
-
-    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_weight: float) -> Tensor:
-        """hidden (b, t, H), weight (V, H), labels (b, t) already moved -> mean loss, fp32."""
-        device_type, dtype = hidden.device.type, hidden.dtype
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-        leaf = weight if self.leaf is None and weight.requires_grad else self.leaf
-        if not torch.is_grad_enabled():
-            hidden, leaf = hidden.detach(), None
-        with torch.autocast(device_type, enabled=False):
-            return FusedHeadLoss.apply(hidden.flatten(0, -2), weight.detach(), leaf, labels.flatten(),
-                                       Options(dtype, z_loss_weight, self.start, self.taker, self._bring))
+    return local.clamp(0, b - a - 1)[:, None], (local >= 0) & (local < b - a)

@@ -139,6 +139,7 @@ class ActiveLeaves:
         for module, rows, leaf in self._leaves:
             rows.requires_grad_(True)
             if _fused(module):
+                # the whole weight it finds by itself, gathered where it is sharded
                 module.fused.trains(None if leaf.whole else rows, leaf.start, taker(rows))
             if not leaf.whole or (isinstance(module, nn.Embedding) and taker(rows) is not None):
                 setattr(module, _method(module), _leaf_forward(module, rows, leaf.start, taker(rows)))

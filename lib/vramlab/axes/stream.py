@@ -31,7 +31,7 @@ from ..baichuan.model import NormHead
 from ..observer import Observer, recomputing
 from .acts import decoder
 from .bus import Bus
-from .fused_head import FusedLoss
+from .head import FusedLoss
 from .host import HostEmbedding, HostUpdater, move_all_but, own_on_host
 from .place import Device
 from .rows import Spans, spans
