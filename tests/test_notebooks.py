@@ -147,7 +147,7 @@ def test_no_difference_of_a_published_model_is_left_unexplained(model, regime, w
         assert f"the active part has {block:,} weights" in told["optimizer"]
         masks = {name for name in expectation.causes(found, "activations") if "mask" in name}
         assert masks == ({"ALiBi's mask"} if model == "baichuan2-13b" else set())
-    if regime in ("lora", "badam"):
+    if regime == "lora":
         assert "(the stored weight 1.0 times)" in told["activations"], "a frozen NormHead keeps one copy"
 
 

@@ -19,7 +19,7 @@ def _traces(regime: str, weights: str = ""):
     return [predict.traced_step(dataclasses.replace(row, seq=seq, batch=batch), None) for seq, batch in (*TRACED, (384, 3))]
 
 
-@pytest.mark.parametrize("regime", ["full", "offload", "lora", "badam", "fsdp"])
+@pytest.mark.parametrize("regime", ["full", "offload", "lora", "fsdp"])
 def test_a_solved_step_is_the_traced_one(regime):
     *given, wanted = _traces(regime)
     sizes = Sizes()
@@ -39,6 +39,13 @@ def test_lengths_that_kernels_round_up_are_not_solved():
     for trace in _traces("zero_shot")[:3]:
         sizes.add(trace)
     assert sizes.at(384, 3) is not None and sizes.at(400, 3) is None
+
+
+def test_a_head_in_chunks_is_solved_within_one_number_of_chunks_only():
+    sizes = Sizes()
+    for trace in _traces("lomo"):
+        sizes.add(trace)
+    assert sizes.at(1024, 3) is None and sizes.at(2048, 2) is None
 
 
 def test_steps_of_different_regimes_make_no_family():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 from collections import Counter
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 
 import measured_step
 import micro
+from vramlab.axes.trains import _Moving
 from vramlab.memory import virtual_autocast
 from vramlab.memory.kernels import attention_kernel, attention_scratch_bytes, matrix_workspace_bytes
 from vramlab.memory.meter import Meter
@@ -28,11 +28,10 @@ MIDDLE = (measured_step.SIZES, 2, 96)
 LAYERS = measured_step.SIZES["num_hidden_layers"]
 
 
-def _ascending(regime):
+@pytest.fixture(autouse=True)
+def in_order(monkeypatch):
     """A random order reads numbers, which fake tensors have not."""
-    if not hasattr(regime.trains, "order"):
-        return regime
-    return dataclasses.replace(regime, trains=dataclasses.replace(regime.trains, order="ascending"))
+    monkeypatch.setattr(_Moving, "_drawn", lambda self, number, count: list(range(count)))
 
 
 def _run(regime, shape, gpu=None, position="rope", steps=2):
@@ -40,7 +39,7 @@ def _run(regime, shape, gpu=None, position="rope", steps=2):
     sizes, rows, tokens = shape
     meter = gpu.meter() if gpu else Meter()
     with micro.ranks(regime):
-        trainer = Trainer(micro.model(position, **sizes), _ascending(regime), Schedule(1e-3, steps),
+        trainer = Trainer(micro.model(position, **sizes), regime, Schedule(1e-3, steps),
                           device=gpu.device if gpu else "cpu", observer=meter)
         with meter:
             for _ in range(steps):
@@ -78,7 +77,11 @@ def _births(meter):
                    if (op, size) != ("aten.attention.default", row_sums_bytes))
 
 
-@pytest.mark.parametrize("name", REGIMES)
+NOT_COMPARED = ("prompt", "prefix", "fsdp_offload")
+"""peft gives the first two a mask, which a GPU's kernel wants padded; copies to the host are none where it is the device."""
+
+
+@pytest.mark.parametrize("name", [name for name in REGIMES if name not in NOT_COMPARED])
 def test_the_virtual_gpu_differs_from_the_cpu_by_the_attention_kernel_and_the_batch_only(name):
     real, real_trainer = _run(REGIMES[name], MIDDLE)
     with virtual_gpu("vgpu") as gpu:

@@ -106,6 +106,8 @@ def causes(found: Forecast, category: str) -> dict[str, int]:
 
 def _cause(found: Forecast, module: str, op: str) -> str:
     module = re.sub(r"^base_model\.model\.?", "", module)  # peft's
+    if "lm_head" in module and ("softmax" in op or "nll_loss" in op):
+        module = ""  # where the head forms its own loss
     if not module:
         return "the update" if found.trace.phase == "update" else "the loss on the logits"
     if module == "model":  # what all blocks share

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 
-from .axes.trains import Blocks, Lora
+from .axes.adapters import Lora
+from .axes.trains import Blocks
 from .observer import Observer
 from .regime import Regime
 from .trainer import Schedule, Trainer

@@ -6,10 +6,10 @@
     sizes.at(seq=2048, batch=1)  # the Trace, or None where it does not follow
 
 What a step does, event by event, does not depend on how long or how many its rows are; only bytes do. Every event's bytes are
-explained as c0 * m0 + c1 * m1 with m0, m1 of `MONOMIALS`, such that it holds in all traces. An answer is given only where every
-explanation of every event agrees on it, and is then byte for byte what a trace would find, as long as no kernel changes its
-mind between the traced sizes. Kernels round lengths up, so only whole multiples of `GRAIN` tokens are solved. FLOPs and bytes
-moved are sums of more terms and are not.
+explained as c0 * m0 + c1 * m1 with m0, m1 of `MONOMIALS`, such that it holds in all traces. An answer is given only between the
+traced sizes and only where every explanation of every event agrees on it, and is then byte for byte what a trace would find, as
+long as no kernel changes its mind in between. Kernels round lengths up, so only whole multiples of `GRAIN` tokens are solved.
+FLOPs and bytes moved are sums of more terms and are not.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ def _solved(family: Sequence[Trace], seq: int, batch: int) -> Trace | None:
     began, first = time.perf_counter(), family[0]
     sizes, which = np.unique(np.stack([trace.frame["bytes"] for trace in family], axis=1), axis=0, return_inverse=True)
     places = [(trace.seq, trace.batch) for trace in family]
+    if not _between(places, (seq, batch)):
+        return None
     solved = [_bytes(places, row.tolist(), (seq, batch)) for row in sizes]
     crossed = {way: _bytes(places, [trace.crossed[way] for trace in family], (seq, batch)) for way in first.crossed}
     if None in (*solved, *crossed.values()):
@@ -79,6 +81,13 @@ def _solved(family: Sequence[Trace], seq: int, batch: int) -> Trace | None:
     return Trace.of(frame, first.step, first.ranked, _unseen(first), model=first.model, regime=first.regime, seq=seq, batch=batch,
                     world=first.world, device=first.device, architecture=first.architecture, parts=first.parts,
                     crossed=crossed, work={}, took_s=time.perf_counter() - began)
+
+
+def _between(places: list[tuple[int, int]], wanted: tuple[int, int]) -> bool:
+    """Whether length and number of tokens lie within the traced ones: what is cut into chunks by them, as a fused head is, has
+    as many chunks there as at both ends, which do the same; beyond them it may have more."""
+    return all(min(sizes) <= size <= max(sizes) for *sizes, size in (
+        [*(s for s, _ in places), wanted[0]], [*(s * b for s, b in places), wanted[0] * wanted[1]]))
 
 
 def _bytes(places: list[tuple[int, int]], sizes: list[int], wanted: tuple[int, int]) -> int | None:

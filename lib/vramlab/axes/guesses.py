@@ -78,7 +78,7 @@ class Learned(Identity):
         """Mean square of what G misses, in units of sigma: h, end, true (n, H) of some tokens -> 0-d."""
         sigma = _rms(end)
         guess = self.approximators[site](self.read(site, h), end / sigma)
-        return F.mse_loss(guess.float(), ((true - end) / sigma).float())
+        return (guess.float() - ((true - end) / sigma).float()).square().mean()
 
 
 def _rms(x: Tensor) -> Tensor:
