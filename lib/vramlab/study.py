@@ -153,7 +153,7 @@ def updates(spec: ModelSpec, row: Regime, steps: int = STEPS) -> Updates:
 
 def event(row: Regime, step: int, count: int) -> str:
     """What a step does that not every step does; `count` is the number of the row's parts. Empty where there is nothing."""
-    if step % getattr(row.rule, "gap", step + 1) == 0:
+    if hasattr(row.rule, "gap") and step % row.rule.gap == 0:
         return "new projection"
     if count > 1 and (step == 0 or row.trains.active(step, count) != row.trains.active(step - 1, count)):
         return "switch"
@@ -173,7 +173,7 @@ def hurried(row: Regime) -> Regime:
     return row
 
 
-def stalls(rows: Iterable[str], steps: int = 3 * SHORT + 1, model: str = "tiny", progress: bool = True) -> pd.DataFrame:
+def stalls(rows: Iterable[str], steps: int = 4 * SHORT, model: str = "tiny", progress: bool = True) -> pd.DataFrame:
     """Measured: `row`, `step`, `step_s`, `event` of real steps on this CPU, of those rows whose steps are not all alike. One
     step of another trainer goes before, so that the first is not the library's own first."""
     known, found = read_regimes(), []
@@ -190,7 +190,9 @@ def stalls(rows: Iterable[str], steps: int = 3 * SHORT + 1, model: str = "tiny",
 
 
 def _uneven(row: Regime) -> bool:
-    return any(event(row, step, 2) for step in range(1, 2 * SHORT))
+    """Whether the row has something that it does not do at every step, or takes turns."""
+    return hasattr(row.rule, "gap") or any(getattr(value, name, 0) for value, name in (
+        (row.trains, "interval"), (row.grads, "every"), (row.grads, "probe")))
 
 
 def _timed(model: str, row: Regime, steps: int) -> tuple[Trainer, Clock]:
