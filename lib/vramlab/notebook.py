@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from .environment import ROOT
 MIMETYPE = "plotly_mimetype"
 if "PLOTLY_RENDERER" not in os.environ:
     plotly.io.renderers.default = MIMETYPE
+# on some CPUs bitsandbytes, which peft imports, says that a faster kernel of its own could be downloaded: no cell's business
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def parameters(namespace: Mapping, known: Sequence[str]) -> dict:

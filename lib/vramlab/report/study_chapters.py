@@ -1,0 +1,57 @@
+"""The chapters of the study's notebook: what each displays, made once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from .. import study
+from ..passes import model_spec
+from ..regime import read_regimes
+from . import study_figures
+from .study_figures import kept
+
+
+@dataclass(frozen=True)
+class Chapters:
+    """Everything the chapters show, by row."""
+
+    rows: Mapping[str, Sequence[str]]
+    """family -> rows"""
+    cells: Mapping[str, dict]
+    counts: Mapping[str, study.Updates]
+    times: pd.DataFrame
+    quotes: Mapping[str, study.Quote]
+
+    @classmethod
+    def of(cls, model: str, seq: int, card: str, families: Sequence[str], rows: Sequence[str], progress: bool = True) -> Chapters:
+        """Forecasts, counts and measures what is asked for. Raises: ValueError, for a name that there is not."""
+        known, read = read_regimes(), study.read_study()
+        chosen = read.chapters(families, rows)
+        cells = study.predicted(chosen, model, seq, card, progress)
+        counts = {name: study.updates(model_spec(model), known[name]) for name in cells}
+        return cls(chosen, cells, counts, study.stalls(cells, progress=progress), read.quotes)
+
+    def show(self, family: str) -> None:
+        """One chapter: the table, the bytes, the step times."""
+        from IPython.display import Markdown, display
+
+        if family not in self.rows:
+            display(Markdown("*Left out by the parameters.*"))
+            return
+        names = self.rows[family]
+        cells = {name: cell for name, cell in kept(names, self.cells).items() if not cell["reason"]}
+        display(*(Markdown(f"* `{name}` has no forecast: {self.cells[name]['reason']}") for name in names if name not in cells))
+        if cells:
+            display(study_figures.table(cells, self.counts, self.quotes).round(2), study_figures.ledger(cells, self.counts))
+        times = self.times[self.times["row"].isin(names)]
+        if len(times):
+            display(study_figures.stalls(times))
+        words = study_figures.stall_words(times) or ["No row here has a step unlike its others."]
+        display(Markdown("\n".join(f"* {sentence}" for sentence in words)))
+
+    def takeaway(self) -> str:
+        """In Markdown; rows without a forecast are not in it."""
+        return study_figures.takeaway({name: cell for name, cell in self.cells.items() if not cell["reason"]}, self.counts)
