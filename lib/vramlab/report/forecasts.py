@@ -21,7 +21,9 @@ CAVEATS = (
     "a simulation of PyTorch's allocator. The card's capacity and context are public figures, each with its source in "
     "params/cards.yml.",
     "Cells are traced for compute capability (8, 0), with each card's own cuBLAS workspaces. On Hopper the attention kernels of "
-    "half types may take other scratch: `vramlab predict --card h100` is exact there.")
+    "half types may take other scratch: `vramlab predict --card h100` is exact there.",
+    "Of a row with many sizes some are traced and those between solved from them, event by event, where they follow exactly; cells "
+    "say which in forecast.json (`solved`). The planner interpolates between cells, and says so.")
 
 
 @dataclass(frozen=True)
