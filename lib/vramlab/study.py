@@ -3,11 +3,6 @@
 Three kinds of figures, told apart wherever they are shown. `quoted` is another's, in its own unit and of its own model, from
 params/study.yml. `predicted` is the forecast of the model asked for, with no GPU. `measured` is the wall time of real steps of
 the tiny model on this machine's CPU, which shows when a regime stalls, not how long it would elsewhere.
-
-    study = read_study()
-    chapters = study.chapters(["leaves"])
-    cells = predicted(chapters, "baichuan2-7b", 1024, card("rtx4090"))
-    table(chapters["leaves"], cells, study.quotes)
 """
 
 from __future__ import annotations
