@@ -103,16 +103,16 @@ def test_predict_says_what_the_forecast_says_beside_the_arithmetic(tmp_path):
 
 def test_the_study_draws_a_familys_chapter_and_leaves_the_others_out(tmp_path):
     path = ROOT / "notebooks" / "studies" / "regimes.ipynb"
-    done = _execute(path, tmp_path / "out.ipynb", model="tiny", seq=32, families=["leaves", "projected"],
-                    rows=["badam", "chunkft_128", "galore"])
+    done = _execute(path, tmp_path / "out.ipynb", model="tiny", seq=32, families=["lifetime", "projected"],
+                    rows=["lomo", "galore"])
     ledgers = [figure for figure in _figures(done) if figure["layout"].get("barmode") == "stack"]
-    assert [figure["data"][0]["y"] for figure in ledgers] == [["badam", "chunkft_128"], ["galore"]]
-    found = forecast(Question("tiny", "badam", 32, 1, "bf16"), card("rtx4090"))
+    assert [figure["data"][0]["y"] for figure in ledgers] == [["lomo"], ["galore"]]
+    found = forecast(Question("tiny", "lomo", 32, 1, "bf16"), card("rtx4090"))
     weights = next(trace for trace in ledgers[0]["data"] if trace["name"] == "weights")
     assert weights["x"][0] == pytest.approx(found.ledger["weights"] / 2**20, abs=1e-4)
     assert {figure["layout"]["annotations"][-1]["text"] for figure in _figures(done)} == {"predicted", "measured on this CPU"}
-    assert len(_figures(done)) == 4 and str(done).count("Left out by the parameters.") == 7
-    assert "of the 3 rows drawn" in _last_words(done) and "is **galore**" in _last_words(done)
+    assert len(_figures(done)) == 3 and str(done).count("Left out by the parameters.") == 7
+    assert "**lomo** needs least of the 2 rows drawn" in _last_words(done)
 
 
 @pytest.mark.parametrize(("question", "count", "each"), [

@@ -67,8 +67,8 @@ def test_storage_is_bf16_unless_the_row_is_about_storage():
 
 
 @pytest.mark.parametrize(("name", "marked"), [
-    ("galore", {0: "new projection", 8: "new projection"}), ("badam", {0: "switch", 8: "switch"}), ("full", {}),
-    ("approx_residual", {0: "anchor", 8: "anchor"}), ("approx_literal", {0: "probe", 8: "probe"}), ("approx_identity", {})])
+    ("galore", {0: "new projection", 10: "new projection"}), ("badam", {0: "switch", 10: "switch"}), ("full", {}),
+    ("approx_residual", {0: "anchor", 8: "anchor"}), ("approx_literal", {0: "probe", 10: "probe"}), ("approx_identity", {})])
 def test_the_steps_that_are_unlike_the_others_are_told(name, marked):
     row = study.hurried(ROWS[name])
     parts = 32 if name == "badam" else 1

@@ -3,11 +3,6 @@
 Three kinds of figures, told apart wherever they are shown. `quoted` is another's, in its own unit and of its own model, from
 params/study.yml. `predicted` is the forecast of the model asked for, with no GPU. `measured` is the wall time of real steps of
 the tiny model on this machine's CPU, which shows when a regime stalls, not how long it would elsewhere.
-
-    study = read_study()
-    chapters = study.chapters(["leaves"])
-    cells = predicted(chapters, "baichuan2-7b", 1024, card("rtx4090"))
-    table(chapters["leaves"], cells, study.quotes)
 """
 
 from __future__ import annotations
@@ -35,8 +30,8 @@ STUDY_FILE = REGIMES_FILE.parent / "study.yml"
 GIB = 2**30
 STEPS = 1000
 """Updates are counted over so many steps."""
-SHORT = 8
-"""A stall that a row has every so many steps or more rarely comes every so many in a measured run, which has to be short."""
+SHORT = 10
+"""A stall that a row has more rarely than every so many steps comes every so many in a measured run, which has to be short."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +168,7 @@ def hurried(row: Regime) -> Regime:
     return row
 
 
-def stalls(rows: Iterable[str], steps: int = 4 * SHORT, model: str = "tiny", progress: bool = True) -> pd.DataFrame:
+def stalls(rows: Iterable[str], steps: int = 7 * SHORT // 2, model: str = "tiny", progress: bool = True) -> pd.DataFrame:
     """Measured: `row`, `step`, `step_s`, `event` of real steps on this CPU, of those rows whose steps are not all alike. One
     step of another trainer goes before, so that the first is not the library's own first."""
     known, found = read_regimes(), []

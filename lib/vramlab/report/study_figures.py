@@ -138,6 +138,6 @@ def takeaway(cells: Mapping[str, Mapping], counts: Mapping) -> str:
     return f"{words}; {rest}. Predicted."
 
 
-def kept(names: Sequence[str], held: Mapping) -> dict:
-    """Those of `held` that are called `names`."""
-    return {name: held[name] for name in names}
+def kept(names: Sequence[str], by_row: Mapping) -> dict:
+    """Those of `by_row` that are called `names`."""
+    return {name: by_row[name] for name in names}

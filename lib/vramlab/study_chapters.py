@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from .. import study
-from ..passes import model_spec
-from ..regime import read_regimes
-from . import study_figures
-from .study_figures import kept
+from . import study
+from .passes import model_spec
+from .progress import bar
+from .regime import read_regimes
+from .report import study_figures
+from .report.study_figures import kept
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,11 @@ class Chapters:
         known, read = read_regimes(), study.read_study()
         chosen = read.chapters(families, rows)
         cells = study.predicted(chosen, model, seq, card, progress)
-        counts = {name: study.updates(model_spec(model), known[name]) for name in cells}
+        counts = {}
+        with bar("updates", len(cells), progress) as shown:
+            for name in cells:
+                counts[name] = study.updates(model_spec(model), known[name])
+                shown.update()
         return cls(chosen, cells, counts, study.stalls(cells, progress=progress), read.quotes)
 
     def show(self, family: str) -> None:
