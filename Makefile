@@ -20,7 +20,7 @@ report: env
 	$(BIN)/vramlab sweep params/quick.yml
 
 test: env
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: env
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.news_url=None notebooks/compare.ipynb
