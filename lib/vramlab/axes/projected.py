@@ -70,6 +70,7 @@ class _Projected(_AdamW):
     def __init__(self, params: list[Tensor], lr: float, rule: LowRank, names: Mapping[int, str]):
         super().__init__(params, lr=lr, betas=(rule.beta1, rule.beta2), eps=rule.eps, weight_decay=rule.weight_decay, fused=True)
         self._rule, self._matrices = rule, {p: names[id(p)] for p in params if is_projected(p, names)}
+        self._others = len(self._matrices) < len(params)
 
     def __setstate__(self, state) -> None:
         torch.optim.Optimizer.__setstate__(self, state)  # AdamW's makes tensors of step counts, for checkpoints of old
@@ -95,7 +96,7 @@ class _Projected(_AdamW):
                 self._rule.update(name, matrix, matrix.grad, state, lr)
                 state["step"] += 1
                 matrix.grad = None
-        return super().step(closure)
+        return super().step(closure) if self._others else None  # inside backward a leaf has an optimizer to itself
 
 
 @dataclass(frozen=True)
