@@ -119,7 +119,7 @@ def chart(atlas: Atlas, cache_dir: Path | None = CACHE, progress: bool = True, j
     found = {question: cell for question in questions if (cell := keep.read(question)) is not None}
     rows: dict[tuple, list[Question]] = {}
     for question in questions:
-        rows.setdefault((question.model, question.regime, question.weights), []).append(question)
+        rows.setdefault((question.model, question.regime, question.weights, question.world), []).append(question)
     due = [row for row in rows.values() if not found.keys() >= set(row)]
     for cells in _all(partial(_row, keep=keep), due, len(found), len(questions), progress, jobs or os.cpu_count() or 1):
         found |= cells

@@ -31,6 +31,7 @@ from .forecast import Trace, trace
 from .memory.kernels import AMPERE, Architecture
 from .memory.settings import Settings
 from .memory.simulation import Simulated, simulate
+from .memory.timeline import signed
 from .memory.work import floor_s
 from .passes import model_spec
 from .regime import REGIMES_FILE, Regime, read_row, regime_row
@@ -205,8 +206,7 @@ def forecast(question: Question, card: Card | None = None, settings: Settings = 
 def _alive_at(traced: Trace, event: int) -> dict[str, int]:
     """category -> requested bytes alive on the device after event number `event` of `Trace.events`."""
     rows = traced.device_rows().iloc[: event + 1]
-    signed = rows["bytes"].where(rows["event"] == "alloc", -rows["bytes"])
-    sizes = signed.groupby(rows["category"]).sum()
+    sizes = pd.Series(signed(rows)).groupby(rows["category"].to_numpy()).sum()
     return {name: int(size) for name, size in sizes.sort_values(ascending=False).items() if size}
 
 
@@ -286,6 +286,5 @@ def assert_peak(regime: str, model: str, seq: int, batch: int, most_bytes: int, 
 def without(traced: Trace, storages: np.ndarray) -> int:
     """The reported step's peak of requested bytes had `storages` never been allocated: a counterfactual from the events."""
     rows = traced.device_rows()
-    signed = np.where(rows["event"] == "alloc", rows["bytes"], -rows["bytes"])
-    signed = np.where(rows["storage"].isin(storages), 0, signed)
-    return int(np.cumsum(signed)[traced.reported].max())
+    changes = np.where(rows["storage"].isin(storages), 0, signed(rows))
+    return int(np.cumsum(changes)[traced.reported].max())

@@ -22,6 +22,7 @@ from .forecast import Trace
 from .memory.kernels import MATRIX_PRODUCTS, Architecture, matrix_workspace_bytes
 from .memory.settings import Settings
 from .memory.simulation import Simulated, simulate
+from .memory.timeline import signed
 
 GROUPS = 8
 """How many of the largest groups at the peak get a counterfactual."""
@@ -97,13 +98,13 @@ def _groups(traced: Trace, count: int = 40) -> list[dict]:
 def _counterfactuals(traced: Trace, rows: pd.DataFrame) -> list[dict]:
     """For each of the largest groups: the step's peak of requested bytes, and its phase, had none of it ever been allocated.
     Nothing else changes: no copy is made instead, no operation is left out."""
-    signed = np.where(rows["event"] == "alloc", rows["bytes"], -rows["bytes"])
+    changes = signed(rows)
     owners, names = pd.factorize(pd.MultiIndex.from_arrays([rows["category"], rows["module"].map(pattern), rows["op"]]))
     place, storages, made = {name: i for i, name in enumerate(names)}, rows["storage"], (rows["event"] == "alloc").to_numpy()
     found = []
     for group in _groups(traced, GROUPS):
         its = made & (owners == place.get((group["category"], group["module"], group["op"]), -1))
-        rest = np.where(storages.isin(storages[its].unique()), 0, signed).cumsum()[traced.reported]
+        rest = np.where(storages.isin(storages[its].unique()), 0, changes).cumsum()[traced.reported]
         at = int(rest.argmax())
         found.append({**group, "peak_bytes": int(rest[at]), "peak_phase": str(rows["phase"].iloc[traced.reported.start + at])})
     return found
@@ -112,11 +113,11 @@ def _counterfactuals(traced: Trace, rows: pd.DataFrame) -> list[dict]:
 def _curve(traced: Trace, rows: pd.DataFrame) -> dict:
     """The reported step, thinned: of each bin of events the highest is kept, so the peak survives. `share` of the step's
     events in per cent, `phase`, and requested bytes by category."""
-    signed = rows["bytes"].where(rows["event"] == "alloc", -rows["bytes"]).to_numpy()
-    live, step = signed.cumsum()[traced.reported], traced.reported
+    changes = signed(rows)
+    live, step = changes.cumsum()[traced.reported], traced.reported
     count = len(live)
     bins = np.arange(count) * POINTS // max(1, count)
     keep = pd.Series(live).groupby(bins).idxmax().to_numpy()
-    by_category = {name: np.where(rows["category"] == name, signed, 0).cumsum()[step][keep] for name in rows["category"].unique()}
+    by_category = {name: np.where(rows["category"] == name, changes, 0).cumsum()[step][keep] for name in rows["category"].unique()}
     return {"share": [round(100 * int(at) / count, 2) for at in keep], "phase": rows["phase"].iloc[step].iloc[keep].tolist(),
             "bytes": {name: values.tolist() for name, values in by_category.items() if values.any()}}

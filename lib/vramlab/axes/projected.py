@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .noise import generator, normal
 from .rows import spans
-from .rowwise import Fit
+from .rowwise import Fit, restore_types
 from .rule import AdamW, _AdamW
 
 ROWS_BYTES = 16 << 20
@@ -77,12 +77,7 @@ class _Projected(_AdamW):
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-        leaves = [leaf for group in self.param_groups for leaf in group["params"]]
-        for leaf, number in zip(leaves, saved, strict=True):
-            if leaf in self._matrices:  # torch casts state to the weight's type, which fp32 moments would not survive
-                self.state[leaf] = {key: value.to(leaf.device, copy=True) if isinstance(value, Tensor) else value
-                                    for key, value in state_dict["state"].get(number, {}).items()}
+        restore_types(self, state_dict)
 
     @torch.no_grad()
     def step(self, closure=None):

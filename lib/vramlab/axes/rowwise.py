@@ -131,11 +131,17 @@ class Walking(torch.optim.Optimizer):
         """As torch does, but state keeps its own type: torch casts it to the weight's, which a bf16 weight's fp32 state would
         not survive."""
         super().load_state_dict(state_dict)
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for leaf, number in zip(self.options["params"], saved, strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[leaf][key] = value.detach().clone().to(leaf.device)
+        restore_types(self, state_dict)
+
+
+def restore_types(optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
+    """Tensors of state as they were saved, on their leaf's device, in place of what torch's loading has cast."""
+    leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
+    saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+    for leaf, number in zip(leaves, saved, strict=True):
+        for key, value in state_dict["state"].get(number, {}).items():
+            if isinstance(value, Tensor):
+                optimizer.state[leaf][key] = value.detach().to(leaf.device, copy=True)
 
 
 class RowWise(Walking):
