@@ -7,7 +7,7 @@ timed is the code that is metered, and neither is in the other's way.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -22,13 +22,22 @@ class _Recomputation:
 
     depth = 0
 
+    def __init__(self):
+        self.listeners: list[Callable[[], object]] = []
+        """Called when a recomputation has begun, and when one has ended."""
+
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        self.depth += 1
+        self._now(1)
         try:
             yield
         finally:  # checkpointing stops early by an exception
-            self.depth -= 1
+            self._now(-1)
+
+    def _now(self, more: int) -> None:
+        self.depth += more
+        for listener in self.listeners:
+            listener()
 
     def __bool__(self) -> bool:
         return self.depth > 0
