@@ -18,8 +18,8 @@ from vramlab.memory.written import Written, write_snapshot, written
 
 SIZES = st.one_of(st.integers(1, 3000), st.integers(1, 2 * MIB), st.integers(MIB, 12 * MIB), st.integers(8 * MIB, 60 * MIB),
                   st.sampled_from([0, 512, MIB, MIB + 1, 10 * MIB, 20 * MIB]))
-ACTS = st.lists(st.tuples(st.sampled_from(["alloc"] * 5 + ["free"] * 3 + ["free_requested", "free_completed", "empty_cache"]), SIZES,
-                          st.integers(0, 1), st.integers(0, 1 << 30)), max_size=60)
+KINDS = st.sampled_from(["alloc"] * 6 + ["free"] * 3 + ["free_requested", "free_completed", "empty_cache"])
+ACTS = st.lists(st.tuples(KINDS, SIZES, st.integers(0, 1), st.integers(0, 1 << 30)), min_size=1, max_size=120)
 SETTINGS = st.sampled_from([Settings(), Settings(expandable_segments=True), Settings(max_split_size_mb=24),
                             Settings(large_segment_size_mb=32), Settings(roundup_power2_divisions=(4,) * 16)])
 
@@ -46,7 +46,7 @@ def _told(history):
     return [(entry["action"], entry["addr"], entry["size"], entry["stream"], entry["user_metadata"]) for entry in history.trace]
 
 
-@tries(max_examples=60, deadline=None)
+@tries(max_examples=600, deadline=None)
 @given(ACTS, SETTINGS, st.sampled_from([None, 80 * MIB, 200 * MIB]))
 def test_what_is_written_is_read_and_replays_exactly(tmp_path_factory, acts, settings, capacity):
     history = Written(settings, capacity)
@@ -69,7 +69,7 @@ def test_what_is_written_is_read_and_replays_exactly(tmp_path_factory, acts, set
         allocated_bytes(snapshot)[last.number] == history.allocator.allocated_bytes)
 
 
-@tries(max_examples=30, deadline=None)
+@tries(max_examples=60, deadline=None)
 @given(ACTS, SETTINGS)
 def test_a_history_is_what_the_simulation_says(acts, settings):
     events = list(_program(acts))
