@@ -98,6 +98,14 @@ def test_the_same_allocation_freed_later_is_a_divergence_too():
     assert compare(_frame(*measured), _frame(*FORECAST)).first(least_bytes=51) is None
 
 
+def test_what_one_side_held_before_the_step_is_named_first():
+    forecast, measured = (pd.concat([_frame(("alloc", 90, 64, "init"), *more), _frame(*FORECAST, step=1)], ignore_index=True)
+                          for more in ([("alloc", 91, 512, "update", "aten.mm")], [("alloc", 92, 9, "init")]))
+    found = compare(measured, forecast)
+    assert [(one.at, one.what, one.bytes, one.op) for one in found.divergences] == [
+        (0, "held before, only predicted", 512, "aten.mm"), (0, "held before, only measured", 9, "")]
+
+
 def test_steps_that_are_not_there_are_asked_for():
     with pytest.raises(ValueError, match=r"no step in common: \[0\] were measured, \[3\] predicted; say which"):
         compare(_frame(*FORECAST), _frame(*FORECAST, step=3))
@@ -174,3 +182,5 @@ def test_a_timeline_as_the_recorder_would_have_brought_it_home(name):
     same = ["step", "event", "bytes", "live_bytes", "category", "phase"]
     assert (frame[same] == wanted[same]).all(axis=None) and set(frame["source"]) == {"simulated"}
     assert compare(frame, metered).divergences == ()
+    timeless = as_recorded(metered.drop(columns="t_s"))[0].frame()  # as forecasts are kept
+    pd.testing.assert_frame_equal(timeless.drop(columns="t_s"), frame.drop(columns="t_s"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from simulated_history import SimulatedHistory, recorded
-from vramlab.memory.recorder import Recorder, watcher
+from vramlab.memory.recorder import Recorder, watching
 from vramlab.memory.recording import COLUMNS, Mark, Recording, read_recording
 from vramlab.memory.replay import replay
 from vramlab.memory.settings import Settings
@@ -120,7 +120,7 @@ def test_without_cuda_it_says_what_to_use(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="the recorder needs CUDA.*use memory.meter.Meter"):
         Recorder()
-    assert type(watcher("cpu")).__name__ == "Meter"
+    assert type(watching("cpu")).__name__ == "Meter"
 
 
 def test_torch_has_what_the_recorder_asks_of_it():

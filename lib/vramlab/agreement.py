@@ -11,6 +11,7 @@ not an error of 0.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
@@ -18,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from .memory.join import Joined, joined
-from .memory.timeline import peak_event
+from .memory.timeline import on_device, peak_event
 
 PEAKS = ("allocated", "reserved", "nvml")
 ROW = ("regime", *(f"{kind}_{name}_bytes" for name in PEAKS for kind in ("predicted", "measured")), "predicted_fits",
@@ -31,8 +32,9 @@ TOLERANCE = 0.005
 @dataclass(frozen=True)
 class Divergence:
     """An allocation that only one side has, or that one side frees at another time. `at`: how many matched allocations lie before
-    it. `what`: "only measured", "only predicted", "freed later than predicted", "freed earlier than predicted". Where only the
-    measurement has it, `op` is unknown and `module` what a history knows."""
+    it. `what`: "only measured", "only predicted", "freed later than predicted", "freed earlier than predicted", and what one side
+    alone holds when the step begins: "held before, only measured", "held before, only predicted". Where only the measurement has
+    it, `op` is unknown and `module` what a history knows."""
 
     at: int
     what: str
@@ -105,12 +107,32 @@ def _divergences(found: Joined, measured: pd.DataFrame, predicted: pd.DataFrame,
     # the joined frame of the measurement has the names the forecast gave it
     only = [*_alone(found.frame, rows, list(steps), "only measured"),
             *_alone(predicted, others, list(steps.values()), "only predicted")]
+    first, second = min(steps), min(steps.values())
+    held, expected = _held(found.frame, first), _held(predicted, second)
+    before = [*_more(held, expected, "held before, only measured"), *_more(expected, held, "held before, only predicted")]
     died, should = _deaths(measured, rows), _deaths(predicted, others)
     for number in np.flatnonzero(died != should).tolist():
         late = died[number] > should[number]
         only.append(_divergence(predicted.iloc[others[number]], int(min(died[number], should[number])),
                                 f"freed {'later' if late else 'earlier'} than predicted"))
-    return sorted(only, key=lambda one: one.at)
+    return sorted(before, key=lambda one: -one.bytes) + sorted(only, key=lambda one: one.at)
+
+
+def _held(frame: pd.DataFrame, step: int) -> pd.DataFrame:
+    """The allocations that are alive when a step begins, but its inputs: where they are made differs by who loads them."""
+    begins = int((frame["step"] == step).to_numpy().argmax())
+    rows = frame.iloc[:begins][on_device(frame)[:begins] & (frame["category"][:begins] != "inputs").to_numpy()]
+    last = rows.drop_duplicates("storage", keep="last")  # a storage that changes size has several
+    return last[(last["event"] == "alloc") & (last["bytes"] > 0)]
+
+
+def _more(ours: pd.DataFrame, theirs: pd.DataFrame, what: str) -> list[Divergence]:
+    """What of one side has no allocation of its size on the other."""
+    left, more = Counter(theirs["bytes"].tolist()), []
+    for number, size in enumerate(ours["bytes"].tolist()):
+        left[size] -= 1
+        more += [_divergence(ours.iloc[number], 0, what)] * (left[size] < 0)
+    return more
 
 
 def _alone(frame: pd.DataFrame, matched: np.ndarray, steps: list[int], what: str) -> list[Divergence]:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from .base import Recipe, base_model
 from .dataset import Dataset, dataset
 from .environment import ROOT
 from .factcc.prompt import training_batches
-from .memory.meter import Meter
 from .memory.process import peak_window
+from .memory.recorder import Recorder, watching
 from .observer import Clock, Observer
 from .progress import bar
 from .regime import Regime
@@ -138,12 +139,17 @@ def _speed(frame: pd.DataFrame) -> dict:
 
 
 def meter(prepared: Prepared) -> Metered:
-    """The first steps again, on a fresh copy, under the event meter. Slower than the real thing; bytes only."""
-    model = copy.deepcopy(prepared.model)
-    watcher = Meter()
-    trainer, batches = prepared.trainer(_watched(prepared.regime), model, watcher), _longest(prepared)
-    cut, crossed = link(trainer.model), {}
-    with watcher:
+    """The first steps again, on a fresh copy, under the event meter, or on CUDA with the allocator's history recorded. Slower than
+    the real thing; bytes only."""
+    watcher = watching(prepared.params["device"])
+    with ExitStack() as stack:
+        if isinstance(watcher, Recorder):  # a history begins before the model exists; a meter adopts what is there
+            stack.enter_context(watcher)
+        model = copy.deepcopy(prepared.model)
+        trainer, batches = prepared.trainer(_watched(prepared.regime), model, watcher), _longest(prepared)
+        cut, crossed = link(trainer.model), {}
+        if not isinstance(watcher, Recorder):
+            stack.enter_context(watcher)
         _few_steps(trainer, batches)
         if cut:
             cut.read()
@@ -153,6 +159,8 @@ def meter(prepared: Prepared) -> Metered:
     held = trainer.optimizer_state_bytes()
     result = {"peak": peak, "memory_ledger": peak["categories"], "host_bytes": watcher.host_peak_bytes,
               "optimizer_state_bytes": held}
+    if isinstance(watcher, Recorder):
+        result["recorder"] = {**watcher.result(), "steps": watcher.peaks, "said": watcher.said}
     frame = watcher.frame()
     if crossed:
         result["sides"] = sides(frame, trainer.steps_done - 1, prepared.regime.trains.cut, crossed)

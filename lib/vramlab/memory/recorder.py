@@ -252,6 +252,6 @@ class Recorder(Observer):
         self.recording.write(folder, self._raw)
 
 
-def watcher(device: str) -> Recorder | Meter:
+def watching(device: str) -> Recorder | Meter:
     """Who sees every storage of a run on `device`: both have `frame`, `peak` and `host_peak_bytes`, and are entered around it."""
     return Recorder(device) if device.startswith("cuda") else Meter()

@@ -65,9 +65,11 @@ def overlay(found: Agreement, name: str, other: str, points: int = 500) -> go.Fi
     """Two timelines of the same step on the same axes, and below their difference; `name` is the measured one's, `other` the
     forecast's. The first and the largest divergence are marked."""
     curve = _thinned(found.curve, points)
-    figure = _figure(f"{name} and {other}", 560, xaxis_title="matched allocation of the step, in order", hovermode="x",
-                     yaxis={"title": "MiB requested", "domain": [0.36, 0.86]},
-                     yaxis2={"title": "difference", "domain": [0.1, 0.28]}, yaxis3={"domain": [0, 0.05], "visible": False, "fixedrange": True})
+    figure = _figure(f"{name} and {other}", 560, hovermode="x",
+                     xaxis={"title": "matched allocation of the step, in order", "anchor": "y3"},
+                     yaxis={"title": "MiB requested", "domain": [0.36, 0.8]},
+                     yaxis2={"title": "difference", "domain": [0.1, 0.28]},
+                     yaxis3={"domain": [0, 0.05], "visible": False, "fixedrange": True})
     for (column, color, dash), label in zip(SIDES, (name, other), strict=True):
         figure.add_scatter(x=curve["at"], y=(curve[column] / MIB).round(4), name=label, mode="lines",
                            line={"shape": "hv", "color": color, "dash": dash, "width": 2}, hovertemplate="%{y:.2f} MiB")
