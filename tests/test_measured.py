@@ -69,7 +69,7 @@ def test_an_overlay_keeps_both_peaks_and_says_where_they_part(lines):
         assert max(trace.y) == pytest.approx(found.curve[column].max() / 2**20, abs=1e-4) and len(trace.y) <= 60
     assert min(figure.data[2].y) == pytest.approx(found.curve["error_bytes"].min() / 2**20, abs=1e-4)
     said = figure.layout.annotations[0].text
-    assert f"{found.first().bytes:,} bytes" in said and "only measured" in said and f"{found.peak_error:+.3%}" in said
+    assert f"{found.first().bytes:,} bytes" in said and "not predicted" in said and f"{found.peak_error:+.3%}" in said
 
 
 def test_a_ledger_is_drawn_with_its_rest_and_without_inventing(lines):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,7 +85,8 @@ class CudaHistory:
                 "num_alloc_retries": stats["num_alloc_retries"], "num_ooms": stats["num_ooms"]}
 
     def stop(self) -> dict:
-        torch.cuda.synchronize(self.device)
+        with suppress(RuntimeError):  # a device that is lost: its history is the host's, and can still be read
+            torch.cuda.synchronize(self.device)
         raw = torch.cuda.memory._snapshot(self.device)
         torch.cuda.memory._record_memory_history(None)
         if self.keeps_metadata:
