@@ -36,7 +36,7 @@ from .noise import generator, normal
 from .storage import random_bits, round_up_or_down
 from .until import Updater
 
-SLICE = 20 << 20
+SLICE = 16 << 20
 """Most weights that are moved at a time: z, which becomes the moved weight, and in bf16 the bits it is rounded by and what they
 are made of, 4 bytes each."""
 
