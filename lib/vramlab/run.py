@@ -186,7 +186,7 @@ def _memory(prepared: passes.Prepared, measured: Future, folder: Path) -> dict:
 def _measured(params: dict) -> dict:
     """The OS's own figure for the same two steps, from a process that does nothing else. It does not see a card's bytes."""
     if params["device"] != "cpu":
-        return {"outcome": "n/a", "reason": f"N/A: the operating system's figure is of host memory, the run's is on {params['device']}"}
+        return {"outcome": "n/a", "reason": f"N/A: the operating system sees host memory, and the run is on {params['device']}"}
     wanted = {name: params[name] for name in KNOWN_PARAMETERS}
     answer = run_in_measured_process("vramlab.passes:measured", wanted, timeout_s=600)
     return {**answer, "allocator": MALLOC_ENV}
