@@ -167,7 +167,8 @@ def _keep_samples(sampler: Sampler, folder: Path) -> dict:
     except OSError as error:
         said = [*said, f"nvml.parquet: not written: {error}"]
     peaks = {f"{name}_peak_bytes": _largest(frame[f"{name}_bytes"]) for name in ("used", "process")}
-    return {**peaks, "reserved_bytes": _largest(frame["reserved_bytes"]), "samples": len(frame), "said": said}
+    return {**peaks, "reserved_bytes": _largest(frame["reserved_bytes"]), "samples": len(frame),
+            "process_method": sampler.reader.process_method, "said": said}
 
 
 def _largest(sizes: pd.Series) -> int | None:

@@ -68,8 +68,8 @@ def _probe(processes: Callable, held: Callable[[], AbstractContextManager]) -> t
     try:
         with held():
             during = processes()
-    except torch.OutOfMemoryError:
-        return 0, f"there are {len(before)} processes on the card and no room for a block to tell them apart by"
+    except RuntimeError as error:  # out of memory above all
+        return 0, f"no block could be held to tell {len(before)} processes on the card apart: {type(error).__name__}"
     after = processes()
     moved = [pid for pid, size in during.items() if size is not None
              and size - (before.get(pid) or 0) >= PROBE_BYTES and size - (after.get(pid) or 0) >= PROBE_BYTES]
