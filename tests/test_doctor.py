@@ -79,7 +79,7 @@ def test_a_driver_that_torch_cannot_use_is_told_from_none(monkeypatch, cuda):
     cuda(Card(), Card("Ada", uuid="GPU-2"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     told = by_topic(doctor.examine())
-    assert not told["cuda"].can and not told["nvml"].can and "the driver has 2 cards" in told["nvml"].found
+    assert not told["cuda"].can and not told["nvml"].can and "the driver has: 2" in told["nvml"].found
 
 
 def test_a_topic_that_breaks_is_a_finding(monkeypatch):

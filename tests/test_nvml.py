@@ -12,8 +12,9 @@ import torch
 
 import fake_nvml
 from fake_nvml import GIB, LACKS, OLD_DRIVER, Card, install
+from vramlab import environment
 from vramlab.memory import nvml_process
-from vramlab.memory.nvml import COLUMNS, CardReader, find
+from vramlab.memory.nvml import COLUMNS, CardReader, driver, find
 
 MINE = os.getpid()
 
@@ -184,6 +185,15 @@ def test_where_there_is_nothing_to_read_the_reader_says_why(monkeypatch, device,
     reader = find(device)
     assert not isinstance(reader, CardReader) and lacking(reader) == set(COLUMNS)
     assert len(reader.said) == 1 and words in reader.said[0]
+
+
+def test_the_environment_of_a_run_names_card_and_driver_and_nothing_more(monkeypatch):
+    install(monkeypatch, Card())
+    told = environment.record("cuda")["device"]
+    assert told == {"kind": "cuda", "name": "a card", "memory_bytes": 80 * GIB, "compute_capability": [9, 0],
+                    "cuda": torch.version.cuda, "driver": "570.00"}
+    install(monkeypatch, Card(), init=pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+    assert driver() == "N/A: NVMLError_DriverNotLoaded: Driver Not Loaded"
 
 
 def test_nothing_that_is_said_identifies_the_card_or_a_process(monkeypatch):

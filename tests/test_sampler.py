@@ -48,7 +48,7 @@ def test_samples_lie_on_the_clock_of_the_steps_and_carry_whole_bytes(monkeypatch
     frame = beside.frame()
     assert list(frame) == ["t_s", *COLUMNS] and frame["t_s"].is_monotonic_increasing
     assert began < frame["t_s"].min() and frame["t_s"].max() < time.perf_counter()
-    assert frame["t_s"].diff().median() == pytest.approx(0.005, rel=0.5)
+    assert frame["t_s"].diff().median() > 0.004  # slower on a busy machine, never faster
     assert set(frame["used_bytes"]) == {3 * GIB + 1} and str(frame["used_bytes"].dtype) == "Int64"
     assert frame["energy_j"].isna().all() and frame["process_bytes"].isna().all() and (frame["power_w"] == 300).all()
 
@@ -159,10 +159,12 @@ def test_a_gap_in_the_middle_costs_the_counter_nothing():
 
 def test_joules_for_a_thousand_tokens_are_over_whole_steps_with_the_spread_of_windows():
     frame, _ = recorded(lambda t: np.where(t < 6, 200.0, 400.0))
+    frame["temperature_c"] = 30 + frame["t_s"]
     steps = pd.DataFrame({"t_s": np.arange(1, 11, 0.5), "step_s": 0.45, "tokens": 500})
     found = per_tokens(steps, frame)
     # 5 s at 200 W and 4.95 s at 400 W, 20 steps of 500 tokens
     assert found["j_per_1000_tokens"] == pytest.approx((5 * 200 + 4.95 * 400) / 10, rel=0.02)
     assert found["windows"] == 4 and 195 < found["q25"] < found["q75"] < 410
+    assert found["start_temperature_c"] == pytest.approx(31, abs=0.03)
     short = per_tokens(steps.head(3), frame)
     assert short["j_per_1000_tokens"] is None and short["windows"] == 0 and "1.45 s" in short["how"]

@@ -117,7 +117,7 @@ def _nvml(reader: nvml.Reader) -> Finding:
         count = nvml.library().nvmlDeviceGetCount()
     except Exception as error:
         return Finding("nvml", False, f"{type(error).__name__}: {error}", "NVIDIA's driver; in a container, its `utility` part")
-    return Finding("nvml", False, f"the driver has {count} cards; {'; '.join(reader.said)}", "a torch that sees the card")
+    return Finding("nvml", False, f"cards that the driver has: {count}; {'; '.join(reader.said)}", "a torch that sees the card")
 
 
 def _of_reader(reader: nvml.Reader, name: str) -> Finding:

@@ -105,7 +105,8 @@ def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path
     full = resolve(params)
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").unlink(missing_ok=True)
+    for old in (folder / "result.json", *folder.glob("*.part")):  # the second: of a run that was killed
+        old.unlink(missing_ok=True)
     if full["threads"]:
         torch.set_num_threads(full["threads"])
     _reserve(folder / "result.json")

@@ -76,10 +76,13 @@ def _uncovered(t: np.ndarray, t0: float, t1: float, edges: bool = False) -> str:
 
 def per_tokens(steps: pd.DataFrame, frame: pd.DataFrame) -> dict:
     """Joules for 1,000 tokens over `steps` (columns t_s, step_s, tokens), the host's time between them included: of all of them,
-    and the quartiles over windows of whole steps, each just long enough to be told. None where N/A; `how` gives the reason."""
+    and the quartiles over windows of whole steps, each just long enough to be told. A warmer card draws more, so the temperature
+    at the start is told too. None where N/A; `how` gives the reason."""
     start, ends, tokens = steps["t_s"].iloc[0], steps["t_s"] + steps["step_s"], steps["tokens"].cumsum()
     whole = energy(frame, start, ends.iloc[-1])
-    found = dict.fromkeys(("j_per_1000_tokens", "error_j_per_1000_tokens", "q25", "q75")) | {"windows": 0, "how": whole.how}
+    warmth = frame.loc[frame["t_s"] <= start, "temperature_c"].dropna() if len(frame) else frame
+    found = dict.fromkeys(("j_per_1000_tokens", "error_j_per_1000_tokens", "q25", "q75")) | {
+        "windows": 0, "start_temperature_c": float(warmth.iloc[-1]) if len(warmth) else None, "how": whole.how}
     if whole.j is None:
         return found
     rates, counted = [], 0

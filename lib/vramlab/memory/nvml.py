@@ -148,6 +148,14 @@ def library():
     return pynvml
 
 
+def driver() -> str:
+    """The driver's version, or why there is none to tell. Never raises."""
+    try:
+        return _text(library().nvmlSystemGetDriverVersion())
+    except Exception as error:
+        return f"N/A: {type(error).__name__}: {error}"
+
+
 def _handle(nvml, device: str) -> tuple:
     """(handle, whether it is a MIG instance's) of the card that torch calls `device`.
 
