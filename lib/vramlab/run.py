@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from . import environment, passes
+from .axes.place import alone
 from .factcc.baselines import baseline_scores
 from .factcc.scoring import score_items
 from .factcc.statistics import summarise
@@ -117,7 +118,8 @@ def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path
     result = {"schema": SCHEMA, "run_id": folder.name, "regime": full["regime"], "model": full["model"],
               "measured_on": env["device"]["kind"], "device": env["device"]["name"]}
     try:
-        result |= {"outcome": "ok", "reason": "", **_passes(full, folder, progress)}
+        with alone(read_regime(full["regime"]).place):
+            result |= {"outcome": "ok", "reason": "", **_passes(full, folder, progress)}
     except Exception as error:  # an interruption is none: the run is simply not there
         oom = out_of_memory(error)
         result |= {"outcome": "oom" if oom else "failed", "reason": f"{type(error).__name__}: {error}"}
