@@ -28,6 +28,7 @@ from .memory.nvml import find
 from .memory.process import MALLOC_ENV, run_in_measured_process
 from .memory.sampler import Sampler
 from .progress import bar
+from .regime import check_machine
 from .regime import regime as read_regime
 
 SCHEMA = 1
@@ -138,6 +139,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _passes(params: dict, folder: Path, progress: bool) -> dict:
+    check_machine(read_regime(params["regime"]), params["device"])  # before a base is made for nothing
     prepared = passes.prepare(params, progress)
     sampler = Sampler(find(params["device"]))
     try:
