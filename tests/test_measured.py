@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from conftest import SMALL
@@ -14,7 +15,7 @@ from vramlab.memory.ledger import ledger
 from vramlab.memory.recorder import Recorder
 from vramlab.memory.recording import COLUMNS, read_recording
 from vramlab.memory.replay import replay_file
-from vramlab.memory.timeline import peak_owners
+from vramlab.memory.timeline import peak_event, peak_owners
 from vramlab.regime import read_regimes
 from vramlab.report import measured
 from vramlab.report.html import build
@@ -85,6 +86,19 @@ def test_a_ledger_is_drawn_with_its_rest_and_without_inventing(lines):
     assert table.loc["rounding", "recorded"] == f"{told.rounding / 2**20:,.2f}"
 
 
+def test_a_runs_ledger_takes_its_context_from_before_the_first_tensor():
+    _, recorder, _ = recorded(REGIMES["full"], steps=1)
+    frame, before = recorder.frame(), recorder.recording.reserved_before_bytes
+    t_s, reserved = frame["t_s"].iloc[peak_event(frame)], int(frame["reserved_bytes"].iloc[peak_event(frame)])
+    samples = pd.DataFrame({"t_s": [0.0, t_s + 1e-3], "used_bytes": [800, reserved + 1100],
+                            "process_bytes": [500, reserved + 530]}).astype({"used_bytes": "Int64", "process_bytes": "Int64"})
+    told = passes.device_ledger(frame, before, samples)
+    assert (before, told.context, told.other_processes, told.rest) == (0, 500, 570, 30)
+    unknown = passes.device_ledger(frame, before, samples.assign(process_bytes=pd.array([None, None], "Int64")))
+    assert (unknown.context, unknown.other_processes) == (None, None) and "with context, other processes" in unknown.rest_name
+    assert passes.device_ledger(frame, before, samples.iloc[:0]).used is None
+
+
 def test_the_error_table_ends_with_median_and_worst_and_leaves_open_what_was_not_measured():
     rows = [{"regime": name, "predicted_allocated_bytes": size, "measured_allocated_bytes": 1000}
             for name, size in (("full", 1000), ("lora", 990), ("lomo", 1003))]
@@ -99,7 +113,8 @@ def test_a_run_whose_metered_pass_was_recorded_is_a_run_folder_with_a_report(tmp
     run = Run(tmp_path / "full-0")
     assert tuple(run.timeline.columns) == COLUMNS and run.result["host_bytes"] is None
     told = run.result["recorder"]
-    assert told["said"] == [] and [step["step"] for step in told["steps"]] == [-1, 0, 1]
+    assert [said.split(":")[0] for said in told["said"]] == ["NVML"] and [step["step"] for step in told["steps"]] == [-1, 0, 1]
     assert run.result["peak"]["peak_bytes"] == run.timeline["live_bytes"].max() <= told["allocated_peak_bytes"]
     assert told["allocated_peak_bytes"] == run.timeline["allocated_bytes"].max()
+    assert run.result["ledger"]["used"] is None and run.result["ledger"]["parts"]["rounding"] > 0
     assert "full" in build(tmp_path).read_text()

@@ -16,14 +16,19 @@ from torch import nn
 
 from .axes import rounding
 from .axes.adapters import link
+from .axes.place import Fsdp, alone
 from .baichuan import BaichuanTokenizer, ModelSpec, load_model, read_model_file
 from .base import Recipe, base_model
 from .dataset import Dataset, dataset
 from .environment import ROOT
 from .factcc.prompt import training_batches
+from .memory import timeline
+from .memory.ledger import Ledger, ledger, sample_at
+from .memory.nvml import find
 from .memory.process import peak_window
 from .memory.recorder import Recorder, watching
-from .observer import Clock, Observer
+from .memory.sampler import Sampler
+from .observer import Observer, clock
 from .progress import bar
 from .regime import Regime
 from .regime import regime as read_regime
@@ -107,8 +112,11 @@ def pretrained(spec: ModelSpec, recipe: str, progress: bool) -> tuple[nn.Module,
 def learn(prepared: Prepared, progress: bool) -> tuple[Learned, nn.Module]:
     """Train for `steps` steps with only a clock watching. Returns what was seen and the trained model."""
     device = prepared.params["device"]
-    clock = Clock(torch.cuda.synchronize if device.startswith("cuda") else lambda: None)
-    trainer = prepared.trainer(prepared.regime, copy.deepcopy(prepared.model), clock)
+    watch = clock(device)
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_accumulated_memory_stats(device)
+    trainer = prepared.trainer(prepared.regime, copy.deepcopy(prepared.model), watch)
     steps = prepared.params["steps"]
     seen = []
     with bar(f"train {prepared.regime.name}", steps, progress) as shown:
@@ -117,7 +125,7 @@ def learn(prepared: Prepared, progress: bool) -> tuple[Learned, nn.Module]:
             tokens = sum(int(batch["attention_mask"].count_nonzero()) for batch in batches)
             seen.append({"loss": loss, "tokens": tokens, "lr": trainer.lr(step)})
             shown.update(1)
-    frame = pd.DataFrame([{**timed, **row} for timed, row in zip(clock.rows, seen, strict=True)])
+    frame = pd.DataFrame([{**timed, **row} for timed, row in zip(watch.rows, seen, strict=True)])
     result = {
         "speed": _speed(frame),
         "trainable_parameters": trainer.trainable_parameters(),
@@ -125,24 +133,41 @@ def learn(prepared: Prepared, progress: bool) -> tuple[Learned, nn.Module]:
         "loss_first": float(frame["loss"].iloc[0]),
         "loss_last": float(frame["loss"].tail(10).mean()),
         "train_s": float(frame["step_s"].sum()),
+        "allocator": _allocator(device),
     }
     return Learned(frame, result, pd.DataFrame(trainer.probes())), trainer.finish()
 
 
+def _allocator(device: str) -> dict | None:
+    """Torch's own account of the pass on CUDA: peaks in bytes, and how often it had to flush its cache to go on, or gave up."""
+    if not device.startswith("cuda"):
+        return None
+    stats = torch.cuda.memory_stats(device)
+    return {"allocated_peak_bytes": stats["allocated_bytes.all.peak"], "reserved_peak_bytes": stats["reserved_bytes.all.peak"],
+            "retries": stats["num_alloc_retries"], "ooms": stats["num_ooms"]}
+
+
+def warm(frame: pd.DataFrame) -> pd.DataFrame:
+    """The steps after the first tenth, which warm caches up and create optimizer state."""
+    return frame.iloc[max(1, len(frame) // 10):] if len(frame) > 1 else frame
+
+
 def _speed(frame: pd.DataFrame) -> dict:
-    """Medians over the steps after the first tenth, which warm caches up and create optimizer state."""
-    warm = frame.iloc[max(1, len(frame) // 10):] if len(frame) > 1 else frame
-    q25, q50, q75 = (float(warm["step_s"].quantile(q)) for q in (0.25, 0.5, 0.75))
-    phases = {f"{name}_s": float(warm[f"{name}_s"].median()) for name in ("forward", "backward", "update")}
-    return {"tokens_per_s": float(warm["tokens"].sum() / warm["step_s"].sum()), "step_s_median": q50,
-            "step_s_q25": q25, "step_s_q75": q75, **phases, "steps_timed": len(warm)}
+    """Medians over the warm steps."""
+    timed = warm(frame)
+    q25, q50, q75 = (float(timed["step_s"].quantile(q)) for q in (0.25, 0.5, 0.75))
+    phases = {f"{name}_s": float(timed[f"{name}_s"].median()) for name in ("forward", "backward", "update")}
+    return {"tokens_per_s": float(timed["tokens"].sum() / timed["step_s"].sum()), "step_s_median": q50,
+            "step_s_q25": q25, "step_s_q75": q75, **phases, "steps_timed": len(timed)}
 
 
 def meter(prepared: Prepared) -> Metered:
     """The first steps again, on a fresh copy, under the event meter, or on CUDA with the allocator's history recorded. Slower than
     the real thing; bytes only."""
     watcher = watching(prepared.params["device"])
+    sampler = Sampler(find(prepared.params["device"]))
     with ExitStack() as stack:
+        stack.enter_context(sampler)
         if isinstance(watcher, Recorder):  # a history begins before the model exists; a meter adopts what is there
             stack.enter_context(watcher)
         model = copy.deepcopy(prepared.model)
@@ -159,12 +184,23 @@ def meter(prepared: Prepared) -> Metered:
     held = trainer.optimizer_state_bytes()
     result = {"peak": peak, "memory_ledger": peak["categories"], "host_bytes": watcher.host_peak_bytes,
               "optimizer_state_bytes": held}
-    if isinstance(watcher, Recorder):
-        result["recorder"] = {**watcher.result(), "steps": watcher.peaks, "said": watcher.said}
     frame = watcher.frame()
+    if isinstance(watcher, Recorder):
+        result["recorder"] = {**watcher.result(), "steps": watcher.peaks, "said": [*watcher.said, *sampler.said]}
+        result["ledger"] = device_ledger(frame, watcher.recording.reserved_before_bytes, sampler.frame()).to_json()
     if crossed:
         result["sides"] = sides(frame, trainer.steps_done - 1, prepared.regime.trains.cut, crossed)
     return Metered(frame, result)
+
+
+def device_ledger(frame: pd.DataFrame, reserved_before_bytes: int, samples: pd.DataFrame) -> Ledger:
+    """The ledger at a recording's peak. Its context is what the process held beyond the allocator's segments at the first sample,
+    which is taken before the recording's first tensor; N/A where the driver does not say what a process holds."""
+    held = samples["process_bytes"].iloc[0] if len(samples) else None
+    context_bytes = None if held is None or pd.isna(held) else int(held) - reserved_before_bytes
+    at = timeline.peak_event(frame)
+    return ledger(frame, at, sample=sample_at(samples, frame["t_s"].iloc[at]), context_bytes=context_bytes,
+                  context_source="before the recording's first tensor")
 
 
 def measured(params: Mapping) -> dict:
@@ -178,10 +214,11 @@ def measured(params: Mapping) -> dict:
     params = resolve(params)
     prepared = prepare(params, progress=False)
     batches = _longest(prepared)
-    _warm_up(prepared, batches)
-    with peak_window() as peak:
-        trainer = prepared.trainer(_watched(prepared.regime), copy.deepcopy(prepared.model), Observer())
-        _few_steps(trainer, batches)
+    with alone(prepared.regime.place):
+        _warm_up(prepared, batches)
+        with peak_window() as peak:
+            trainer = prepared.trainer(_watched(prepared.regime), copy.deepcopy(prepared.model), Observer())
+            _few_steps(trainer, batches)
     return {"peak_bytes": peak.delta_bytes, "baseline_bytes": peak.baseline_bytes, "method": peak.method}
 
 
@@ -215,13 +252,17 @@ def _warm_up(prepared: Prepared, batches: list[list[Batch]]) -> None:
 
 def notes(prepared: Prepared) -> list[str]:
     """What a reader of the figures has to know."""
-    said = ["speed: learning pass, nothing watching; events: separate metered pass of two steps of the longest batch (parts "
-            "that take turns: two each); process peak: separate process, allocator returning memory to the OS"]
+    beside = ", the driver asked every 30 ms from beside" if prepared.params["device"].startswith("cuda") else ""
+    said = [f"speed: learning pass, nothing watching{beside}; events: separate metered pass of two steps of the longest batch "
+            "(parts that take turns: two each); process peak: separate process, allocator returning memory to the OS"]
     if prepared.regime.values["weights"] != "fp32" and prepared.params["device"] == "cpu":
         needed, why = rounding.needed()
         if needed:
             said.append(f"bf16 products formed in fp32 and rounded ({why}): same numerics, and its speed is not bf16's; "
                         "the fp32 temporaries are in the process peak")
+    if isinstance(prepared.regime.place, Fsdp):
+        said.append(f"sharded over {prepared.regime.place.ranks} rank(s): with one, nothing is cut; vramlab predict --world N says "
+                    "what each of N would hold")
     if prepared.params["device"] == "cpu" and "offload" in prepared.regime.values["acts"]:
         said.append("on a CPU host memory is the same memory: the process peak holds the offloaded bytes, the meter "
                     "counts them apart")

@@ -112,6 +112,13 @@ class Recording:
         """How many entries lie before everything kept; 0 where the history is whole. Told by storages older than it."""
         return sum(row[1] < 0 for row in _Lives(self).read()[1])
 
+    @property
+    def reserved_before_bytes(self) -> int:
+        """What was in segments when the history began."""
+        events = self.snapshot.events
+        grown = sum(event.bytes * ((event.action in GROWS) - (event.action in SHRINKS)) for event in events)
+        return sum(segment.bytes for segment in self.snapshot.segments) - grown
+
     def _declare(self, lives: list[_Life]) -> None:
         """Categories and names: as told, by the rule of `Meter.own`; else by lifetime, or as a library's own."""
         at: dict[int, list[_Life]] = defaultdict(list)
@@ -145,8 +152,7 @@ class Recording:
         """(events,) bytes in segments after each entry; what they are at the end is known."""
         change = np.array([event.bytes * ((event.action in GROWS) - (event.action in SHRINKS)) for event in self.snapshot.events],
                           np.int64).cumsum()
-        end = sum(segment.bytes for segment in self.snapshot.segments)
-        return change + (end - int(change[-1]) if len(change) else 0)
+        return change + self.reserved_before_bytes
 
     def _allocated(self, at: list[int]) -> pd.Series:
         try:
