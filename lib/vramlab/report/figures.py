@@ -90,7 +90,7 @@ def timelines(runs: Sequence[Run]) -> go.Figure:
     """The timeline of any of the runs, picked from a menu."""
     traced = [run for run in runs if run.ok and run.has_timeline]
     shown = sorted(traced, key=lambda run: run.name != tables.REFERENCE)
-    figure = _figure("Live bytes through the metered steps", 540, xaxis_title="allocation event, in order",
+    figure = _figure("Live bytes through the metered steps", 540, xaxis={"title": "allocation event, in order", "anchor": "y2"},
                      yaxis={"title": "MiB", "domain": [0.12, 0.76]}, hovermode="x",
                      yaxis2={"domain": [0, 0.07], "visible": False, "fixedrange": True})
     owners, buttons = [], []
@@ -137,7 +137,7 @@ def peak_words(run: Run) -> list[str]:
     parts = ", ".join(f"{category} {size / tables.MIB:.1f}" for category, size in list(peak["categories"].items())[:3])
     owners = [f"{_owner(owner)} {owner['bytes'] / tables.MIB:.1f}" for owner in peak["owners"][:3]]
     return [f"<b>peak {peak['peak_bytes'] / tables.MIB:.1f} MiB, {peak['phase']} of step {peak['step']}</b>", parts,
-            "largest:", *owners]
+            *(f"largest: {owner}" if owner is owners[0] else owner for owner in owners)]
 
 
 def _owner(owner: dict) -> str:
