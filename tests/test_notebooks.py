@@ -214,7 +214,8 @@ def test_in_jupyterlab_a_widget_redraws_its_figure(lab):
     with _run_in(lab, "timeline") as (tab, expect):
         choice = tab.locator(".widget-dropdown select").first
         choice.wait_for(timeout=90000)
-        words = tab.locator(".jp-Notebook .annotation-text", has_text="peak")
+        first = tab.locator(".jp-CodeCell:has(.widget-dropdown)").first  # of several figures with a peak
+        words = first.locator(".annotation-text", has_text="peak")
         before = words.text_content(timeout=60000)
         choice.select_option("checkpoint")
         expect(words).not_to_have_text(before, timeout=60000)
