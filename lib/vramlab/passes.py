@@ -20,6 +20,7 @@ from .base import Recipe, base_model
 from .dataset import Dataset, dataset
 from .environment import ROOT
 from .factcc.prompt import training_batches
+from .memory.ceiling import Ceiling
 from .memory.meter import Meter
 from .memory.process import peak_window
 from .observer import Clock, Observer
@@ -138,9 +139,13 @@ def _speed(frame: pd.DataFrame) -> dict:
 
 
 def meter(prepared: Prepared) -> Metered:
-    """The first steps again, on a fresh copy, under the event meter. Slower than the real thing; bytes only."""
+    """The first steps again, on a fresh copy, under the event meter. Slower than the real thing; bytes only.
+
+    Raises: RanOut, where the run has a limit and does not keep within it.
+    """
     model = copy.deepcopy(prepared.model)
-    watcher = Meter()
+    limit = int(prepared.params["limit_mib"] * 2**20)
+    watcher = Ceiling(limit) if limit else Meter()
     trainer, batches = prepared.trainer(_watched(prepared.regime), model, watcher), _longest(prepared)
     cut, crossed = link(trainer.model), {}
     with watcher:

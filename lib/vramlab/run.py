@@ -18,11 +18,13 @@ import pandas as pd
 import torch
 import yaml
 
-from . import environment, passes
+from . import environment, fitting, passes
 from .factcc.baselines import baseline_scores
 from .factcc.scoring import score_items
 from .factcc.statistics import summarise
+from .memory import oom
 from .memory.process import MALLOC_ENV, run_in_measured_process
+from .predict import Question
 from .progress import bar
 from .regime import regime as read_regime
 
@@ -48,9 +50,11 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "device": "cpu",
     "threads": 0,
     "measure": True,
+    "limit_mib": 0.0,
 }
 """Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data; `test_domains: ""`
-is all; `threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes out."""
+is all; `threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes out;
+`limit_mib` is all the device has for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is."""
 
 
 def resolve(params: Mapping) -> dict:
@@ -109,12 +113,14 @@ def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path
     result = {"schema": SCHEMA, "run_id": folder.name, "regime": full["regime"], "model": full["model"],
               "measured_on": env["device"]["kind"], "device": env["device"]["name"]}
     try:
-        result |= {"outcome": "ok", "reason": "", **_passes(full, folder, progress)}
+        with oom.watched(full["device"]):
+            result |= {"outcome": "ok", "reason": "", **_passes(full, folder, progress)}
     except Exception as error:  # an interruption is none: the run is simply not there
-        oom = out_of_memory(error)
-        result |= {"outcome": "oom" if oom else "failed", "reason": f"{type(error).__name__}: {error}"}
-        if not oom:
+        short = out_of_memory(error)
+        result |= {"outcome": "oom" if short else "failed", "reason": f"{type(error).__name__}: {error}"}
+        if not short:
             raise
+        result["oom"] = _evidence(full, oom.record_of(error))
     finally:
         if "outcome" in result:
             write_whole(folder / "result.json", json.dumps(result, indent=1))
@@ -126,8 +132,18 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def _evidence(params: dict, record: dict) -> dict:
+    """What is known of running out, and what would have fitted: forecasts, of full rows of `max_length` tokens."""
+    if record["capacity_bytes"] is None:
+        return {**record, "would_fit": []}
+    asked = Question(params["model"], params["regime"], params["max_length"], params["batch_size"])
+    return {**record, "would_fit": fitting.asked_apart(asked, record["capacity_bytes"])}
+
+
 def _passes(params: dict, folder: Path, progress: bool) -> dict:
     prepared = passes.prepare(params, progress)
+    # a device with a limit: what does not fit is not trained either
+    metered = passes.meter(prepared) if params["limit_mib"] else None
     learned, trained = passes.learn(prepared, progress)
     learned.steps.to_parquet(folder / "steps.parquet")
     if len(learned.probes):
@@ -142,12 +158,11 @@ def _passes(params: dict, folder: Path, progress: bool) -> dict:
         result = {**learned.result, "base": prepared.base_record, "host_bytes": 0,
                   "truncated_share": float(scores["truncated"].mean()), "problems": prepared.data.problems,
                   "notes": passes.notes(prepared)}
-        return {**result, **(_memory(prepared, measured, folder) if measured else {})}
+        return {**result, **(_memory(metered or passes.meter(prepared), measured, folder) if measured else {})}
 
 
-def _memory(prepared: passes.Prepared, measured: Future, folder: Path) -> dict:
+def _memory(metered: passes.Metered, measured: Future, folder: Path) -> dict:
     """What both memory passes saw."""
-    metered = passes.meter(prepared)
     metered.events.to_parquet(folder / "timeline.parquet")
     process = measured.result()
     peaks = {"meter": metered.result["peak"]["peak_bytes"], "process": process.get("peak_bytes")}
