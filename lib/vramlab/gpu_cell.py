@@ -141,7 +141,7 @@ def _bytes(question: Question, asked: Mapping, folder: Path) -> tuple[dict, Trai
     device, recorder = asked["device"], _recorder(asked["device"], asked["limit_bytes"])
     passed, (regime, turns) = Passed(recorder), shown(question.row)
     try:
-        with oom.watched(device, recorder.frame), recorder:
+        with oom.watched(device, getattr(recorder, "so_far", None)), recorder:
             trainer = Trainer(random_model(question.spec), regime, Schedule(regime.lr, 1000), device=device, observer=passed)
             for number, parts in enumerate(_parts(trainer, turns, asked)):
                 turns.parts_due = parts

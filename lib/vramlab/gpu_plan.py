@@ -28,7 +28,8 @@ from .predict import CACHE, Question, forecast
 from .run import write_whole
 
 FIRST = ("lora", "bf16", "lomo", "checkpoint", "adam8bit", "badam", "galore_layerwise", "chunkft_128", "lora_checkpoint", "mezo",
-         "mixed", "host_state", "offload", "adalomo", "adafactor_backward", "qlora", "host_weights", "zero_shot", "approx_residual", "full")
+         "mixed", "host_state", "offload", "adalomo", "adafactor_backward", "qlora", "host_weights", "zero_shot", "approx_residual",
+         "full")
 """Rows from most to least informative: each of these is another mechanism. The rest follow in the order of regimes.yml."""
 AS_WRITTEN = ("mixed", "master", "qlora", "int8_lora", "bf16_sr")
 HOST_SHARE = 0.7

@@ -241,6 +241,11 @@ class Allocator:
             if block is not None:
                 pool.add(block)
 
+    def address(self, key: Hashable) -> int | None:
+        """Where an allocation lies that is handed out or awaited; None for one of 0 bytes."""
+        block = self._live[key] if key in self._live else self._awaiting[key]
+        return None if block is None else block.address
+
     def alive(self) -> set[Hashable]:
         """Keys that are allocated; those that another stream awaits are not among them."""
         return set(self._live)

@@ -7,7 +7,7 @@ of a segment stays the same object and stands for the segment.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 from .settings import SEGMENT_STEP_BYTES
 
@@ -85,6 +85,8 @@ class Device:
     def __init__(self, capacity_bytes: int | None = None):
         self.capacity_bytes = capacity_bytes
         self.reserved_bytes = self.peak_reserved_bytes = 0
+        self.tell: Callable[[str, int, int, Hashable], object] = lambda action, address, size, stream: None
+        """Hears of every segment: (action as torch's history has it, address, bytes, stream)."""
         self._next_address = SEGMENT_STEP_BYTES
 
     def take(self, size: int) -> bool:

@@ -75,6 +75,7 @@ class ExpandableSegments:
         if mapped < block.bytes:
             self._leave_unmapped(block.cut(mapped))
         block.mapped = True
+        self.device.tell("segment_map", block.address, mapped, pool.stream)
         after, before = block.next, block.prev
         if after is not None and after.mapped and not after.active:
             pool.remove(after)
@@ -120,6 +121,7 @@ class ExpandableSegments:
         if block.bytes > last - first:
             pool.add(block.cut(last - first))
         self.device.give_back(block.bytes)
+        self.device.tell("segment_unmap", block.address, block.bytes, pool.stream)
         self._join_unmapped(block)
 
     def _join_unmapped(self, block: Block) -> None:

@@ -7,7 +7,6 @@ which no operation returns, are not seen; `Workspaces` says what is known of the
 
 from __future__ import annotations
 
-import itertools
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,7 @@ from ..axes.place import local
 from ..observer import Observer, recomputing
 from . import timeline
 from .kernels import Workspaces
-from .modules import Modules
+from .modules import Modules, common
 from .watch import Watch, no_garbage_collection, propagation_unseen, resizes
 from .work import Work
 
@@ -51,14 +50,6 @@ class _Death(weakref.ref):
     """Called when a storage dies; knows which. An address is unique among the living only, so it is dropped then."""
 
     __slots__ = ("key",)
-
-
-def _common(name: str, other: str) -> str:
-    """What one storage that holds two things is called: the innermost module both are in."""
-    if name == other:
-        return name
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), other.split("."), strict=False))
-    return ".".join(part for part, _ in same)
 
 
 class Meter(Observer):
@@ -107,7 +98,7 @@ class Meter(Observer):
         for name, tensor in named_tensors:
             record = self._record(local(tensor), "declared")
             if record.category not in ("weights", "inputs"):
-                record.module = _common(record.module, name) if record.category == category else name
+                record.module = common(record.module, name) if record.category == category else name
                 record.category = category
 
     def trains(self, named_leaves: Iterable[tuple[str, Tensor]]) -> None:
@@ -220,21 +211,15 @@ class Meter(Observer):
 
     @staticmethod
     def _category(record: _Storage) -> str:
-        """By lifetime, for storages nobody declared: made in forward (or recomputed) and kept beyond that stretch is an
-        activation; all else is a temporary, gradients on their way to a leaf included."""
         if record.host:
             return "host"
-        if record.category not in ("activations", "temporaries"):
-            return record.category
-        return "activations" if record.survived and record.phase in ("forward", "recompute") else "temporaries"
+        declared = record.category not in ("activations", "temporaries")
+        return record.category if declared else timeline.by_lifetime(record.phase, record.survived)
 
     def peak(self, step: int | None = None) -> dict:
         """{peak_bytes, phase, step, categories {category: bytes}, owners [{module, category, op, bytes}, at most 8]} at the
         event with most bytes alive on the device, of one step or of all."""
-        found = timeline.peak(self.frame(), step)
-        owners = [{"module": module, "category": category, "op": op, "bytes": size}
-                  for (module, category, op), size in found.pop("alive").most_common(8)]
-        return {**found, "owners": owners}
+        return timeline.peak_owners(self.frame(), step)
 
     def work(self, step: int) -> dict[str, dict]:
         """phase -> what one step computed and moved, see `Work.of_step`; nothing without `work`."""

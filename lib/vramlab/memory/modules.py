@@ -7,6 +7,7 @@ numbers between a module's entry and exit are that module's; the node being run 
 from __future__ import annotations
 
 import bisect
+import itertools
 import re
 
 import torch
@@ -16,6 +17,14 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from ..observer import recomputing
 
 _BLOCK = re.compile(r".*?\.\d+(?=\.|$)")
+
+
+def common(name: str, other: str) -> str:
+    """What one storage that holds two things is called: the innermost module both are in."""
+    if name == other:
+        return name
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), other.split("."), strict=False))
+    return ".".join(part for part, _ in same)
 
 
 class Modules:

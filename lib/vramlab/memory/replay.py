@@ -74,6 +74,14 @@ def replay(snapshot: Snapshot) -> Replay:
     return Replay(snapshot.device, len(snapshot.events), recorded_peak, simulated_peak, max_error, first)
 
 
+def allocated_bytes(snapshot: Snapshot) -> dict[int, int]:
+    """Number of each event -> bytes the allocator has handed out after it, blocks as large as it made them: no trace has this,
+    the simulator finds it. Events in the middle of a growth or a run of returns are left out. Raises: as `replay`."""
+    allocator = Allocator(_settings(snapshot))
+    adopt_beginning(allocator, snapshot)
+    return {event.number: allocator.allocated_bytes for event, *_ in _levels(allocator, snapshot.events)}
+
+
 def _settings(snapshot: Snapshot) -> Settings:
     """As told, but segments are the kind that they are: some platforms ignore the setting, and old snapshots do not say."""
     expandable = (any(segment.expandable for segment in snapshot.segments)

@@ -24,7 +24,9 @@ class FixedSegments:
     def grow(self, pool: Pool, size: int, segment_bytes: int) -> Block | None:
         if not self.device.take(segment_bytes):
             return None
-        return self._segment(pool, self.device.place(segment_bytes), segment_bytes)
+        block = self._segment(pool, self.device.place(segment_bytes), segment_bytes)
+        self.device.tell("segment_alloc", block.address, segment_bytes, pool.stream)
+        return block
 
     def _segment(self, pool: Pool, address: int, size: int) -> Block:
         block = Block(pool, address, address, size)
@@ -44,6 +46,7 @@ class FixedSegments:
         block.pool.remove(block)
         self.heads.remove(block)
         self.device.give_back(block.bytes)
+        self.device.tell("segment_free", block.address, block.bytes, block.pool.stream)
 
     def shrink(self, pool: Pool) -> None:
         """Return every whole segment of the pool. C++: `release_blocks`."""

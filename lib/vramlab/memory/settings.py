@@ -84,6 +84,13 @@ class Settings:
                 raise ValueError(f"allocator settings: {name}:{value} is not simulated; those that are: {', '.join(_READ)}")
         return cls(**told)
 
+    def text(self) -> str:
+        """What `parse` reads: everything that is not the default."""
+        told = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        if (steps := told.get("roundup_power2_divisions")) is not None:
+            told["roundup_power2_divisions"] = "[" + ",".join(f"{1 << at}:{count}" for at, count in enumerate(steps)) + "]"
+        return ",".join(f"{name}:{value}" for name, value in told.items())
+
     def labels(self) -> dict[str, str]:
         """For each setting, whether what it does here was held against a real GPU: its default was, nothing else."""
         return {f.name: VERIFIED if getattr(self, f.name) == f.default else NOT_VERIFIED for f in fields(self)}

@@ -46,7 +46,7 @@ def simulate(events, settings: Settings = Settings(), capacity_bytes: int | None
             "empty_cache": lambda _: allocator.empty_cache()}
     malloc, device, after_allocated, after_reserved = allocator.malloc, allocator.device, allocated.append, reserved.append
     try:
-        for kind, key, size, stream in _rows(events):
+        for kind, key, size, stream in rows(events):
             if kind == "alloc":
                 malloc(key, size, stream)
             else:
@@ -68,7 +68,7 @@ def _first(curve: list[int], peak: int) -> int:
     return curve.index(peak) if peak else -1
 
 
-def _rows(events) -> Iterable[tuple[str, Hashable, int, Hashable]] | Iterator[tuple]:
+def rows(events) -> Iterable[tuple[str, Hashable, int, Hashable]] | Iterator[tuple]:
     if not isinstance(events, Mapping | pd.DataFrame):
         return events
     columns = [np.asarray(events[name]).tolist() for name in ("event", "storage", "bytes")]

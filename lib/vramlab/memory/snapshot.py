@@ -8,8 +8,10 @@ What then runs can name no global, and its memory is bounded by a multiple of th
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,10 @@ class Event:
     stream: int
     pool_id: tuple[int, int] | None
     """None where the snapshot is too old to say."""
+    time_us: int | None = None
+    """Since the epoch; None where the snapshot is too old to say."""
+    metadata: str = ""
+    """What `torch.cuda.memory._set_memory_metadata` had been told last."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,16 @@ def read_snapshot(path: Path | str, device: int | None = None, max_bytes: int = 
         return _snapshot(raw, device, path.stat().st_size)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def parse_snapshot(raw: dict, device: int) -> Snapshot:
+    """One device of what `torch.cuda.memory._snapshot` returned in this process. No event at all is no error here: a device may
+    not have been asked for anything. Raises: ValueError."""
+    traces = _list(raw, "device_traces", "the snapshot")
+    if device >= len(traces) or not traces[device]:
+        segments = (s for s in _list(raw, "segments", "the snapshot") if s.get("device", 0) == device)
+        return Snapshot(device, (), tuple(map(_segment, segments, itertools.count())), _settings(raw.get("allocator_settings")))
+    return _snapshot(raw, device, sys.maxsize)
 
 
 def _bytes(path: Path, max_bytes: int) -> bytes:
@@ -173,7 +189,12 @@ def _event(entry, number: int) -> Event | None:
         return None
     address = 0 if action == "oom" else _whole(entry, "addr", what)
     return Event(number, action, address, _whole(entry, "size", what), _whole(entry, "stream", what),
-                 _pool_id(entry.get("pool_id")))
+                 _pool_id(entry.get("pool_id")), *_told(entry))
+
+
+def _told(entry: dict) -> tuple[int | None, str]:
+    time_us, metadata = entry.get("time_us"), entry.get("user_metadata")
+    return time_us if isinstance(time_us, int) else None, metadata if isinstance(metadata, str) else ""
 
 
 def _segment(entry: dict, number: int) -> Segment:

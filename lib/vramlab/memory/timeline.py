@@ -63,6 +63,20 @@ def owned(alive: Mapping[tuple[str, str, str], int], count: int) -> list[tuple[s
     return [(*owner, size) for owner, size in sizes.most_common(count)]
 
 
+def peak_owners(frame: pd.DataFrame, step: int | None = None) -> dict:
+    """`peak` with, in place of `alive`, `owners` [{module, category, op, bytes}, at most 8], largest first."""
+    found = peak(frame, step)
+    owners = [{"module": module, "category": category, "op": op, "bytes": size}
+              for (module, category, op), size in found.pop("alive").most_common(8)]
+    return {**found, "owners": owners}
+
+
+def by_lifetime(phase: str, survived: bool) -> str:
+    """The category of a storage nobody declared: made in forward (or recomputed) and kept beyond that stretch is an activation;
+    all else is a temporary, gradients on their way to a leaf included."""
+    return "activations" if survived and phase in ("forward", "recompute") else "temporaries"
+
+
 def host_peak_bytes(frame: pd.DataFrame) -> int:
     """Most bytes alive on the host at one time."""
     return int(np.where(on_device(frame), 0, signed(frame)).cumsum().max(initial=0))
