@@ -101,6 +101,15 @@ def limited(capacity_bytes: int, compute_capability: tuple[int, int] = AMPERE) -
     return Card("limit", "the memory limit", compute_capability, capacity_bytes / 2**30, 0.0, 1.0, 1.0, 1.0, {})
 
 
+def evidence(params: Mapping, record: Mapping) -> dict:
+    """The record of a run that ran out, and what would have fitted: forecasts of full rows of the run's `max_length` tokens. A host
+    that ran out has no capacity to hold them against."""
+    if record["capacity_bytes"] is None:
+        return {**record, "would_fit": []}
+    asked = Question(params["model"], params["regime"], params["max_length"], params["batch_size"])
+    return {**record, "would_fit": asked_apart(asked, record["capacity_bytes"])}
+
+
 def asked_apart(question: Question, capacity_bytes: int, settings: str = "", timeout_s: float = 300.0) -> list[dict]:
     """`what_fits` in a process of its own that sees no GPU, for one that has one: forecasts need the virtual device, of which
     torch has a real one's place only. What goes wrong there is a row with its reason."""

@@ -106,8 +106,12 @@ def measure(asked: Mapping) -> dict:
     reader = nvml.find(device)
     with Sampler(reader) as sampler:
         made, trainer = _bytes(question, asked, folder)
+        if _hurried(question.row):
+            trainer = None  # its bytes first
+            trainer = _unhurried(question, device)
+        elif hasattr(question.row.trains, "interval"):  # from here on turns as the row takes them
+            trainer.regime = dataclasses.replace(trainer.regime, trains=question.row.trains)
         speed = _speed(question, asked, trainer, asked["budget_s"] - (time.perf_counter() - began))
-        del trainer
     window = speed.pop("window", None)
     energy = dataclasses.asdict(sampler.energy_j(*window)) if window else {"j": None, "error_j": None, "how": "N/A: no window"}
     seen = sampler.frame()
@@ -179,24 +183,26 @@ def _peaks(recorder: Any, found: Mapping) -> dict:
             "reserved_peak_bytes": max(step["reserved_peak_bytes"] for step in kept)}
 
 
+def _hurried(row: Regime) -> bool:
+    """Whether the recorded steps were not the row's usual ones: guessed gradients came soon, or every step projected anew."""
+    return hasattr(row.rule, "gap") or row.grads.hurried() != row.grads
+
+
+def _unhurried(question: Question, device: str) -> Trainer:
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    row = question.row
+    return Trainer(random_model(question.spec), row, Schedule(row.lr, 1000), device=device, observer=Passed(Observer()))
+
+
 def _speed(question: Question, asked: Mapping, trainer: Trainer, budget_s: float) -> dict:
-    """Seconds of steps that nobody watches but a clock that marks edges: median and quartiles. Where the recorded steps were
-    hurried, as of a rule that projects anew at every one, a new trainer takes them as the row says."""
-    row, device = question.row, asked["device"]
-    if _hurried(row):
-        passed, trainer = Passed(Observer()), None
-        gc.collect()
-        if device.startswith("cuda"):
-            torch.cuda.empty_cache()
-        trainer = Trainer(random_model(question.spec), row, Schedule(row.lr, 1000), device=device, observer=passed)
-    else:
-        passed = trainer.observer
-        if hasattr(row.trains, "interval"):
-            trainer.regime = dataclasses.replace(trainer.regime, trains=row.trains)  # turns as the row takes them
+    """Seconds of steps that nobody watches but a clock that marks edges: median and quartiles."""
+    row, passed = question.row, trainer.observer
     step = _stepper(question, trainer)
-    first_s = max(step(warm) for warm in range(WARM))
-    steps = max(1, min(math.ceil(asked["window_s"] * 1.1 / first_s), 400, int(budget_s / 2 / first_s)))
-    passed.to = timer = clock(device)
+    warm_s = min(step(warm) for warm in range(WARM))
+    steps = max(1, min(math.ceil(asked["window_s"] * 1.1 / warm_s), 400, int(budget_s / 2 / warm_s)))
+    passed.to = timer = clock(asked["device"])
     start = time.perf_counter()
     for number in range(steps):
         step(number, read=number == steps - 1)
@@ -205,10 +211,6 @@ def _speed(question: Question, asked: Mapping, trainer: Trainer, budget_s: float
     q25, q50, q75 = (float(times.quantile(q)) for q in (0.25, 0.5, 0.75))
     return {"step_s_median": q50, "step_s_q25": q25, "step_s_q75": q75, "steps_timed": steps, "window": (start, end),
             "window_tokens": tokens * steps, "tokens_per_s": tokens * steps / (end - start)}
-
-
-def _hurried(row: Regime) -> bool:
-    return hasattr(row.rule, "gap") or row.grads.hurried() != row.grads
 
 
 def _stepper(question: Question, trainer: Trainer):

@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -98,9 +99,14 @@ class Check:
         write_whole(self.out / "machine.json", json.dumps(machine, indent=1))
         card, asked = gpu_plan.card_of(machine), gpu_plan.questions(self.model, self.seq, self.only)
         known = gpu_plan.forecasts(asked, card, self.out / "forecasts.json", self.left_s * FORECAST_SHARE)
-        cells = gpu_plan.plan(asked, known, machine, self.tiny)
+        cells = gpu_plan.plan(asked, known, machine, self.tiny if find_spec("sentencepiece") else ())
         print(f"{machine['name']}: {len(asked)} steps asked for, {sum(not told['reason'] for told in known.values())} forecast, "
               f"{len(cells)} cells to measure", flush=True)
+        for name, told in known.items():
+            if told["reason"]:
+                print(f"{name}: no forecast, {told['reason'][:200]}")
+        if self.tiny and not find_spec("sentencepiece"):
+            print("the small sweep is left out: it needs sentencepiece, which is not here")
         pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=gpu_plan._blind)
         try:
             self._measure(cells, card, pool)
@@ -139,13 +145,14 @@ class Check:
     def _ask(self, cell: Cell, limit_s: float, keep: bool = True) -> dict:
         """The cell's result: kept from an earlier run, or made now, while the next process imports."""
         kept = self._kept(cell) if keep else None
-        if kept and kept["outcome"] in ("ok", "oom") and kept.get("code") == _code():
+        if kept and kept["outcome"] in ("ok", "oom") and kept.get("code") == gpu_plan.code():
             return kept
         worker, self._spare = self._spare or Worker.started(), Worker.started()
         return worker.does({**self._asked(cell), "folder": str(self.out / cell.name), "budget_s": limit_s}, limit_s)
 
     def _asked(self, cell: Cell) -> dict:
-        asked = {"does": cell.does, "device": self.device, "regime": cell.regime, "window_s": self.window_s, "code": _code()}
+        asked = {"does": cell.does, "device": self.device, "regime": cell.regime, "window_s": self.window_s,
+                 "code": gpu_plan.code()}
         if cell.question is None:
             return asked
         told, twin = cell.forecast or {}, self._kept(Cell("measure", cell.question)) if cell.does == "peer" else None
@@ -170,13 +177,6 @@ class Check:
 
 def _as_it_should(cell: Cell, kept: Mapping) -> bool:
     return kept["outcome"] == ("oom" if cell.on_purpose else "ok")
-
-
-def _code() -> str:
-    """A cell is measured again when what makes its step has changed."""
-    from .predict import _code as of_steps
-
-    return of_steps()[:12]
 
 
 def parser() -> argparse.ArgumentParser:

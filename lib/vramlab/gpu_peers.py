@@ -1,8 +1,8 @@
 """A row under the Trainer of transformers on the same card: the other side of a ratio of speeds.
 
 Same shape, random weights, tokens and optimizer; what `peer_loops` says of the Trainer's settings holds. The model goes to the
-device before the Trainer sees it, and trains in the type our row stores weights in; `mixed` is the Trainer's own bf16 autocast.
-Adapters of peft are fp32, its default. Not yet run on a GPU.
+device before the Trainer sees it, and trains in the type our row stores weights in. `mixed` is the Trainer's own bf16 autocast, and
+so is `lora`, whose adapters peft makes fp32: without it they would compute in fp32. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def peer(asked: Mapping) -> dict:
     row, cpu = question.row, not asked["device"].startswith("cuda")
     model = random_model(question.spec).to(row.weights.dtype).to(asked["device"])
     data = [{name: tensor[0] for name, tensor in batches(question.spec, question.seq, 1, seed)[0].items()} for seed in range(4)]
-    arguments = {"cpu": cpu, "bf16": row.values["weights"] == "mixed"}
+    arguments = {"cpu": cpu, "bf16": row.values["weights"] == "mixed" or row.values["trains"] == "lora"}
     loop = (peft_lora(row.trains, **arguments) if row.values["trains"] == "lora"
             else hugging_face("adamw_torch_fused", **arguments))
     edges = _Edges(cpu)

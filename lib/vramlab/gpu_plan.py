@@ -8,6 +8,7 @@ out of memory on purpose. A row that cannot be forecast is measured after all th
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -21,10 +22,12 @@ import torch
 
 from .atlas import Atlas
 from .cards import Card, read_cards
+from .expectation import STORED, parameters
 from .fitting import what_fits
+from .forecast import trace
 from .gpu_peers import ROWS
-from .passes import model_spec
-from .predict import CACHE, Question, forecast
+from .memory.simulation import simulate
+from .predict import CACHE, Question, _code, forecast
 from .run import write_whole
 
 FIRST = ("lora", "bf16", "lomo", "checkpoint", "adam8bit", "badam", "galore_layerwise", "chunkft_128", "lora_checkpoint", "mezo",
@@ -32,6 +35,8 @@ FIRST = ("lora", "bf16", "lomo", "checkpoint", "adam8bit", "badam", "galore_laye
          "full")
 """Rows from most to least informative: each of these is another mechanism. The rest follow in the order of regimes.yml."""
 AS_WRITTEN = ("mixed", "master", "qlora", "int8_lora", "bf16_sr")
+NOT_HERE = ("ImpossibleHere", "IllegalRegime", "ImportError", "ModuleNotFoundError")
+"""Reasons that hold for the measurement too."""
 HOST_SHARE = 0.7
 """Of host memory, for what a row puts there; the model is made there too."""
 
@@ -53,7 +58,8 @@ class Cell:
         if self.question is None:
             return "-".join(part for part in (self.does, self.regime) if part)
         asked = self.question
-        name = "-".join([asked.regime, *([asked.weights] if asked.weights else []), f"{asked.batch}x{asked.seq}"])
+        weights = [asked.weights] if asked.weights not in ("", asked.regime) else []
+        name = "-".join([asked.regime, *weights, f"{asked.batch}x{asked.seq}"])
         return {"measure": name, "peer": f"{name}-trainer"}[self.does] + ("-oom" if self.on_purpose else "")
 
     @property
@@ -90,9 +96,10 @@ def card_of(machine: Mapping) -> Card | None:
 
 def forecasts(asked: list[Question], card: Card | None, file: Path, budget_s: float, cache_dir: Path | None = CACHE,
               jobs: int | None = None) -> dict[str, dict]:
-    """name -> what is predicted, for as many of `asked`, in their order, as `budget_s` is enough for; kept in `file`. A row that
-    cannot be forecast has its reason."""
+    """name -> what is predicted, for as many of `asked`, in their order, as `budget_s` is enough for; kept in `file` as long as the
+    code that makes steps stays the same. A row that cannot be forecast has its reason."""
     kept = json.loads(file.read_text()) if file.exists() else {}
+    kept = kept["steps"] if kept.get("code") == code() else {}
     due = [question for question in asked if _name(question) not in kept]
     if due:
         pool = ProcessPoolExecutor(jobs or os.cpu_count() or 1, multiprocessing.get_context("spawn"), initializer=_blind)
@@ -103,8 +110,15 @@ def forecasts(asked: list[Question], card: Card | None, file: Path, budget_s: fl
                 error = future.exception()
                 kept[_name(question)] = {"reason": f"{type(error).__name__}: {error}"} if error else future.result()
         _close(pool)
-        write_whole(file, json.dumps(kept, indent=1))
+        write_whole(file, json.dumps({"code": code(), "steps": kept}, indent=1))
     return kept
+
+
+def code() -> str:
+    """Hash of the code and the torch that steps are made of: what was kept of another is forecast and measured again."""
+    here = Path(__file__).parent
+    parts = [_code(), torch.__version__, *((here / name).read_text() for name in ("gpu_cell.py", "gpu_peers.py", "gpu_plan.py"))]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
 
 def _close(pool: ProcessPoolExecutor) -> None:
@@ -129,18 +143,21 @@ def _blind() -> None:
 
 
 def predicted(question: Question, card: Card | None, cache_dir: Path | None = CACHE) -> dict:
-    """A forecast in plain numbers, with what a measurement needs to take the same step and to tell its MFU."""
+    """A forecast in plain numbers, with what a measurement needs to take the same step and to tell its MFU. Without a card it is
+    of this CPU and its kernels: `allocated` is then requested bytes, which is what its meter sees."""
     began = time.perf_counter()
     try:
-        made = forecast(question, card, cache_dir=cache_dir)
-    except Exception as error:
-        return {"reason": f"{type(error).__name__}: {error}"}
-    flops = {phase: int(sum(work["flops"].values())) for phase, work in made.trace.work.items()}
-    return {"reason": "", "allocated_peak_bytes": made.allocated_peak_bytes, "reserved_peak_bytes": made.reserved_peak_bytes,
-            "requested_peak_bytes": made.trace.peak_bytes, "fits": made.fits, "margin_bytes": made.margin_bytes,
-            "num_alloc_retries": made.retries, "host_bytes": made.trace.host_bytes, "phase": made.trace.phase,
-            "ledger": dict(made.ledger), "step": made.trace.step, "parts": list(made.trace.parts), "flops": flops,
-            "floor_s": made.floor_s, "device": made.trace.device, "took_s": time.perf_counter() - began}
+        made = forecast(question, card, cache_dir=cache_dir) if card else None
+        step = made.trace if made else trace(question.spec, question.row, question.seq, question.batch, mode="cpu")
+        reserved = made.reserved_peak_bytes if made else simulate(step.events).peak_reserved_bytes
+    except Exception as error:  # whatever it is, the other rows go on and this one says why
+        return {"reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    flops = {phase: int(sum(work["flops"].values())) for phase, work in step.work.items()}
+    return {"reason": "", "allocated_peak_bytes": made.allocated_peak_bytes if made else step.peak_bytes,
+            "reserved_peak_bytes": reserved, "requested_peak_bytes": step.peak_bytes, "fits": made.fits if made else None,
+            "num_alloc_retries": made.retries if made else 0, "host_bytes": step.host_bytes, "phase": step.phase,
+            "ledger": dict(made.ledger if made else step.ledger), "step": step.step, "parts": list(step.parts), "flops": flops,
+            "floor_s": made.floor_s if made else None, "device": step.device, "took_s": time.perf_counter() - began}
 
 
 def fitted(question: Question, card: Card, cache_dir: Path | None = CACHE) -> list[dict]:
@@ -154,6 +171,8 @@ def plan(asked: list[Question], known: Mapping[str, Mapping], machine: Mapping, 
     cells, blind, host_bytes = [], [], machine["host_bytes"] * HOST_SHARE
     for question in asked:
         told = known.get(_name(question), {"reason": "no forecast in time"})
+        if told["reason"].startswith(NOT_HERE):
+            continue
         if told["reason"]:
             blind.append(Cell("measure", question, None))
         elif told["fits"] is not False and told["host_bytes"] + _model_bytes(question) <= host_bytes:
@@ -183,7 +202,6 @@ def running_out(asked: list[Question], known: Mapping[str, Mapping], cells: list
 
 
 def _model_bytes(question: Question) -> int:
-    """On the host while it is made: as published, and a second time in the type it is stored in."""
-    from .expectation import parameters
-
-    return parameters(model_spec(question.model)) * (2 + 4)
+    """On the host while it is made: as published, and once more where it is stored in another type."""
+    stored = STORED.get(question.row.values["weights"], 2)
+    return parameters(question.spec) * (2 + (stored if stored != 2 else 0))

@@ -26,7 +26,7 @@ def _row(cell: Cell, kept: Mapping, card: Card | None, by_name: Mapping[str, Map
         row[f"predicted_{name}_bytes"] = told.get(f"{name}_peak_bytes") if cell.does == "measure" else None
         row[f"measured_{name}_bytes"] = kept.get(f"{name}_peak_bytes")
         row[f"{name}_error"] = _error(row[f"predicted_{name}_bytes"], row[f"measured_{name}_bytes"])
-    nvml = kept.get("nvml_process_bytes")
+    nvml = kept.get("nvml_process_bytes") or kept.get("nvml_used_bytes")
     row["predicted_nvml_bytes"] = _sum(row["predicted_reserved_bytes"], card and card.context_bytes)
     row |= {"measured_nvml_bytes": nvml, "nvml_error": _error(row["predicted_nvml_bytes"], nvml)}
     energy, tokens = (kept.get("energy") or {}).get("j"), kept.get("window_tokens")

@@ -23,7 +23,7 @@ from .factcc.prompt import training_batches
 from .memory.ceiling import Ceiling
 from .memory.meter import Meter
 from .memory.process import peak_window
-from .observer import Clock, Observer
+from .observer import Observer, clock
 from .progress import bar
 from .regime import Regime
 from .regime import regime as read_regime
@@ -107,8 +107,11 @@ def pretrained(spec: ModelSpec, recipe: str, progress: bool) -> tuple[nn.Module,
 def learn(prepared: Prepared, progress: bool) -> tuple[Learned, nn.Module]:
     """Train for `steps` steps with only a clock watching. Returns what was seen and the trained model."""
     device = prepared.params["device"]
-    clock = Clock(torch.cuda.synchronize if device.startswith("cuda") else lambda: None)
-    trainer = prepared.trainer(prepared.regime, copy.deepcopy(prepared.model), clock)
+    watch = clock(device)
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_accumulated_memory_stats(device)
+    trainer = prepared.trainer(prepared.regime, copy.deepcopy(prepared.model), watch)
     steps = prepared.params["steps"]
     seen = []
     with bar(f"train {prepared.regime.name}", steps, progress) as shown:
@@ -117,7 +120,7 @@ def learn(prepared: Prepared, progress: bool) -> tuple[Learned, nn.Module]:
             tokens = sum(int(batch["attention_mask"].count_nonzero()) for batch in batches)
             seen.append({"loss": loss, "tokens": tokens, "lr": trainer.lr(step)})
             shown.update(1)
-    frame = pd.DataFrame([{**timed, **row} for timed, row in zip(clock.rows, seen, strict=True)])
+    frame = pd.DataFrame([{**timed, **row} for timed, row in zip(watch.rows, seen, strict=True)])
     result = {
         "speed": _speed(frame),
         "trainable_parameters": trainer.trainable_parameters(),
@@ -125,17 +128,32 @@ def learn(prepared: Prepared, progress: bool) -> tuple[Learned, nn.Module]:
         "loss_first": float(frame["loss"].iloc[0]),
         "loss_last": float(frame["loss"].tail(10).mean()),
         "train_s": float(frame["step_s"].sum()),
+        "allocator": _allocator(device),
     }
     return Learned(frame, result, pd.DataFrame(trainer.probes())), trainer.finish()
 
 
+def _allocator(device: str) -> dict | None:
+    """Torch's own account of the pass on CUDA: peaks in bytes, and how often it had to flush its cache to go on, or gave up."""
+    if not device.startswith("cuda"):
+        return None
+    stats = torch.cuda.memory_stats(device)
+    return {"allocated_peak_bytes": stats["allocated_bytes.all.peak"], "reserved_peak_bytes": stats["reserved_bytes.all.peak"],
+            "retries": stats["num_alloc_retries"], "ooms": stats["num_ooms"]}
+
+
+def warm(frame: pd.DataFrame) -> pd.DataFrame:
+    """The steps after the first tenth, which warm caches up and create optimizer state."""
+    return frame.iloc[max(1, len(frame) // 10):] if len(frame) > 1 else frame
+
+
 def _speed(frame: pd.DataFrame) -> dict:
-    """Medians over the steps after the first tenth, which warm caches up and create optimizer state."""
-    warm = frame.iloc[max(1, len(frame) // 10):] if len(frame) > 1 else frame
-    q25, q50, q75 = (float(warm["step_s"].quantile(q)) for q in (0.25, 0.5, 0.75))
-    phases = {f"{name}_s": float(warm[f"{name}_s"].median()) for name in ("forward", "backward", "update")}
-    return {"tokens_per_s": float(warm["tokens"].sum() / warm["step_s"].sum()), "step_s_median": q50,
-            "step_s_q25": q25, "step_s_q75": q75, **phases, "steps_timed": len(warm)}
+    """Medians over the warm steps."""
+    timed = warm(frame)
+    q25, q50, q75 = (float(timed["step_s"].quantile(q)) for q in (0.25, 0.5, 0.75))
+    phases = {f"{name}_s": float(timed[f"{name}_s"].median()) for name in ("forward", "backward", "update")}
+    return {"tokens_per_s": float(timed["tokens"].sum() / timed["step_s"].sum()), "step_s_median": q50,
+            "step_s_q25": q25, "step_s_q75": q75, **phases, "steps_timed": len(timed)}
 
 
 def meter(prepared: Prepared) -> Metered:
@@ -212,8 +230,9 @@ def _warm_up(prepared: Prepared, batches: list[list[Batch]]) -> None:
 
 def notes(prepared: Prepared) -> list[str]:
     """What a reader of the figures has to know."""
-    said = ["speed: learning pass, nothing watching; events: separate metered pass of two steps of the longest batch (parts "
-            "that take turns: two each); process peak: separate process, allocator returning memory to the OS"]
+    beside = ", the driver asked every 30 ms from beside" if prepared.params["device"].startswith("cuda") else ""
+    said = [f"speed: learning pass, nothing watching{beside}; events: separate metered pass of two steps of the longest batch "
+            "(parts that take turns: two each); process peak: separate process, allocator returning memory to the OS"]
     if prepared.regime.values["weights"] != "fp32" and prepared.params["device"] == "cpu":
         needed, why = rounding.needed()
         if needed:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,12 +23,16 @@ from .factcc.baselines import baseline_scores
 from .factcc.scoring import score_items
 from .factcc.statistics import summarise
 from .memory import oom
+from .memory.energy import per_tokens
+from .memory.nvml import find
 from .memory.process import MALLOC_ENV, run_in_measured_process
-from .predict import Question
+from .memory.sampler import Sampler
 from .progress import bar
 from .regime import regime as read_regime
 
 SCHEMA = 1
+RESERVED_BYTES = 64 << 10
+"""Of a run's folder for its result from the start: a disk may be full when it ends."""
 
 KNOWN_PARAMETERS: dict[str, object] = {
     "regime": "full",
@@ -98,7 +102,8 @@ def run_id(params: Mapping) -> str:
 def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path:
     """Do the run and write its folder. Returns the folder; `result.json`, written last, says how it ended.
 
-    Running out of memory is a result (`outcome: oom`). Any other error is recorded (`outcome: failed`) and raised.
+    Running out of memory is a result (`outcome: oom`). Any other error, a lost card or a full disk too, is recorded (`outcome:
+    failed`) and raised; the files that are there are whole.
     """
     full = resolve(params)
     folder = Path(out_dir)
@@ -106,6 +111,7 @@ def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path
     (folder / "result.json").unlink(missing_ok=True)
     if full["threads"]:
         torch.set_num_threads(full["threads"])
+    _reserve(folder / "result.json")
     named = {**full, "run_id": folder.name, "sweep": folder.parent.name}
     write_whole(folder / "params.yml", yaml.safe_dump(named, sort_keys=False))
     env = {**environment.record(full["device"]), "seed": full["seed"], "config_hash": config_hash(params)}
@@ -120,10 +126,11 @@ def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path
         result |= {"outcome": "oom" if short else "failed", "reason": f"{type(error).__name__}: {error}"}
         if not short:
             raise
-        result["oom"] = _evidence(full, oom.record_of(error))
+        result["oom"] = fitting.evidence(full, oom.record_of(error))
     finally:
         if "outcome" in result:
-            write_whole(folder / "result.json", json.dumps(result, indent=1))
+            _write_reserved(folder / "result.json", json.dumps(result, indent=1))
+        (folder / "result.json.part").unlink(missing_ok=True)
     return folder
 
 
@@ -132,45 +139,61 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _evidence(params: dict, record: dict) -> dict:
-    """What is known of running out, and what would have fitted: forecasts, of full rows of `max_length` tokens."""
-    if record["capacity_bytes"] is None:
-        return {**record, "would_fit": []}
-    asked = Question(params["model"], params["regime"], params["max_length"], params["batch_size"])
-    return {**record, "would_fit": fitting.asked_apart(asked, record["capacity_bytes"])}
-
-
 def _passes(params: dict, folder: Path, progress: bool) -> dict:
     prepared = passes.prepare(params, progress)
     # a device with a limit: what does not fit is not trained either
     metered = passes.meter(prepared) if params["limit_mib"] else None
-    learned, trained = passes.learn(prepared, progress)
-    learned.steps.to_parquet(folder / "steps.parquet")
+    sampler = Sampler(find(params["device"]))
+    try:
+        with sampler:
+            learned, trained = passes.learn(prepared, progress)
+    finally:
+        seen = _keep_samples(sampler, folder)
+    write_table(learned.steps, folder / "steps.parquet")
     if len(learned.probes):
-        learned.probes.to_parquet(folder / "probes.parquet")
+        write_table(learned.probes, folder / "probes.parquet")
     # from here on nothing is timed: the measured process, which only wants its own bytes, may run beside the scoring
     with ThreadPoolExecutor(1) as beside:
         measured = beside.submit(_measured, params) if params["measure"] else None
         scores = _score(trained, prepared, params, progress)
         del trained
-        scores.to_parquet(folder / "scores.parquet")
-        summarise(scores).to_parquet(folder / "accuracy.parquet")
-        result = {**learned.result, "base": prepared.base_record, "host_bytes": 0,
-                  "truncated_share": float(scores["truncated"].mean()), "problems": prepared.data.problems,
-                  "notes": passes.notes(prepared)}
+        write_table(scores, folder / "scores.parquet")
+        write_table(summarise(scores), folder / "accuracy.parquet")
+        result = {**learned.result, "energy": per_tokens(passes.warm(learned.steps), sampler.frame()), "nvml": seen,
+                  "base": prepared.base_record, "host_bytes": 0, "truncated_share": float(scores["truncated"].mean()),
+                  "problems": prepared.data.problems, "notes": passes.notes(prepared)}
         return {**result, **(_memory(metered or passes.meter(prepared), measured, folder) if measured else {})}
+
+
+def _keep_samples(sampler: Sampler, folder: Path) -> dict:
+    """`nvml.parquet`, and of it what a reader asks first. A disk without room for it does not end the run."""
+    frame, said = sampler.frame(), sampler.said
+    try:
+        if len(frame):
+            write_table(frame, folder / "nvml.parquet")
+    except OSError as error:
+        said = [*said, f"nvml.parquet: not written: {error}"]
+    peaks = {f"{name}_peak_bytes": _largest(frame[f"{name}_bytes"]) for name in ("used", "process")}
+    return {**peaks, "reserved_bytes": _largest(frame["reserved_bytes"]), "samples": len(frame), "said": said}
+
+
+def _largest(sizes: pd.Series) -> int | None:
+    return int(sizes.max()) if sizes.notna().any() else None
 
 
 def _memory(metered: passes.Metered, measured: Future, folder: Path) -> dict:
     """What both memory passes saw."""
-    metered.events.to_parquet(folder / "timeline.parquet")
+    write_table(metered.events, folder / "timeline.parquet")
     process = measured.result()
     peaks = {"meter": metered.result["peak"]["peak_bytes"], "process": process.get("peak_bytes")}
     return {**metered.result, "process": process, "peak_bytes": peaks}
 
 
 def _measured(params: dict) -> dict:
-    """The OS's own figure for the same two steps, from a process that does nothing else."""
+    """The OS's own figure for the same two steps, from a process that does nothing else. It does not see a card's bytes."""
+    if params["device"] != "cpu":
+        where = f"the operating system's figure is of host memory, the run's is on {params['device']}"
+        return {"outcome": "n/a", "reason": f"N/A: {where}"}
     wanted = {name: params[name] for name in KNOWN_PARAMETERS}
     answer = run_in_measured_process("vramlab.passes:measured", wanted, timeout_s=600)
     return {**answer, "allocator": MALLOC_ENV}
@@ -186,6 +209,33 @@ def _score(model, prepared, params: dict, progress: bool) -> pd.DataFrame:
 
 def write_whole(path: Path, text: str) -> None:
     """Whole or not at all."""
+    _write(path, lambda partial: partial.write_text(text))
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """A parquet file, whole or not at all."""
+    _write(path, frame.to_parquet)
+
+
+def _write(path: Path, fill: Callable[[Path], object]) -> None:
     partial = path.with_name(path.name + ".part")
-    partial.write_text(text)
+    try:
+        fill(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _reserve(path: Path) -> None:
+    """Room for the result, taken while there is some. A file system that copies on write gives no such promise."""
+    path.with_name(path.name + ".part").write_bytes(os.urandom(RESERVED_BYTES))  # zeros may take no room
+
+
+def _write_reserved(path: Path, text: str) -> None:
+    """Into the reserved room, so that a disk that has become full holds it too."""
+    partial = path.with_name(path.name + ".part")
+    with open(partial, "r+b" if partial.exists() else "wb") as file:
+        file.write(text.encode())
+        file.truncate()
     os.replace(partial, path)

@@ -1,0 +1,91 @@
+"""Joules of a window of a run, from what a sampler saw of the card.
+
+The card's counter moves in steps of about 100 ms (ml.energy/blog/energy/measurement, thermally stable profiling), so an edge of a
+window is known to one such step, and windows shorter than 2 s are refused. A card without a counter (before Volta) has its power
+integrated. The figure is the whole card's: another process's work is in it, and so is idling. Not exact: `error_j` is what the
+edges may be off by, not the sensor's own error (arXiv:2312.02741). Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+SHORTEST_S = 2.0
+GAP_S = 0.5
+"""The longest that two readings may lie apart for a window to lean on them."""
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Joules of a window, at most `error_j` off for not knowing its edges, and how they were found. `j` and `error_j` are None
+    where they cannot be told, and `how` is then the reason."""
+
+    j: float | None
+    error_j: float | None
+    how: str
+
+
+def energy(frame: pd.DataFrame, t0: float, t1: float) -> Energy:
+    """Of the window from `t0` to `t1` in a sampler's `frame`: by the card's counter, else by its power, integrated."""
+    if t1 - t0 < SHORTEST_S:
+        return Energy(None, None, f"N/A: the window has {t1 - t0:.2f} s, and {SHORTEST_S:.0f} s are the shortest that can be told")
+    by_counter = _counted(frame, t0, t1)
+    if by_counter.j is not None:
+        return by_counter
+    by_power = _integrated(frame, t0, t1)
+    return by_power if by_power.j is not None else Energy(None, None, f"{by_counter.how}; {by_power.how}")
+
+
+def _counted(frame: pd.DataFrame, t0: float, t1: float) -> Energy:
+    """By the counter, read where it moves: between two moves it is a straight line."""
+    read = frame[["t_s", "energy_j"]].dropna()
+    moved = read[read["energy_j"].diff().fillna(0) > 0]
+    t, e = moved["t_s"].to_numpy(float), moved["energy_j"].to_numpy(float)
+    if reason := _uncovered(t, t0, t1):
+        return Energy(None, None, f"N/A by the counter: {reason}" if len(read) else "N/A by the counter: it cannot be read")
+    start, end = np.interp([t0, t1], t, e)
+    error_j = sum(e[i] - e[i - 1] for i in np.searchsorted(t, [t0, t1]).clip(1))
+    return Energy(float(end - start), float(error_j), "the card's counter")
+
+
+def _integrated(frame: pd.DataFrame, t0: float, t1: float) -> Energy:
+    """By the power, trapezium by trapezium. Power lags by up to 1 s, so the error is what a second of its change amounts to."""
+    read = frame[["t_s", "power_w"]].dropna()
+    t, p = read["t_s"].to_numpy(float), read["power_w"].to_numpy(float)
+    if reason := _uncovered(t, t0, t1):
+        return Energy(None, None, f"N/A by power: {reason}" if len(read) else "N/A by power: it cannot be read")
+    inside = (t > t0) & (t < t1)
+    times = np.array([t0, *t[inside], t1])
+    watts = np.interp(times, t, p)
+    return Energy(float(np.trapezoid(watts, times)), float((watts.max() - watts.min()) * 1.0),
+                  "power, integrated; the driver's figure is a mean over up to 1 s")
+
+
+def _uncovered(t: np.ndarray, t0: float, t1: float) -> str:
+    """Why readings at `t` do not hold the window; nothing when they do."""
+    if not len(t) or t[0] > t0 or t[-1] < t1:
+        return "the readings do not span the window"
+    used = t[max(0, np.searchsorted(t, t0, "right") - 1):np.searchsorted(t, t1) + 1]
+    widest_s = float(np.diff(used).max())
+    return f"two readings lie {widest_s:.2f} s apart" if widest_s > GAP_S else ""
+
+
+def per_tokens(steps: pd.DataFrame, frame: pd.DataFrame) -> dict:
+    """Joules for 1,000 tokens over `steps` (columns t_s, step_s, tokens), the host's time between them included: of all of them,
+    and the quartiles over windows of whole steps, each just long enough to be told. None where N/A; `how` gives the reason."""
+    start, ends, tokens = steps["t_s"].iloc[0], steps["t_s"] + steps["step_s"], steps["tokens"].cumsum()
+    whole = energy(frame, start, ends.iloc[-1])
+    found = dict.fromkeys(("j_per_1000_tokens", "error_j_per_1000_tokens", "q25", "q75")) | {"windows": 0, "how": whole.how}
+    if whole.j is None:
+        return found
+    rates, counted = [], 0
+    for end, so_far in zip(ends, tokens, strict=True):
+        if end - start >= SHORTEST_S and (part := energy(frame, start, end)).j is not None:
+            rates.append(1000 * part.j / (so_far - counted))
+            start, counted = end, so_far
+    per = 1000 / int(tokens.iloc[-1])
+    found |= {"j_per_1000_tokens": whole.j * per, "error_j_per_1000_tokens": whole.error_j * per, "windows": len(rates)}
+    return found | ({"q25": float(np.quantile(rates, 0.25)), "q75": float(np.quantile(rates, 0.75))} if rates else {})

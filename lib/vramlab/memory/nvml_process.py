@@ -1,0 +1,109 @@
+"""Which of the processes on a card is this one, and how many bytes it holds there.
+
+NVML gives the host's process numbers, and inside a container nothing translates them: a number equal to ours may be a
+stranger's. So ours counts only where this process lives in the host's own namespace. Elsewhere the only process on the card
+is this one, since it is there; among several it is the one whose bytes rise and fall with a block held for a moment. Where
+that does not tell either, the answer is N/A. Sources: NVIDIA/nvidia-docker issues 179 and 1483.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+PROBE_BYTES = 256 << 20
+HOST_NAMESPACE = 0xEFFFFFFC
+"""Number of the first pid namespace of every Linux kernel: PROC_PID_INIT_INO, include/linux/proc_ns.h."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """This process among those on the card: how it was told (`method`), or why it was not (`reason`)."""
+
+    processes: Callable[[], Mapping[int, int | None]]
+    pid: int = 0
+    method: str = ""
+    reason: str = ""
+
+    def used_bytes(self) -> int | None:
+        """What it holds on the card, context included; None once it is not listed."""
+        return self.processes().get(self.pid)
+
+
+def own(nvml, handle, device: str) -> Own:
+    """This process on the card of `handle`, on which it has a context. Raises nothing that NVML raises."""
+    def processes() -> dict[int, int | None]:
+        return _processes(nvml, handle)
+
+    try:
+        found = processes()
+        if found and set(found.values()) == {None}:
+            return Own(processes, reason="the driver does not tell a process's bytes (Windows WDDM and WSL2 do not)")
+        pid, method = _tell(found, processes, device)
+    except nvml.NVMLError as error:
+        return Own(processes, reason=str(error))
+    if not pid:
+        return Own(processes, reason=f"{method}; used_bytes are everyone's on the card")
+    return Own(processes, pid, method)
+
+
+def _tell(found: Mapping[int, int | None], processes: Callable, device: str) -> tuple[int, str]:
+    """(pid, how it was told), or (0, why not)."""
+    if in_host_namespace():
+        mine = os.getpid()
+        return (mine, "listed under its own number") if mine in found else (0, "the driver does not list this process")
+    if not found:
+        return 0, "the driver lists no process on the card, as in many containers"
+    if len(found) == 1:
+        return next(iter(found)), "the only process on the card"
+    return _probe(processes, lambda: block(device))
+
+
+def _probe(processes: Callable, held: Callable[[], AbstractContextManager]) -> tuple[int, str]:
+    before = processes()
+    try:
+        with held():
+            during = processes()
+    except torch.OutOfMemoryError:
+        return 0, f"there are {len(before)} processes on the card and no room for a block to tell them apart by"
+    after = processes()
+    moved = [pid for pid, size in during.items() if size is not None
+             and size - (before.get(pid) or 0) >= PROBE_BYTES and size - (after.get(pid) or 0) >= PROBE_BYTES]
+    if len(moved) != 1:
+        return 0, f"of {len(during)} processes on the card, {len(moved) or 'none'} rose and fell with a block of 256 MiB"
+    return moved[0], "its bytes rose and fell with a block of 256 MiB"
+
+
+@contextmanager
+def block(device: str):
+    """`PROBE_BYTES` of the card, taken from the driver and given back to it."""
+    torch.cuda.empty_cache()  # else a cached block may serve
+    held = torch.empty(PROBE_BYTES, dtype=torch.uint8, device=device)
+    try:
+        yield
+    finally:
+        del held
+        torch.cuda.empty_cache()
+
+
+def in_host_namespace() -> bool:
+    """Whether process numbers seen here are the host's."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino == HOST_NAMESPACE
+    except OSError:
+        return os.name == "nt"
+
+
+def _processes(nvml, handle) -> dict[int, int | None]:
+    """Bytes by process number, of those that compute; None where the driver does not tell."""
+    try:
+        rows = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except nvml.NVMLError as error:
+        if error.value != nvml.NVML_ERROR_FUNCTION_NOT_FOUND:
+            raise
+        rows = nvml.nvmlDeviceGetComputeRunningProcesses_v2(handle)  # drivers before 510
+    return {row.pid: row.usedGpuMemory for row in rows}

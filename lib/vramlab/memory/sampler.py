@@ -1,0 +1,86 @@
+"""The driver's figures of a card beside a run: one reading every 30 ms from a thread of its own, on the clock of the steps.
+
+Nothing here can end the run it stands beside. A lost card, a reading that raises, a thread that dies or hangs in the driver:
+each ends the sampling, what was seen until then stays, and `said` tells it. The thread is a daemon and a reading holds Python's
+lock for some 0.1 ms of the 30. Memory is bounded: past `most_rows` every second row goes, of two the one with fewer bytes.
+Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pandas as pd
+
+from .energy import Energy, energy
+from .nvml import COLUMNS, Reader
+
+LINGER_S = 0.25
+"""How long sampling goes on after the last window, so that the energy counter moves once more."""
+
+
+class Sampler:
+    """A context manager: `reader` is sampled every `period_s` while it is open. With the null object no thread is started and
+    `frame()` is empty."""
+
+    def __init__(self, reader: Reader, period_s: float = 0.03, most_rows: int = 200_000):
+        self.reader, self._period_s, self._most = reader, period_s, most_rows
+        self._rows: list[tuple] = []
+        self._ended: list[str] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="nvml", daemon=True)
+
+    @property
+    def said(self) -> list[str]:
+        """What could not be measured, and why."""
+        return [*self.reader.said, *self._ended]
+
+    def __enter__(self) -> Sampler:
+        if any(value is not None for value in self.reader.sample().values()):
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._thread.ident is None:
+            return
+        if self._thread.is_alive() and self.frame()["energy_j"].notna().any():
+            time.sleep(LINGER_S)
+        self._stop.set()
+        self._thread.join(timeout=2)
+        if self._thread.is_alive():
+            self._ended.append("sampling stopped: the driver has not answered for 2 s")
+
+    def frame(self) -> pd.DataFrame:
+        """`t_s`, seconds of `time.perf_counter` in the middle of each reading, and the reader's `COLUMNS`, empty where N/A."""
+        rows = pd.DataFrame(list(self._rows), columns=["t_s", *COLUMNS])
+        return rows.astype({name: "Int64" if name.endswith("_bytes") else "float64" for name in rows})
+
+    def energy_j(self, t0: float, t1: float) -> Energy:
+        """The card's energy from `t0` to `t1`, seconds of the same clock."""
+        return energy(self.frame(), t0, t1)
+
+    def _watch(self) -> None:
+        due, ending = time.perf_counter(), "its thread was ended"
+        try:
+            while not self._stop.is_set() and not self.reader.lost:
+                before = time.perf_counter()
+                row = self.reader.sample()
+                now = time.perf_counter()
+                self._keep(((before + now) / 2, *(row[name] for name in COLUMNS)))
+                due += self._period_s
+                if due < now:  # the driver was slow: what was missed is not made up for
+                    due = now + self._period_s
+                self._stop.wait(due - now)
+            ending = ""
+        except Exception as error:
+            ending = f"{type(error).__name__}: {error}"
+        finally:
+            if ending:
+                self._ended.append(f"sampling stopped after {len(self._rows)} samples: {ending}")
+
+    def _keep(self, row: tuple) -> None:
+        self._rows.append(row)
+        if len(self._rows) >= self._most:
+            self._rows = [max(pair, key=lambda r: r[1] or 0) for pair in zip(self._rows[::2], self._rows[1::2], strict=False)]
+            self._period_s *= 2
