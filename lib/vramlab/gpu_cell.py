@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import math
@@ -144,9 +145,14 @@ def _bytes(question: Question, asked: Mapping, folder: Path) -> tuple[dict, Trai
     """Steps up to the one that was forecast, recorded. Leaves the curve in `folder`."""
     device, recorder = asked["device"], _recorder(asked["device"], asked["limit_bytes"])
     passed, (regime, turns) = Passed(recorder), shown(question.row)
+    model = random_model(question.spec)  # on the host, whose bytes are none of the recorder's; a meter on a CPU would see them
+    make = functools.partial(Trainer, model, regime, Schedule(regime.lr, 1000), device=device, observer=passed)
     try:
-        with oom.watched(device, getattr(recorder, "so_far", None)), recorder:
-            trainer = Trainer(random_model(question.spec), regime, Schedule(regime.lr, 1000), device=device, observer=passed)
+        with contextlib.ExitStack() as entered:
+            entered.enter_context(oom.watched(device, getattr(recorder, "so_far", None)))
+            trainer = None if device.startswith("cuda") else make()  # a meter adopts what it is told of, as in a forecast
+            entered.enter_context(recorder)
+            trainer = trainer or make()
             for number, parts in enumerate(_parts(trainer, turns, asked)):
                 turns.parts_due = parts
                 trainer.step(batches(question.spec, question.seq, question.batch, number, regime.accumulate),

@@ -117,7 +117,7 @@ class Check:
         return self._say(cells, machine, card)
 
     def _measure(self, cells: list[Cell], card, pool: ProcessPoolExecutor) -> None:
-        answers: dict[Cell, Future] = {}
+        answers: list[tuple[Cell, Future]] = []
         for cell in cells:
             if self.left_s < LEAST_S:
                 break
@@ -125,8 +125,8 @@ class Check:
             print(gpu_table.line(cell, found), flush=True)
             if found["outcome"] == "oom" and "oom" in found and "would_fit" not in found["oom"]:
                 held = limited(found["oom"]["capacity_bytes"] or card.capacity_bytes)
-                answers[cell] = pool.submit(gpu_plan.fitted, cell.question, card if card and not cell.limit_bytes else held)
-        for cell, future in answers.items():
+                answers.append((cell, pool.submit(gpu_plan.fitted, cell.question, held if cell.limit_bytes else card or held)))
+        for cell, future in answers:
             self._answered(cell, future)
 
     def _answered(self, cell: Cell, future: Future) -> None:
