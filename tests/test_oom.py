@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
+import pandas as pd
 import pytest
 import torch
 
 import micro
+from simulated_history import Pair, SimulatedHistory
 from vramlab import fitting, passes
 from vramlab.fitting import Changed, changes, ladder, limited, what_fits
 from vramlab.memory import oom
 from vramlab.memory.ceiling import Ceiling
 from vramlab.memory.meter import Meter
 from vramlab.memory.oom import RanOut, holders, of_snapshot, record_of, watched, words
+from vramlab.memory.recorder import Recorder
 from vramlab.memory.settings import Settings
 from vramlab.memory.simulation import simulate
 from vramlab.memory.timeline import on_device, signed
@@ -157,6 +161,30 @@ def test_without_a_history_the_segment_stands_for_the_request():
     assert of_snapshot({**RAW, "device_traces": []}, 0, 32 * MIB, 0, 1)["asked_bytes"] == 32 * MIB
     assert of_snapshot(RAW, 1, 7, 0, 1) == {"asked_bytes": 7, "free_bytes": 0, "capacity_bytes": 1, "allocated_bytes": 0,
                                             "reserved_bytes": 90 * MIB, "largest_free_block_bytes": 90 * MIB}
+
+
+def test_a_recorder_knows_the_owners_while_the_step_is_still_alive():
+    """What the observer asks of it on CUDA: the history up to now, read in mid-step, is the beginning of the whole one."""
+    kept, seen = SimulatedHistory(), []
+    recorder = Recorder(history=kept)
+
+    class Asks(Pair):
+        def end_step(self):
+            seen.append(recorder.so_far())
+            super().end_step()
+
+    with recorder:
+        trainer = Trainer(micro.model(), read_row("row", {}), Schedule(1e-2, 2), observer=Asks(kept, recorder))
+        trainer.step([micro.batch(0)])
+        trainer.step([micro.batch(1)])
+    first, whole = seen[0], recorder.frame()
+    same = ["event", "bytes", "live_bytes", "phase", "step"]
+    pd.testing.assert_frame_equal(first[same], whole[same].iloc[: len(first)])
+    kinds = Counter()
+    for (_, category, _), size in holders(first).items():
+        kinds[category] += size
+    weights = sum(parameter.nbytes for parameter in trainer.model.parameters())
+    assert kinds["weights"] == weights and kinds["gradients"] == weights and kinds["optimizer"] >= 2 * weights
 
 
 # what would have fitted -------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ FIRST = ("lora", "bf16", "lomo", "checkpoint", "adam8bit", "badam", "galore_laye
          "full")
 """Rows from most to least informative: each of these is another mechanism. The rest follow in the order of regimes.yml."""
 AS_WRITTEN = ("mixed", "master", "qlora", "int8_lora", "bf16_sr")
+"""Rows whose point is the type they are stored in."""
 NOT_HERE = ("ImpossibleHere", "IllegalRegime", "ImportError", "ModuleNotFoundError")
 """Reasons that hold for the measurement too."""
 HOST_SHARE = 0.7
@@ -72,7 +73,8 @@ def questions(model: str, seq: tuple[int, ...], only: tuple[str, ...] = ()) -> l
     """Every row in bf16 where it can be, at every length: rows in the order of `FIRST`, all rows of the first length first. Rows
     that shard want several cards and are left out."""
     asked = Atlas("gpu-check", (model,), seq, (1,), ("bf16", ""), AS_WRITTEN, regimes=only).questions()
-    single = [question for question in asked if "fsdp" not in question.row.values["place"]]
+    single = [question for question in asked if "fsdp" not in question.row.values["place"]
+              and not (question.weights and question.regime in AS_WRITTEN)]
     rank = {name: at for at, name in enumerate(FIRST)}
     return sorted(single, key=lambda question: (seq.index(question.seq), rank.get(_row(question), len(FIRST))))
 
