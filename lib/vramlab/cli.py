@@ -136,6 +136,14 @@ def _predict(args) -> int:
     return 0
 
 
+def _doctor(args) -> int:
+    from . import doctor
+
+    found = doctor.examine()
+    print(json.dumps(doctor.to_json(found), indent=1) if args.json else doctor.words(found))
+    return 0
+
+
 def _say_report(path: Path, as_json: bool) -> None:
     size = path.stat().st_size
     if as_json:
@@ -188,6 +196,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("path", type=Path, nargs="?", default=Path("params/atlas.yml"), help="default: params/atlas.yml")
     sub.add_argument("--out", type=Path, help="folder for forecast.json (default: outputs/<name of the atlas>)")
     sub.add_argument("--dry-run", action="store_true", help="list the cells and what would be traced")
+    command("doctor", _doctor, "What this machine can measure, what it cannot, and why.")
     sub = command("report", _report, "One self-contained HTML file from a folder of finished runs.")
     sub.add_argument("folder", type=Path, help="for example outputs/quick")
     return top

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .axes import rounding
+from .memory.nvml import driver
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "pandas", "plotly", "papermill", "sentencepiece", "nvidia-ml-py")
@@ -40,7 +41,8 @@ def record(device: str = "cpu") -> dict:
 def _device(device: str) -> dict:
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
-        return {"kind": "cuda", "name": properties.name, "memory_bytes": properties.total_memory}
+        return {"kind": "cuda", "name": properties.name, "memory_bytes": properties.total_memory,
+                "compute_capability": [properties.major, properties.minor], "cuda": torch.version.cuda, "driver": driver()}
     return {"kind": "cpu", "name": _cpu_name()}
 
 

@@ -25,8 +25,7 @@ from .memory.meter import Meter
 from .memory.process import peak_window
 from .observer import Observer, clock
 from .progress import bar
-from .regime import Regime
-from .regime import regime as read_regime
+from .regime import Regime, read_row, regime_row
 from .split import sides
 from .trainer import Batch, Schedule, Trainer
 
@@ -88,6 +87,12 @@ def model_spec(name: str) -> ModelSpec:
     return read_model_file(path)
 
 
+def row_of(params: Mapping) -> Regime:
+    """The run's row, with the storage type asked for. Raises: IllegalRegime."""
+    row = regime_row(params["regime"])
+    return read_row(params["regime"], {**row, "weights": params["weights"]} if params.get("weights") else row)
+
+
 def prepare(params: Mapping, progress: bool) -> Prepared:
     """Load or pre-train the base, and make the data set."""
     spec = model_spec(params["model"])
@@ -96,7 +101,7 @@ def prepare(params: Mapping, progress: bool) -> Prepared:
         record = {"path": Path(spec.path).name, "recipe": "published weights"}
     else:
         model, tokenizer, record = pretrained(spec, params["recipe"], progress)
-    return Prepared(params, read_regime(params["regime"]), model, tokenizer, record, dataset(params))
+    return Prepared(params, row_of(params), model, tokenizer, record, dataset(params))
 
 
 def pretrained(spec: ModelSpec, recipe: str, progress: bool) -> tuple[nn.Module, BaichuanTokenizer, dict]:

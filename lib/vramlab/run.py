@@ -28,7 +28,6 @@ from .memory.nvml import find
 from .memory.process import MALLOC_ENV, run_in_measured_process
 from .memory.sampler import Sampler
 from .progress import bar
-from .regime import regime as read_regime
 
 SCHEMA = 1
 RESERVED_BYTES = 64 << 10
@@ -55,10 +54,12 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "threads": 0,
     "measure": True,
     "limit_mib": 0.0,
+    "weights": "",
 }
 """Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data; `test_domains: ""`
 is all; `threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes out;
-`limit_mib` is all the device has for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is."""
+`limit_mib` is all the device has for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is; `weights`
+replaces the row's own storage type, for example "bf16"."""
 
 
 def resolve(params: Mapping) -> dict:
@@ -74,7 +75,7 @@ def resolve(params: Mapping) -> dict:
         kinds = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(full[name], kinds) or (isinstance(full[name], bool) and not isinstance(default, bool)):
             raise ValueError(f"{name} is {full[name]!r}: it takes {type(default).__name__}, for example {default!r}")
-    row = read_regime(full["regime"])
+    row = passes.row_of(full)
     full["lr"] = float(full["lr"]) or row.lr
     return {**full, "regime_row": row.axes(), "accumulate": row.accumulate, "clip": row.clip}
 
@@ -108,7 +109,8 @@ def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path
     full = resolve(params)
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").unlink(missing_ok=True)
+    for old in (folder / "result.json", *folder.glob("*.part")):  # the second: of a run that was killed
+        old.unlink(missing_ok=True)
     if full["threads"]:
         torch.set_num_threads(full["threads"])
     _reserve(folder / "result.json")
@@ -174,7 +176,8 @@ def _keep_samples(sampler: Sampler, folder: Path) -> dict:
     except OSError as error:
         said = [*said, f"nvml.parquet: not written: {error}"]
     peaks = {f"{name}_peak_bytes": _largest(frame[f"{name}_bytes"]) for name in ("used", "process")}
-    return {**peaks, "reserved_bytes": _largest(frame["reserved_bytes"]), "samples": len(frame), "said": said}
+    return {**peaks, "reserved_bytes": _largest(frame["reserved_bytes"]), "samples": len(frame),
+            "process_method": sampler.reader.process_method, "said": said}
 
 
 def _largest(sizes: pd.Series) -> int | None:
@@ -192,8 +195,7 @@ def _memory(metered: passes.Metered, measured: Future, folder: Path) -> dict:
 def _measured(params: dict) -> dict:
     """The OS's own figure for the same two steps, from a process that does nothing else. It does not see a card's bytes."""
     if params["device"] != "cpu":
-        where = f"the operating system's figure is of host memory, the run's is on {params['device']}"
-        return {"outcome": "n/a", "reason": f"N/A: {where}"}
+        return {"outcome": "n/a", "reason": f"N/A: the operating system sees host memory, and the run is on {params['device']}"}
     wanted = {name: params[name] for name in KNOWN_PARAMETERS}
     answer = run_in_measured_process("vramlab.passes:measured", wanted, timeout_s=600)
     return {**answer, "allocator": MALLOC_ENV}

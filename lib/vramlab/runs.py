@@ -52,6 +52,12 @@ class Run:
         return pd.read_parquet(self.folder / "timeline.parquet")
 
     @cached_property
+    def samples(self) -> pd.DataFrame:
+        """What the driver said of the card beside the learning pass; empty where there was none."""
+        path = self.folder / "nvml.parquet"
+        return pd.read_parquet(path) if path.exists() else pd.DataFrame()
+
+    @cached_property
     def scores(self) -> pd.DataFrame:
         return pd.read_parquet(self.folder / "scores.parquet")
 

@@ -2,8 +2,8 @@
 
 The card's counter moves in steps of about 100 ms (ml.energy/blog/energy/measurement, thermally stable profiling), so an edge of a
 window is known to one such step, and windows shorter than 2 s are refused. A card without a counter (before Volta) has its power
-integrated. The figure is the whole card's: another process's work is in it, and so is idling. Not exact: `error_j` is what the
-edges may be off by, not the sensor's own error (arXiv:2312.02741). Not yet run on a GPU.
+integrated. The figure is the whole card's: another process's work is in it, and so is idling. Not exact: `error_j` bounds what the
+edges may be off by; the sensor's own error (arXiv:2312.02741) comes on top. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pandas as pd
 
 SHORTEST_S = 2.0
 GAP_S = 0.5
-"""The longest that two readings may lie apart for a window to lean on them."""
+"""The longest that two readings may lie apart where a window leans on them."""
 
 
 @dataclass(frozen=True)
@@ -40,45 +40,49 @@ def energy(frame: pd.DataFrame, t0: float, t1: float) -> Energy:
 
 
 def _counted(frame: pd.DataFrame, t0: float, t1: float) -> Energy:
-    """By the counter, read where it moves: between two moves it is a straight line."""
+    """By the counter, taken where it is seen to move: between two moves the energy is a straight line."""
     read = frame[["t_s", "energy_j"]].dropna()
-    moved = read[read["energy_j"].diff().fillna(0) > 0]
-    t, e = moved["t_s"].to_numpy(float), moved["energy_j"].to_numpy(float)
-    if reason := _uncovered(t, t0, t1):
-        return Energy(None, None, f"N/A by the counter: {reason}" if len(read) else "N/A by the counter: it cannot be read")
+    step = read["energy_j"].diff().fillna(0)
+    t, e = (read.loc[step > 0, name].to_numpy(float) for name in ("t_s", "energy_j"))
+    reason = "it cannot be read" if read.empty else "it was set back" if (step < 0).any() else _uncovered(t, t0, t1, edges=True)
+    if reason:
+        return Energy(None, None, f"N/A by the counter: {reason}")
     start, end = np.interp([t0, t1], t, e)
-    error_j = sum(e[i] - e[i - 1] for i in np.searchsorted(t, [t0, t1]).clip(1))
+    # a move is seen late, so what an edge really stands at lies between the move before it and the second after it
+    error_j = sum(e[min(i + 1, len(e) - 1)] - e[max(i - 1, 0)] for i in np.searchsorted(t, [t0, t1]))
     return Energy(float(end - start), float(error_j), "the card's counter")
 
 
 def _integrated(frame: pd.DataFrame, t0: float, t1: float) -> Energy:
-    """By the power, trapezium by trapezium. Power lags by up to 1 s, so the error is what a second of its change amounts to."""
+    """By the power, trapezium by trapezium. The driver's figure lags by up to 1 s: an edge is off by what a second of the
+    window's largest change of power amounts to."""
     read = frame[["t_s", "power_w"]].dropna()
     t, p = read["t_s"].to_numpy(float), read["power_w"].to_numpy(float)
-    if reason := _uncovered(t, t0, t1):
-        return Energy(None, None, f"N/A by power: {reason}" if len(read) else "N/A by power: it cannot be read")
-    inside = (t > t0) & (t < t1)
-    times = np.array([t0, *t[inside], t1])
+    if reason := "it cannot be read" if read.empty else _uncovered(t, t0, t1):
+        return Energy(None, None, f"N/A by power: {reason}")
+    times = np.array([t0, *t[(t > t0) & (t < t1)], t1])
     watts = np.interp(times, t, p)
-    return Energy(float(np.trapezoid(watts, times)), float((watts.max() - watts.min()) * 1.0),
-                  "power, integrated; the driver's figure is a mean over up to 1 s")
+    return Energy(float(np.trapezoid(watts, times)), float(2 * np.ptp(watts)), "power, integrated")
 
 
-def _uncovered(t: np.ndarray, t0: float, t1: float) -> str:
-    """Why readings at `t` do not hold the window; nothing when they do."""
+def _uncovered(t: np.ndarray, t0: float, t1: float, edges: bool = False) -> str:
+    """Why readings at `t` do not hold the window, or its two edges; nothing when they do."""
     if not len(t) or t[0] > t0 or t[-1] < t1:
         return "the readings do not span the window"
-    used = t[max(0, np.searchsorted(t, t0, "right") - 1):np.searchsorted(t, t1) + 1]
-    widest_s = float(np.diff(used).max())
+    gaps, (first, last) = np.diff(t), np.maximum(np.searchsorted(t, [t0, t1]) - 1, 0)
+    widest_s = gaps[[first, last]].max() if edges else gaps[first:last + 1].max()
     return f"two readings lie {widest_s:.2f} s apart" if widest_s > GAP_S else ""
 
 
 def per_tokens(steps: pd.DataFrame, frame: pd.DataFrame) -> dict:
     """Joules for 1,000 tokens over `steps` (columns t_s, step_s, tokens), the host's time between them included: of all of them,
-    and the quartiles over windows of whole steps, each just long enough to be told. None where N/A; `how` gives the reason."""
+    and the quartiles over windows of whole steps, each just long enough to be told. A warmer card draws more, so the temperature
+    at the start is told too. None where N/A; `how` gives the reason."""
     start, ends, tokens = steps["t_s"].iloc[0], steps["t_s"] + steps["step_s"], steps["tokens"].cumsum()
     whole = energy(frame, start, ends.iloc[-1])
-    found = dict.fromkeys(("j_per_1000_tokens", "error_j_per_1000_tokens", "q25", "q75")) | {"windows": 0, "how": whole.how}
+    warmth = frame.loc[frame["t_s"] <= start, "temperature_c"].dropna() if len(frame) else frame
+    found = dict.fromkeys(("j_per_1000_tokens", "error_j_per_1000_tokens", "q25", "q75")) | {
+        "windows": 0, "start_temperature_c": float(warmth.iloc[-1]) if len(warmth) else None, "how": whole.how}
     if whole.j is None:
         return found
     rates, counted = [], 0

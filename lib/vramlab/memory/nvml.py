@@ -30,7 +30,7 @@ COLUMNS = ("used_bytes", "reserved_bytes", "process_bytes", "power_w", "energy_j
 class Reader:
     """One card. This one, the null object, is of no card: it reads N/A and says why."""
 
-    card = driver = ""
+    card = driver = process_method = ""
     total_bytes: int | None = None
     lost = ""
     """Why nothing more can be read, once the card has gone."""
@@ -51,6 +51,7 @@ class CardReader(Reader):
     def __init__(self, nvml, handle, own: nvml_process.Own, shared: bool = False):
         super().__init__()
         self._nvml, self._handle, self._own = nvml, handle, own
+        self.process_method = own.method
         self._whole = _card_of(nvml, handle) if shared else handle
         self.card, self.driver = _text(nvml.nvmlDeviceGetName(handle)), _text(nvml.nvmlSystemGetDriverVersion())
         self._version = self._memory_version()
@@ -64,7 +65,7 @@ class CardReader(Reader):
 
     def sample(self) -> dict:
         row: dict = dict.fromkeys(COLUMNS)
-        for name, way in list(self._ways.items()):
+        for name, way in list(self._ways.items()) if not self.lost else ():
             try:
                 value = way()
                 row.update(value if isinstance(value, dict) else {name: value})
@@ -145,6 +146,14 @@ def library():
 
     pynvml.nvmlInit()
     return pynvml
+
+
+def driver() -> str:
+    """The driver's version, or why there is none to tell. Never raises."""
+    try:
+        return _text(library().nvmlSystemGetDriverVersion())
+    except Exception as error:
+        return f"N/A: {type(error).__name__}: {error}"
 
 
 def _handle(nvml, device: str) -> tuple:

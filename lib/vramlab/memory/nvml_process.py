@@ -53,12 +53,12 @@ def own(nvml, handle, device: str) -> Own:
 
 def _tell(found: Mapping[int, int | None], processes: Callable, device: str) -> tuple[int, str]:
     """(pid, how it was told), or (0, why not)."""
-    if in_host_namespace():
-        mine = os.getpid()
-        return (mine, "listed under its own number") if mine in found else (0, "the driver does not list this process")
+    host, mine = in_host_namespace(), os.getpid()
+    if host and mine in found:
+        return mine, "listed under its own number"
     if not found:
         return 0, "the driver lists no process on the card, as in many containers"
-    if len(found) == 1:
+    if len(found) == 1 and not host:
         return next(iter(found)), "the only process on the card"
     return _probe(processes, lambda: block(device))
 
@@ -68,8 +68,8 @@ def _probe(processes: Callable, held: Callable[[], AbstractContextManager]) -> t
     try:
         with held():
             during = processes()
-    except torch.OutOfMemoryError:
-        return 0, f"there are {len(before)} processes on the card and no room for a block to tell them apart by"
+    except RuntimeError as error:  # out of memory above all
+        return 0, f"no block could be held to tell {len(before)} processes on the card apart: {type(error).__name__}"
     after = processes()
     moved = [pid for pid, size in during.items() if size is not None
              and size - (before.get(pid) or 0) >= PROBE_BYTES and size - (after.get(pid) or 0) >= PROBE_BYTES]
@@ -100,10 +100,10 @@ def in_host_namespace() -> bool:
 
 def _processes(nvml, handle) -> dict[int, int | None]:
     """Bytes by process number, of those that compute; None where the driver does not tell."""
-    try:
-        rows = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    except nvml.NVMLError as error:
-        if error.value != nvml.NVML_ERROR_FUNCTION_NOT_FOUND:
+    try:  # by number: the unnumbered call, on a driver before 510, raises what is no NVMLError
+        rows = nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)
+    except (nvml.NVMLError, AttributeError) as error:
+        if getattr(error, "value", nvml.NVML_ERROR_FUNCTION_NOT_FOUND) != nvml.NVML_ERROR_FUNCTION_NOT_FOUND:
             raise
-        rows = nvml.nvmlDeviceGetComputeRunningProcesses_v2(handle)  # drivers before 510
+        rows = nvml.nvmlDeviceGetComputeRunningProcesses_v2(handle)
     return {row.pid: row.usedGpuMemory for row in rows}

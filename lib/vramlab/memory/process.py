@@ -23,6 +23,7 @@ from pathlib import Path
 MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0",
               "MALLOC_MMAP_MAX_": "1000000"}
 SAMPLE_S = 0.005
+HIGH_WATER, SAMPLED = "VmHWM, reset at the start", f"resident bytes sampled every {SAMPLE_S * 1000:.0f} ms"
 
 
 @dataclass
@@ -54,6 +55,14 @@ def _reset_high_water() -> bool:
         return False
 
 
+def peak_method() -> str:
+    """How a peak is found here. Resets this process's high-water mark. Raises: OSError, where there is no /proc."""
+    if _reset_high_water():
+        return HIGH_WATER
+    _status("VmRSS")
+    return SAMPLED
+
+
 @contextmanager
 def peak_window() -> Iterator[Peak]:
     """The peak of this process's resident bytes while the window is open.
@@ -62,11 +71,11 @@ def peak_window() -> Iterator[Peak]:
     method is in the result. Raises: OSError, where there is no /proc.
     """
     if _reset_high_water():
-        peak = Peak(_status("VmRSS"), "VmHWM, reset at the start")
+        peak = Peak(_status("VmRSS"), HIGH_WATER)
         yield peak
         peak.peak_bytes = _status("VmHWM")
         return
-    peak, done = Peak(_status("VmRSS"), f"resident bytes sampled every {SAMPLE_S * 1000:.0f} ms"), threading.Event()
+    peak, done = Peak(_status("VmRSS"), SAMPLED), threading.Event()
     sampler = threading.Thread(target=_sample, args=(peak, done), daemon=True)
     sampler.start()
     try:

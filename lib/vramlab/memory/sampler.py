@@ -1,9 +1,8 @@
 """The driver's figures of a card beside a run: one reading every 30 ms from a thread of its own, on the clock of the steps.
 
 Nothing here can end the run it stands beside. A lost card, a reading that raises, a thread that dies or hangs in the driver:
-each ends the sampling, what was seen until then stays, and `said` tells it. The thread is a daemon and a reading holds Python's
-lock for some 0.1 ms of the 30. Memory is bounded: past `most_rows` every second row goes, of two the one with fewer bytes.
-Not yet run on a GPU.
+each ends the sampling, what was seen until then stays, and `said` tells it. Memory is bounded: past `most_rows` every second row
+goes, of two the one with fewer bytes, and samples come half as often. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from .nvml import COLUMNS, Reader
 
 LINGER_S = 0.25
 """How long sampling goes on after the last window, so that the energy counter moves once more."""
+PATIENCE_S = 2.0
+"""How long a reading under way is waited for at the end."""
 
 
 class Sampler:
@@ -37,7 +38,7 @@ class Sampler:
         return [*self.reader.said, *self._ended]
 
     def __enter__(self) -> Sampler:
-        if any(value is not None for value in self.reader.sample().values()):
+        if self.reader.card:
             self._thread.start()
         return self
 
@@ -47,9 +48,9 @@ class Sampler:
         if self._thread.is_alive() and self.frame()["energy_j"].notna().any():
             time.sleep(LINGER_S)
         self._stop.set()
-        self._thread.join(timeout=2)
+        self._thread.join(timeout=PATIENCE_S)
         if self._thread.is_alive():
-            self._ended.append("sampling stopped: the driver has not answered for 2 s")
+            self._ended.append(f"sampling stopped after {len(self._rows)} samples: the driver does not answer")
 
     def frame(self) -> pd.DataFrame:
         """`t_s`, seconds of `time.perf_counter` in the middle of each reading, and the reader's `COLUMNS`, empty where N/A."""
