@@ -10,7 +10,7 @@ import torch
 
 import micro
 from vramlab.memory.meter import Meter
-from vramlab.memory.recorder import Recorder
+from vramlab.memory.recorder import MAX_ENTRIES, Recorder
 from vramlab.memory.settings import Settings
 from vramlab.memory.simulation import simulate
 from vramlab.memory.written import Written
@@ -91,10 +91,10 @@ class Pair(Observer):
             yield
 
 
-def recorded(regime, steps=3, **history):
+def recorded(regime, steps=3, max_entries=MAX_ENTRIES, **history):
     """(what the meter saw, the recorder, the trainer) of the same steps of the micro model, from before it existed."""
     kept = SimulatedHistory(**history)
-    recorder = Recorder(history=kept)
+    recorder = Recorder(history=kept, max_entries=max_entries)
     torch.manual_seed(0)
     with micro.ranks(regime), recorder:
         trainer = Trainer(micro.model(), regime, Schedule(1e-2, steps), observer=Pair(kept, recorder))

@@ -30,7 +30,7 @@ from .kernels import matrix_workspace_bytes
 from .meter import Meter
 from .modules import Modules
 from .recording import PREFIX, Recording
-from .watch import no_garbage_collection
+from .watch import no_garbage_collection, resizes
 
 MAX_ENTRIES = 1_000_000
 """Of the history; without stacks an entry takes some 200 bytes of host memory. A step of a 7B has about 30,000."""
@@ -121,6 +121,7 @@ class Recorder(Observer):
         self._step, self._phase, self._span = 0, "init", 0
         self._modules = _Told(self._mark)
         self._hooks: list = []
+        self._resizable: dict[int, tuple[str, str]] = {}
         self._entered = ExitStack()
         self.peaks: list[dict] = []
         """One dict a step, torch's own figures: `step` (-1: before the first), `allocated_peak_bytes`, `reserved_peak_bytes`
@@ -150,10 +151,21 @@ class Recorder(Observer):
         mark = len(self._marks) - 1
         for name, tensor in named_tensors:
             tensor = local(tensor)
-            on_device = tensor.device.type == self._history.device_type
-            if on_device and (address := self._history.address(tensor.untyped_storage())):
-                self._declared.append((mark, address, category, name))
+            if tensor.device.type == self._history.device_type:
+                self._declare(mark, tensor.untyped_storage(), category, name)
         self._mark()  # what is allocated from here on is something else, also at the same address
+
+    def _declare(self, mark: int, storage: UntypedStorage, category: str, name: str) -> None:
+        if address := self._history.address(storage):
+            self._declared.append((mark, address, category, name))
+        if category == "collectives":
+            self._resizable[storage._cdata] = category, name
+
+    def _resized(self, storage: UntypedStorage) -> None:
+        """Gathered weights live in storages that are emptied and filled again: the same thing at another address."""
+        if storage.nbytes() and storage._cdata in self._resizable:
+            self._declare(len(self._marks) - 1, storage, *self._resizable[storage._cdata])
+            self._mark()
 
     def trains(self, named_leaves: Iterable[tuple[str, Tensor]]) -> None:
         while self._hooks:
@@ -198,6 +210,7 @@ class Recorder(Observer):
         self._mark()
         self._entered.enter_context(no_garbage_collection())
         self._entered.enter_context(self._modules)
+        self._entered.enter_context(resizes(self._resized))
         recomputing.listeners.append(self._mark)
         self._entered.callback(recomputing.listeners.remove, self._mark)
         return self

@@ -128,7 +128,7 @@ def _dense(tensor: Tensor) -> bool:
 @contextmanager
 def resizes(seen: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
     """Storages that are resized directly, which no operation shows, are handed to `seen`."""
-    inherited = torch.UntypedStorage.resize_
+    inherited, before = torch.UntypedStorage.resize_, vars(torch.UntypedStorage).get("resize_")
 
     def resize_(storage, size):
         result = inherited(storage, size)
@@ -140,6 +140,8 @@ def resizes(seen: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
         yield
     finally:
         del torch.UntypedStorage.resize_
+        if before is not None:  # somebody else is watching
+            torch.UntypedStorage.resize_ = before
 
 
 @contextmanager

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Hashable
+from dataclasses import astuple
 from pathlib import Path
 
+import pandas as pd
+
 from .allocator import Allocator, OutOfMemory
+from .recording import PREFIX, Mark, Recording
 from .settings import Settings
 from .simulation import KINDS, rows
+from .timeline import on_device
 
 _STATES = {"allocated": "active_allocated", "awaiting": "active_awaiting_free", "free": "inactive"}
 
@@ -33,9 +38,11 @@ class Written:
 
     def __init__(self, settings: Settings = Settings(), capacity_bytes: int | None = None,  # noqa: B008, frozen
                  now_us: Callable[[], int] | None = None):
+        self.time_us = 0
+        """What it is said to be, unless `now_us` tells."""
         self.allocator, self.metadata, self.trace = _Telling(settings, capacity_bytes), "", []
         self.allocator.device.tell, self.allocator.completed = self._say, self._completed
-        self._now_us = now_us or (lambda: len(self.trace))
+        self._now_us = now_us or (lambda: self.time_us)
         self._asked: dict[Hashable, tuple[int, int]] = {}  # key -> bytes, stream
 
     def does(self, kind: str, key: Hashable = None, size: int = 0, stream: int = 0) -> None:
@@ -109,3 +116,32 @@ def write_snapshot(path: Path | str, history: Written, first: int = 0, device: i
     path = Path(path)
     path.write_bytes(pickle.dumps(history.snapshot(first, device), protocol=4))
     return path
+
+
+DECLARED = ("weights", "buffers", "gradients", "optimizer", "inputs", "workspace", "collectives")
+
+
+def as_recorded(frame: pd.DataFrame, settings: Settings = Settings()) -> tuple[Recording, dict]:  # noqa: B008, frozen
+    """(the recording, its snapshot): what the recorder would have brought home had the events of a timeline, a forecast's or a
+    meter's, happened on a GPU. Its names are those a history can know: of modules, those that ran forward. Its `source` is
+    "simulated": it is no measurement. What nobody declares gets its category by lifetime again, with stretches of one phase told
+    apart only where another phase lies between them."""
+    history, marks, declared, mark = Written(settings), [], [], None
+    device = frame[on_device(frame) & (frame["bytes"] > 0).to_numpy()]
+    names = ("t_s", "step", "event", "storage", "bytes", "stream", "phase", "module", "category")
+    span = 0
+    rows_of = zip(*(device[name].tolist() for name in names), strict=True)
+    for t_s, step, event, storage, size, stream, phase, module, category in rows_of:
+        known = module if event == "alloc" and phase not in ("backward", "recompute") else ""
+        if mark is None or (step, phase) != (mark.step, mark.phase) or (event == "alloc" and known != mark.module):
+            span += mark is not None and (step, phase) != (mark.step, mark.phase)
+            mark = Mark(step, phase, known, span, int(t_s * 1e6))
+            marks.append(mark)
+        history.metadata, history.time_us = f"{PREFIX}{len(marks) - 1}", int(t_s * 1e6)
+        history.does(event, storage, size, stream)
+        if event == "alloc" and category in DECLARED:
+            marks.append(mark)  # a mark of its own, so that what is allocated next is not meant
+            declared.append((len(marks) - 2, history.allocator.address(storage), category, module))
+    said = {"marks": [astuple(one) for one in marks], "declared": declared, "clock": [(0, 0.0)], "source": "simulated"}
+    raw = history.snapshot()
+    return Recording.of(raw, 0, said), raw
