@@ -106,7 +106,8 @@ def evidence(params: Mapping, record: Mapping) -> dict:
     that ran out has no capacity to hold them against."""
     if record["capacity_bytes"] is None:
         return {**record, "would_fit": []}
-    asked = Question(params["model"], params["regime"], params["max_length"], params["batch_size"], params["weights"])
+    weights = "" if "weights" in regime_row(params["regime"]) else params["weights"]
+    asked = Question(params["model"], params["regime"], params["max_length"], params["batch_size"], weights)
     return {**record, "would_fit": asked_apart(asked, record["capacity_bytes"])}
 
 

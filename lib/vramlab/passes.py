@@ -88,9 +88,9 @@ def model_spec(name: str) -> ModelSpec:
 
 
 def row_of(params: Mapping) -> Regime:
-    """The run's row, with the storage type asked for. Raises: IllegalRegime."""
+    """The run's row; where it names no storage type of its own, in the one asked for. Raises: IllegalRegime."""
     row = regime_row(params["regime"])
-    return read_row(params["regime"], {**row, "weights": params["weights"]} if params.get("weights") else row)
+    return read_row(params["regime"], {**({"weights": params["weights"]} if params.get("weights") else {}), **row})
 
 
 def prepare(params: Mapping, progress: bool) -> Prepared:

@@ -59,7 +59,7 @@ KNOWN_PARAMETERS: dict[str, object] = {
 """Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data; `test_domains: ""`
 is all; `threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes out;
 `limit_mib` is all the device has for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is;
-`weights` replaces the row's own storage type, for example "bf16"."""
+`weights` is the storage type of a row that names none, for example "bf16"."""
 
 
 def resolve(params: Mapping) -> dict:
