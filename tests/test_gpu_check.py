@@ -3,6 +3,7 @@ lacks; its plan, its table and what it does with processes that die, hang or com
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -156,7 +157,8 @@ def test_the_most_informative_come_first_and_the_small_sweep_after_the_first_len
     order = names(cells)
     assert order[:3] == ["lora-bf16-1x32", "full-bf16-1x32", "lomo-bf16-1x32"] and order[3].endswith("-oom")
     assert order[4:8] == ["lora-bf16-1x64", "lora-bf16-1x64-trainer", "full-bf16-1x64", "full-bf16-1x64-trainer"]
-    assert order.index("galore-bf16-1x32") < order.index("tiny-full") < order.index("galore-bf16-1x64")
+    assert order.index("badam-bf16-1x32") < order.index("tiny-full") < order.index("badam-bf16-1x64")
+    assert order[-2:] == ["galore-bf16-1x32", "galore-bf16-1x64"]
     assert len(set(order)) == len(order) == 10 + 1 + 2 + 1
 
 
@@ -180,7 +182,8 @@ def test_rows_for_more_host_memory_than_there_is_or_another_machine_are_left_out
 def test_every_row_that_one_card_can_take_is_asked_for_at_both_lengths():
     asked = gpu_plan.questions("baichuan2-7b", (1024, 4096))
     rows = {question.regime for question in asked}
-    assert {question.seq for question in asked} == {1024, 4096} and len({Cell("measure", each).name for each in asked}) == len(asked)
+    assert {question.seq for question in asked} == {1024, 4096}
+    assert len({Cell("measure", each).name for each in asked}) == len(asked)
     assert {"qlora", "mixed", "mezo", "host_weights"} <= rows and "fsdp" not in rows
     assert asked[0].regime == "lora" and asked[0].row.values["weights"] == "bf16"
 
@@ -201,6 +204,19 @@ def test_forecasts_end_with_their_time_and_keep_what_they_have(tmp_path):
     kept = {"code": gpu_plan.code(), "steps": known()}
     (tmp_path / "f.json").write_text(json.dumps(kept))
     assert gpu_plan.forecasts(ASKED, None, tmp_path / "f.json", 0.0, None) == known()
+
+
+def test_a_recording_that_cannot_be_read_costs_the_timeline_and_not_the_peaks(tmp_path):
+    class Broken:
+        peaks = [{"allocated_peak_bytes": 7, "reserved_peak_bytes": 30, "num_alloc_retries": 0},
+                 {"allocated_peak_bytes": 9, "reserved_peak_bytes": 20, "num_alloc_retries": 1}]
+
+        def frame(self):
+            raise KeyError("time_us")
+
+    seen = gpu_cell._timeline(contextlib.ExitStack(), Broken(), 1, tmp_path)
+    assert seen["said"] == ["no timeline (KeyError: 'time_us')"] and seen["requested_peak_bytes"] is None
+    assert gpu_cell._peaks(Broken(), seen) == {"allocated_peak_bytes": 9, "reserved_peak_bytes": 30, "num_alloc_retries": 1}
 
 
 # processes --------------------------------------------------------------------------------------------------------------

@@ -142,30 +142,39 @@ def _recorder(device: str, limit_bytes: int) -> Any:
 
 
 def _bytes(question: Question, asked: Mapping, folder: Path) -> tuple[dict, Trainer]:
-    """Steps up to the one that was forecast, recorded. Leaves the curve in `folder`."""
+    """Steps up to the one that was forecast, recorded. Leaves the curve in `folder`, of a step that ran out too."""
     device, recorder = asked["device"], _recorder(asked["device"], asked["limit_bytes"])
     passed, (regime, turns) = Passed(recorder), shown(question.row)
     model = random_model(question.spec)  # on the host, whose bytes are none of the recorder's; a meter on a CPU would see them
     make = functools.partial(Trainer, model, regime, Schedule(regime.lr, 1000), device=device, observer=passed)
+    entered, step = contextlib.ExitStack(), 0
     try:
-        with contextlib.ExitStack() as entered:
-            entered.enter_context(oom.watched(device, getattr(recorder, "so_far", None)))
-            trainer = None if device.startswith("cuda") else make()  # a meter adopts what it is told of, as in a forecast
-            entered.enter_context(recorder)
-            trainer = trainer or make()
-            for number, parts in enumerate(_parts(trainer, turns, asked)):
-                turns.parts_due = parts
-                trainer.step(batches(question.spec, question.seq, question.batch, number, regime.accumulate),
-                             [1 / regime.accumulate] * regime.accumulate)
-    finally:  # of a step that ran out too
-        curve(recorder.frame()).to_parquet(folder / "curve.parquet", compression="zstd")
+        entered.enter_context(oom.watched(device, getattr(recorder, "so_far", None)))
+        trainer = None if device.startswith("cuda") else make()  # a meter adopts what it is told of, as in a forecast
+        entered.enter_context(recorder)
+        trainer = trainer or make()
+        for step, parts in enumerate(_parts(trainer, turns, asked)):
+            turns.parts_due = parts
+            trainer.step(batches(question.spec, question.seq, question.batch, step, regime.accumulate),
+                         [1 / regime.accumulate] * regime.accumulate)
+    finally:
+        seen = _timeline(entered, recorder, step, folder)
+        recorder.trains([])
     passed.to = Observer()
-    found = recorder.peak(trainer.steps_done - 1)
-    result = {"phase": found["phase"], "ledger": found["categories"], "owners": found["owners"],
-              "requested_peak_bytes": found["peak_bytes"], "said": list(getattr(recorder, "said", ())),
-              "steps_recorded": trainer.steps_done, **_peaks(recorder, found)}
-    recorder.trains([])
-    return result, trainer
+    return {**seen, "steps_recorded": trainer.steps_done, **_peaks(recorder, seen)}, trainer
+
+
+def _timeline(entered: contextlib.ExitStack, recorder: Any, step: int, folder: Path) -> dict:
+    """What the recording says of `step`. One that cannot be read says why; torch's own peaks do not hang on it."""
+    try:
+        entered.close()
+        curve(recorder.frame()).to_parquet(folder / "curve.parquet", compression="zstd")
+        found, said = recorder.peak(step), list(getattr(recorder, "said", ()))
+    except Exception as error:
+        found = {"phase": None, "categories": {}, "owners": [], "peak_bytes": None}
+        said = [f"no timeline ({type(error).__name__}: {error})"]
+    return {"phase": found["phase"], "ledger": found["categories"], "owners": found["owners"],
+            "requested_peak_bytes": found["peak_bytes"], "said": said}
 
 
 def _parts(trainer: Trainer, turns: Any, asked: Mapping) -> list[tuple[int, ...]]:
@@ -184,7 +193,7 @@ def _peaks(recorder: Any, found: Mapping) -> dict:
     """Peaks of the last step: torch's own figures where it keeps them; a CPU has requested bytes and no more."""
     kept = getattr(recorder, "peaks", None)
     if not kept:
-        return {"allocated_peak_bytes": found["peak_bytes"], "reserved_peak_bytes": None, "num_alloc_retries": None}
+        return {"allocated_peak_bytes": found["requested_peak_bytes"], "reserved_peak_bytes": None, "num_alloc_retries": None}
     return {"allocated_peak_bytes": kept[-1]["allocated_peak_bytes"], "num_alloc_retries": kept[-1]["num_alloc_retries"],
             "reserved_peak_bytes": max(step["reserved_peak_bytes"] for step in kept)}
 

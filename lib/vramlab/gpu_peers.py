@@ -17,7 +17,7 @@ from .observer import Observer
 from .peer_loops import Job, hugging_face, peft_lora
 from .predict import Question
 
-ROWS = ("mixed", "bf16", "lora")
+ROWS = ("mixed", "bf16", "lora", "checkpoint")
 """The rows with a peer. All others differ in more than who wrote the loop."""
 WARM = 2
 
@@ -33,7 +33,7 @@ def peer(asked: Mapping) -> dict:
     data = [{name: tensor[0] for name, tensor in batches(question.spec, question.seq, 1, seed)[0].items()} for seed in range(4)]
     arguments = {"cpu": cpu, "bf16": row.values["weights"] == "mixed" or row.values["trains"] == "lora"}
     loop = (peft_lora(row.trains, **arguments) if row.values["trains"] == "lora"
-            else hugging_face("adamw_torch_fused", **arguments))
+            else hugging_face("adamw_torch_fused", row.values["acts"] == "checkpoint", **arguments))
     edges = _Edges(cpu)
     rate = asked["peer_step_s"] or 1.0
     steps = WARM + max(1, min(math.ceil(asked["window_s"] / rate), 400, int(asked["budget_s"] / 3 / rate)))

@@ -30,10 +30,11 @@ from .memory.simulation import simulate
 from .predict import CACHE, Question, _code, forecast
 from .run import write_whole
 
-FIRST = ("lora", "bf16", "lomo", "checkpoint", "adam8bit", "badam", "galore_layerwise", "chunkft_128", "lora_checkpoint", "mezo",
-         "mixed", "host_state", "offload", "adalomo", "adafactor_backward", "qlora", "host_weights", "zero_shot", "approx_residual",
-         "full")
+FIRST = ("lora", "bf16", "lomo", "checkpoint", "adam8bit", "badam", "chunkft_128", "lora_checkpoint", "mezo", "mixed", "offload",
+         "adalomo", "adafactor_backward", "qlora", "zero_shot", "approx_residual", "apollo", "host_state", "host_weights", "full")
 """Rows from most to least informative: each of these is another mechanism. The rest follow in the order of regimes.yml."""
+LAST = ("galore", "galore_layerwise")
+"""They decompose every matrix at each recorded step, which takes minutes: after all else."""
 AS_WRITTEN = ("mixed", "master", "qlora", "int8_lora", "bf16_sr")
 """Rows whose point is the type they are stored in."""
 NOT_HERE = ("ImpossibleHere", "IllegalRegime", "ImportError", "ModuleNotFoundError")
@@ -168,8 +169,8 @@ def fitted(question: Question, card: Card, cache_dir: Path | None = CACHE) -> li
 
 
 def plan(asked: list[Question], known: Mapping[str, Mapping], machine: Mapping, tiny: tuple[str, ...]) -> list[Cell]:
-    """Cells in the order in which they are worth measuring: by `asked`, the peers after what they are held against at the last
-    length, the one that runs out fourth, the small sweep after the first length."""
+    """Cells in the order in which they are worth measuring: by `asked`, the one that runs out fourth, then those at the last length
+    that have a peer and their peers, the small sweep after the first length; then the rest."""
     cells, blind, host_bytes = [], [], machine["host_bytes"] * HOST_SHARE
     for question in asked:
         told = known.get(_name(question), {"reason": "no forecast in time"})
@@ -185,8 +186,10 @@ def plan(asked: list[Question], known: Mapping[str, Mapping], machine: Mapping, 
     short = running_out(asked, known, cells)
     head = [*cells[:3], *short, *pairs]
     rest = [cell for cell in cells if cell not in head]
-    first = [cell for cell in rest if cell.question and cell.question.seq == asked[0].seq]
-    return [*head, *first, *(Cell("tiny", None, regime=regime) for regime in tiny), *[c for c in rest if c not in first], *blind]
+    late = [cell for cell in rest if cell.question and cell.question.regime in LAST]
+    first = [cell for cell in rest if cell.question and cell.question.seq == asked[0].seq and cell not in late]
+    small = [Cell("tiny", None, regime=regime) for regime in tiny]
+    return [*head, *first, *small, *[cell for cell in rest if cell not in first and cell not in late], *late, *blind]
 
 
 def running_out(asked: list[Question], known: Mapping[str, Mapping], cells: list[Cell]) -> list[Cell]:
