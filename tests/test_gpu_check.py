@@ -162,6 +162,11 @@ def test_the_most_informative_come_first_and_the_small_sweep_after_the_first_len
     assert len(set(order)) == len(order) == 10 + 1 + 2 + 1
 
 
+def test_with_one_length_no_cell_comes_twice():
+    order = names(gpu_plan.plan([asked for asked in ASKED if asked.seq == 32], known(), MACHINE, ()))
+    assert len(set(order)) == len(order) == 5 + 1 + 2 and order[4:6] == ["lora-bf16-1x32-trainer", "full-bf16-1x32-trainer"]
+
+
 def test_the_cell_that_runs_out_is_the_one_that_lacks_least_or_a_limited_one_where_all_fit():
     short = known(full={"fits": False, "reserved_peak_bytes": 900}, galore={"fits": False, "reserved_peak_bytes": 300})
     cells = gpu_plan.plan(ASKED, short, MACHINE, ())

@@ -184,7 +184,7 @@ def plan(asked: list[Question], known: Mapping[str, Mapping], machine: Mapping, 
              if cell.question and cell.question.seq == asked[-1].seq and _row(cell.question) in ROWS]
     pairs = [each for peer in peers for each in (next(c for c in cells if c.question == peer.question), peer)]
     short = running_out(asked, known, cells)
-    head = [*cells[:3], *short, *pairs]
+    head = list({cell.name: cell for cell in (*cells[:3], *short, *pairs)}.values())
     rest = [cell for cell in cells if cell not in head]
     late = [cell for cell in rest if cell.question and cell.question.regime in LAST]
     first = [cell for cell in rest if cell.question and cell.question.seq == asked[0].seq and cell not in late]
