@@ -24,13 +24,22 @@ class _Recomputation:
 
     depth = 0
 
+    def __init__(self):
+        self.listeners: list[Callable[[], object]] = []
+        """Called when a recomputation has begun, and when one has ended."""
+
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        self.depth += 1
+        self._now(1)
         try:
             yield
         finally:  # checkpointing stops early by an exception
-            self.depth -= 1
+            self._now(-1)
+
+    def _now(self, more: int) -> None:
+        self.depth += more
+        for listener in self.listeners:
+            listener()
 
     def __bool__(self) -> bool:
         return self.depth > 0
