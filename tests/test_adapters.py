@@ -9,7 +9,7 @@ from torch import nn
 from micro import batch, model, train
 from test_laws import _saved_bytes
 from vramlab.axes.adapters import _peft, link
-from vramlab.axes.quantized import Int8Linear, Nf4Linear, Product, dynamic_codes
+from vramlab.axes.weight_codes import Int8Linear, Nf4Linear, Product, dynamic_codes
 from vramlab.memory.meter import Meter
 from vramlab.regime import IllegalRegime, read_row
 from vramlab.split import side, sides

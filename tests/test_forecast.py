@@ -16,6 +16,7 @@ from vramlab.baichuan import BaichuanConfig, ModelSpec
 from vramlab.forecast import _Run, trace
 from vramlab.memory.meter import Meter
 from vramlab.memory.process import peak_window
+from vramlab.memory.shapes import Shapes
 from vramlab.memory.virtual import virtual_gpu
 from vramlab.passes import model_spec
 from vramlab.regime import read_regimes, read_row
@@ -142,3 +143,20 @@ def test_modes_agree_on_what_is_not_a_kernels_choice(model):
     cpu, vgpu = (trace(spec, row, 64, 1, mode=mode) for mode in ("cpu", "vgpu"))
     assert cpu.ledger["weights"] == vgpu.ledger["weights"]
     assert vgpu.peak_bytes - vgpu.ledger["workspace"] == pytest.approx(cpu.peak_bytes, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", REGIMES)
+def test_remembered_shapes_change_nothing(name, monkeypatch):
+    """The same timeline with every operation worked out anew; and most operations were not."""
+    outputs, asked, worked_out = Shapes.outputs, [], []
+
+    def counted(self, func, args, kwargs, work_out):
+        asked.append(func)
+        return outputs(self, func, args, kwargs, lambda: worked_out.append(func) or work_out())
+
+    monkeypatch.setattr(Shapes, "outputs", counted)
+    remembered = trace(MICRO, REGIMES[name], 16, 2).frame
+    monkeypatch.setattr(Shapes, "outputs", lambda self, func, args, kwargs, work_out: work_out())
+    anew = trace(MICRO, REGIMES[name], 16, 2).frame
+    assert remembered.drop(columns="t_s").equals(anew.drop(columns="t_s"))
+    assert len(worked_out) < len(asked) / 2

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import micro
-from vramlab.axes import AXES, quantised, rowwise
+from vramlab.axes import AXES, moment_codes, rowwise
 from vramlab.axes.rowwise import Fit, RowAdamW, RowSgd, slices
 from vramlab.axes.rule import Adafactor, AdaLomo, Adam4bit, Adam8bit, AdamMini, AdamW, Sgd
 from vramlab.axes.storage import Master, Nearest, Stochastic
@@ -84,7 +84,7 @@ def test_adalomo_is_the_published_one(dtype, low, monkeypatch):
 
 
 def test_adam8bit_is_bitsandbytes_bit_for_bit():
-    bitsandbytes = quantised.library()
+    bitsandbytes = moment_codes.library()
     ours, theirs = _weights(), _weights()
     reference = bitsandbytes.AdamW8bit(theirs, lr=0.01, weight_decay=0.0)
     for mine, other in zip(_run(Adam8bit().make(ours, 0.01), ours), _run(reference, theirs), strict=True):
@@ -96,9 +96,9 @@ def test_codebooks_are_the_libraries():
     from torchao.optim.subclass_4bit import get_qmap_signed, get_qmap_unsigned
 
     for name, signed in (("dynamic", True), ("udynamic", False)):
-        assert torch.equal(torch.tensor(quantised.CODEBOOKS_8BIT[name]), create_dynamic_map(signed))
+        assert torch.equal(torch.tensor(moment_codes.CODEBOOKS_8BIT[name]), create_dynamic_map(signed))
     for name, values in (("exp_avg", get_qmap_signed()), ("exp_avg_sq", get_qmap_unsigned())):
-        torch.testing.assert_close(torch.tensor(quantised.CODEBOOKS_4BIT[name]), torch.tensor(values), rtol=1e-6, atol=0)
+        torch.testing.assert_close(torch.tensor(moment_codes.CODEBOOKS_4BIT[name]), torch.tensor(values), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -116,7 +116,7 @@ def test_adam4bit_is_torchaos(dtype, low):
                           torch.tensor(0.01), 0.9, 0.999, 0.1, 1e-8, True, False)
         same = torch.isclose(ours, theirs, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-6)
         assert (~same).float().mean() < 1e-3
-        for name, moment in zip(quantised.CODEBOOKS_4BIT, moments, strict=True):
+        for name, moment in zip(moment_codes.CODEBOOKS_4BIT, moments, strict=True):
             entry = optimizer.state[ours]
             assert (entry[f"{name}_codes"] != moment.codes).float().mean() < 1e-3
             torch.testing.assert_close(entry[f"{name}_scale"], moment.scale)

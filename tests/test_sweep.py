@@ -17,6 +17,8 @@ import pytest
 import yaml
 
 from vramlab.cli import main
+from vramlab.environment import ROOT
+from vramlab.regime import read_regimes
 from vramlab.sweep import read_sweep
 
 CELLS = """
@@ -198,3 +200,8 @@ def test_shipped_sweeps_are_nine_cells_each(name, tmp_path):
     root = Path(__file__).parents[1]
     _, _, cells = read_sweep(root / "params" / f"{name}.yml", tmp_path)
     assert len(cells) == len({cell.run_id for cell in cells}) == 9
+
+
+def test_the_sweep_over_every_row_has_every_row():
+    _, _, cells = read_sweep(ROOT / "params" / "every_row.yml")
+    assert {cell.params["regime"] for cell in cells} == set(read_regimes()) and len(cells) == len(read_regimes())

@@ -1,4 +1,5 @@
-"""What this machine can measure, what it cannot, why, and what would help. Asks only: sets nothing, identifies nothing."""
+"""What this machine can measure, what it cannot, why, and what would help. It changes no setting and identifies nothing; for a
+moment it may hold 256 MiB of a card, see `memory.nvml_process`, and it resets its own process's high-water mark."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from .axes import rounding
 from .axes.adapters import link
+from .axes.place import Fsdp, alone
 from .baichuan import BaichuanTokenizer, ModelSpec, load_model, read_model_file
 from .base import Recipe, base_model
 from .dataset import Dataset, dataset
@@ -198,10 +199,11 @@ def measured(params: Mapping) -> dict:
     params = resolve(params)
     prepared = prepare(params, progress=False)
     batches = _longest(prepared)
-    _warm_up(prepared, batches)
-    with peak_window() as peak:
-        trainer = prepared.trainer(_watched(prepared.regime), copy.deepcopy(prepared.model), Observer())
-        _few_steps(trainer, batches)
+    with alone(prepared.regime.place):
+        _warm_up(prepared, batches)
+        with peak_window() as peak:
+            trainer = prepared.trainer(_watched(prepared.regime), copy.deepcopy(prepared.model), Observer())
+            _few_steps(trainer, batches)
     return {"peak_bytes": peak.delta_bytes, "baseline_bytes": peak.baseline_bytes, "method": peak.method}
 
 
@@ -243,6 +245,9 @@ def notes(prepared: Prepared) -> list[str]:
         if needed:
             said.append(f"bf16 products formed in fp32 and rounded ({why}): same numerics, and its speed is not bf16's; "
                         "the fp32 temporaries are in the process peak")
+    if isinstance(prepared.regime.place, Fsdp):
+        said.append(f"sharded over {prepared.regime.place.ranks} rank(s): with one, nothing is cut; vramlab predict --world N says "
+                    "what each of N would hold")
     if prepared.params["device"] == "cpu" and "offload" in prepared.regime.values["acts"]:
         said.append("on a CPU host memory is the same memory: the process peak holds the offloaded bytes, the meter "
                     "counts them apart")

@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from . import environment, fitting, passes
+from .axes.place import alone
 from .factcc.baselines import baseline_scores
 from .factcc.scoring import score_items
 from .factcc.statistics import summarise
@@ -121,7 +122,7 @@ def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path
     result = {"schema": SCHEMA, "run_id": folder.name, "regime": full["regime"], "model": full["model"],
               "measured_on": env["device"]["kind"], "device": env["device"]["name"]}
     try:
-        with oom.watched(full["device"]):
+        with alone(passes.row_of(full).place), oom.watched(full["device"]):
             result |= {"outcome": "ok", "reason": "", **_passes(full, folder, progress)}
     except Exception as error:  # an interruption is none: the run is simply not there
         short = out_of_memory(error)

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from .memory.timeline import signed
+
 _CLIENTS_OWN = re.compile(r"(^|\.)(embed_tokens|input_ids|attention_mask)(\.|$)")
 _BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
@@ -28,12 +30,12 @@ def sides(frame: pd.DataFrame, step: int, cut: int, crossed: Mapping[str, int]) 
     """side -> {peak_bytes, the side's own and what it receives; weights_bytes; sends_bytes, in one step}, of `step` in a
     timeline as `Meter.frame` gives it. `crossed`: up_bytes and down_bytes of that step."""
     rows = frame[~frame["category"].isin(["host", "workspace"]) & (frame["step"] <= step)]
-    signed = rows["bytes"].where(rows["event"] == "alloc", -rows["bytes"])
+    changes = pd.Series(signed(rows), rows.index)
     owners = rows["module"].map({name: side(name, cut) for name in rows["module"].unique()})
     sent = {"client": crossed["up_bytes"], "server": crossed["down_bytes"]}
     found = {}
     for name, other in (("client", "server"), ("server", "client")):
-        own = signed.where(owners == name, 0)
+        own = changes.where(owners == name, 0)
         peak = int(own.cumsum()[rows["step"] == step].max()) + sent[other]
         weights = int(own[rows["category"] == "weights"].sum())
         found[name] = {"peak_bytes": peak, "weights_bytes": weights, "sends_bytes": sent[name]}

@@ -32,12 +32,13 @@ import torch
 from torch import Tensor, nn
 
 from ..observer import Observer
-from .noise import generator, normal, sixteen_bits
-from .storage import round_up_or_down
+from .noise import generator, normal
+from .storage import random_bits, round_up_or_down
 from .until import Updater
 
-SLICE = 32 << 20
-"""Most weights that are moved at a time: z, which becomes the moved weight, and in bf16 the bits it is rounded by, 4 bytes each."""
+SLICE = 16 << 20
+"""Most weights that are moved at a time: z, which becomes the moved weight, and in bf16 the bits it is rounded by and what they
+are made of, 4 bytes each."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ class Guess(Updater):
             piece, key = leaf.detach().view(-1)[start : start + SLICE], (self.options.seed, self.step, name, start)
             moved = normal(piece.shape, generator(leaf.device, *key)).mul_(factor).add_(piece)
             if piece.dtype is torch.bfloat16:
-                moved = round_up_or_down(moved, sixteen_bits(piece.shape, generator(leaf.device, *key, purpose)))
+                bits = random_bits(piece.numel(), start, repr((*key, purpose)), leaf.device)
+                moved = round_up_or_down(moved, bits)
             piece.copy_(moved)
 
     @torch.no_grad()

@@ -33,8 +33,3 @@ class _Stream:
 def normal(shape: Sequence[int], stream: _Stream) -> Tensor:
     """Standard normal numbers, fp32."""
     return torch.empty(shape, dtype=torch.float32, device=stream.device).normal_(generator=stream.source)
-
-
-def sixteen_bits(shape: Sequence[int], stream: _Stream) -> Tensor:
-    """Whole numbers from 0 to 2^16 - 1, each as likely, int32."""
-    return torch.empty(shape, dtype=torch.int32, device=stream.device).random_(0, 1 << 16, generator=stream.source)

@@ -19,7 +19,9 @@ what NCCL holds for itself (1 to 2 GiB a rank), which no allocator of torch sees
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -110,6 +112,20 @@ class Fsdp(Device):
     def mean(self, value: Tensor) -> Tensor:
         distributed.all_reduce(value)
         return value.div_(self.ranks)
+
+
+@contextmanager
+def alone(place: Device) -> Iterator[None]:
+    """A process group of this process only, where `place` shards and nobody started ranks: nothing is cut, and all else of
+    sharding is done. It is gone at the end."""
+    if not isinstance(place, Fsdp) or distributed.is_initialized() or "RANK" in os.environ:
+        yield
+        return
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def is_sharded(tensor: Tensor) -> bool:

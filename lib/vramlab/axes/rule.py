@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from . import adam_mini, factored, quantised
+from . import adam_mini, factored, moment_codes
 from .place import is_sharded, local
 from .rowwise import Fit, RowAdamW, RowSgd
 from .storage import Nearest
@@ -217,20 +217,20 @@ class AdamMini(AdamW):
 
 @dataclass(frozen=True)
 class Adam4bit(AdamW):
-    """AdamW with both moments in 4 bits, see `quantised`. Li 2023, arXiv:2309.01507."""
+    """AdamW with both moments in 4 bits, see `moment_codes`. Li 2023, arXiv:2309.01507."""
 
     pieces = False
 
     def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
-        return quantised.Adam4bit(params, lr, fit, **vars(self))
+        return moment_codes.Adam4bit(params, lr, fit, **vars(self))
 
     def leaf_bytes(self, leaf: Tensor, fit: Fit) -> int:
-        return quantised.state_bytes_4bit(local(leaf), fit)
+        return moment_codes.state_bytes_4bit(local(leaf), fit)
 
 
 @dataclass(frozen=True)
 class Adam8bit(Rule):
-    """AdamW with both moments in 8 bits, by bitsandbytes, see `quantised`. Dettmers 2021, arXiv:2110.02861."""
+    """AdamW with both moments in 8 bits, by bitsandbytes, see `moment_codes`. Dettmers 2021, arXiv:2110.02861."""
 
     pieces = False
     beta1: float = 0.9
@@ -239,13 +239,13 @@ class Adam8bit(Rule):
     weight_decay: float = 0.0
 
     def load(self) -> None:
-        quantised.library()
+        moment_codes.library()
 
     def make(self, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-        return quantised.adam8bit(params, lr, **vars(self))
+        return moment_codes.adam8bit(params, lr, **vars(self))
 
     def state_bytes(self, params: Iterable[Tensor]) -> int:
-        return sum(quantised.state_bytes_8bit(leaf) for leaf in params)
+        return sum(moment_codes.state_bytes_8bit(leaf) for leaf in params)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import nn
 
 from . import rounding
 from .acts import decoder
-from .quantized import Int8Linear, Nf4Linear, Quantized, quantize_blocks
 from .storage import Master, Nearest, Stochastic
+from .weight_codes import Int8Linear, Nf4Linear, Quantized, quantize_blocks
 
 
 @contextmanager

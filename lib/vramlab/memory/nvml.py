@@ -163,7 +163,7 @@ def _handle(nvml, device: str) -> tuple:
     """
     found = torch.device(device)
     index = torch.cuda.current_device() if found.index is None else found.index
-    uuid = str(torch.cuda.get_device_properties(index).uuid)
+    uuid = str(torch.cuda.get_device_properties(index).uuid).removeprefix("GPU-")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     asked = [visible[index].strip()] if index < len(visible) and visible[index].strip().startswith("MIG-") else []
     for name in (*asked, f"MIG-{uuid}", f"GPU-{uuid}"):

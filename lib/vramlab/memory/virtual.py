@@ -27,6 +27,7 @@ from . import virtual_autocast
 from .kernels import AMPERE, Architecture, Attention, Workspaces
 from .meter import Meter
 from .ranks import Event, Stream, on_stream, pretended_ranks
+from .shapes import Shapes
 from .work import Work
 
 NAME = "vgpu"
@@ -84,16 +85,22 @@ def virtual_gpu(mode: str = "auto", architecture: Architecture = AMPERE, world: 
 
 
 class _Fake(FakeTensorMode):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._shapes = Shapes(self)
+
     @property
     def avoid_device_init(self) -> bool:
         """Always: there is no device to initialise. Else a literal made on it would reach a real kernel."""
         return True
 
     def dispatch(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:  # the question asked most
+            return args[0].fake_device
         # waiting gives back the tensor itself, of which fake tensors would make another
         if func is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]
-        return super().dispatch(func, types, args, kwargs)
+        return self._shapes.outputs(func, args, kwargs or {}, lambda: FakeTensorMode.dispatch(self, func, types, args, kwargs))
 
 
 class _Backend:

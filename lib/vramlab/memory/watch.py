@@ -41,11 +41,12 @@ class Watch(TorchDispatchMode):
         if func in _REWRITTEN and not kwargs and self._in_backward():
             func = _as_the_engine_does(func, args, sys._getframe(1))
         outputs = func(*args, **kwargs) if kwargs else func(*args)
-        if not _propagating:
+        if not _propagating and func not in _QUESTIONS:
             self._saw(func, args, outputs)
         return outputs
 
 
+_QUESTIONS = {torch.ops.prim.device.default, torch.ops.prim.layout.default}
 _propagating: list[None] = []
 
 

@@ -1,0 +1,121 @@
+"""What comes out of an operation, remembered: a step asks the same of the same shapes in every block.
+
+torch's fake tensors work out an operation's output by running it on `meta` tensors, and keep the answer too, but ask so much
+to find it again that most of a trace is spent there. Here only what leaves no doubt is kept: an operation whose outputs are
+new tensors, or that writes into tensors whose shapes stay, seen once with everything that decides a shape: sizes, strides,
+offsets, types and devices of the tensors, and all else it was given. A view is made again on the storage it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.utils._pytree import tree_leaves
+
+Made = tuple[torch.Size, tuple[int, ...], int, torch.dtype, torch.device]
+_DOUBTFUL = {torch.Tag.inplace_view, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class Shapes:
+    """The outputs of one fake mode's operations by what they were asked; `hits` counts what was found again."""
+
+    def __init__(self, mode: FakeTensorMode):
+        self._mode, self.hits = mode, 0
+        self._known: dict[tuple, tuple[Made, ...] | None] = {}
+        self._kinds: dict[object, str] = {}
+
+    def outputs(self, func, args, kwargs, work_out: Callable[[], object]) -> object:
+        """What `func` gives, by memory, else by `work_out()`."""
+        kind = self._kinds.get(func)
+        if kind is None:
+            kind = self._kinds[func] = _kind(func)
+        key = _asked((func, args, kwargs)) if kind else _UNKNOWN
+        if key is _UNKNOWN:
+            return work_out()
+        found = self._known.get(key)
+        if found is not None:
+            self.hits += 1
+            return self._again(kind, found, args)
+        made = work_out()
+        self._known[key] = _description(kind, made, (func, args, kwargs), key)
+        return made
+
+    def _again(self, kind: str, found: tuple[Made, ...], args) -> object:
+        if kind == "writes":
+            return args[0]
+        if kind == "writes, gives nothing":
+            return None
+        made = [self._tensor(args[0] if kind == "views" else None, *one) for one in found]
+        return tuple(made) if kind == "makes some" else made[0]
+
+    def _tensor(self, viewed: Tensor | None, shape, stride, offset: int, dtype: torch.dtype, device: torch.device) -> FakeTensor:
+        bare = torch.empty_strided(shape if viewed is None else (0,) * len(shape), stride, dtype=dtype, device="meta")
+        if viewed is not None:
+            with in_kernel_invocation_manager(self._mode):
+                bare.set_(viewed.untyped_storage(), offset, shape, stride)
+        return FakeTensor(self._mode, bare, device)
+
+
+def _kind(func) -> str:
+    """What remembering has to do; "" where nothing may be remembered."""
+    if not isinstance(func, torch._ops.OpOverload) or _DOUBTFUL & set(func.tags) or "resize" in func.name():
+        return ""
+    returns, arguments = func._schema.returns, func._schema.arguments
+    if any(str(given.type) != "Tensor" for given in returns):
+        return ""
+    if not func._schema.is_mutable:
+        plain = {0: "", 1: "makes one"}.get(len(returns), "makes some")
+        return "views" if func.is_view and len(returns) == 1 else "" if any(given.alias_info for given in returns) else plain
+    if not returns:
+        return "writes, gives nothing"
+    written = len(returns) == 1 and str(arguments[0].type) == "Tensor" and arguments[0].is_write
+    return "writes" if written and "set_" not in func.name() else ""
+
+
+_UNKNOWN = object()
+
+
+def _asked(value):
+    """What decides the shape of what comes out, as something that can be looked up; `_UNKNOWN` where more may."""
+    if isinstance(value, FakeTensor):
+        if value.constant is not None or value.layout is not torch.strided:
+            return _UNKNOWN
+        return value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device
+    if isinstance(value, list | tuple):
+        inner = tuple([_asked(one) for one in value])
+        return _UNKNOWN if _UNKNOWN in inner else inner
+    if isinstance(value, dict):
+        return _asked([*value.items()]) if value else None
+    return (type(value), value) if value is None or isinstance(value, _PLAIN) else _UNKNOWN
+
+
+_PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OpOverload)
+
+
+def _description(kind: str, made, given: tuple, key: tuple) -> tuple[Made, ...] | None:
+    """How to make the like of `made` again; None where it is not plain new memory or a plain view, or where what was written
+    has another shape now."""
+    if kind.startswith("writes"):
+        return () if _asked(given) == key else None
+    tensors = [made] if isinstance(made, Tensor) else list(made)
+    before = {tensor.untyped_storage()._cdata for tensor in tree_leaves(given) if isinstance(tensor, Tensor)}
+    if kind == "views":
+        first = given[1][0] if given[1] else None
+        good = isinstance(first, FakeTensor) and made.untyped_storage()._cdata == first.untyped_storage()._cdata
+    else:
+        good = all([_plain(tensor, before) for tensor in tensors])
+    return tuple(_asked(tensor) for tensor in tensors) if good and all(type(tensor) is FakeTensor for tensor in tensors) else None
+
+
+def _plain(tensor, before: set[int]) -> bool:
+    """Whether it has memory of its own, no more than its sizes and strides need."""
+    if type(tensor) is not FakeTensor or tensor.constant is not None or tensor.layout is not torch.strided:
+        return False
+    storage = tensor.untyped_storage()
+    needed = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    new = storage._cdata not in before and tensor.storage_offset() == 0
+    before.add(storage._cdata)
+    return new and storage.nbytes() == (needed if tensor.numel() else 0) * tensor.dtype.itemsize
