@@ -37,8 +37,8 @@ class SimulatedHistory(Meter):
         self.kept.metadata = text
 
     def address(self, storage):
-        record = self._alive[storage._cdata]
-        return None if record.host else self.kept.allocator.address(record.serial)
+        record = self._alive.get(storage._cdata)
+        return None if record is None or record.host else self.kept.allocator.address(record.serial)
 
     def _event(self, event, record, change):
         super()._event(event, record, change)

@@ -15,6 +15,8 @@ from vramlab.agreement import compare, errors, summary
 from vramlab.memory.join import align, joined
 from vramlab.memory.ledger import ledger, sample_at
 from vramlab.memory.meter import COLUMNS
+from vramlab.memory.settings import Settings
+from vramlab.memory.simulation import through_allocator
 from vramlab.memory.written import as_recorded
 from vramlab.regime import read_regimes
 
@@ -83,7 +85,7 @@ def test_the_first_divergence_is_named_with_operation_and_bytes():
     found = compare(_frame(*measured), _frame(*FORECAST))
     assert (found.measured_peak_bytes, found.predicted_peak_bytes) == (620, 220)
     first = found.first()
-    assert (first.at, first.what, first.phase, first.bytes) == (2, "only measured", "backward", 400)
+    assert (first.at, first.what, first.phase, first.bytes) == (2, "not predicted", "backward", 400)
     assert found.curve["error_bytes"].tolist() == [0, 0, -400, 0] and found.worst_error == 400 / 620
     other = compare(_frame(*FORECAST), _frame(*measured))
     assert (other.first().what, other.first().bytes) == ("only predicted", 400) and other.peak_error == pytest.approx(620 / 220 - 1)
@@ -98,10 +100,33 @@ def test_the_same_allocation_freed_later_is_a_divergence_too():
     assert compare(_frame(*measured), _frame(*FORECAST)).first(least_bytes=51) is None
 
 
+def test_what_one_side_held_before_the_step_is_named_first():
+    forecast, measured = (pd.concat([_frame(("alloc", 90, 64, "init"), *more), _frame(*FORECAST, step=1)], ignore_index=True)
+                          for more in ([("alloc", 91, 512, "update", "aten.mm")], [("alloc", 92, 9, "init")]))
+    found = compare(measured, forecast)
+    assert [(one.at, one.what, one.bytes, one.op) for one in found.divergences] == [
+        (0, "held before, only predicted", 512, "aten.mm"), (0, "held before, not predicted", 9, "")]
+
+
 def test_steps_that_are_not_there_are_asked_for():
     with pytest.raises(ValueError, match=r"no step in common: \[0\] were measured, \[3\] predicted; say which"):
         compare(_frame(*FORECAST), _frame(*FORECAST, step=3))
     assert compare(_frame(*FORECAST), _frame(*FORECAST, step=3), steps={0: 3}).peak_error == 0.0
+
+
+@pytest.mark.parametrize("expandable", [False, True])
+def test_what_an_allocator_makes_of_both_is_compared_too(expandable):
+    settings = Settings(expandable_segments=expandable)
+    metered, recorder, _ = recorded(REGIMES["full"], settings=settings)
+    frame, predicted = recorder.frame(), through_allocator(metered, settings)
+    found = compare(frame, predicted)
+    for name in ("allocated", "reserved"):
+        assert found.peaks[name][0] == found.peaks[name][1] == recorder.peaks[-1][f"{name}_peak_bytes"]
+        assert (found.curve[f"measured_{name}_bytes"] == found.curve[f"predicted_{name}_bytes"]).all()
+    other = through_allocator(metered, Settings(expandable_segments=expandable, large_segment_size_mb=32))
+    assert compare(frame, other).to_json()["peaks"]["allocated"]["error"] == 0.0
+    assert through_allocator(metered.iloc[:0]).columns.tolist() == predicted.columns.tolist()
+    assert ledger(predicted).rounding > 0 and compare(frame, metered).peaks == {}
 
 
 def test_a_regime_against_another_is_off_by_what_it_saves():
@@ -174,3 +199,5 @@ def test_a_timeline_as_the_recorder_would_have_brought_it_home(name):
     same = ["step", "event", "bytes", "live_bytes", "category", "phase"]
     assert (frame[same] == wanted[same]).all(axis=None) and set(frame["source"]) == {"simulated"}
     assert compare(frame, metered).divergences == ()
+    timeless = as_recorded(metered.drop(columns="t_s"))[0].frame()  # as forecasts are kept
+    pd.testing.assert_frame_equal(timeless.drop(columns="t_s"), frame.drop(columns="t_s"))

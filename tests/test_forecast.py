@@ -145,7 +145,7 @@ def test_modes_agree_on_what_is_not_a_kernels_choice(model):
     assert vgpu.peak_bytes - vgpu.ledger["workspace"] == pytest.approx(cpu.peak_bytes, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", REGIMES)
+@pytest.mark.parametrize("name", [name for name in REGIMES if not name.startswith("chunkft_")])  # many steps of one kind
 def test_remembered_shapes_change_nothing(name, monkeypatch):
     """The same timeline with every operation worked out anew; and most operations were not."""
     outputs, asked, worked_out = Shapes.outputs, [], []

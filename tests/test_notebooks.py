@@ -78,7 +78,8 @@ def test_the_command_line_of_the_notebooks_own_text_refuses_a_typo(tmp_path):
 def test_timeline_shows_the_run_asked_for_and_where_its_peak_is(finished, tmp_path):
     done = _execute(ROOT / "notebooks" / "timeline.ipynb", tmp_path / "out.ipynb", folder=str(finished), run_name="checkpoint")
     peak = Run(finished / "checkpoint-0").result["peak"]["peak_bytes"] / 2**20
-    assert len(_figures(done)) == 2 and f"peak {peak:.1f} MiB" in _last_words(done)
+    assert len(_figures(done)) == 4 and f"peak {peak:.1f} MiB" in _last_words(done) and "error at the peak" in _last_words(done)
+    assert any("held before, only predicted" in str(figure["layout"].get("annotations")) for figure in _figures(done))
     with pytest.raises(papermill.PapermillExecutionError, match="zero_shot, full, checkpoint"):
         _execute(ROOT / "notebooks" / "timeline.ipynb", tmp_path / "no.ipynb", folder=str(finished), run_name="lomo")
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from simulated_history import SimulatedHistory, recorded
-from vramlab.memory.recorder import Recorder, watcher
-from vramlab.memory.recording import COLUMNS, Mark, Recording, read_recording
+from vramlab.memory.recorder import Recorder, watching
+from vramlab.memory.recording import COLUMNS, PREFIX, Mark, Recording, read_recording
 from vramlab.memory.replay import replay
 from vramlab.memory.settings import Settings
 from vramlab.memory.simulation import simulate
@@ -50,6 +50,22 @@ def test_without_metadata_entries_are_placed_by_time(name):
     # of the two edges that lie within a microsecond of an entry, a few go to the other side
     assert (frame[SAME] == wanted[SAME]).all(axis=1).mean() > 0.97
     assert any("no metadata" in said for said in recorder.said)
+
+
+@pytest.mark.parametrize("kept", [lambda own, born: "", lambda own, born: born, lambda own, born: "vllm"],
+                         ids=["none", "its allocation's", "somebody else's"])
+def test_releases_that_have_no_mark_of_their_own_lie_where_their_time_says(kept):
+    metered, recorder, _ = recorded(REGIMES["checkpoint"])
+    born, events = {}, []
+    for event in recorder.recording.snapshot.events:
+        born |= {event.address: event.metadata} if event.action == "alloc" else {}
+        free = event.action in ("free_requested", "free_completed")
+        events.append(replace(event, metadata=kept(event.metadata, born[event.address])) if free else event)
+    recording = replace(recorder.recording, snapshot=replace(recorder.recording.snapshot, events=tuple(events)))
+    frame, wanted = recording.frame(), _device(metered)
+    made = frame["event"] == "alloc"
+    assert (frame[made][["step", "phase", "bytes"]] == wanted[made][["step", "phase", "bytes"]]).all(axis=None)
+    assert (frame[SAME] == wanted[SAME]).all(axis=1).mean() > 0.97
 
 
 @pytest.mark.parametrize("expandable", [False, True])
@@ -90,7 +106,7 @@ def test_the_clock_is_the_processes_own():
 
 
 def test_clocks_that_drift_apart_are_joined_between_their_readings():
-    events = tuple(Event(at, "alloc", 512 * (at + 1), 512, 0, (0, 0), 1_000_000 + 500_000 * at, "v0") for at in range(5))
+    events = tuple(Event(at, "alloc", 512 * (at + 1), 512, 0, (0, 0), 1_000_000 + 500_000 * at, "vramlab:0") for at in range(5))
     marks = (Mark(0, "init", "", 0, 0),)
     recording = Recording(Snapshot(0, events, (), ""), marks, (), ((1_000_000, 7.0), (3_000_000, 9.2)))
     assert recording.frame()["t_s"].tolist() == pytest.approx([7.0, 7.55, 8.1, 8.65, 9.2])
@@ -110,7 +126,7 @@ def test_what_a_library_took_for_good_is_a_workspace_and_what_nobody_declared_ha
     events = [("alloc", 512, 8 << 20, 1), ("alloc", 1024, 100, 1), ("alloc", 2048, 60, 1), ("free_requested", 2048, 60, 1),
               ("free_requested", 1024, 100, 2)]
     marks = tuple(Mark(0, phase, "m", at, 0) for at, phase in enumerate(("init", "forward", "backward")))
-    trace = tuple(Event(at, action, address, size, 0, (0, 0), at, f"v{mark}")
+    trace = tuple(Event(at, action, address, size, 0, (0, 0), at, f"{PREFIX}{mark}")
                   for at, (action, address, size, mark) in enumerate(events))
     frame = Recording(Snapshot(0, trace, (), ""), marks, (), (), workspace_bytes=8 << 20).frame()
     assert frame["category"].tolist() == ["workspace", "activations", "temporaries", "temporaries", "activations"]
@@ -120,7 +136,7 @@ def test_without_cuda_it_says_what_to_use(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="the recorder needs CUDA.*use memory.meter.Meter"):
         Recorder()
-    assert type(watcher("cpu")).__name__ == "Meter"
+    assert type(watching("cpu")).__name__ == "Meter"
 
 
 def test_torch_has_what_the_recorder_asks_of_it():

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from vramlab import passes
+from vramlab.regime import ImpossibleHere
 from vramlab.run import KNOWN_PARAMETERS, config_hash, execute, resolve, run_id
 from vramlab.runs import Run, read_runs
 
@@ -117,3 +118,18 @@ def test_a_wrong_parameter_is_refused_by_name(wrong, words):
 def test_a_run_that_cannot_be_prepared_says_why(tmp_path, wrong, words):
     with pytest.raises(ValueError, match=words):
         execute({**SMALL, **wrong}, tmp_path / "r", progress=False)
+
+
+def test_a_gpu_that_is_not_there_is_one_error_with_the_way_out(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ImpossibleHere, match="'cuda'.*no GPU here: use device: cpu"):
+        execute({"device": "cuda"}, tmp_path / "run", progress=False)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["outcome"] == "failed"
+
+
+def test_a_row_that_shards_trains_as_the_only_rank(tmp_path):
+    folder = execute({"regime": "fsdp", **SMALL}, tmp_path / "run", progress=False)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["outcome"] == "ok" and any("1 rank(s)" in note for note in result["notes"])
+    assert not torch.distributed.is_initialized()

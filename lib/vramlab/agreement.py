@@ -5,12 +5,14 @@
     summary(rows)                      # over many runs, see `ROW`
 
 Errors are signed shares of the measured value: +0.01 is a forecast 1 % too high. Curves are of requested bytes, which both know
-exactly; what allocator and driver make of them is compared at the peaks (`summary`). Where nothing was measured there is no error,
-not an error of 0.
+exactly; what an allocator makes of them is compared too where both timelines have it: a recording does, a forecast's does after
+`memory.simulation.through_allocator`. What the driver makes of it is compared at the peaks (`summary`). Where nothing was measured
+there is no error, not an error of 0.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
@@ -18,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from .memory.join import Joined, joined
-from .memory.timeline import peak_event
+from .memory.timeline import on_device, peak_event
 
 PEAKS = ("allocated", "reserved", "nvml")
 ROW = ("regime", *(f"{kind}_{name}_bytes" for name in PEAKS for kind in ("predicted", "measured")), "predicted_fits",
@@ -31,8 +33,9 @@ TOLERANCE = 0.005
 @dataclass(frozen=True)
 class Divergence:
     """An allocation that only one side has, or that one side frees at another time. `at`: how many matched allocations lie before
-    it. `what`: "only measured", "only predicted", "freed later than predicted", "freed earlier than predicted". Where only the
-    measurement has it, `op` is unknown and `module` what a history knows."""
+    it. `what`: "not predicted", "only predicted", "freed later than predicted", "freed earlier than predicted", and what one side
+    alone holds when the step begins: "held before, not predicted", "held before, only predicted". Where only the measurement has
+    it, `op` is unknown and `module` what a history knows."""
 
     at: int
     what: str
@@ -51,7 +54,9 @@ class Agreement:
     predicted_peak_bytes: int
     curve: pd.DataFrame
     """One row a matched allocation: `at`, `t_s` and `phase` of the measurement, `measured_bytes`, `predicted_bytes` (alive after
-    it), `error_bytes`."""
+    it), `error_bytes`; and `measured_allocated_bytes`, `predicted_allocated_bytes`, and of `reserved`, where both have them."""
+    peaks: Mapping[str, tuple[int, int]]
+    """(measured, predicted) within the step, of `allocated` and `reserved` where both have them."""
     divergences: tuple[Divergence, ...]
     """In the order of the step."""
     joined: Joined
@@ -71,9 +76,11 @@ class Agreement:
 
     def to_json(self) -> dict:
         largest = max(self.divergences, key=lambda one: one.bytes, default=None)
+        peaks = {name: {"measured_bytes": here, "predicted_bytes": there, "error": there / here - 1}
+                 for name, (here, there) in self.peaks.items()}
         return {"measured_peak_bytes": self.measured_peak_bytes, "predicted_peak_bytes": self.predicted_peak_bytes,
-                "peak_error": self.peak_error, "worst_error": self.worst_error, "matched_share": self.joined.share,
-                "matched_bytes_share": self.joined.bytes_share, "matched": self.joined.method,
+                "peak_error": self.peak_error, "worst_error": self.worst_error, "peaks": peaks,
+                "matched_share": self.joined.share, "matched_bytes_share": self.joined.bytes_share, "matched": self.joined.method,
                 "divergences": len(self.divergences), "first_divergence": self.first() and asdict(self.first()),
                 "largest_divergence": largest and asdict(largest)}
 
@@ -92,7 +99,15 @@ def compare(measured: pd.DataFrame, predicted: pd.DataFrame, steps: Mapping[int,
                           "phase": measured["phase"].to_numpy()[rows], "measured_bytes": measured["live_bytes"].to_numpy()[rows],
                           "predicted_bytes": predicted["live_bytes"].to_numpy()[others]})
     curve["error_bytes"] = curve["predicted_bytes"] - curve["measured_bytes"]
-    return Agreement(_peak(measured, steps), _peak(predicted, steps.values()), curve,
+    peaks = {}
+    for name in ("allocated", "reserved"):
+        column = f"{name}_bytes"
+        if column in measured and column in predicted and measured[column].notna().all():
+            curve[f"measured_{column}"] = measured[column].to_numpy(np.int64)[rows]
+            curve[f"predicted_{column}"] = predicted[column].to_numpy(np.int64)[others]
+            peaks[name] = (int(measured[column][measured["step"].isin(list(steps))].max()),
+                           int(predicted[column][predicted["step"].isin(list(steps.values()))].max()))
+    return Agreement(_peak(measured, steps), _peak(predicted, steps.values()), curve, peaks,
                      tuple(_divergences(found, measured, predicted, steps)), found)
 
 
@@ -103,14 +118,34 @@ def _peak(frame: pd.DataFrame, steps: Iterable[int]) -> int:
 def _divergences(found: Joined, measured: pd.DataFrame, predicted: pd.DataFrame, steps: Mapping[int, int]) -> list[Divergence]:
     rows, others = found.pairs.T
     # the joined frame of the measurement has the names the forecast gave it
-    only = [*_alone(found.frame, rows, list(steps), "only measured"),
+    only = [*_alone(found.frame, rows, list(steps), "not predicted"),
             *_alone(predicted, others, list(steps.values()), "only predicted")]
+    first, second = min(steps), min(steps.values())
+    held, expected = _held(found.frame, first), _held(predicted, second)
+    before = [*_more(held, expected, "held before, not predicted"), *_more(expected, held, "held before, only predicted")]
     died, should = _deaths(measured, rows), _deaths(predicted, others)
     for number in np.flatnonzero(died != should).tolist():
         late = died[number] > should[number]
         only.append(_divergence(predicted.iloc[others[number]], int(min(died[number], should[number])),
                                 f"freed {'later' if late else 'earlier'} than predicted"))
-    return sorted(only, key=lambda one: one.at)
+    return sorted(before, key=lambda one: -one.bytes) + sorted(only, key=lambda one: one.at)
+
+
+def _held(frame: pd.DataFrame, step: int) -> pd.DataFrame:
+    """The allocations that are alive when a step begins, but its inputs: where they are made differs by who loads them."""
+    begins = int((frame["step"] == step).to_numpy().argmax())
+    rows = frame.iloc[:begins][on_device(frame)[:begins] & (frame["category"][:begins] != "inputs").to_numpy()]
+    last = rows.drop_duplicates("storage", keep="last")  # a storage that changes size has several
+    return last[(last["event"] == "alloc") & (last["bytes"] > 0)]
+
+
+def _more(ours: pd.DataFrame, theirs: pd.DataFrame, what: str) -> list[Divergence]:
+    """What of one side has no allocation of its size on the other."""
+    left, more = Counter(theirs["bytes"].tolist()), []
+    for number, size in enumerate(ours["bytes"].tolist()):
+        left[size] -= 1
+        more += [_divergence(ours.iloc[number], 0, what)] * (left[size] < 0)
+    return more
 
 
 def _alone(frame: pd.DataFrame, matched: np.ndarray, steps: list[int], what: str) -> list[Divergence]:

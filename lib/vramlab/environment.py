@@ -39,6 +39,8 @@ def record(device: str = "cpu") -> dict:
 
 
 def _device(device: str) -> dict:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        return {"kind": "cuda", "name": "none that torch sees"}
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
         return {"kind": "cuda", "name": properties.name, "memory_bytes": properties.total_memory,

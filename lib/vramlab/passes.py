@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +22,13 @@ from .base import Recipe, base_model
 from .dataset import Dataset, dataset
 from .environment import ROOT
 from .factcc.prompt import training_batches
+from .memory import timeline
 from .memory.ceiling import Ceiling
-from .memory.meter import Meter
+from .memory.ledger import Ledger, ledger, sample_at
+from .memory.nvml import find
 from .memory.process import peak_window
+from .memory.recorder import Recorder, watching
+from .memory.sampler import Sampler
 from .observer import Observer, clock
 from .progress import bar
 from .regime import Regime, read_row, regime_row
@@ -162,17 +167,29 @@ def _speed(frame: pd.DataFrame) -> dict:
             "step_s_q25": q25, "step_s_q75": q75, **phases, "steps_timed": len(timed)}
 
 
-def meter(prepared: Prepared) -> Metered:
-    """The first steps again, on a fresh copy, under the event meter. Slower than the real thing; bytes only.
+def _limited(params: Mapping) -> Ceiling | None:
+    """What stands for a device with an end on a CPU; a card is told its end itself, for the whole process."""
+    limit = int(params["limit_mib"] * 2**20)
+    if limit and params["device"].startswith("cuda"):
+        whole = torch.cuda.get_device_properties(params["device"]).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole), params["device"])
+    return Ceiling(limit) if limit and params["device"] == "cpu" else None
 
-    Raises: RanOut, where the run has a limit and does not keep within it.
-    """
-    model = copy.deepcopy(prepared.model)
-    limit = int(prepared.params["limit_mib"] * 2**20)
-    watcher = Ceiling(limit) if limit else Meter()
-    trainer, batches = prepared.trainer(_watched(prepared.regime), model, watcher), _longest(prepared)
-    cut, crossed = link(trainer.model), {}
-    with watcher:
+
+def meter(prepared: Prepared) -> Metered:
+    """The first steps again, on a fresh copy, under the event meter, or on CUDA with the allocator's history recorded. Slower than
+    the real thing; bytes only. Raises: RanOut, where the run has a limit on a CPU and does not keep within it."""
+    watcher = _limited(prepared.params) or watching(prepared.params["device"])
+    sampler = Sampler(find(prepared.params["device"]))
+    with ExitStack() as stack:
+        stack.enter_context(sampler)
+        if isinstance(watcher, Recorder):  # a history begins before the model exists; a meter adopts what is there
+            stack.enter_context(watcher)
+        model = copy.deepcopy(prepared.model)
+        trainer, batches = prepared.trainer(_watched(prepared.regime), model, watcher), _longest(prepared)
+        cut, crossed = link(trainer.model), {}
+        if not isinstance(watcher, Recorder):
+            stack.enter_context(watcher)
         _few_steps(trainer, batches)
         if cut:
             cut.read()
@@ -183,9 +200,22 @@ def meter(prepared: Prepared) -> Metered:
     result = {"peak": peak, "memory_ledger": peak["categories"], "host_bytes": watcher.host_peak_bytes,
               "optimizer_state_bytes": held}
     frame = watcher.frame()
+    if isinstance(watcher, Recorder):
+        result["recorder"] = {**watcher.result(), "steps": watcher.peaks, "said": [*watcher.said, *sampler.said]}
+        result["ledger"] = device_ledger(frame, watcher.recording.reserved_before_bytes, sampler.frame()).to_json()
     if crossed:
         result["sides"] = sides(frame, trainer.steps_done - 1, prepared.regime.trains.cut, crossed)
     return Metered(frame, result)
+
+
+def device_ledger(frame: pd.DataFrame, reserved_before_bytes: int, samples: pd.DataFrame) -> Ledger:
+    """The ledger at a recording's peak. Its context is what the process held beyond the allocator's segments at the first sample,
+    which is taken before the recording's first tensor; N/A where the driver does not say what a process holds."""
+    held = samples["process_bytes"].iloc[0] if len(samples) else None
+    context_bytes = None if held is None or pd.isna(held) else int(held) - reserved_before_bytes
+    at = timeline.peak_event(frame)
+    return ledger(frame, at, sample=sample_at(samples, frame["t_s"].iloc[at]), context_bytes=context_bytes,
+                  context_source="before the recording's first tensor")
 
 
 def measured(params: Mapping) -> dict:

@@ -29,6 +29,7 @@ from .memory.nvml import find
 from .memory.process import MALLOC_ENV, run_in_measured_process
 from .memory.sampler import Sampler
 from .progress import bar
+from .regime import check_machine
 
 SCHEMA = 1
 RESERVED_BYTES = 64 << 10
@@ -143,6 +144,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _passes(params: dict, folder: Path, progress: bool) -> dict:
+    check_machine(passes.row_of(params), params["device"])  # before a base is made for nothing
     prepared = passes.prepare(params, progress)
     # a device with a limit: what does not fit is not trained either
     metered = passes.meter(prepared) if params["limit_mib"] else None

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,7 +89,8 @@ class CudaHistory:
         return torch.cuda.memory._snapshot(self.device)
 
     def stop(self) -> dict:
-        torch.cuda.synchronize(self.device)
+        with suppress(RuntimeError):  # a device that is lost: its history is the host's, and can still be read
+            torch.cuda.synchronize(self.device)
         raw = self.look()
         torch.cuda.memory._record_memory_history(None)
         if self.keeps_metadata:
@@ -264,6 +265,6 @@ class Recorder(Observer):
         self.recording.write(folder, self._raw)
 
 
-def watcher(device: str) -> Recorder | Meter:
+def watching(device: str) -> Recorder | Meter:
     """Who sees every storage of a run on `device`: both have `frame`, `peak` and `host_peak_bytes`, and are entered around it."""
     return Recorder(device) if device.startswith("cuda") else Meter()

@@ -4,8 +4,8 @@ A recording is torch's snapshot and what the trainer said while it was made: *ma
 step or module changed, and *declarations*, "the storage at this address is of this category", each made at a mark. The number
 of the latest mark stands in the metadata of every entry of the history, so each allocation and each release knows its phase,
 and a declaration means the last allocation at its address that was made at or before its mark. No stack is recorded and no
-frame is read. Where torch keeps no metadata, an entry belongs to the last mark before its time: exact to the microseconds in
-which both clocks are read.
+frame is read. An entry without metadata, as where torch keeps none, belongs to the last mark before its time: exact to the
+microseconds in which both clocks are read.
 
 Bytes are as asked for, as the meter's are. `reserved_bytes` is the sum of segments; `allocated_bytes`, blocks as the allocator
 made them, is in no history and is found by the simulator. Not seen: host memory; what no entry says (modules of backward, the
@@ -32,7 +32,7 @@ from .snapshot import GROWS, SHRINKS, Snapshot, parse_snapshot, read_snapshot
 
 COLUMNS = ("t_s", "step", "event", "storage", "stream", "bytes", "live_bytes", "category", "phase", "module", "op", "source",
            "reserved_bytes", "allocated_bytes")
-PREFIX = "v"  # of a mark's number in an entry's metadata
+PREFIX = "vramlab:"  # of a mark's number in an entry's metadata
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,13 @@ class Recording:
         """How many entries lie before everything kept; 0 where the history is whole. Told by storages older than it."""
         return sum(row[1] < 0 for row in _Lives(self).read()[1])
 
+    @property
+    def reserved_before_bytes(self) -> int:
+        """What was in segments when the history began."""
+        events = self.snapshot.events
+        grown = sum(event.bytes * ((event.action in GROWS) - (event.action in SHRINKS)) for event in events)
+        return sum(segment.bytes for segment in self.snapshot.segments) - grown
+
     def _declare(self, lives: list[_Life]) -> None:
         """Categories and names: as told, by the rule of `Meter.own`; else by lifetime, or as a library's own."""
         at: dict[int, list[_Life]] = defaultdict(list)
@@ -145,8 +152,7 @@ class Recording:
         """(events,) bytes in segments after each entry; what they are at the end is known."""
         change = np.array([event.bytes * ((event.action in GROWS) - (event.action in SHRINKS)) for event in self.snapshot.events],
                           np.int64).cumsum()
-        end = sum(segment.bytes for segment in self.snapshot.segments)
-        return change + (end - int(change[-1]) if len(change) else 0)
+        return change + self.reserved_before_bytes
 
     def _allocated(self, at: list[int]) -> pd.Series:
         try:
@@ -227,8 +233,16 @@ class _Lives:
                     yield self._new(piece.address, piece.bytes, segment.stream, -1, -1)
 
     def _marks_of(self) -> list[int]:
-        """The number of each entry's mark: by its metadata; without any, by its time; before the first mark, the first."""
-        if not any(event.metadata for event in self.events):
-            times = [mark.time_us for mark in self.marks]
-            return [max(0, bisect_right(times, event.time_us or 0) - 1) for event in self.events]
-        return [int(event.metadata[len(PREFIX):]) if event.metadata.startswith(PREFIX) else 0 for event in self.events]
+        """The number of each entry's mark. Marks only grow: an entry without one, or with an older one (a release may have its
+        allocation's), lies between those around it, and where, its time says."""
+        told = np.array([_number(event.metadata) for event in self.events], np.int64)
+        told[told < np.maximum.accumulate(told)] = -1
+        first = np.maximum.accumulate(np.maximum(told, 0))
+        last = np.minimum.accumulate(np.where(told < 0, len(self.marks) - 1, told)[::-1])[::-1]
+        by_time = np.searchsorted([mark.time_us for mark in self.marks], [event.time_us or 0 for event in self.events], "right") - 1
+        return np.where(told < 0, np.clip(by_time, first, last), told).tolist()
+
+
+def _number(metadata: str) -> int:
+    number = metadata.removeprefix(PREFIX)
+    return int(number) if number != metadata and number.isdecimal() else -1

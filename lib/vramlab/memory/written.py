@@ -128,6 +128,8 @@ def as_recorded(frame: pd.DataFrame, settings: Settings = Settings()) -> tuple[R
     apart only where another phase lies between them."""
     history, marks, declared, mark = Written(settings), [], [], None
     device = frame[on_device(frame) & (frame["bytes"] > 0).to_numpy()]
+    if "t_s" not in device:  # a forecast that was kept has no times: then entries lie a microsecond apart
+        device = device.assign(t_s=[at * 1e-6 for at in range(len(device))])
     names = ("t_s", "step", "event", "storage", "bytes", "stream", "phase", "module", "category")
     span = 0
     rows_of = zip(*(device[name].tolist() for name in names), strict=True)

@@ -65,12 +65,18 @@ def overlay(found: Agreement, name: str, other: str, points: int = 500) -> go.Fi
     """Two timelines of the same step on the same axes, and below their difference; `name` is the measured one's, `other` the
     forecast's. The first and the largest divergence are marked."""
     curve = _thinned(found.curve, points)
-    figure = _figure(f"{name} and {other}", 560, xaxis_title="matched allocation of the step, in order", hovermode="x",
-                     yaxis={"title": "MiB requested", "domain": [0.36, 0.86]},
-                     yaxis2={"title": "difference", "domain": [0.1, 0.28]}, yaxis3={"domain": [0, 0.05], "visible": False, "fixedrange": True})
+    figure = _figure(f"{name} and {other}", 560, hovermode="x",
+                     xaxis={"title": "matched allocation of the step, in order", "anchor": "y3"},
+                     yaxis={"title": "MiB requested", "domain": [0.36, 0.76]},
+                     yaxis2={"title": "difference", "domain": [0.1, 0.28]},
+                     yaxis3={"domain": [0, 0.05], "visible": False, "fixedrange": True})
     for (column, color, dash), label in zip(SIDES, (name, other), strict=True):
         figure.add_scatter(x=curve["at"], y=(curve[column] / MIB).round(4), name=label, mode="lines",
                            line={"shape": "hv", "color": color, "dash": dash, "width": 2}, hovertemplate="%{y:.2f} MiB")
+    for (column, color, _), label in zip(SIDES, (name, other), strict=True):
+        if (reserved := column.replace("_bytes", "_reserved_bytes")) in curve:
+            figure.add_scatter(x=curve["at"], y=(curve[reserved] / MIB).round(4), name=f"{label}, reserved", mode="lines",
+                               line={"shape": "hv", "color": color, "dash": "dot", "width": 1}, hovertemplate="%{y:.2f} MiB")
     figure.add_scatter(x=curve["at"], y=(curve["error_bytes"] / MIB).round(4), name="difference", yaxis="y2", mode="lines",
                        line={"shape": "hv", "color": "#e15759"}, hovertemplate="%{y:+.3f} MiB", showlegend=False)
     for phase in dict.fromkeys(curve["phase"]):
@@ -100,6 +106,8 @@ def agreement_words(found: Agreement) -> list[str]:
             f"{found.worst_error:.3%} of it over time",
             f"matched {found.joined.share:.1%} of allocations, {found.joined.bytes_share:.1%} of bytes "
             f"({found.joined.method}); {len(found.divergences)} divergences",
+            *(f"{name}: {there / MIB:,.1f} MiB predicted, against {here / MIB:,.1f}: {there / here - 1:+.3%}"
+              for name, (here, there) in found.peaks.items()),
             *(f"{label}: {divergence_words(one)}" for label, one in (("first", found.first()), ("largest", largest)) if one)]
 
 
