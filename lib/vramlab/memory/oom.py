@@ -125,8 +125,8 @@ _watch = _Watch()
 @contextmanager
 def watched(device: str, frame: Callable[[], pd.DataFrame] | None = None, dump: Path | None = None) -> Iterator[None]:
     """While open, running out of memory on a CUDA `device` is recorded at once, see `record_of`. `frame` gives the timeline so
-    far; `dump` is where torch's own snapshot goes. On any other device it does nothing."""
-    if not device.startswith("cuda"):
+    far; `dump` is where torch's own snapshot goes. On any other device, or where torch sees none, it does nothing."""
+    if not device.startswith("cuda") or not torch.cuda.is_available():
         yield
         return
     if not _Watch.attached:
