@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import micro
-from vramlab import gpu_cell, gpu_check, gpu_plan, gpu_table
+from vramlab import gpu_cell, gpu_check, gpu_model, gpu_plan, gpu_table
 from vramlab.baichuan import read_model_file
 from vramlab.cards import card
 from vramlab.environment import ROOT
@@ -306,13 +306,13 @@ def test_a_thinned_timeline_keeps_every_peak_and_its_categories_add_up(moments):
 
 
 def test_random_weights_are_spread_as_a_model_is_and_the_same_each_time(monkeypatch):
-    monkeypatch.setattr(gpu_cell, "DRAWN", 1000)
+    monkeypatch.setattr(gpu_model, "DRAWN", 1000)
     spec = read_model_file(ROOT / "params" / "models" / "tiny.yml")
-    one, other = gpu_cell.random_model(spec), gpu_cell.random_model(spec)
+    one, other = gpu_model.random_model(spec), gpu_model.random_model(spec)
     for (name, weight), again in zip(one.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(weight, again), name
         assert torch.equal(weight, torch.ones_like(weight)) if weight.dim() < 2 else 0.018 < float(weight.detach().std()) < 0.022
-    loss = one(**gpu_cell.batches(spec, 16, 2, 0)[0], use_cache=False).loss
+    loss = one(**gpu_model.batches(spec, 16, 2, 0)[0], use_cache=False).loss
     assert torch.isfinite(loss) and float(loss.detach()) == pytest.approx(np.log(spec.config.vocab_size), rel=0.2)
 
 

@@ -3,8 +3,8 @@
     PYTHONPATH=lib python3 -m vramlab.gpu_check [--out DIR] [--minutes 9]
 
 Every row that fits is measured at the 7B's shape with random weights, at 1,024 and 4,096 tokens, each in a process of its own with
-a time limit; one runs out of memory on purpose; `mixed`, `bf16` and `lora` also run under the Trainer of transformers; then the
-small sweep. The deadline holds for all of it, what comes first is worth most, and the same command goes on where it stopped. It
+a time limit; one runs out of memory on purpose; some also run under the Trainer of transformers (`gpu_peers.ROWS`); then
+the small sweep. The deadline holds for all of it, what comes first is worth most, and the same command goes on where it stopped. It
 needs no network and leaves in DIR small files only, which hold nothing of the machine but card, driver and versions. With
 `--device cpu` the tiny model takes the same way where there is no GPU. Not yet run on a GPU.
 """

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import torch
 
+from .gpu_model import batches, random_model
 from .observer import Observer
 from .peer_loops import Job, hugging_face, peft_lora
 from .predict import Question
@@ -25,8 +26,6 @@ WARM = 2
 def peer(asked: Mapping) -> dict:
     """Speed of the row's peer. `asked` as `gpu_cell.measure` is. Seconds are those between the ends of two steps, by the host;
     the device is waited for at the edges of the window alone, so quartiles are not told."""
-    from .gpu_cell import batches, random_model
-
     question = Question(asked["model"], asked["regime"], asked["seq"], asked["batch"], asked["weights"])
     row, cpu = question.row, not asked["device"].startswith("cuda")
     model = random_model(question.spec).to(row.weights.dtype).to(asked["device"])

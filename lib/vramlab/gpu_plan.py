@@ -120,7 +120,8 @@ def forecasts(asked: list[Question], card: Card | None, file: Path, budget_s: fl
 def code() -> str:
     """Hash of the code and the torch that steps are made of: what was kept of another is forecast and measured again."""
     here = Path(__file__).parent
-    parts = [_code(), torch.__version__, *((here / name).read_text() for name in ("gpu_cell.py", "gpu_peers.py", "gpu_plan.py"))]
+    names = ("gpu_cell.py", "gpu_model.py", "gpu_peers.py", "gpu_plan.py")
+    parts = [_code(), torch.__version__, *((here / name).read_text() for name in names)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
 
