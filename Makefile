@@ -1,13 +1,13 @@
 # make report: the default sweep and its report. make test: the tests. Both make the environment first, and need
 # Python 3.11 or newer and nothing else. make lab: JupyterLab on the notebooks. make bench: speeds as
-# ratios. make check: style. make clean: start over.
+# ratios. make check: style. make gpu-check: forecasts held against the GPU that is here. make clean: start over.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 # the environment's own kernel, whatever kernels the user has
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: env report test lab bench check clean
+.PHONY: env report test lab bench check gpu-check clean
 env: .venv/.done
 
 .venv/.done: pyproject.toml constraints.txt
@@ -31,6 +31,10 @@ bench: env
 
 check: env
 	$(BIN)/ruff check lib tests
+
+# without an environment of its own: any Python that has torch, transformers, peft and pandas; GPU_CHECK are its options
+gpu-check:
+	PYTHONPATH=lib $(PYTHON) -m vramlab.gpu_check $(GPU_CHECK)
 
 clean:
 	rm -rf .venv

@@ -52,9 +52,12 @@ class SimulatedHistory(Meter):
         return {"allocated_peak_bytes": found.peak_allocated_bytes, "reserved_peak_bytes": found.peak_reserved_bytes,
                 "num_alloc_retries": found.num_alloc_retries, "num_ooms": 0}
 
+    def look(self):
+        return self.kept.snapshot(max(0, len(self.kept.trace) - self.max_entries))
+
     def stop(self):
         self.__exit__()
-        return self.kept.snapshot(max(0, len(self.kept.trace) - self.max_entries))
+        return self.look()
 
 
 class Pair(Observer):

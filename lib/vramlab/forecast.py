@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -106,11 +105,8 @@ class Trace:
         return {name: events[name][rows] for name in ("storage", "bytes", "stream")}
 
     def owners(self, count: int = 3) -> list[tuple[str, str, int]]:
-        """The `count` largest (category, module, bytes) at the peak. Blocks are one: their number is written `*`."""
-        sizes: Counter = Counter()
-        for (module, category, _), size in self.alive.items():
-            sizes[category, re.sub(r"\b\d+\b", "*", module)] += size
-        return [(*owner, size) for owner, size in sizes.most_common(count)]
+        """The `count` largest (category, module, bytes) at the peak, see `timeline.owned`."""
+        return timeline.owned(self.alive, count)
 
 
 def trace(spec: ModelSpec, regime: Regime, seq: int, batch: int, steps: int | None = None, card: Any = None,
@@ -172,16 +168,24 @@ class _Turns:
         return self.parts_due
 
 
+def shown(regime: Regime) -> tuple[Regime, Any]:
+    """The regime such that any step shows what counts, and the stand-in for its `trains`, whose `parts_due` says which parts that
+    step has: guessed gradients are due soon, and a rule that projects anew every `gap` steps does so at every one, which decides
+    whether a run fits."""
+    turns, regime = _Turns(regime.trains), dataclasses.replace(regime, grads=regime.grads.hurried())
+    if hasattr(regime.trains, "interval"):
+        regime = dataclasses.replace(regime, trains=turns)
+    if hasattr(regime.rule, "gap"):
+        regime = dataclasses.replace(regime, rule=dataclasses.replace(regime.rule, gap=1))
+    return regime, turns
+
+
 class _Run:
     """A trainer on the virtual device, and how to make it show the step that counts."""
 
     def __init__(self, gpu: VirtualGpu, spec: ModelSpec, regime: Regime, seq: int, batch: int):
-        self.turns, self.meter = _Turns(regime.trains), gpu.meter()
-        regime = dataclasses.replace(regime, grads=regime.grads.hurried())
-        if hasattr(regime.trains, "interval"):
-            regime = dataclasses.replace(regime, trains=self.turns)
-        if hasattr(regime.rule, "gap"):  # the step that decides whether a run fits is one that projects anew
-            regime = dataclasses.replace(regime, rule=dataclasses.replace(regime.rule, gap=1))
+        self.meter = gpu.meter()
+        regime, self.turns = shown(regime)
         model = BaichuanForCausalLM(spec.config)
         model.to(spec.config.dtype or torch.float32)  # as published; the regime's own type is the trainer's to give
         self.trainer = Trainer(model, regime, Schedule(regime.lr, 1), device=gpu.device, observer=self.meter)

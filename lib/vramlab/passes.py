@@ -23,6 +23,7 @@ from .dataset import Dataset, dataset
 from .environment import ROOT
 from .factcc.prompt import training_batches
 from .memory import timeline
+from .memory.ceiling import Ceiling
 from .memory.ledger import Ledger, ledger, sample_at
 from .memory.nvml import find
 from .memory.process import peak_window
@@ -30,8 +31,7 @@ from .memory.recorder import Recorder, watching
 from .memory.sampler import Sampler
 from .observer import Observer, clock
 from .progress import bar
-from .regime import Regime
-from .regime import regime as read_regime
+from .regime import Regime, read_row, regime_row
 from .split import sides
 from .trainer import Batch, Schedule, Trainer
 
@@ -93,6 +93,12 @@ def model_spec(name: str) -> ModelSpec:
     return read_model_file(path)
 
 
+def row_of(params: Mapping) -> Regime:
+    """The run's row; where it names no storage type of its own, in the one asked for. Raises: IllegalRegime."""
+    row = regime_row(params["regime"])
+    return read_row(params["regime"], {**({"weights": params["weights"]} if params.get("weights") else {}), **row})
+
+
 def prepare(params: Mapping, progress: bool) -> Prepared:
     """Load or pre-train the base, and make the data set."""
     spec = model_spec(params["model"])
@@ -101,7 +107,7 @@ def prepare(params: Mapping, progress: bool) -> Prepared:
         record = {"path": Path(spec.path).name, "recipe": "published weights"}
     else:
         model, tokenizer, record = pretrained(spec, params["recipe"], progress)
-    return Prepared(params, read_regime(params["regime"]), model, tokenizer, record, dataset(params))
+    return Prepared(params, row_of(params), model, tokenizer, record, dataset(params))
 
 
 def pretrained(spec: ModelSpec, recipe: str, progress: bool) -> tuple[nn.Module, BaichuanTokenizer, dict]:
@@ -161,10 +167,19 @@ def _speed(frame: pd.DataFrame) -> dict:
             "step_s_q25": q25, "step_s_q75": q75, **phases, "steps_timed": len(timed)}
 
 
+def _limited(params: Mapping) -> Ceiling | None:
+    """What stands for a device with an end on a CPU; a card is told its end itself, for the whole process."""
+    limit = int(params["limit_mib"] * 2**20)
+    if limit and params["device"].startswith("cuda"):
+        whole = torch.cuda.get_device_properties(params["device"]).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole), params["device"])
+    return Ceiling(limit) if limit and params["device"] == "cpu" else None
+
+
 def meter(prepared: Prepared) -> Metered:
     """The first steps again, on a fresh copy, under the event meter, or on CUDA with the allocator's history recorded. Slower than
-    the real thing; bytes only."""
-    watcher = watching(prepared.params["device"])
+    the real thing; bytes only. Raises: RanOut, where the run has a limit on a CPU and does not keep within it."""
+    watcher = _limited(prepared.params) or watching(prepared.params["device"])
     sampler = Sampler(find(prepared.params["device"]))
     with ExitStack() as stack:
         stack.enter_context(sampler)

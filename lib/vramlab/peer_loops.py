@@ -79,8 +79,8 @@ def ours(regime: Regime) -> Loop:
     return loop
 
 
-def hugging_face(optim: str, checkpointing: bool = False, **arguments) -> Loop:
-    """The Trainer of transformers with that optimizer; `arguments` are TrainingArguments."""
+def hugging_face(optim: str, checkpointing: bool = False, cpu: bool = True, **arguments) -> Loop:
+    """The Trainer of transformers with that optimizer, on the CPU or on the GPU there is; `arguments` are TrainingArguments."""
 
     def loop(job: Job, observer: Observer) -> Seen:
         from transformers import PrinterCallback, TrainerCallback, TrainingArguments, default_data_collator
@@ -105,7 +105,7 @@ def hugging_face(optim: str, checkpointing: bool = False, **arguments) -> Loop:
         with tempfile.TemporaryDirectory(prefix="vramlab-") as folder:
             settings = TrainingArguments(
                 folder, optim=optim, learning_rate=job.lr, lr_scheduler_type="constant", max_steps=job.steps, max_grad_norm=0.0,
-                per_device_train_batch_size=job.batch_size, weight_decay=0.0, seed=job.seed, use_cpu=True, report_to="none",
+                per_device_train_batch_size=job.batch_size, weight_decay=0.0, seed=job.seed, use_cpu=cpu, report_to="none",
                 disable_tqdm=True, logging_strategy="no", save_strategy="no", eval_strategy="no", logging_nan_inf_filter=False,
                 dataloader_num_workers=0, dataloader_pin_memory=False, remove_unused_columns=False,
                 **(_checkpointing() if checkpointing else {}), **arguments)
@@ -142,8 +142,8 @@ def _checkpointing() -> dict:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def peft_lora(adapters: Lora) -> Loop:
-    """Adapters of the same shape and first values, by peft, under the Trainer."""
+def peft_lora(adapters: Lora, **arguments) -> Loop:
+    """Adapters of the same shape and first values, by peft, under the Trainer; `arguments` are those of `hugging_face`."""
 
     def loop(job: Job, observer: Observer) -> Seen:
         from peft import LoraConfig, get_peft_model
@@ -151,7 +151,7 @@ def peft_lora(adapters: Lora) -> Loop:
         torch.manual_seed(job.seed)
         config = LoraConfig(r=adapters.rank, lora_alpha=adapters.alpha, target_modules=list(adapters.targets), lora_dropout=0.0)
         wrapped = Job(get_peft_model(job.model, config), job.data, job.batch_size, job.steps, job.lr, job.seed)
-        return hugging_face("adamw_torch_fused")(wrapped, observer)
+        return hugging_face("adamw_torch_fused", **arguments)(wrapped, observer)
 
     return loop
 

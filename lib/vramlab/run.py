@@ -18,18 +18,18 @@ import pandas as pd
 import torch
 import yaml
 
-from . import environment, passes
+from . import environment, fitting, passes
 from .axes.place import alone
 from .factcc.baselines import baseline_scores
 from .factcc.scoring import score_items
 from .factcc.statistics import summarise
+from .memory import oom
 from .memory.energy import per_tokens
 from .memory.nvml import find
 from .memory.process import MALLOC_ENV, run_in_measured_process
 from .memory.sampler import Sampler
 from .progress import bar
 from .regime import check_machine
-from .regime import regime as read_regime
 
 SCHEMA = 1
 RESERVED_BYTES = 64 << 10
@@ -55,9 +55,13 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "device": "cpu",
     "threads": 0,
     "measure": True,
+    "limit_mib": 0.0,
+    "weights": "",
 }
 """Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data; `test_domains: ""`
-is all; `threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes out."""
+is all; `threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes out;
+`limit_mib` is all the device has for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is;
+`weights` is the storage type of a row that names none, for example "bf16"."""
 
 
 def resolve(params: Mapping) -> dict:
@@ -73,7 +77,7 @@ def resolve(params: Mapping) -> dict:
         kinds = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(full[name], kinds) or (isinstance(full[name], bool) and not isinstance(default, bool)):
             raise ValueError(f"{name} is {full[name]!r}: it takes {type(default).__name__}, for example {default!r}")
-    row = read_regime(full["regime"])
+    row = passes.row_of(full)
     full["lr"] = float(full["lr"]) or row.lr
     return {**full, "regime_row": row.axes(), "accumulate": row.accumulate, "clip": row.clip}
 
@@ -119,13 +123,14 @@ def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path
     result = {"schema": SCHEMA, "run_id": folder.name, "regime": full["regime"], "model": full["model"],
               "measured_on": env["device"]["kind"], "device": env["device"]["name"]}
     try:
-        with alone(read_regime(full["regime"]).place):
+        with alone(passes.row_of(full).place), oom.watched(full["device"]):
             result |= {"outcome": "ok", "reason": "", **_passes(full, folder, progress)}
     except Exception as error:  # an interruption is none: the run is simply not there
-        oom = out_of_memory(error)
-        result |= {"outcome": "oom" if oom else "failed", "reason": f"{type(error).__name__}: {error}"}
-        if not oom:
+        short = out_of_memory(error)
+        result |= {"outcome": "oom" if short else "failed", "reason": f"{type(error).__name__}: {error}"}
+        if not short:
             raise
+        result["oom"] = fitting.evidence(full, oom.record_of(error))
     finally:
         if "outcome" in result:
             _write_reserved(folder / "result.json", json.dumps(result, indent=1))
@@ -139,8 +144,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _passes(params: dict, folder: Path, progress: bool) -> dict:
-    check_machine(read_regime(params["regime"]), params["device"])  # before a base is made for nothing
+    check_machine(passes.row_of(params), params["device"])  # before a base is made for nothing
     prepared = passes.prepare(params, progress)
+    # a device with a limit: what does not fit is not trained either
+    metered = passes.meter(prepared) if params["limit_mib"] else None
     sampler = Sampler(find(params["device"]))
     try:
         with sampler:
@@ -160,7 +167,7 @@ def _passes(params: dict, folder: Path, progress: bool) -> dict:
         result = {**learned.result, "energy": per_tokens(passes.warm(learned.steps), sampler.frame()), "nvml": seen,
                   "base": prepared.base_record, "host_bytes": 0, "truncated_share": float(scores["truncated"].mean()),
                   "problems": prepared.data.problems, "notes": passes.notes(prepared)}
-        return {**result, **(_memory(prepared, measured, folder) if measured else {})}
+        return {**result, **(_memory(metered or passes.meter(prepared), measured, folder) if measured else {})}
 
 
 def _keep_samples(sampler: Sampler, folder: Path) -> dict:
@@ -180,9 +187,8 @@ def _largest(sizes: pd.Series) -> int | None:
     return int(sizes.max()) if sizes.notna().any() else None
 
 
-def _memory(prepared: passes.Prepared, measured: Future, folder: Path) -> dict:
+def _memory(metered: passes.Metered, measured: Future, folder: Path) -> dict:
     """What both memory passes saw."""
-    metered = passes.meter(prepared)
     write_table(metered.events, folder / "timeline.parquet")
     process = measured.result()
     peaks = {"meter": metered.result["peak"]["peak_bytes"], "process": process.get("peak_bytes")}

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import sentencepiece
 from transformers import PreTrainedTokenizer
 
 USER_ID, ASSISTANT_ID = 195, 196
@@ -30,6 +29,8 @@ class BaichuanTokenizer(PreTrainedTokenizer):
     def __init__(self, vocab_file: str, add_bos_token: bool = False, add_eos_token: bool = False, **kwargs):
         if not os.path.isfile(vocab_file):
             raise FileNotFoundError(f"no SentencePiece model at {vocab_file}: copy the checkpoint's tokenizer.model there")
+        import sentencepiece  # here: a machine that only trains on made-up tokens does without
+
         self.vocab_file, self.add_bos_token, self.add_eos_token = vocab_file, add_bos_token, add_eos_token
         # before the base class, which asks for the vocabulary while it is being made
         self.sp = sentencepiece.SentencePieceProcessor(model_file=str(vocab_file))
@@ -116,6 +117,8 @@ def train_tokenizer(texts: Iterable[str], path: Path | str, vocab_size: int, wor
         raise ValueError(f"vocab_size is {vocab_size}: {fixed} ids are control pieces, words and bytes, use more")
     path = Path(path)
     reserved = [f"<reserved_{i - 89}>" for i in range(3, 3 + RESERVED)]  # so that id 195 is <reserved_106>
+    import sentencepiece
+
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(path.with_suffix("")), model_type="bpe", vocab_size=vocab_size,
         normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,

@@ -91,8 +91,9 @@ def _sample(peak: Peak, done: threading.Event) -> None:
         time.sleep(SAMPLE_S)
 
 
-def run_in_measured_process(target: str, payload: Mapping, timeout_s: float, threads: int = 0) -> dict:
-    """Call `module:function` with `payload` in a fresh Python with `MALLOC_ENV` set; return its dict.
+def run_in_measured_process(target: str, payload: Mapping, timeout_s: float, threads: int = 0,
+                            environment: Mapping[str, str] = MALLOC_ENV) -> dict:
+    """Call `module:function` with `payload` in a fresh Python with `environment` set; return its dict.
 
     What goes wrong there is a result, not an exception here: {"outcome": "oom" | "failed", "reason": ...}. A process
     killed by signal 9 is taken for out of memory, which is what the kernel does to it.
@@ -100,7 +101,7 @@ def run_in_measured_process(target: str, payload: Mapping, timeout_s: float, thr
     with tempfile.TemporaryDirectory(prefix="vramlab-") as folder:
         given, answer = Path(folder) / "payload.json", Path(folder) / "answer.json"
         given.write_text(json.dumps(dict(payload)))
-        environment = {**os.environ, **MALLOC_ENV, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+        environment = {**os.environ, **environment, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         command = [sys.executable, "-m", "vramlab.memory.process", target, str(given), str(answer)]
         try:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s)

@@ -48,6 +48,7 @@ class History(Protocol):
     def mark(self, text: str) -> None: ...
     def address(self, storage: UntypedStorage) -> int | None: ...
     def peaks(self) -> dict[str, int]: ...
+    def look(self) -> dict: ...
     def stop(self) -> dict: ...
 
 
@@ -84,10 +85,13 @@ class CudaHistory:
         return {"allocated_peak_bytes": stats["allocated_bytes.all.peak"], "reserved_peak_bytes": stats["reserved_bytes.all.peak"],
                 "num_alloc_retries": stats["num_alloc_retries"], "num_ooms": stats["num_ooms"]}
 
+    def look(self) -> dict:
+        return torch.cuda.memory._snapshot(self.device)
+
     def stop(self) -> dict:
         with suppress(RuntimeError):  # a device that is lost: its history is the host's, and can still be read
             torch.cuda.synchronize(self.device)
-        raw = torch.cuda.memory._snapshot(self.device)
+        raw = self.look()
         torch.cuda.memory._record_memory_history(None)
         if self.keeps_metadata:
             self._set("")
@@ -218,10 +222,18 @@ class Recorder(Observer):
         self._take_peaks(self._step if error[0] else -1)
         self._read_clocks()
         self._raw = self._history.stop()
+        self.recording = self._read(self._raw)
+        self._look_back()
+
+    def _read(self, raw: dict) -> Recording:
         said = {"marks": self._marks, "declared": self._declared, "clock": self._clock,
                 "workspace_bytes": self._history.workspace_bytes, "source": getattr(self._history, "source", "recorder")}
-        self.recording = Recording.of(self._raw, self._history.device, said)
-        self._look_back()
+        return Recording.of(raw, self._history.device, said)
+
+    def so_far(self) -> pd.DataFrame:
+        """The timeline up to now, while it is still recorded: of a step that ran out of memory and has not unwound yet."""
+        self._read_clocks()
+        return self._read(self._history.look()).frame()
 
     def _look_back(self) -> None:
         if len(self.recording.snapshot.events) >= self._max_entries or self.recording.before:

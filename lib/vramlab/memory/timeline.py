@@ -5,7 +5,9 @@ A timeline is a frame as `Meter.frame` makes it, one row an event. Bytes are int
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -51,6 +53,14 @@ def peak(frame: pd.DataFrame, step: int | None = None) -> dict:
     row = frame.iloc[at]
     return {"peak_bytes": int(row["live_bytes"]), "phase": str(row["phase"]), "step": int(row["step"]),
             "categories": dict(categories.most_common()), "alive": alive}
+
+
+def owned(alive: Mapping[tuple[str, str, str], int], count: int) -> list[tuple[str, str, int]]:
+    """The `count` largest (category, module, bytes) of what is alive. Blocks are one: their number is written `*`."""
+    sizes: Counter = Counter()
+    for (module, category, _), size in alive.items():
+        sizes[category, re.sub(r"\b\d+\b", "*", module)] += size
+    return [(*owner, size) for owner, size in sizes.most_common(count)]
 
 
 def peak_owners(frame: pd.DataFrame, step: int | None = None) -> dict:
