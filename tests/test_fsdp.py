@@ -23,7 +23,7 @@ import vramlab
 from vramlab.axes.until import _InBackward
 from vramlab.baichuan import ModelSpec
 from vramlab.forecast import trace
-from vramlab.memory.meter import _common
+from vramlab.memory.modules import common
 from vramlab.memory.ranks import Stream, pretended_ranks
 from vramlab.memory.simulation import simulate
 from vramlab.memory.virtual import virtual_gpu
@@ -194,8 +194,8 @@ def test_collectives_are_a_category_with_a_colour():
 
 
 def test_a_storage_of_two_things_is_called_after_what_both_are_in():
-    assert _common("model.layers.3.mlp.up_proj.weight", "model.layers.3.self_attn.o_proj.weight") == "model.layers.3"
-    assert _common("lm_head.weight", "model.norm.weight") == "" and _common("a.b", "a.b") == "a.b"
+    assert common("model.layers.3.mlp.up_proj.weight", "model.layers.3.self_attn.o_proj.weight") == "model.layers.3"
+    assert common("lm_head.weight", "model.norm.weight") == "" and common("a.b", "a.b") == "a.b"
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from vramlab import peers
+from vramlab.environment import ROOT
 from vramlab.peers import PAIRS, Settings, bench, main, table
 from vramlab.regime import read_row, regime_row
 
@@ -95,3 +96,9 @@ def test_quiet_leaves_everything_as_it_was():
         assert torch.get_num_threads() == before[0] + 1
         warnings.warn("not heard", stacklevel=1)
     assert (torch.get_num_threads(), logging.getLogger("transformers").level, list(warnings.filters)) == before
+
+
+def test_the_readme_shows_the_recorded_result():
+    record = ROOT / "outputs" / "reference" / "bench" / "peers.json"
+    shown = (ROOT / "README.md").read_text().split("<!-- peers -->")[1].split("<!-- /peers -->")[0]
+    assert shown.strip() == table(json.loads(record.read_text()))
