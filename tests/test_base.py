@@ -87,7 +87,7 @@ def test_invented_documents_say_no_sentence_of_a_real_domain_and_a_claim_agrees_
 
 
 def test_the_recipe_still_reaches_its_score(tmp_path):
-    """The one slow test, some 250 seconds of one core: more threads would only wait for the tests beside it. Thresholds lie .04 under the worse of
-    two seeds on 500 items: likelihood .79 and .79, yes/no .80 and .71."""
+    """The one slow test, some 250 seconds of one core: more threads would only wait for the tests beside it. Thresholds lie .04
+    under the worse of two seeds on 500 items: likelihood .79 and .79, yes/no .80 and .71."""
     _, _, record = base_model(model_spec("tiny"), tmp_path, progress=False)
     assert record["general"]["likelihood"] > 0.75 and record["general"]["yesno"] > 0.66

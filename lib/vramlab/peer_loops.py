@@ -156,7 +156,7 @@ def peft_lora(adapters: Lora, **arguments) -> Loop:
     return loop
 
 
-def badam(blocks: Blocks) -> Loop:
+def badam(blocks: Blocks, checkpointing: bool = False) -> Loop:
     """BlockOptimizer around AdamW, as its authors show it, and torch's fused kernel; blocks from the bottom up."""
 
     def loop(job: Job, observer: Observer) -> Seen:
@@ -168,6 +168,8 @@ def badam(blocks: Blocks) -> Loop:
                                        switch_mode="ascending", verbose=0)
         seen = Seen()
         job.model.train()
+        if checkpointing:
+            job.model.gradient_checkpointing_enable({"use_reentrant": False})
         seen.begin()
         for batch in job.batches():
             loss = job.model(**batch, use_cache=False).loss
