@@ -11,7 +11,8 @@ import pytest
 
 from conftest import CHROMIUM
 from vramlab.cli import main
-from vramlab.report import build, figures, tables, words
+from vramlab.memory.ledger import Ledger
+from vramlab.report import build, figures, measured, tables, words
 from vramlab.runs import read_runs
 
 
@@ -157,3 +158,28 @@ def test_with_the_network_off_every_figure_is_drawn_and_nothing_is_wider_than_th
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != ground
     assert wrong == [] and count >= 7
     context.close()
+
+
+def test_a_cards_ledger_and_the_evidence_of_a_run_that_ran_out_are_sections(finished, tmp_path):
+    folder = tmp_path / "runs"
+    shutil.copytree(finished, folder)
+    ledger = Ledger({"weights": 3 << 20, "activations": 5 << 20}, 1 << 19, 2 << 20, None, 7 << 20, 20 << 20)
+    assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
+    evidence = {"source": "the simulated allocator", "phase": "backward", "asked_bytes": 9 << 20, "free_bytes": 1 << 20,
+                "capacity_bytes": 64 << 20, "reserved_bytes": 63 << 20, "allocated_bytes": 60 << 20,
+                "largest_free_block_bytes": 1 << 19,
+                "owners": [{"category": "weights", "module": "lm_head", "bytes": 40 << 20}], "said": "",
+                "would_fit": [{"change": "half the batch, 2", "regime": "lora", "kind": "predicted", "fits": True, "reason": "",
+                               "peak_reserved_bytes": 50 << 20}]}
+    for name, more in (("full-0", {"ledger": ledger.to_json()}), ("lora-0", {"oom": evidence})):
+        path = folder / name / "result.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+    assert measured.driver_ledgers(read_runs(folder)) == {"full": ledger}
+    page = build(folder).read_text()
+    assert "What the driver reports" in page and "the rest" in page and "2.50" in page  # 20 less 3, 5, .5, 2 and 7, in MiB
+    assert "lora, out of memory in backward: asked for 9.0 MiB, 1.0 MiB free of 64.0 MiB" in page
+    assert "40.0 MiB  weights lm_head" in page
+    row = tables.would_fit(read_runs(folder)).iloc[0]
+    assert (row["with"], row["reserved_mib"], row["verdict"]) == ("half the batch, 2", 50.0, "fits")
+    without = build(finished).read_text()
+    assert "What the driver reports" not in without and "Out of memory</h2>" not in without

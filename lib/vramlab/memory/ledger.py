@@ -62,6 +62,13 @@ class Ledger:
         said = {"context": f" ({self.context_source})" if self.context_source and self.context is not None else ""}
         return "\n".join(f"{name + said.get(name, ''):<44}{_mib(size):>14}" for name, size in self.rows())
 
+    @classmethod
+    def from_json(cls, kept: Mapping) -> Ledger:
+        """What `to_json` gave."""
+        parts = dict(kept["parts"])
+        own = {name: parts.pop(name.replace("_", " ")) for name in ("rounding", "cached", "context", "other_processes")}
+        return cls(parts, **own, used=kept["used"], context_source=kept["context_source"])
+
     def to_json(self) -> dict:
         return {"parts": dict(self.parts), "rest": self.rest, "rest_name": self.rest_name, "used": self.used,
                 "context_source": self.context_source}

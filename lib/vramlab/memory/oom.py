@@ -150,17 +150,22 @@ def record_of(error: BaseException) -> dict:
 
 
 def words(found: Mapping) -> str:
-    """A record in a few lines."""
-    def mib(name: str) -> str:
-        return "N/A" if found[name] is None else f"{found[name] / 2**20:,.1f} MiB"
-
-    lines = [f"out of memory in {found['phase'] or 'an unknown phase'}: asked for {mib('asked_bytes')}, {mib('free_bytes')} free "
-             f"of {mib('capacity_bytes')}; {mib('reserved_bytes')} reserved, {mib('allocated_bytes')} allocated, largest free "
-             f"block {mib('largest_free_block_bytes')} ({found['source']})"]
-    lines += [f"  {owner['bytes'] / 2**20:10,.1f} MiB  {owner['category']} {owner['module']}" for owner in found["owners"]]
-    lines += [f"  {found['said']}"] if found["said"] else []
+    """A record in a few lines, and what would have fitted."""
+    lines = evidence_words(found)
     for change in found.get("would_fit", ()):
         told = change["reason"] or (f"{change['peak_reserved_bytes'] / 2**20:,.1f} MiB reserved, "
                                     f"{'fits' if change['fits'] else 'does not fit'}, predicted")
         lines.append(f"  with {change['change']}: {told}")
     return "\n".join(lines)
+
+
+def evidence_words(found: Mapping) -> list[str]:
+    """What was asked for and what there was, in a line; then each owner; then what the record has to add."""
+    def mib(name: str) -> str:
+        return "N/A" if found[name] is None else f"{found[name] / 2**20:,.1f} MiB"
+
+    head = (f"out of memory in {found['phase'] or 'an unknown phase'}: asked for {mib('asked_bytes')}, {mib('free_bytes')} free "
+            f"of {mib('capacity_bytes')}; {mib('reserved_bytes')} reserved, {mib('allocated_bytes')} allocated, largest free "
+            f"block {mib('largest_free_block_bytes')} ({found['source']})")
+    owners = [f"  {owner['bytes'] / 2**20:10,.1f} MiB  {owner['category']} {owner['module']}" for owner in found["owners"]]
+    return [head, *owners, *([f"  {found['said']}"] if found["said"] else [])]

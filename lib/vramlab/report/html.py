@@ -16,8 +16,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from ..memory.oom import evidence_words
 from ..runs import Run, read_runs
-from . import figures, forecast_figures, forecasts, plan, tables, words
+from . import figures, forecast_figures, forecasts, measured, plan, tables, words
 from .forecasts import Forecasts
 
 HERE = Path(__file__).parent
@@ -61,7 +62,7 @@ def _sections(runs: Sequence[Run]) -> list[Section]:
     done = [run for run in runs if run.ok]
     summary = tables.summary(runs)
     if not done:
-        return [Section("Runs", "No run finished; the reasons are here.", None, summary)]
+        return [Section("Runs", "No run finished; the reasons are here.", None, summary), *_ran_out(runs)]
     traced = [run for run in done if run.has_timeline]
     owners = pd.DataFrame([{"regime": run.name, "phase": run.result["peak"]["phase"], **owner}
                            for run in traced for owner in run.result["peak"]["owners"]])
@@ -81,7 +82,22 @@ def _sections(runs: Sequence[Run]) -> list[Section]:
                 figures.differences(done), tables.against_reference(done)),
         Section("Training", "Regimes that change no arithmetic lie on one line.", figures.losses(done), tables.recalls(done)),
     ]
-    return found
+    return [*found, *_driver(done), *_ran_out(runs)]
+
+
+def _driver(done: Sequence[Run]) -> list[Section]:
+    named = measured.driver_ledgers(done)
+    return [Section("What the driver reports", "At the peak of the recorded steps: what is asked for by category, what the "
+                    "allocator adds by rounding and caching, the context, other processes, and the rest, which nothing explains.",
+                    measured.ledgers(named), measured.ledger_table(named).reset_index(names="part"))] if named else []
+
+
+def _ran_out(runs: Sequence[Run]) -> list[Section]:
+    records = {run.name: run.result["oom"] for run in runs if run.result.get("oom")}
+    return [Section("Out of memory", "What was asked for, what there was, who held the rest. The table has forecasts of the same "
+                    "step with one thing changed; none of them was run.", None, tables.would_fit(runs),
+                    said=[f"{name}, {line.strip()}" for name, found in records.items() for line in evidence_words(found)[:6]])
+            ] if records else []
 
 
 def forecast_sections(said: Forecasts) -> list[Section]:

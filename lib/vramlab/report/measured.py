@@ -117,6 +117,11 @@ def divergence_words(one: Divergence) -> str:
     return f"{one.bytes:,} bytes, {one.op or 'an allocation'}{where} in {one.phase}, {one.what}"
 
 
+def driver_ledgers(runs: Sequence[Run]) -> dict[str, Ledger]:
+    """The ledger of each run that has one: of a card, whose driver was asked."""
+    return {run.name: Ledger.from_json(run.result["ledger"]) for run in runs if run.result.get("ledger")}
+
+
 def ledgers(named: Mapping[str, Ledger]) -> go.Figure:
     """What the driver reports, taken apart, a bar each; the rest is drawn too, and what was not measured is said."""
     figure = _figure("What the driver reports, and what it is made of", barmode="relative", yaxis_title="MiB")

@@ -125,3 +125,12 @@ def curve(run: Run, points: int = 500) -> pd.DataFrame:
     bins = np.arange(len(frame)) * points // max(1, len(frame))
     keep = wide.groupby(bins)["live"].idxmax()
     return wide.loc[keep].reset_index(drop=True)
+
+
+def would_fit(runs: Sequence[Run]) -> pd.DataFrame:
+    """Of each run that ran out of memory and left evidence: what was changed in a forecast of it, its peak, whether that fits."""
+    rows = [{"regime": run.name, "with": change["change"], "row": change.get("regime", ""), "kind": change.get("kind", ""),
+             "reserved_mib": change["peak_reserved_bytes"] / MIB if change.get("peak_reserved_bytes") else None,
+             "verdict": change["reason"] or ("fits" if change["fits"] else "does not fit")}
+            for run in runs for change in run.result.get("oom", {}).get("would_fit", ())]
+    return pd.DataFrame(rows, columns=["regime", "with", "row", "kind", "reserved_mib", "verdict"])
