@@ -75,7 +75,7 @@ def test_on_a_cpu_every_forecast_is_exact_and_every_cell_ends_as_it_should(check
     assert (measured["measured_allocated_bytes"] == measured["predicted_allocated_bytes"]).all()
     assert (measured["tokens_per_s"] > 0).all() and (measured["step_s"] > 0).all()
     told = json.loads((folder / "summary.json").read_text())
-    assert told["allocated"] == {"n": 2, "median": 0.0, "worst": 0.0, "under_share": 0.0} and told["reserved"]["n"] == 0
+    assert told["allocated"]["n"] == 2 and told["allocated"]["worst_error"] == 0.0 and told["reserved"]["n"] == 0
 
 
 def test_what_the_machine_lacks_is_left_out_and_said(checked):
@@ -284,8 +284,9 @@ def test_errors_are_predicted_over_measured_and_the_summary_is_their_median_and_
     assert first["nvml_error"] == 0.0 and first["j_per_1000_tokens"] == 25.0
     assert first["mfu"] == pytest.approx(3e12 / 0.01 / 989.4e12)
     total = gpu_table.summary(table)
-    assert total["allocated"] == {"n": 2, "median": pytest.approx(0.015), "worst": pytest.approx(0.02), "under_share": 0.5}
-    assert total["false_refusals"] == {"n": 1, "share": 0.0} and total["ran_out_unforeseen"]["share"] == pytest.approx(1 / 3)
+    assert total["allocated"] == {"n": 2, "median_error": pytest.approx(0.015), "worst_error": pytest.approx(0.02),
+                                  "under_rate": 0.5, "under_rate_beyond": 0.5}
+    assert total["fits"] == {"n": 4, "false_refusal_rate": 0.0, "false_promise_rate": 0.5}  # of the two that ran out, one
     assert gpu_table.summary(gpu_table.table([], None))["reserved"]["n"] == 0
 
 

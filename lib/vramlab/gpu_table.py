@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from . import agreement
 from .cards import Card
 from .gpu_plan import Cell
 
@@ -59,24 +60,11 @@ def _over_trainer(cell: Cell, kept: Mapping, by_name: Mapping[str, Mapping]) -> 
 
 
 def summary(rows: pd.DataFrame) -> dict:
-    """Median and worst absolute error of each peak with its number of cells, the share of under-estimates, of cells forecast not
-    to fit that fitted, and of those forecast to fit that ran out. None where nothing was measured."""
-    measured = rows[(rows["does"] == "measure")] if len(rows) else rows
-    answer: dict = {"cells": len(rows)}
-    for name in ("allocated", "reserved", "nvml"):
-        errors = measured[f"{name}_error"].dropna().astype(float) if len(measured) else pd.Series(dtype=float)
-        answer[name] = {"n": len(errors), "median": _or_none(errors.abs().median()), "worst": _or_none(errors.abs().max()),
-                        "under_share": _or_none((errors < -0.005).mean())}
-    refused = measured[measured["predicted_fits"].eq(False)] if len(measured) else measured
-    fitting = measured[measured["predicted_fits"].eq(True) & ~measured["on_purpose"]] if len(measured) else measured
-    answer["false_refusals"] = {"n": len(refused), "share": _or_none((refused["outcome"] == "ok").mean()) if len(refused) else None}
-    answer["ran_out_unforeseen"] = {"n": len(fitting),
-                                    "share": _or_none((fitting["outcome"] == "oom").mean()) if len(fitting) else None}
-    return answer
-
-
-def _or_none(value: float) -> float | None:
-    return None if pd.isna(value) else float(value)
+    """`agreement.summary` of the cells that measured a row: errors of each peak, and what was refused or promised falsely."""
+    ended = {"ok": True, "oom": False}
+    told = [{**row, "regime": row["cell"], "measured_fits": ended.get(row["outcome"])}
+            for row in rows.to_dict("records") if row["does"] == "measure"]
+    return {"cells": len(rows), **agreement.summary(told)}
 
 
 def line(cell: Cell, kept: Mapping) -> str:
@@ -97,14 +85,14 @@ def text(rows: pd.DataFrame, total: Mapping, machine: Mapping, card: Card | None
     for _, row in rows.iterrows():
         ended = row["outcome"] + (" (on purpose)" if row["on_purpose"] and row["outcome"] == "oom" else "")
         lines.append(f"| {row['cell']} | {ended} | " + " | ".join(_cell(name, row[name]) for _, name in COLUMNS) + " |")
-    for name in ("allocated", "reserved", "nvml"):
+    for name in agreement.PEAKS:
         told = total[name]
         lines.append(f"{name} peak: " + ("N/A, nothing measured" if not told["n"] else
-                     f"median error {told['median']:.3%}, worst {told['worst']:.3%}, under by more than 0.5 % "
-                     f"{told['under_share']:.0%}, n = {told['n']}"))
-    for name in ("false_refusals", "ran_out_unforeseen"):
-        share = total[name]["share"]
-        lines.append(f"{name.replace('_', ' ')}: " + ("N/A" if share is None else f"{share:.0%} of {total[name]['n']}"))
+                     f"median error {told['median_error']:.3%}, worst {told['worst_error']:.3%}, under by more than "
+                     f"{agreement.TOLERANCE:.1%} {told['under_rate_beyond']:.0%}, n = {told['n']}"))
+    for name, of in (("false_refusal_rate", "that ran"), ("false_promise_rate", "that ran out")):
+        rate = total["fits"][name]
+        lines.append(f"{name.replace('_', ' ')}, of those {of}: " + ("N/A" if rate is None else f"{rate:.0%}"))
     rates = (f"; MFU of {card.bf16_tflops:.0f} TFLOPS, {card.source['rates']}" if card
              else "; no GPU: measured on CPU, requested bytes")
     return "\n".join([*lines, f"{machine['name']}, driver {machine['driver']}, torch {machine['versions']['torch']}{rates}"])
