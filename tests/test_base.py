@@ -86,8 +86,10 @@ def test_invented_documents_say_no_sentence_of_a_real_domain_and_a_claim_agrees_
         assert agrees[row, place - 1] == float(batch["input_ids"][row, place + 1] == yes) and agrees[row, place].isnan()
 
 
-def test_the_recipe_still_reaches_its_score(tmp_path):
-    """The one slow test, some 250 seconds of one core: more threads would only wait for the tests beside it. Thresholds lie .04
-    under the worse of two seeds on 500 items: likelihood .79 and .79, yes/no .80 and .71."""
-    _, _, record = base_model(model_spec("tiny"), tmp_path, progress=False)
-    assert record["general"]["likelihood"] > 0.75 and record["general"]["yesno"] > 0.66
+def test_half_the_recipe_still_reaches_its_score(tmp_path):
+    """The one slow test, some 180 seconds of one core: the standard recipe with half of its last stage. On 500 items it reached
+    likelihood .79 and yes/no .66, the whole recipe .79 and, by seed, .80 or .71. Thresholds lie .04 and, for what depends on the
+    seed, .08 under that. What the whole recipe reached is in its record, which the report prints."""
+    recipe = Recipe(general_steps=Recipe().general_steps // 2)
+    _, _, record = base_model(model_spec("tiny"), tmp_path, recipe, progress=False)
+    assert record["general"]["likelihood"] > 0.75 and record["general"]["yesno"] > 0.58

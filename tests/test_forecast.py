@@ -145,8 +145,7 @@ def test_modes_agree_on_what_is_not_a_kernels_choice(model):
     assert vgpu.peak_bytes - vgpu.ledger["workspace"] == pytest.approx(cpu.peak_bytes, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["zero_shot", "mixed", "bf16_sr", "adafactor", "adam4bit", "galore_layerwise", "dora", "qlora",
-                                  "mezo", "prefix", "lisa", "fsdp", "host_weights", "approx_residual", "offload", "prompt"])
+@pytest.mark.parametrize("name", ["mixed", "adam4bit", "galore_layerwise", "qlora", "lisa", "fsdp", "host_weights"])
 def test_remembered_shapes_change_nothing(name, monkeypatch):
     """The same timeline with every operation worked out anew; and most operations were not."""
     outputs, asked, worked_out = Shapes.outputs, [], []
