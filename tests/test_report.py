@@ -178,7 +178,7 @@ def test_a_cards_ledger_and_the_evidence_of_a_run_that_ran_out_are_sections(fini
     page = build(folder).read_text()
     assert "What the driver reports" in page and "the rest" in page and "2.50" in page  # 20 less 3, 5, .5, 2 and 7, in MiB
     assert "lora, out of memory in backward: asked for 9.0 MiB, 1.0 MiB free of 64.0 MiB" in page
-    assert "40.0 MiB  weights lm_head" in page
+    assert "40.0 MiB  weights lm_head" in page and "lora, predicted to fit: with half the batch, 2" in page
     row = tables.would_fit(read_runs(folder)).iloc[0]
     assert (row["with"], row["reserved_mib"], row["verdict"]) == ("half the batch, 2", 50.0, "fits")
     without = build(finished).read_text()

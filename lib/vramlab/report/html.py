@@ -96,8 +96,13 @@ def _ran_out(runs: Sequence[Run]) -> list[Section]:
     records = {run.name: run.result["oom"] for run in runs if run.result.get("oom")}
     return [Section("Out of memory", "What was asked for, what there was, who held the rest. The table has forecasts of the same "
                     "step with one thing changed; none of them was run.", None, tables.would_fit(runs),
-                    said=[f"{name}, {line.strip()}" for name, found in records.items() for line in evidence_words(found)[:6]])
-            ] if records else []
+                    said=[f"{name}, {line.strip()}" for name, found in records.items()
+                          for line in (*evidence_words(found)[:6], *_fitting(found))])] if records else []
+
+
+def _fitting(found: dict) -> list[str]:
+    fits = [change["change"] for change in found.get("would_fit", ()) if change["fits"]]
+    return [f"predicted to fit: with {'; or '.join(fits)}"] if fits else []
 
 
 def forecast_sections(said: Forecasts) -> list[Section]:
