@@ -101,8 +101,9 @@ def _ran_out(runs: Sequence[Run]) -> list[Section]:
 
 
 def _fitting(found: dict) -> list[str]:
-    fits = [change["change"] for change in found.get("would_fit", ()) if change["fits"]]
-    return [f"predicted to fit: with {'; or '.join(fits)}"] if fits else []
+    asked = found.get("would_fit", ())
+    fits = [change["change"] for change in asked if change["fits"]]
+    return [f"predicted to fit: with {'; or '.join(fits)}" if fits else "none of the changes is predicted to fit"] if asked else []
 
 
 def forecast_sections(said: Forecasts) -> list[Section]:
