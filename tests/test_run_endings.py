@@ -158,7 +158,7 @@ def full_for(monkeypatch, tmp_path):
 
     def fill(name: str) -> None:
         def then(*given):
-            (tmp_path / "r" / f"{name}.part").symlink_to(FULL)
+            (tmp_path / "r" / f"{name}.{os.getpid()}.part").symlink_to(FULL)
             return learn(*given)
 
         monkeypatch.setattr(passes, "learn", then)

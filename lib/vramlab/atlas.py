@@ -32,6 +32,7 @@ import yaml
 
 from . import scaling, summary
 from .cards import Card, read_cards
+from .files import write_whole
 from .memory.settings import Settings
 from .passes import model_spec
 from .predict import CACHE, Question, traced_step
@@ -209,9 +210,7 @@ class Keep:
         if self.cache_dir is not None:
             path = self._path(question)
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{path.name}.{os.getpid()}")
-            part.write_text(json.dumps(made, separators=(",", ":")))
-            os.replace(part, path)
+            write_whole(path, json.dumps(made, separators=(",", ":")))
         return {**_named(question), **made}
 
 

@@ -81,6 +81,7 @@ def _sweep(args) -> int:
 def _chart(path: Path, folder: Path, quiet: bool) -> dict:
     """The atlas of `path`, written into `folder` for the report."""
     from .atlas import chart, read_atlas
+    from .files import write_whole
     from .worlds import chart_worlds
 
     asked = read_atlas(path)
@@ -88,9 +89,7 @@ def _chart(path: Path, folder: Path, quiet: bool) -> dict:
     if asked.worlds:
         content["worlds"] = chart_worlds(asked, progress=not quiet)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "forecast.json.part"
-    partial.write_text(json.dumps(content, separators=(",", ":")))
-    partial.replace(folder / "forecast.json")
+    write_whole(folder / "forecast.json", json.dumps(content, separators=(",", ":")))
     return content
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from . import gpu_peers, run
+from .files import write_whole
 from .forecast import shown
 from .gpu_model import batches, describe, random_model
 from .memory import nvml, oom
@@ -247,7 +248,7 @@ def main() -> None:
     with _evidence(result):
         result |= DOES[asked["does"]](asked)
     told = {name: value for name, value in asked.items() if name not in ("folder", "budget_s")}
-    run.write_whole(folder / "result.json", json.dumps({**told, **result, "took_s": time.perf_counter() - began}, indent=1))
+    write_whole(folder / "result.json", json.dumps({**told, **result, "took_s": time.perf_counter() - began}, indent=1))
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ import pandas as pd
 
 from . import gpu_plan, gpu_table
 from .environment import ROOT
+from .files import write_whole
 from .fitting import limited
 from .gpu_plan import Cell
 from .memory.oom import words
-from .run import write_whole
 
 TINY = ("zero_shot", "full", "mixed", "checkpoint", "offload", "lora", "lomo", "badam", "chunkft")
 """The rows of params/quick.yml."""

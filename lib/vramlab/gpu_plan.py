@@ -23,12 +23,12 @@ import torch
 from .atlas import Atlas
 from .cards import Card, read_cards
 from .expectation import STORED, parameters
+from .files import write_whole
 from .fitting import what_fits
 from .forecast import trace
 from .gpu_peers import ROWS
 from .memory.simulation import simulate
 from .predict import CACHE, Question, _code, forecast
-from .run import write_whole
 
 FIRST = ("lora", "bf16", "lomo", "checkpoint", "adam8bit", "badam", "chunkft_128", "lora_checkpoint", "mezo", "mixed", "offload",
          "adalomo", "adafactor_backward", "qlora", "zero_shot", "approx_residual", "apollo", "host_state", "host_weights", "full")

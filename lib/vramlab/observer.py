@@ -76,6 +76,26 @@ class Observer:
         """The step is over."""
 
 
+class GradientsToo(Observer):
+    """Declares each trained leaf's gradient when it is whole. A part of observers that are told what tensors are for."""
+
+    def __init__(self) -> None:
+        self._hooks: list = []
+
+    def trains(self, named_leaves: Iterable[tuple[str, Tensor]]) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        for name, leaf in named_leaves:
+            self._hooks.append(leaf.register_post_accumulate_grad_hook(self._whole_gradient(name)))
+
+    def _whole_gradient(self, name: str):
+        def hook(leaf: Tensor) -> None:
+            if leaf.grad is not None:  # else it was taken in rows, and torch says so by the same hook
+                self.own("gradients", [(name, leaf.grad)])
+
+        return hook
+
+
 class Clock(Observer):
     """Wall time of each phase of each step, in seconds, from one monotonic clock.
 

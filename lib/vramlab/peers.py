@@ -30,13 +30,13 @@ import torch
 
 from . import environment
 from .baichuan import BaichuanForCausalLM
+from .files import write_whole
 from .memory.meter import Meter
 from .observer import Observer
 from .passes import model_spec
 from .peer_loops import Job, Loop, Seen, badam, hugging_face, ours, peft_lora
 from .progress import bar
 from .regime import IllegalRegime, Regime, read_row, regime_row
-from .run import write_whole
 
 SCHEMA = 1
 RESULT = environment.ROOT / "outputs" / "bench" / "peers.json"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import torch
 from .baichuan import ModelSpec
 from .cards import Card
 from .environment import ROOT
+from .files import write_table, write_whole
 from .forecast import Trace, trace
 from .memory.kernels import AMPERE, Architecture
 from .memory.settings import Settings
@@ -227,13 +227,10 @@ def _write(made: Trace, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     frame = made.frame.drop(columns="t_s")
     frame = frame.astype({name: "category" for name in frame.select_dtypes(exclude="number")})
-    frame.to_parquet(folder / f"frame.{os.getpid()}", compression="zstd")
-    os.replace(folder / f"frame.{os.getpid()}", folder / "frame.parquet")
+    write_table(frame, folder / "frame.parquet", compression="zstd")
     rest = {field.name: getattr(made, field.name) for field in dataclasses.fields(made) if field.name != "frame"}
     rest["alive"] = [[*owner, size] for owner, size in made.alive.items()]
-    partial = folder / f"trace.{os.getpid()}"
-    partial.write_text(json.dumps(rest))
-    os.replace(partial, folder / "trace.json")
+    write_whole(folder / "trace.json", json.dumps(rest))
 
 
 def _read(folder: Path) -> Trace:

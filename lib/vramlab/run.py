@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from .axes.place import alone
 from .factcc.baselines import baseline_scores
 from .factcc.scoring import score_items
 from .factcc.statistics import summarise
+from .files import write_table, write_whole
 from .memory import oom
 from .memory.energy import per_tokens
 from .memory.nvml import find
@@ -210,26 +211,6 @@ def _score(model, prepared, params: dict, progress: bool) -> pd.DataFrame:
         frame = score_items(model, prepared.tokenizer, items, batch_size=64, max_length=params["max_length"],
                             progress=shown.update)
     return frame.merge(baseline_scores(prepared.data.train, items), on="uid", validate="one_to_one")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    _write(path, lambda partial: partial.write_text(text))
-
-
-def write_table(frame: pd.DataFrame, path: Path) -> None:
-    """A parquet file, whole or not at all."""
-    _write(path, frame.to_parquet)
-
-
-def _write(path: Path, fill: Callable[[Path], object]) -> None:
-    partial = path.with_name(path.name + ".part")
-    try:
-        fill(partial)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _reserve(path: Path) -> None:

@@ -24,8 +24,9 @@ from pathlib import Path
 import yaml
 
 from .environment import ROOT
+from .files import write_whole
 from .passes import model_spec, pretrained
-from .run import KNOWN_PARAMETERS, SCHEMA, config_hash, run_id, write_whole
+from .run import KNOWN_PARAMETERS, SCHEMA, config_hash, run_id
 from .runs import KILLED
 
 KEYS = {"name", "notebook", "defaults", "grid"}

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from ..axes.place import local
-from ..observer import Observer, recomputing
+from ..observer import GradientsToo, recomputing
 from . import timeline
 from .kernels import Workspaces
 from .modules import Modules, common
@@ -52,7 +52,7 @@ class _Death(weakref.ref):
     __slots__ = ("key",)
 
 
-class Meter(Observer):
+class Meter(GradientsToo):
     """Collects events while it is entered, once. Tensors declared before that (`own`) are adopted with phase `init`.
 
     Where the device is not the CPU, `device_type` says so: storages on another device are host memory, as are those
@@ -63,6 +63,7 @@ class Meter(Observer):
 
     def __init__(self, device_type: str | None = None, workspaces: Workspaces | None = None, work: Work | None = None,
                  stream: Callable[[], int] = lambda: 0):
+        super().__init__()
         self._events: list[tuple[float, int, str, _Storage, int, str, int]] = []
         self._alive: dict[int, _Storage] = {}
         self._deaths: dict[int, _Death] = {}
@@ -71,7 +72,6 @@ class Meter(Observer):
         self._place, self._last_phase = "device", ""
         self._device_type, self._workspaces, self._work, self._stream = device_type, workspaces, work, stream
         self._modules = Modules()
-        self._hooks: list = []
         self._entered = ExitStack()
 
     # what the trainer says ------------------------------------------------------------------------------------------
@@ -100,19 +100,6 @@ class Meter(Observer):
             if record.category not in ("weights", "inputs"):
                 record.module = common(record.module, name) if record.category == category else name
                 record.category = category
-
-    def trains(self, named_leaves: Iterable[tuple[str, Tensor]]) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
-        for name, leaf in named_leaves:
-            self._hooks.append(leaf.register_post_accumulate_grad_hook(self._whole_gradient(name)))
-
-    def _whole_gradient(self, name: str):
-        def hook(leaf: Tensor) -> None:
-            if leaf.grad is not None:  # else it was taken in rows, and torch says so by the same hook
-                self.own("gradients", [(name, leaf.grad)])
-
-        return hook
 
     # what happens ---------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from ..axes.place import local
-from ..observer import Observer, recomputing
+from ..observer import GradientsToo, recomputing
 from . import timeline
 from .kernels import matrix_workspace_bytes
 from .meter import Meter
@@ -109,11 +109,12 @@ class _Told(Modules):
         self._told()
 
 
-class Recorder(Observer):
+class Recorder(GradientsToo):
     """Records while it is entered, once; enter it before the model is made. `max_entries` bounds the history: of a longer run its
     end is kept, and `said` tells. Leaving by an error, out of memory too, keeps what was recorded."""
 
     def __init__(self, device: str | torch.device = "cuda", max_entries: int = MAX_ENTRIES, history: History | None = None):
+        super().__init__()
         self._history: Any = history or CudaHistory(device)
         self._max_entries = max_entries
         self._marks: list[tuple[int, str, str, int, int]] = []
@@ -121,7 +122,6 @@ class Recorder(Observer):
         self._clock: list[tuple[int, float]] = []
         self._step, self._phase, self._span = 0, "init", 0
         self._modules = _Told(self._mark)
-        self._hooks: list = []
         self._resizable: dict[int, tuple[str, str]] = {}
         self._entered = ExitStack()
         self.peaks: list[dict] = []
@@ -167,19 +167,6 @@ class Recorder(Observer):
         if storage.nbytes() and storage._cdata in self._resizable:
             self._declare(len(self._marks) - 1, storage, *self._resizable[storage._cdata])
             self._mark()
-
-    def trains(self, named_leaves: Iterable[tuple[str, Tensor]]) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
-        for name, leaf in named_leaves:
-            self._hooks.append(leaf.register_post_accumulate_grad_hook(self._whole_gradient(name)))
-
-    def _whole_gradient(self, name: str):
-        def hook(leaf: Tensor) -> None:
-            if leaf.grad is not None:
-                self.own("gradients", [(name, leaf.grad)])
-
-        return hook
 
     # marks ----------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ import base64
 import gzip
 import html
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from ..files import write_whole
 from ..memory.oom import evidence_words
 from ..runs import Run, read_runs
 from . import figures, forecast_figures, forecasts, measured, plan, tables, words
@@ -52,9 +52,7 @@ def build(folder: Path | str) -> Path:
     page = _page(Path(folder).name, runs, sections, [*words.caveats(runs), *(forecasts.CAVEATS if said else [])])
     if len(page.encode()) > LIMIT_BYTES:
         raise ValueError(f"the report has {len(page.encode()):,} bytes, more than {LIMIT_BYTES:,}: make it of fewer runs")
-    partial = path.with_name("report.html.part")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, page)
     return path
 
 
