@@ -53,7 +53,8 @@ class Cell:
 
 
 def read_sweep(path: Path | str, out: Path | str | None = None) -> tuple[Path, Path, list[Cell]]:
-    """(notebook, output folder, cells) of a sweep file, every combination of its grid over its defaults.
+    """(notebook, output folder, cells) of a sweep file, every combination of its grid over its defaults. The values of the grid's
+    axis `with` are several parameters each.
 
     Raises: FileNotFoundError; ValueError, for an unknown key, an empty grid axis or parameters that no run has.
     """
@@ -68,12 +69,17 @@ def read_sweep(path: Path | str, out: Path | str | None = None) -> tuple[Path, P
     empty = [axis for axis, values in spec["grid"].items() if not isinstance(values, list) or not values]
     if empty:
         raise ValueError(f"{path}: grid.{empty[0]} is {spec['grid'][empty[0]]!r}: give a list of values")
+    alone = [value for value in spec["grid"].get("with", ()) if not isinstance(value, dict)]
+    if alone:
+        raise ValueError(f"{path}: grid.with has {alone[0]!r}: each is several parameters, as {{regime: lomo, lr: 0.01}}")
     folder = Path(out) if out else Path("outputs") / spec.get("name", path.stem)
     notebook = Path(spec.get("notebook", "notebooks/finetune.ipynb"))
     notebook = notebook if notebook.exists() else ROOT / notebook
     cells = []
     for values in itertools.product(*spec["grid"].values()):
-        params = {**(spec.get("defaults") or {}), **dict(zip(spec["grid"], values, strict=True))}
+        params = dict(spec.get("defaults") or {})
+        for axis, value in zip(spec["grid"], values, strict=True):
+            params |= value if axis == "with" else {axis: value}
         name = run_id(params)
         cells.append(Cell(name, params, folder / name))
     return notebook, folder, cells
