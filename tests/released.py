@@ -10,6 +10,10 @@ from safetensors.torch import save_file
 
 from vramlab.baichuan.tokenizer import train_tokenizer
 
+FACTCC = {"train": "unpaired_generated_data/data-original/data-train.jsonl",
+          "val": "unpaired_annotated_data/val/data-dev.jsonl", "test": "unpaired_annotated_data/test/data-dev.jsonl"}
+"""Where its release keeps the claims; the annotated files are both called data-dev."""
+
 
 def checkpoint(folder, model, shards=1, safe=False, dtype=torch.bfloat16, **config):
     """Write `model` the way the published repositories look: config.json, shards, index, a rotary buffer in the file."""
@@ -49,10 +53,8 @@ def tokenizer(folder: Path, texts: list[str], size: int) -> None:
 
 def factcc(folder: Path, rows: dict[str, list[dict]], stories: dict[str, str]) -> None:
     """FactCC's release, which has no articles, and a folder of CNN/DM stories."""
-    places = {"train": "unpaired_generated_data/data-original/data-train.jsonl", "val": "unpaired_annotated_data/val/data-dev.jsonl",
-              "test": "unpaired_annotated_data/test/data-dev.jsonl"}
     for split, lines in rows.items():
-        file = folder / "factcc" / places[split]
+        file = folder / "factcc" / FACTCC[split]
         file.parent.mkdir(parents=True)
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name, text in stories.items():

@@ -144,7 +144,8 @@ def wilson(count: int, n: int) -> tuple[float, float]:
         return math.nan, math.nan
     z, share = NormalDist().inv_cdf((1 + LEVEL) / 2), count / n
     middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return tuple((middle + side * half) / (1 + z * z / n) for side in (-1, 1))
+    low, high = ((middle + side * half) / (1 + z * z / n) for side in (-1, 1))
+    return (low if count else 0.0), (high if count < n else 1.0)  # exact there, where rounding is not
 
 
 def mcnemar_exact(only_one: int, only_other: int) -> float:
