@@ -39,6 +39,7 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "model": "tiny",
     "train_domain": "news",
     "test_domains": "",
+    "test_shifts": "",
     "items": "",
     "steps": 150,
     "batch_size": 16,
@@ -56,14 +57,17 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "measure": True,
     "limit_mib": 0.0,
     "weights": "",
+    "axes": {},
     "generate": 0,
     "checker": "",
 }
-"""Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data; `test_domains: ""`
-is all; `threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes out;
-`limit_mib` is all the device has for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is;
-`weights` is the storage type of a row that names none, for example "bf16"; `generate` is how many test documents of each domain and
-shift the trained model writes a claim for, 0 leaves that out; `checker` is the folder of a published judge of those claims."""
+"""Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data; `test_domains: ""` is all,
+of generated data beside the training domain, and so is `test_shifts: ""`, of generated data, of none, mild and moderate;
+`threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes out; `limit_mib` is all the device has
+for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is; `weights` is the storage type of a row
+that names none, for example "bf16"; `axes` are answers in place of the row's, as a row says them, for example
+{"trains": {"chunks": {"count": 64}}, "clip": 1.0}; `generate` is how many test documents of each domain and shift the trained
+model writes a claim for, 0 leaves that out; `checker` is the folder of a published judge of those claims."""
 
 
 def resolve(params: Mapping) -> dict:
@@ -169,11 +173,13 @@ def _passes(params: dict, folder: Path, progress: bool) -> dict:
         measured = beside.submit(_measured, params) if params["measure"] else None
         scores = exam.score(trained, prepared, progress)
         written = exam.write(trained, prepared, progress) if params["generate"] else None
+        weights_hash = environment.weights_hash(trained)
         del trained
         write_table(scores, folder / "scores.parquet")
         write_table(summarise(scores), folder / "accuracy.parquet")
         result = {**learned.result, "energy": per_tokens(passes.warm(learned.steps), sampler.frame()), "nvml": seen,
-                  "base": prepared.base_record, "host_bytes": 0, "truncated_share": float(scores["truncated"].mean()),
+                  "base": prepared.base_record, "weights_hash": weights_hash, "host_bytes": 0,
+                  "truncated_share": float(scores["truncated"].mean()),
                   "problems": prepared.data.problems, "notes": passes.notes(prepared)}
         if written:
             result["generation"] = exam.judge(*written, params, folder, progress)
