@@ -18,7 +18,7 @@ from .passes import Prepared
 from .progress import bar
 
 SCORED_TOKENS, WRITTEN_TOKENS = 64 * 256, 32 * 256
-"""Of a batch, at most, so that a card that holds the training step holds these too. Writing keeps every token's keys and values."""
+"""Of a batch, at most: beside the 7B's weights some 2 and 5 GiB. Writing keeps every token's keys and values, half a MiB each."""
 
 
 def score(model: nn.Module, prepared: Prepared, progress: bool) -> pd.DataFrame:
