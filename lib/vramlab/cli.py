@@ -197,7 +197,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--regime", default="full", help="a row of params/regimes.yml")
     sub.add_argument("--seq", type=int, default=1024, help="tokens a row")
     sub.add_argument("--batch", type=int, default=1, help="rows a micro-batch")
-    sub.add_argument("--weights", choices=("fp32", "mixed", "bf16", "bf16_sr", "master"), help="another storage type than the row's own")
+    sub.add_argument("--weights", choices=("fp32", "mixed", "bf16", "bf16_sr", "master"),
+                     help="another storage type than the row's own")
     sub.add_argument("--world", type=int, default=1, help="ranks of a sharded regime; the forecast is one rank's")
     sub.add_argument("--card", help="a card of params/cards.yml, for example rtx4090")
     sub.add_argument("--allocator", metavar="CONF", help="as in PYTORCH_ALLOC_CONF, for example expandable_segments:True")
