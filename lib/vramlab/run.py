@@ -92,9 +92,12 @@ def resolve(params: Mapping) -> dict:
 
 
 def config_hash(params: Mapping) -> str:
-    """Hash of everything that decides the run's numbers: parameters, the row, the model's file and the data on disk."""
+    """Hash of everything that decides the run's numbers: parameters, the row, the model's file and the data on disk. Of the
+    parameters, those that are not at their default, so that one more parameter renames no run; another default is another
+    `SCHEMA`."""
     full = resolve(params)
-    content = {"schema": SCHEMA, "params": full, "model": passes.model_spec(full["model"]).fingerprint(),
+    said = {name: value for name, value in full.items() if name not in KNOWN_PARAMETERS or value != KNOWN_PARAMETERS[name]}
+    content = {"schema": SCHEMA, "params": said, "model": passes.model_spec(full["model"]).fingerprint(),
                "items": _files(full["items"])}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
