@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,15 +36,23 @@ def _generated(params: Mapping) -> Dataset:
     domain, seed = params["train_domain"], params["data_seed"]
     if domain not in DOMAINS:
         raise ValueError(f"train_domain is {domain!r}: the generator has {', '.join(DOMAINS)}")
-    test = [item for shift in IN_DOMAIN_SHIFTS
+    test = [item for shift in _chosen("test_shifts", params["test_shifts"], IN_DOMAIN_SHIFTS)
             for item in generate_items(domain, "test", params["test_items"], seed, shift=shift)]
-    for other in DOMAINS:
+    for other in _chosen("test_domains", params["test_domains"], DOMAINS):
         if other != domain:
             test += [replace(item, shift="severe")
                      for item in generate_items(other, "test", params["test_items"], seed)]
     several = GeneratorConfig(claims=CLAIMS_PER_SEQUENCE)
     return Dataset(generate_items(domain, "train", params["train_items"], seed, config=several),
                    generate_items(domain, "val", params["val_items"], seed), test, [])
+
+
+def _chosen(name: str, said: str, known: Sequence[str]) -> list[str]:
+    """The comma-separated names in `said`; empty is all. Raises: ValueError, for one that there is not."""
+    wanted = [word.strip() for word in said.split(",") if word.strip()] or list(known)
+    if missing := sorted(set(wanted) - set(known)):
+        raise ValueError(f"{name} has {', '.join(missing)}: there are {', '.join(known)}")
+    return wanted
 
 
 def _read(params: Mapping) -> Dataset:
@@ -62,10 +70,7 @@ def _read(params: Mapping) -> Dataset:
     known = sorted({item.domain for item in items})
     if domain not in known:
         raise ValueError(f"train_domain is {domain!r}: {path.name} has {', '.join(known)}")
-    wanted = [name.strip() for name in params["test_domains"].split(",") if name.strip()] or known
-    missing = sorted(set(wanted) - set(known))
-    if missing:
-        raise ValueError(f"test_domains has {', '.join(missing)}: {path.name} has {', '.join(known)}")
+    wanted = _chosen("test_domains", params["test_domains"], known)
     return _roles(items, domain, wanted, problems)
 
 
