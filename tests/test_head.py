@@ -118,7 +118,7 @@ def test_errors_are_no_larger_than_the_plain_heads(dtype, chunks, monkeypatch):
         wide = [tensor.detach().double().requires_grad_() for tensor in (h, w)]
         truth = _plain64(*wide, labels)
         truth = [truth, *torch.autograd.grad(truth * 0.37, wide)]
-        with rounding.bf16_formed_in_fp32():
+        with rounding.halves_formed_in_fp32():
             taker = Collects()
             (_fused(h.detach(), w, w, labels, taker=taker) * 0.37).backward()
             for index, loss in enumerate((_plain(h, w, labels), _fused(h, w, w, labels))):

@@ -140,7 +140,7 @@ class _Head:
         self.wide = torch.promote_types(options.dtype, torch.float32)
         # the weight is multiplied as it is, unless its rows have to be brought here, or copied to another type, first
         self.copies = (options.bring is not there or weight.dtype != options.dtype
-                       or (rounding.active() and options.dtype == torch.bfloat16))
+                       or (rounding.active() and options.dtype in rounding.HALVES))
         self.row_spans = spans(len(weight), ROWS)
         self.norm = self._norms() if norm is None else norm
         self.length = self.norm.clamp_min(EPS)
