@@ -192,7 +192,7 @@ class _Loss:
         each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED).view(labels.shape)
         answers = batch["input_ids"] == ASSISTANT_ID
         words = (labels != IGNORED) & ~answers
-        head = F.normalize(self.model.lm_head.weight)
+        head = self.model.lm_head.rows(self.model.lm_head.weight)
         leaning = self.model.model.norm(self.entering) @ (head[self.yes] - head[self.no])
         known = ~batch["agrees"].isnan()
         agrees = F.binary_cross_entropy_with_logits(leaning[known], batch["agrees"][known])
