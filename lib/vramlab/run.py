@@ -39,6 +39,7 @@ RESERVED_BYTES = 64 << 10
 KNOWN_PARAMETERS: dict[str, object] = {
     "regime": "full",
     "model": "tiny",
+    "config": {},
     "train_domain": "news",
     "test_domains": "",
     "items": "",
@@ -56,11 +57,13 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "device": "cpu",
     "threads": 0,
     "measure": True,
+    "watch_logits": False,
     "limit_mib": 0.0,
     "weights": "",
 }
 """Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data; `test_domains: ""`
-is all; `threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes out;
+is all; `config` sets fields of the model's config anew, for example {"norm_head": false}, for its base too; `threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes out;
+`watch_logits: true` adds the highest logit and the cross-entropy without max-z to each step's row;
 `limit_mib` is all the device has for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is;
 `weights` is the storage type of a row that names none, for example "bf16"."""
 
@@ -86,7 +89,7 @@ def resolve(params: Mapping) -> dict:
 def config_hash(params: Mapping) -> str:
     """Hash of everything that decides the run's numbers: parameters, the row, the model's file and the data on disk."""
     full = resolve(params)
-    content = {"schema": SCHEMA, "params": full, "model": passes.model_spec(full["model"]).fingerprint(),
+    content = {"schema": SCHEMA, "params": full, "model": passes.spec_of(full).fingerprint(),
                "items": _files(full["items"])}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 

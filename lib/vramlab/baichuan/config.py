@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -82,6 +85,17 @@ class ModelSpec:
     name: str
     config: BaichuanConfig
     path: str | None
+
+    def changed(self, config: Mapping) -> ModelSpec:
+        """The same with some fields of its config set anew. Raises: ValueError, for a field that there is not."""
+        known = list(inspect.signature(BaichuanConfig).parameters)[:-1]
+        if wrong := sorted(set(config) - set(known)):
+            raise ValueError(f"config has {', '.join(wrong)}: a Baichuan-2 has {', '.join(known)}")
+        new = copy.deepcopy(self.config)
+        for name, value in config.items():
+            setattr(new, name, value)
+        new._check()
+        return replace(self, config=new)
 
     def fingerprint(self) -> dict:
         """What of the file decides numbers, as plain data."""
