@@ -21,7 +21,7 @@ class LogitWatch:
         self.z_loss_weight, self._seen = z_loss_weight, []
         head = next(module for module in model.modules() if isinstance(module, NormHead))
         if head.fused is not None:
-            raise ValueError("watch_logits is on, and head: fused never has all logits: use a row with head: plain, or leave it off")
+            raise ValueError("watch_logits is on, and head: fused never has all logits: use head: plain, or leave it off")
         self._handle = head.register_forward_hook(self._look)
 
     @torch.no_grad()

@@ -63,7 +63,8 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "axes": {},
 }
 """Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data; `test_domains: ""`
-is all; `config` sets fields of the model's config anew, for example {"norm_head": false}, for its base too; `threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes out;
+is all; `config` sets fields of the model's config anew, for example {"norm_head": false}, for its base too; `threads: 0` is as
+many as there are cores; `measure: false` leaves the two memory passes out;
 `watch_logits: true` adds the highest logit and the cross-entropy without max-z to each step's row;
 `limit_mib` is all the device has for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is;
 `weights` is the storage type of a row that names none, for example "bf16"; `axes` are answers in place of the row's, as a row

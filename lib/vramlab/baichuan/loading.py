@@ -52,7 +52,8 @@ def _config(folder: Path, changes: Mapping) -> BaichuanConfig:
     if content.get("model_type") != "baichuan" or content.get("vocab_size") == 64000:
         raise BadCheckpoint(f"{file} is model_type {content.get('model_type')!r} with vocab_size {content.get('vocab_size')}: "
                             "Baichuan-1 (64000) and other models have another head; use a Baichuan-2 checkpoint")
-    return BaichuanConfig.from_dict({k: v for k, v in {**content, **changes}.items() if k not in ("auto_map", "_from_model_config")})
+    kept = {k: v for k, v in content.items() if k not in ("auto_map", "_from_model_config")}
+    return BaichuanConfig.from_dict({**kept, **changes})
 
 
 def _files(folder: Path) -> list[Path]:
