@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,9 +41,9 @@ def _generated(params: Mapping) -> Dataset:
         return _mixed(params, several)
     if domain not in DOMAINS:
         raise ValueError(f"train_domain is {domain!r}: the generator has {', '.join(DOMAINS)}, and {EVERY}")
-    test = [item for shift in IN_DOMAIN_SHIFTS
+    test = [item for shift in _chosen("test_shifts", params["test_shifts"], IN_DOMAIN_SHIFTS)
             for item in generate_items(domain, "test", params["test_items"], seed, shift=shift)]
-    for other in DOMAINS:
+    for other in _chosen("test_domains", params["test_domains"], DOMAINS):
         if other != domain:
             test += [replace(item, shift="severe")
                      for item in generate_items(other, "test", params["test_items"], seed)]
@@ -51,14 +51,22 @@ def _generated(params: Mapping) -> Dataset:
                    generate_items(domain, "val", params["val_items"], seed), test, [])
 
 
+def _chosen(name: str, said: str, known: Sequence[str]) -> list[str]:
+    """The comma-separated names in `said`; empty is all. Raises: ValueError, for one that there is not."""
+    wanted = [word.strip() for word in said.split(",") if word.strip()] or list(known)
+    if missing := sorted(set(wanted) - set(known)):
+        raise ValueError(f"{name} has {', '.join(missing)}: there are {', '.join(known)}")
+    return wanted
+
+
 def _mixed(params: Mapping, several: GeneratorConfig) -> Dataset:
     """An equal share of each domain to train and to validate on; no test item is of a new domain."""
-    def drawn(split: str, count: int, config: GeneratorConfig | None = None) -> list[Item]:
-        return [item for domain in DOMAINS for item in generate_items(domain, split, count, params["data_seed"], config=config)]
+    def drawn(split: str, count: int, domains: Sequence[str] = DOMAINS, config: GeneratorConfig | None = None) -> list[Item]:
+        return [item for domain in domains for item in generate_items(domain, split, count, params["data_seed"], config=config)]
 
-    share = len(DOMAINS)
-    return Dataset(drawn("train", -(-params["train_items"] // share), several), drawn("val", -(-params["val_items"] // share)),
-                   drawn("test", params["test_items"]), [])
+    train, val = (-(-params[name] // len(DOMAINS)) for name in ("train_items", "val_items"))
+    tested = _chosen("test_domains", params["test_domains"], DOMAINS)
+    return Dataset(drawn("train", train, config=several), drawn("val", val), drawn("test", params["test_items"], tested), [])
 
 
 def _read(params: Mapping) -> Dataset:
@@ -76,10 +84,7 @@ def _read(params: Mapping) -> Dataset:
     known = sorted({item.domain for item in items})
     if domain not in known:
         raise ValueError(f"train_domain is {domain!r}: {path.name} has {', '.join(known)}")
-    wanted = [name.strip() for name in params["test_domains"].split(",") if name.strip()] or known
-    missing = sorted(set(wanted) - set(known))
-    if missing:
-        raise ValueError(f"test_domains has {', '.join(missing)}: {path.name} has {', '.join(known)}")
+    wanted = _chosen("test_domains", params["test_domains"], known)
     return _roles(items, domain, wanted, problems)
 
 

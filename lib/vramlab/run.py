@@ -42,6 +42,7 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "config": {},
     "train_domain": "news",
     "test_domains": "",
+    "test_shifts": "",
     "items": "",
     "steps": 150,
     "batch_size": 16,
@@ -62,13 +63,13 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "weights": "",
     "axes": {},
 }
-"""Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data; `test_domains: ""`
-is all; `config` sets fields of the model's config anew, for example {"norm_head": false}, for its base too; `threads: 0` is as
-many as there are cores; `measure: false` leaves the two memory passes out;
-`watch_logits: true` adds the highest logit and the cross-entropy without max-z to each step's row;
-`limit_mib` is all the device has for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is;
-`weights` is the storage type of a row that names none, for example "bf16"; `axes` are answers in place of the row's, as a row
-says them, for example {"trains": {"chunks": {"count": 64}}, "clip": 1.0}."""
+"""Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data; `test_domains: ""` is all,
+of generated data beside the training domain, and so is `test_shifts: ""`, of generated data, of none, mild and moderate;
+`config` sets fields of the model's config anew, for its base too, for example {"norm_head": false}; `threads: 0` is as many as
+there are cores; `measure: false` leaves the two memory passes out; `watch_logits: true` adds the highest logit, and the
+cross-entropy without max-z, to each step's row; `limit_mib` is all the device has for the allocator (on a CPU, in the metered
+pass, which then comes first), 0 what there is; `weights` is the storage type of a row that names none, for example "bf16";
+`axes` are answers in place of the row's, as a row says them, for example {"trains": {"chunks": {"count": 64}}, "clip": 1.0}."""
 
 
 def resolve(params: Mapping) -> dict:
