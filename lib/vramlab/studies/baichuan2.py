@@ -144,8 +144,8 @@ def _domains(lab: Lab) -> dict[str, Figure]:
     found, records = {}, lab.records
     for domain in sorted(set(records.select("domains")["train_domain"])):
         trained, base = (records.select(arm, train_domain=domain) for arm in ("domains", "base"))
-        for other in ("general", "news", "law", "medicine"):
-            shift = "none" if other == domain else "severe"
+        items = records.items[records.items["item_set"] == trained["item_set"].iloc[0]]
+        for other, shift in sorted(set(zip(items["domain"], items["shift"], strict=True))):
             right, labels = records.right(trained, other, shift, "yesno")
             before, same = records.right(base, other, shift, "yesno")
             if not np.array_equal(labels, same):
@@ -191,8 +191,15 @@ def _head(lab: Lab) -> dict[str, Figure]:
             for name, dearer, cheaper in (("price_fused", "NormHead, fused", "linear, fused"),
                                           ("fused_saves", "NormHead", "NormHead, fused")):
                 found[f"head.{model}.{kind}.{name}"] = Figure((extra[dearer] - extra[cheaper]) / GIB, "predicted", "GiB")
-    for (model, head), its in lab.records.tables["step"].groupby(["model", "head"]):
-        found[f"step.{model}.{head}"] = Figure(int(its["peak_bytes"].iloc[0]) / GIB, "predicted", "GiB")
+    return found | _whole_steps(lab)
+
+
+def _whole_steps(lab: Lab) -> dict[str, Figure]:
+    found = {}
+    for model, its in lab.records.tables["step"].groupby("model"):
+        peak = its.set_index("head")["peak_bytes"]
+        sizes = {**peak, "price": peak["NormHead"] - peak["linear"], "fused_saves": peak["NormHead"] - peak["NormHead, fused"]}
+        found |= {f"step.{model}.{name}": Figure(size / GIB, "predicted", "GiB") for name, size in sizes.items()}
     return found
 
 
