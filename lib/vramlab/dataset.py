@@ -12,6 +12,8 @@ from .factcc.prompt import CLAIMS_PER_SEQUENCE
 from .factcc.sources import load_items
 
 IN_DOMAIN_SHIFTS = ("none", "mild", "moderate")
+EVERY = "all"
+"""In place of a training domain: an equal share of each."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,17 @@ def dataset(params: Mapping) -> Dataset:
 
 def _generated(params: Mapping) -> Dataset:
     domain, seed = params["train_domain"], params["data_seed"]
+    several = GeneratorConfig(claims=CLAIMS_PER_SEQUENCE)
+    if domain == EVERY:
+        return _mixed(params, several)
     if domain not in DOMAINS:
-        raise ValueError(f"train_domain is {domain!r}: the generator has {', '.join(DOMAINS)}")
+        raise ValueError(f"train_domain is {domain!r}: the generator has {', '.join(DOMAINS)}, and {EVERY}")
     test = [item for shift in _chosen("test_shifts", params["test_shifts"], IN_DOMAIN_SHIFTS)
             for item in generate_items(domain, "test", params["test_items"], seed, shift=shift)]
     for other in _chosen("test_domains", params["test_domains"], DOMAINS):
         if other != domain:
             test += [replace(item, shift="severe")
                      for item in generate_items(other, "test", params["test_items"], seed)]
-    several = GeneratorConfig(claims=CLAIMS_PER_SEQUENCE)
     return Dataset(generate_items(domain, "train", params["train_items"], seed, config=several),
                    generate_items(domain, "val", params["val_items"], seed), test, [])
 
@@ -53,6 +57,16 @@ def _chosen(name: str, said: str, known: Sequence[str]) -> list[str]:
     if missing := sorted(set(wanted) - set(known)):
         raise ValueError(f"{name} has {', '.join(missing)}: there are {', '.join(known)}")
     return wanted
+
+
+def _mixed(params: Mapping, several: GeneratorConfig) -> Dataset:
+    """An equal share of each domain to train and to validate on; no test item is of a new domain."""
+    def drawn(split: str, count: int, domains: Sequence[str] = DOMAINS, config: GeneratorConfig | None = None) -> list[Item]:
+        return [item for domain in domains for item in generate_items(domain, split, count, params["data_seed"], config=config)]
+
+    train, val = (-(-params[name] // len(DOMAINS)) for name in ("train_items", "val_items"))
+    tested = _chosen("test_domains", params["test_domains"], DOMAINS)
+    return Dataset(drawn("train", train, config=several), drawn("val", val), drawn("test", params["test_items"], tested), [])
 
 
 def _read(params: Mapping) -> Dataset:

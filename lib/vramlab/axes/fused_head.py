@@ -7,6 +7,8 @@ Normalising the rows of W (V, H) scales the columns of the logits, so W itself i
     dh = (G s) W
     dw_v = d_v - (d_v . u_v) u_v,    d = (G s)^T h,    u_v = s_v w_v      second term only where |w_v| >= eps
 
+A plain linear head is the same with s = 1 and no second term.
+
 Forward goes over chunks of tokens. The products of one chunk with all rows of W are held, in the type products are formed
 in; from them come the loss, then, while they are there, the chunk's dh and its part of d: so nothing is formed twice, and
 what waits for backward is dh (tokens, H) and d, which backward turns into the gradient in place. (Forming gradients in the
@@ -63,13 +65,14 @@ def there(weight: Tensor, pieces: Spans) -> Iterator[Tensor]:
 class Options:
     """What of the function is not a tensor. `dtype` is the type products are formed in; `start` the row of the weight that
     is the first of the trained leaf; `taker` takes the leaf's gradient in rows; `bring` yields the weight's rows, span by span,
-    on the device."""
+    on the device; `norm`: whether rows are normalised."""
 
     dtype: torch.dtype
     z_loss_weight: float = 0.0
     start: int = 0
     taker: TakesRows | None = None
     bring: Bring = there
+    norm: bool = True
 
 
 class FusedHeadLoss(torch.autograd.Function):
@@ -103,7 +106,7 @@ class FusedHeadLoss(torch.autograd.Function):
             dleaf = _in_rows(leaf, ctx.options.taker, head.row_gradient(leaf, seen, upstream, pieces), pieces)
         elif dleaf is not None:
             for a, b in spans(len(leaf), _rows_at_once(leaf, 0)):
-                dleaf[a:b] = _through_norm(dleaf[a:b], leaf[a:b], norm[ctx.options.start :][a:b], upstream)
+                dleaf[a:b] = _through_norm(dleaf[a:b], leaf[a:b], norm, ctx.options.start + a, upstream)
         if dhidden is not None:
             dhidden.mul_(upstream)
         return dhidden, None, dleaf, None, None
@@ -124,8 +127,12 @@ def _rows_at_once(weight: Tensor, tokens: int) -> int:
     return max(LEAST_ROWS, int(HELD * 2 * weight.numel() / (16 * (weight.shape[-1] + tokens))))
 
 
-def _through_norm(d: Tensor, rows: Tensor, norm: Tensor, upstream: Tensor) -> Tensor:
-    """d (R, H), the gradient of the normalised rows divided by their length -> upstream * the gradient of the rows, wide."""
+def _through_norm(d: Tensor, rows: Tensor, norm: Tensor | None, first: int, upstream: Tensor) -> Tensor:
+    """d (R, H), the gradient of the normalised rows divided by their length -> upstream * the gradient of the rows, wide.
+    `norm` (V,) of all rows, of which these begin with number `first`; None where they are not normalised."""
+    if norm is None:
+        return d.to(upstream.dtype) * upstream
+    norm = norm[first : first + len(d)]
     unit = rows.to(norm.dtype) / norm.clamp_min(EPS)[:, None]
     d = d.to(norm.dtype)
     radial = torch.linalg.vecdot(d, unit) * (norm >= EPS)
@@ -142,8 +149,8 @@ class _Head:
         self.copies = (options.bring is not there or weight.dtype != options.dtype
                        or (rounding.active() and options.dtype in rounding.HALVES))
         self.row_spans = spans(len(weight), ROWS)
-        self.norm = self._norms() if norm is None else norm
-        self.length = self.norm.clamp_min(EPS)
+        self.norm = self._norms() if norm is None and options.norm else norm
+        self.length = weight.new_ones(len(weight), dtype=self.wide) if self.norm is None else self.norm.clamp_min(EPS)
         self.labelled = labels != IGNORED
         self.count = self.labelled.sum()
 
@@ -264,7 +271,7 @@ class _Head:
             _, _, rows = next(coming)
             dproducts = self._dproducts(self._products(self.hidden, rows), start + a, slice(None), seen)
             d = self._matmul(dproducts.mT, self.hidden)
-            return _through_norm(d, rows, self.norm[start + a : start + b], upstream).to(leaf.dtype)
+            return _through_norm(d, rows, self.norm, start + a, upstream).to(leaf.dtype)
 
         return gradient
 

@@ -21,9 +21,9 @@ from ..baichuan import BaichuanTokenizer
 from .items import Item
 
 CLAIM = "\nClaim:"
-OBJECTIVES = ("answer", "answer+claim")
+OBJECTIVES = ("answer", "answer+claim", "lm")
 """What is learned: the answers only, or the answers and the words of consistent claims. Never the words of a corrupted
-claim: a model that learns to write those learns to hedge its copying."""
+claim: a model that learns to write those learns to hedge its copying. `lm` is pre-training: every token that follows another."""
 IGNORED = -100
 CLAIMS_PER_SEQUENCE = 4
 
@@ -110,6 +110,9 @@ def batch_encoded(encoded: Sequence[Encoded], objective: str = "answer+claim") -
     for row, one in enumerate(encoded):
         tokens = torch.tensor(one.input_ids)
         ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+        if objective == "lm":
+            labels[row, : len(tokens)] = tokens
+            continue
         for span in one.spans:
             if span.answer + 1 < len(tokens):
                 labels[row, span.answer + 1] = tokens[span.answer + 1]

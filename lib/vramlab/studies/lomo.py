@@ -31,7 +31,7 @@ def figures(lab) -> dict[str, Figure]:
 
 
 def memory(records: Records, arm: str) -> pd.DataFrame:
-    """One row a forecast of the arm: what was asked (`rule`, `checkpointing`, `head`), `peak_gib`, and each category at the peak."""
+    """One row a forecast of the arm: what was asked (`rule`, `checkpointing`, `head`), `peak_gib`, and each category at it."""
     frame = records.tables.get(arm, pd.DataFrame({"reason": []}))
     found = []
     for row in frame[frame["reason"] == ""].to_dict("records"):
@@ -139,8 +139,8 @@ def rates(lab) -> pd.DataFrame:
         rows = _there(lambda where=where: lab.records.select("rates", **where))
         if rows is None:
             continue
-        its = [{"rule": rule, "lr": lr, "loss": runs["loss_last"].astype(float).mean(skipna=False), "runs": runs.reset_index(drop=True)}
-               for lr, runs in rows.groupby("lr")]
+        its = [{"rule": rule, "lr": lr, "loss": runs["loss_last"].astype(float).mean(skipna=False),
+                "runs": runs.reset_index(drop=True)} for lr, runs in rows.groupby("lr")]
         losses = [row["loss"] if np.isfinite(row["loss"]) else np.inf for row in its]
         found += [{**row, "best": at == int(np.argmin(losses))} for at, row in enumerate(its)]
     return pd.DataFrame(found)
