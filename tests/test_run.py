@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from vramlab import passes
+from vramlab import passes, run
 from vramlab.dataset import dataset
 from vramlab.regime import ImpossibleHere
 from vramlab.run import KNOWN_PARAMETERS, config_hash, execute, resolve, run_id
@@ -148,3 +148,10 @@ def test_axes_and_places_are_chosen_by_parameters():
     assert len(places()) == 6
     with pytest.raises(ValueError, match="test_shifts has far: there are none, mild, moderate"):
         places(test_shifts="far")
+
+
+def test_one_more_parameter_renames_no_run(monkeypatch):
+    before, given = config_hash(SMALL), config_hash({**SMALL, "seed": 1})
+    monkeypatch.setitem(run.KNOWN_PARAMETERS, "novel", 0)
+    assert config_hash(SMALL) == config_hash({**SMALL, "novel": 0}) == before
+    assert config_hash({**SMALL, "novel": 1}) != before and config_hash({**SMALL, "seed": 1}) == given

@@ -36,6 +36,7 @@ from .split import sides
 from .trainer import Batch, Schedule, Trainer
 
 CACHE = ROOT / "outputs" / "cache"
+PUBLISHED_VOCABULARY = 125_696
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,13 @@ def prepare(params: Mapping, progress: bool) -> Prepared:
 
 
 def pretrained(spec: ModelSpec, recipe: str, progress: bool) -> tuple[nn.Module, BaichuanTokenizer, dict]:
-    """The base of a model without published weights, made now unless it is in the cache."""
+    """The base of a model without published weights, made now unless it is in the cache.
+
+    Raises: ValueError, for a shape whose vocabulary only the published tokenizer has.
+    """
+    if spec.config.vocab_size == PUBLISHED_VOCABULARY:
+        raise ValueError(f"model {spec.name} has no weights: give the folder of the downloaded checkpoint as `path:` in its file "
+                         "in params/models; a base that is made here has a vocabulary of its own")
     return base_model(spec, CACHE, recipe=Recipe.named(recipe), progress=progress)
 
 

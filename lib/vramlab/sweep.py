@@ -30,6 +30,7 @@ from .run import KNOWN_PARAMETERS, SCHEMA, config_hash, run_id
 from .runs import KILLED
 
 KEYS = {"name", "notebook", "defaults", "grid"}
+SEVERAL = "with"
 RETRY = {"failed": {"failed"}, "oom": {"oom"}, "all": {"failed", "oom"}}
 
 
@@ -65,18 +66,32 @@ def read_sweep(path: Path | str, out: Path | str | None = None) -> tuple[Path, P
     wrong = sorted(set(spec) - KEYS) if isinstance(spec, dict) else ["its whole content"]
     if wrong or not spec.get("grid"):
         raise ValueError(f"{path} has {', '.join(wrong) or 'no grid'}: a sweep has {', '.join(sorted(KEYS))}")
-    empty = [axis for axis, values in spec["grid"].items() if not isinstance(values, list) or not values]
-    if empty:
-        raise ValueError(f"{path}: grid.{empty[0]} is {spec['grid'][empty[0]]!r}: give a list of values")
     folder = Path(out) if out else Path("outputs") / spec.get("name", path.stem)
     notebook = Path(spec.get("notebook", "notebooks/finetune.ipynb"))
     notebook = notebook if notebook.exists() else ROOT / notebook
     cells = []
-    for values in itertools.product(*spec["grid"].values()):
-        params = {**(spec.get("defaults") or {}), **dict(zip(spec["grid"], values, strict=True))}
+    for chosen in combinations(str(path), spec["grid"]):
+        params = {**(spec.get("defaults") or {}), **chosen}
         name = run_id(params)
         cells.append(Cell(name, params, folder / name))
     return notebook, folder, cells
+
+
+def combinations(name: str, grid: Mapping[str, list]) -> list[dict]:
+    """Parameters for every combination of a grid's values; `with` is no parameter, but an axis whose values set several at once.
+
+    Raises: ValueError, naming an axis that is no list of values, or a value of `with` that sets nothing.
+    """
+    for axis, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{name}: grid.{axis} is {values!r}: give a list of values")
+        if axis == SEVERAL and (wrong := [value for value in values if not isinstance(value, dict)]):
+            raise ValueError(f"{name}: grid.{axis} has {wrong[0]!r}: each is several parameters, as {{regime: lomo, lr: 0.01}}")
+    found = []
+    for values in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, values, strict=True))
+        found.append({**chosen.pop(SEVERAL, {}), **chosen})
+    return found
 
 
 def sweep(path: Path | str, out: Path | str | None = None, force: bool = False, retry: str | None = None,

@@ -86,6 +86,20 @@ def encode_document(tokenizer: BaichuanTokenizer, items: Sequence[Item], max_len
     return Encoded(ids, tuple(spans), (1, end), len(document) > room)
 
 
+def encode_prompt(tokenizer: BaichuanTokenizer, item: Item, max_length: int, new_tokens: int) -> tuple[list[int], bool]:
+    """(ids after which a claim about the item's document is written, whether the document lost its end), such that `new_tokens`
+    more make `max_length` at most.
+
+    Raises: ValueError, when that leaves no room for the document.
+    """
+    lead, document = tokenizer.encode_text(CLAIM), tokenizer.encode_text(" " + item.doc)
+    room = max_length - 1 - len(lead) - new_tokens
+    if room < 1:
+        raise ValueError(f"max_length is {max_length}: the claim to be written takes {new_tokens} tokens and its lead {len(lead)}, "
+                         f"raise max_length to {new_tokens + len(lead) + 64} or more, or set generate: 0")
+    return [tokenizer.user_id, *document[:room], *lead], len(document) > room
+
+
 def batch_encoded(encoded: Sequence[Encoded], objective: str = "answer+claim") -> dict[str, Tensor]:
     """Right-padded `input_ids`, `attention_mask`, `labels`, each (batch, longest); labels are -100 where nothing is learned."""
     if objective not in OBJECTIVES:
