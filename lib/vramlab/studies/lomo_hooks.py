@@ -26,7 +26,8 @@ def scaled_updates(model: str, scale: float, seq: int = 64, lr: float = 1e-3) ->
     """
     plain = _by_hooks(model, seq, lr, lambda loss: loss)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    found = {"hooks": plain, "hooks under GradScaler": _by_hooks(model, seq, lr, scaler.scale), "ours": _ours(model, seq, lr, scale)}
+    found = {"hooks": plain, "hooks under GradScaler": _by_hooks(model, seq, lr, scaler.scale),
+             "ours": _ours(model, seq, lr, scale)}
     return pd.DataFrame([{"how": how, "ratio": moved / plain} for how, moved in found.items()])
 
 
