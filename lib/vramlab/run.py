@@ -42,6 +42,8 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "train_domain": "news",
     "test_domains": "",
     "items": "",
+    "task": "claims",
+    "records": 2,
     "steps": 150,
     "batch_size": 16,
     "max_length": 256,
@@ -59,10 +61,10 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "limit_mib": 0.0,
     "weights": "",
 }
-"""Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data; `test_domains: ""`
-is all; `threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes out;
-`limit_mib` is all the device has for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is;
-`weights` is the storage type of a row that names none, for example "bf16"."""
+"""Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data: claims or questions, as
+`task` says, on documents of `records` records; `test_domains: ""` is all; `threads: 0` is as many as there are cores;
+`measure: false` leaves the two memory passes out; `limit_mib` is all the device has for the allocator (on a CPU, in the metered
+pass, which then comes first), 0 what there is; `weights` is the storage type of a row that names none, for example "bf16"."""
 
 
 def resolve(params: Mapping) -> dict:
