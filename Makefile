@@ -1,13 +1,13 @@
 # make report: the default sweep and its report. make test: the tests. Both make the environment first, and need
 # Python 3.11 or newer and nothing else. make lab: JupyterLab on the notebooks. make bench: speeds as
-# ratios. make check: style. make gpu-check: forecasts held against the GPU that is here. make clean: start over.
+# ratios. make studies: every small study, its runs and verdicts. make check: style. make gpu-check: forecasts held against the GPU that is here. make clean: start over.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 # the environment's own kernel, whatever kernels the user has
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: env report test lab bench check gpu-check clean
+.PHONY: env report test lab studies bench check gpu-check clean
 env: .venv/.done
 
 .venv/.done: pyproject.toml constraints.txt
@@ -25,6 +25,9 @@ test: env
 lab: env
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.news_url=None notebooks/compare.ipynb
 
+studies: env
+	$(BIN)/vramlab studies --gallery outputs/gallery
+
 bench: env
 	$(BIN)/python -m vramlab.bench
 	$(BIN)/python -m vramlab.peers
@@ -38,4 +41,4 @@ gpu-check:
 
 clean:
 	rm -rf .venv
-	find outputs -mindepth 1 -maxdepth 1 -type d ! -name reference -exec rm -rf {} +
+	find outputs -mindepth 1 -maxdepth 1 -type d ! -name reference ! -name gallery -exec rm -rf {} +

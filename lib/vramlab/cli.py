@@ -115,6 +115,14 @@ def _report(args) -> int:
     return 0
 
 
+def _studies(args) -> int:
+    from .studies import batch
+
+    found = batch.run(args.study, args.out, args.gallery, args.jobs, args.dry_run, quiet=args.json)
+    print(json.dumps(found, indent=1) if args.json else batch.words(found))
+    return 1 if any(study.get("reason") for study in found) else 0
+
+
 def _predict(args) -> int:
     from .cards import card
     from .memory.settings import Settings
@@ -195,6 +203,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("path", type=Path, nargs="?", default=Path("params/atlas.yml"), help="default: params/atlas.yml")
     sub.add_argument("--out", type=Path, help="folder for forecast.json (default: outputs/<name of the atlas>)")
     sub.add_argument("--dry-run", action="store_true", help="list the cells and what would be traced")
+    sub = command("studies", _studies, "The studies of the source papers: their runs, their notebooks, verdicts on their claims.")
+    sub.add_argument("study", nargs="*", help="a study or a file of params/studies (default: all five, small)")
+    sub.add_argument("--out", type=Path, default=Path("outputs/studies"), help="folder for runs (default: outputs/studies)")
+    sub.add_argument("--gallery", type=Path, help="folder for the thinned records, for example outputs/gallery")
+    sub.add_argument("--jobs", type=int, default=0, help="cells side by side (default: one a core)")
+    sub.add_argument("--dry-run", action="store_true", help="count the cells and what would run")
     command("doctor", _doctor, "What this machine can measure, what it cannot, and why.")
     sub = command("report", _report, "One self-contained HTML file from a folder of finished runs.")
     sub.add_argument("folder", type=Path, help="for example outputs/quick")

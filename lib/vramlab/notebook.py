@@ -97,3 +97,15 @@ def _control(ipywidgets, name: str, options: list):
     if all(isinstance(option, int) for option in options) and len(options) > 8:
         return ipywidgets.IntSlider(options[0], min(options), max(options), description=label, continuous_update=False)
     return ipywidgets.Dropdown(options=options, description=label)
+
+
+def verdicts(lab) -> None:
+    """The last cell of a study: every claim with its verdict and what decided it, from the run folders alone."""
+    from IPython.display import Markdown, display
+
+    from .studies.claims import table
+
+    found = lab.verdicts()
+    display(table(found).drop(columns="study"))
+    counts = {word: sum(verdict.word == word for verdict in found) for word in dict.fromkeys(v.word for v in found)}
+    display(Markdown("**" + ", ".join(f"{count} {word}" for word, count in counts.items()) + f"**, of {len(found)} claims."))

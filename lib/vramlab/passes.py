@@ -94,8 +94,9 @@ def model_spec(name: str) -> ModelSpec:
 
 
 def row_of(params: Mapping) -> Regime:
-    """The run's row; where it names no storage type of its own, in the one asked for. Raises: IllegalRegime."""
-    row = regime_row(params["regime"])
+    """The run's row with its `axes` in place of the row's; where neither names a storage type, in the one asked for.
+    Raises: IllegalRegime."""
+    row = {**regime_row(params["regime"]), **params.get("axes", {})}
     return read_row(params["regime"], {**({"weights": params["weights"]} if params.get("weights") else {}), **row})
 
 

@@ -54,6 +54,8 @@ class Question:
     architecture: Architecture = AMPERE
     world: int = 1
     """Ranks the model is sharded over; the forecast is rank 0's."""
+    axes: str = ""
+    """Answers in place of the row's, as JSON, for example '{"acts": "checkpoint"}'."""
 
     def __post_init__(self):
         for name, value in (("seq", self.seq), ("batch", self.batch), ("world", self.world)):
@@ -63,7 +65,7 @@ class Question:
     @property
     def row(self) -> Regime:
         """The regime, with the storage type asked for. Raises: IllegalRegime."""
-        return _row(self.regime, self.weights, REGIMES_FILE.stat().st_mtime_ns)
+        return _row(self.regime, self.weights, self.axes, REGIMES_FILE.stat().st_mtime_ns)
 
     @property
     def spec(self) -> ModelSpec:
@@ -83,9 +85,9 @@ class Question:
 
 
 @cache
-def _row(regime: str, weights: str, _changed_ns: int) -> Regime:
+def _row(regime: str, weights: str, axes: str, _changed_ns: int) -> Regime:
     """Read once for each version of the file: an atlas asks hundreds of times."""
-    row = regime_row(regime)
+    row = {**regime_row(regime), **json.loads(axes or "{}")}
     return read_row(regime, {**row, "weights": weights} if weights else row)
 
 

@@ -60,11 +60,13 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "measure": True,
     "limit_mib": 0.0,
     "weights": "",
+    "axes": {},
 }
 """Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data: claims or questions, as
 `task` says, on documents of `records` records; `test_domains: ""` is all; `threads: 0` is as many as there are cores;
 `measure: false` leaves the two memory passes out; `limit_mib` is all the device has for the allocator (on a CPU, in the metered
-pass, which then comes first), 0 what there is; `weights` is the storage type of a row that names none, for example "bf16"."""
+pass, which then comes first), 0 what there is; `weights` is the storage type of a row that names none, for example "bf16"; `axes`
+are answers in place of the row's, as a row says them, for example {"trains": {"chunks": {"count": 64}}, "clip": 1.0}."""
 
 
 def resolve(params: Mapping) -> dict:
@@ -164,11 +166,13 @@ def _passes(params: dict, folder: Path, progress: bool) -> dict:
     with ThreadPoolExecutor(1) as beside:
         measured = beside.submit(_measured, params) if params["measure"] else None
         scores = _score(trained, prepared, params, progress)
+        weights_hash = environment.weights_hash(trained)
         del trained
         write_table(scores, folder / "scores.parquet")
         write_table(summarise(scores), folder / "accuracy.parquet")
         result = {**learned.result, "energy": per_tokens(passes.warm(learned.steps), sampler.frame()), "nvml": seen,
-                  "base": prepared.base_record, "host_bytes": 0, "truncated_share": float(scores["truncated"].mean()),
+                  "base": prepared.base_record, "weights_hash": weights_hash, "host_bytes": 0,
+                  "truncated_share": float(scores["truncated"].mean()),
                   "problems": prepared.data.problems, "notes": passes.notes(prepared)}
         return {**result, **(_memory(metered or passes.meter(prepared), measured, folder) if measured else {})}
 

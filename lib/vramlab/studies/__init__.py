@@ -1,0 +1,1 @@
+"""The studies: what each source paper claims, run again, with a verdict by rule."""

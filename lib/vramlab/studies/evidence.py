@@ -1,0 +1,127 @@
+"""One computed number with its uncertainty, and the statistics that make it.
+
+Accuracy of several seeds on the same items varies in two ways: another seed would train another model, other items would be
+other questions. `two_level` resamples both. Few seeds are few: intervals are Student's t with one less degree of freedom than
+there are seeds, around the bootstrap's standard error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+
+import numpy as np
+from scipy import stats
+
+from ..factcc.statistics import LEVEL, holm
+
+RESAMPLES = 2000
+BOTH = f"{LEVEL:.0%}: seeds and items"
+SEEDS = f"{LEVEL:.0%}: seeds"
+ITEMS = f"{LEVEL:.0%}: items only, one seed"
+SHARE = f"{LEVEL:.0%}: Wilson, of a share"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number, how it was come by, and what its interval contains."""
+
+    value: float
+    kind: str
+    """`learned` (accuracy or loss of trained models), `measured` (seconds or bytes, on the device the runs name), `predicted` (a
+    forecast) or `computed` (arithmetic)."""
+    unit: str = ""
+    low: float = math.nan
+    high: float = math.nan
+    contains: str = ""
+    """What the interval holds; empty: none, the number is exact or stands alone."""
+    n: int = 0
+    """Items a seed, where there are items."""
+    seeds: int = 0
+    p: float = math.nan
+    """Two-sided, of a difference being 0."""
+    p_holm: float = math.nan
+    """Corrected over the comparisons of its family."""
+    equal: str = ""
+    """Of a comparison: the budget that both had, tokens, seconds or updates."""
+
+    def words(self) -> str:
+        """Value, unit, interval."""
+        shown = f"{self.value:,.4g}{' ' + self.unit if self.unit else ''}"
+        return shown + (f" [{self.low:,.4g}, {self.high:,.4g}]" if math.isfinite(self.low) else "")
+
+    def to_json(self) -> dict:
+        """Plain data; what is not a number is None."""
+        return {key: None if value != value or value in (math.inf, -math.inf) else value for key, value in asdict(self).items()}
+
+    @staticmethod
+    def from_json(said: Mapping) -> Figure:
+        return Figure(**{key: math.nan if value is None else value for key, value in said.items()})
+
+
+@cache
+def _drawn(count: int, stream: int) -> np.ndarray:
+    """Shares of `count` units in each resample, (RESAMPLES, count); the same for every comparison, so that they pair."""
+    rng = np.random.default_rng([count, stream])
+    return (rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count).astype(np.float32)
+
+
+def two_level(right: np.ndarray, labels: np.ndarray, other: np.ndarray | None = None) -> Figure:
+    """Balanced accuracy of several seeds, or with `other` the difference to it, seed by seed and item by item.
+
+    `right`, `other`: (seeds, items), whether a call was right; `labels`: (items,), 1 is consistent. Items are one a document, and
+    are resampled within their label, the same for all seeds of a resample; seeds are the outer level, and their share of the
+    variance is enlarged by S / (S - 1), which a resample of S seeds lacks. Raises: ValueError, where a label is missing.
+    """
+    values = right.astype(float) - (0.0 if other is None else other.astype(float))
+    count = len(values)
+    drawn = 1 / count + (_drawn(count, 2) - 1 / count) * math.sqrt(count / max(1, count - 1))
+    point, found = 0.0, np.zeros(RESAMPLES)
+    for label in (0, 1):
+        its = values[:, np.asarray(labels) == label]
+        if not its.shape[1]:
+            raise ValueError(f"no item has label {label}: balanced accuracy needs both")
+        found += ((drawn @ its) * _drawn(its.shape[1], label)).sum(1) / 2
+        point += float(its.mean()) / 2
+    figure = _around(point, float(found.std(ddof=1)), count - 1 if count > 1 else math.inf)
+    figure = replace(figure, n=values.shape[1], seeds=count, contains=BOTH if count > 1 else ITEMS)
+    return figure if other is not None else replace(figure, p=math.nan)
+
+
+def by_seed(values: Sequence[float], other: Sequence[float] | None = None, kind: str = "learned", unit: str = "") -> Figure:
+    """The mean over seeds, or of the paired differences; Student's t. One seed has no interval."""
+    its = np.asarray(values, float) - (0.0 if other is None else np.asarray(other, float))
+    error = float(its.std(ddof=1)) / math.sqrt(len(its)) if len(its) > 1 else math.nan
+    figure = replace(_around(float(its.mean()), error, len(its) - 1), kind=kind, unit=unit, seeds=len(its),
+                     contains=SEEDS if len(its) > 1 else "")
+    return figure if other is not None else replace(figure, p=math.nan)
+
+
+def ratio_by_seed(values: Sequence[float], other: Sequence[float], kind: str = "measured") -> Figure:
+    """The geometric mean of the paired ratios, with the interval of its logarithm."""
+    logs = by_seed(np.log(np.asarray(values, float)), np.log(np.asarray(other, float)), kind)
+    return replace(logs, value=math.exp(logs.value), low=math.exp(logs.low), high=math.exp(logs.high), unit="times")
+
+
+def share(count: int, of: int) -> Figure:
+    """`count` of `of` runs, with Wilson's interval."""
+    interval = stats.binomtest(count, of).proportion_ci(LEVEL, "wilson")
+    return Figure(count / of, "learned", low=float(interval.low), high=float(interval.high), contains=SHARE, seeds=of)
+
+
+def corrected(figures: Mapping[str, Figure]) -> dict[str, Figure]:
+    """The family of comparisons with Holm's p; those without a p stay as they are."""
+    tested = [name for name, figure in figures.items() if math.isfinite(figure.p)]
+    ps = dict(zip(tested, holm([figures[name].p for name in tested]), strict=True))
+    return {name: replace(figure, p_holm=ps[name]) if name in ps else figure for name, figure in figures.items()}
+
+
+def _around(value: float, error: float, freedom: float) -> Figure:
+    """Value with the interval and the two-sided p of Student's t; an error of 0 is certainty."""
+    if not math.isfinite(error):
+        return Figure(value, "learned")
+    width = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
+    p = 2 * float(stats.t.sf(abs(value) / error, freedom)) if error else float(value == 0)
+    return Figure(value, "learned", low=value - width, high=value + width, p=p)

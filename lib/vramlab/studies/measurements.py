@@ -1,0 +1,91 @@
+"""What studies ask for besides runs: forecasts, and bytes and seconds of real steps on this machine. An arm's `call:` names one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+import torch
+
+from ..baichuan import BaichuanForCausalLM
+from ..cards import card as read_card
+from ..memory.meter import Meter
+from ..observer import Clock, Observer
+from ..passes import model_spec
+from ..predict import Question, forecast
+from ..regime import Regime, read_row, regime_row
+from ..trainer import Batch, Schedule, Trainer
+
+
+def predicted(model: str, regime: str, seq: int, batch: int = 1, weights: str = "", axes: Mapping | None = None,
+              card: str = "") -> pd.DataFrame:
+    """The forecast of one step as one row: peaks, phase, host bytes, `ledger` and `owners` (JSON), FLOPs and bytes moved, and
+    with a card whether it fits. Raises: IllegalRegime."""
+    question = Question(model, regime, seq, batch, weights, axes=json.dumps(axes or {}, sort_keys=True))
+    said = forecast(question, read_card(card) if card else None).to_json()
+    kept = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_requested_bytes", "phase", "host_bytes", "fits", "margin_bytes",
+            "floor_s")
+    phases = said["work"].values()
+    work = {"flops": sum(sum(phase["flops"].values()) for phase in phases),
+            "moved_bytes": sum(phase["moved_bytes"] for phase in phases)}
+    return pd.DataFrame([{**{name: said[name] for name in kept}, "ledger": json.dumps(said["ledger"]),
+                          "owners": json.dumps(said["owners"]),
+                          **work}])
+
+
+def metered(model: str, rows: Mapping[str, Mapping], seq: int, batch: int = 1) -> pd.DataFrame:
+    """Real steps of random weights under the event meter: `row`, `peak_bytes`, `phase`, `ledger` (JSON), `host_bytes`. `rows`: name
+    -> {regime, axes, weights}. Two steps, the second has optimizer state; regimes that take turns are refused."""
+    found = []
+    for name, said in rows.items():
+        meter = Meter()
+        trainer = _trainer(model, _row(said), meter)
+        if len(trainer.parts) > 1:
+            raise ValueError(f"{name} takes turns between {len(trainer.parts)} parts: two steps would not show its peak")
+        batches = _batches(trainer, model, seq, batch)
+        with meter:
+            for _ in range(2):
+                trainer.step(batches)
+        peak = meter.peak()
+        found.append({"row": name, "peak_bytes": peak["peak_bytes"], "phase": peak["phase"],
+                      "ledger": json.dumps(peak["categories"]), "host_bytes": meter.host_peak_bytes})
+    return pd.DataFrame(found)
+
+
+def timed(model: str, rows: Mapping[str, Mapping], seq: int, batch: int = 1, steps: int = 6, repeats: int = 5) -> pd.DataFrame:
+    """Seconds of real steps in turns, so that whatever else the machine does falls on all rows alike: `row`, `repeat`, `step_s`
+    (median of the steps but the first), `forward_s`, `backward_s`, `update_s`. Ratios within a repeat are what counts."""
+    found = []
+    for said in rows.values():
+        _timed(model, _row(said), seq, batch, 2)  # the library's own first step is nobody's
+    for repeat in range(repeats):
+        for name, said in rows.items():
+            frame = _timed(model, _row(said), seq, batch, steps)
+            medians = frame.iloc[1:][["step_s", "forward_s", "backward_s", "update_s"]].median()
+            found.append({"row": name, "repeat": repeat, **medians.to_dict()})
+    return pd.DataFrame(found)
+
+
+def _timed(model: str, row: Regime, seq: int, batch: int, steps: int) -> pd.DataFrame:
+    clock = Clock()
+    trainer = _trainer(model, row, clock)
+    batches = _batches(trainer, model, seq, batch)
+    for _ in range(steps):
+        trainer.step(batches)
+    return pd.DataFrame(clock.rows)
+
+
+def _row(said: Mapping) -> Regime:
+    row = {**regime_row(said["regime"]), **said.get("axes", {})}
+    return read_row(said["regime"], {**row, "weights": said["weights"]} if said.get("weights") else row)
+
+
+def _trainer(model: str, row: Regime, observer: Observer) -> Trainer:
+    torch.manual_seed(0)
+    return Trainer(BaichuanForCausalLM(model_spec(model).config), row, Schedule(row.lr, 100), observer=observer)
+
+
+def _batches(trainer: Trainer, model: str, seq: int, batch: int) -> Sequence[Batch]:
+    ids = torch.randint(3, model_spec(model).config.vocab_size, (batch, seq), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}] * trainer.regime.accumulate

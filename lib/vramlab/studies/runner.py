@@ -1,0 +1,101 @@
+"""Cells of studies, run side by side: one process a core, one thread each, resumable.
+
+A cell is finished when its folder has `result.json`. A cell that fails says so there and the others go on; a process that is
+killed loses the cell it was in.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+from ..files import write_table, write_whole
+from ..passes import model_spec, pretrained
+from ..progress import bar
+from ..run import KNOWN_PARAMETERS, SCHEMA, execute
+from .plan import StudyCell
+
+
+def outcome(folder: Path) -> str | None:
+    """How the cell in `folder` ended; None when it has not."""
+    path = folder / "result.json"
+    return json.loads(path.read_text())["outcome"] if path.exists() else None
+
+
+def due(cells: Iterable[tuple[Path, StudyCell]]) -> list[tuple[Path, StudyCell]]:
+    """Those that have not ended, and those that failed: a mended cause should need no flag. Each folder once."""
+    found = {folder / cell.name: (folder, cell) for folder, cell in cells}
+    return [pair for target, pair in found.items() if outcome(target) in (None, "failed")]
+
+
+def make(cells: Sequence[tuple[Path, StudyCell]], jobs: int = 0, progress: bool = True) -> list[str]:
+    """Run what is due of (folder of the study, cell). Returns a line for each cell that failed."""
+    waiting = due(cells)
+    _make_bases([cell for _, cell in waiting], progress)
+    failed = []
+    with bar("studies", len(waiting), progress and bool(waiting)) as shown:
+        for folder, cell, reason in _side_by_side(waiting, jobs or os.cpu_count() or 1):
+            shown.update()
+            if reason:
+                failed.append(f"{folder.name}, {cell.arm}, {cell.name}: {reason}")
+                print(failed[-1], file=sys.stderr)
+    return failed
+
+
+def _make_bases(cells: Sequence[StudyCell], progress: bool) -> None:
+    """Once and with all cores, before cells would each make one."""
+    wanted = [{**KNOWN_PARAMETERS, **cell.params} for cell in cells if not cell.call or "recipe" in cell.params]
+    for model, recipe in dict.fromkeys((params["model"], params["recipe"]) for params in wanted):
+        spec = model_spec(model)
+        if not spec.path:
+            pretrained(spec, recipe, progress)
+
+
+def _side_by_side(cells: Sequence[tuple[Path, StudyCell]], jobs: int):
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_one_thread)
+    try:
+        asked = {pool.submit(one, folder, cell): (folder, cell) for folder, cell in cells}
+        for future in as_completed(asked):
+            error = future.exception()  # a process that died takes all cells not begun: each says so, and is due again
+            yield *asked[future], f"{type(error).__name__}: {error}" if error else future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def one(folder: Path, cell: StudyCell) -> str:
+    """One cell, in this process. Returns the reason of its failure, or nothing."""
+    target = folder / cell.name
+    try:
+        if cell.call:
+            _measure(target, cell)
+        else:
+            execute(cell.params, target, progress=False)
+    except Exception as error:  # recorded, so that the others go on
+        reason = f"{type(error).__name__}: {error}"
+        if outcome(target) is None:
+            target.mkdir(parents=True, exist_ok=True)
+            write_whole(target / "result.json", json.dumps({"schema": SCHEMA, "outcome": "failed", "reason": reason}))
+        return reason
+    return ""
+
+
+def _measure(target: Path, cell: StudyCell) -> None:
+    """`table.parquet` of what the function finds, then `result.json`."""
+    module, name = cell.call.split(":")
+    table = getattr(importlib.import_module(module), name)(**cell.params)
+    target.mkdir(parents=True, exist_ok=True)
+    write_table(table, target / "table.parquet")
+    write_whole(target / "result.json", json.dumps({"schema": SCHEMA, "outcome": "ok", "reason": "", "call": cell.call,
+                                                    "params": dict(cell.params)}, indent=1))
