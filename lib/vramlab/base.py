@@ -64,7 +64,7 @@ class Recipe:
 
     @staticmethod
     def named(name: str) -> Recipe:
-        """`standard`; `reading`, which goes on from it; or `smoke`: a few steps of each stage, for tests; its model knows nothing."""
+        """`standard`; `reading`, which goes on from it; or `smoke`, a few steps of each stage, for tests: it knows nothing."""
         known = {"standard": Recipe(), "reading": Reading(),
                  "smoke": Recipe(copy_steps=2, echo_steps=2, invented_steps=2, general_steps=2, batch=4, drill_batch=4,
                                  documents=40)}
@@ -124,7 +124,8 @@ def _go_on(spec: ModelSpec, recipe: Reading, folder: Path, progress: bool) -> No
     model, tokenizer, before = base_model(spec, folder.parent, progress=progress)
     began = time.perf_counter()
     several = QuestionConfig(questions=QUESTIONS_PER_PASSAGE)
-    items = generate_questions("general", "train", recipe.question_steps * recipe.batch * several.questions, recipe.seed, config=several)
+    size = recipe.question_steps * recipe.batch * several.questions
+    items = generate_questions("general", "train", size, recipe.seed, config=several)
     loss = _Loss(model, recipe, tokenizer)
     batches = checked_batches(tokenizer, items, recipe.batch, recipe.seed)
     learned = _train(model, batches, Schedule(recipe.lr, recipe.question_steps), "questions", progress, 0.0, loss)
@@ -134,7 +135,8 @@ def _go_on(spec: ModelSpec, recipe: Reading, folder: Path, progress: bool) -> No
     _keep(model, tokenizer, folder, {**record, "made_in_s": round(time.perf_counter() - began, 1)}, recipe.hash(spec), recipe)
 
 
-def _keep(model: BaichuanForCausalLM, tokenizer: BaichuanTokenizer, folder: Path, record: dict, digest: str, recipe: Recipe) -> None:
+def _keep(model: BaichuanForCausalLM, tokenizer: BaichuanTokenizer, folder: Path, record: dict, digest: str,
+          recipe: Recipe) -> None:
     record = {"recipe": asdict(recipe), "hash": digest, **record, "parameters": sum(p.numel() for p in model.parameters()),
               "threads": torch.get_num_threads()}
     model.save_pretrained(folder)

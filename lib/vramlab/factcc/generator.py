@@ -55,7 +55,7 @@ def generate_items(domain: str, split: str, n: int, seed: int, shift: str = "non
     grammar = shifted(GRAMMARS[domain], shift)
     most = min(len(pools(grammar.names, grammar.places)[slot]) for slot in "SPND")
     if not 2 <= config.records <= most:
-        raise ValueError(f"records is {config.records}: a wrong value comes from another record and no two share a name, a place or a "
+        raise ValueError(f"records is {config.records}: a wrong value comes from another record and no two share a name, place or "
                          f"day, use 2 to {most} for claims of {domain} at shift {shift}; questions take any number from 2")
     config = replace(config, paraphrase=1.0) if shift == "moderate" else config
     rng = random.Random(f"{domain}/{split}/{seed}/{shift}/{config.hash()}")

@@ -79,7 +79,8 @@ def encode_document(tokenizer: BaichuanTokenizer, items: Sequence[Item], max_len
     tails = [(*(tokenizer.encode_text(text) for text in _around(item)), item.label) for item in items]
     room = max_length - 1 - sum(len(lead) + len(claim) + len(end) + 2 for lead, claim, end, _ in tails)
     if room < 1:
-        raise ValueError(f"item {items[0].uid}: its {len(items)} {'questions' if items[0].asks else 'claims'} leave no room for the document in max_length "
+        kind = "questions" if items[0].asks else "claims"
+        raise ValueError(f"item {items[0].uid}: its {len(items)} {kind} leave no room for the document in max_length "
                          f"{max_length}: raise max_length to {max_length - room + 64} or more")
     document = tokenizer.encode_text(" " + items[0].doc)
     ids, spans = [tokenizer.user_id, *document[:room]], []

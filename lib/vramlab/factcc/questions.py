@@ -35,7 +35,7 @@ class QuestionConfig:
     records: int = 2
     """Records a passage, each two sentences of some ten words. The more, the longer the look back."""
     extrinsic: float = 0.3
-    """Share of wrong values that no record asked about has; they are nowhere in the passage unless it is so long that it has all."""
+    """Share of wrong values that no record asked about has; nowhere in the passage, unless it is so long that it has all."""
     questions: int = 1
     """Questions a passage. 1 makes items independent; training may use more."""
 
