@@ -104,7 +104,7 @@ def test_a_data_set_of_questions_has_its_shifts_and_only_the_domains_asked_for()
         ("news", "none"): 20, ("news", "mild"): 20, ("news", "moderate"): 20, ("law", "severe"): 20}
     assert len({item.group for item in made.train}) == 10 and len({item.group for item in made.test}) == 80
     for wrong, words in (({"task": "riddles"}, "makes claims, questions"),
-                         ({"test_domains": "sports"}, "the generator has general"),
+                         ({"test_domains": "sports"}, "test_domains has sports: there are general"),
                          ({"task": "claims", "records": 4}, "use 2 to 3 for claims of news at shift mild")):
         with pytest.raises(ValueError, match=words):
             dataset({**PARAMS, **wrong})

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from vramlab import passes
+from vramlab.dataset import dataset
 from vramlab.regime import ImpossibleHere
 from vramlab.run import KNOWN_PARAMETERS, config_hash, execute, resolve, run_id
 from vramlab.runs import Run, read_runs
@@ -134,3 +135,17 @@ def test_a_row_that_shards_trains_as_the_only_rank(tmp_path):
     result = json.loads((folder / "result.json").read_text())
     assert result["outcome"] == "ok" and any("1 rank(s)" in note for note in result["notes"])
     assert not torch.distributed.is_initialized()
+
+
+def test_axes_and_places_are_chosen_by_parameters():
+    changed = resolve({"regime": "full", "axes": {"acts": "checkpoint", "clip": 1.0}})
+    assert changed["regime_row"]["acts"]["value"] == "checkpoint" and changed["clip"] == 1.0
+    assert config_hash({"regime": "full", "axes": {"acts": "checkpoint"}}) != config_hash({"regime": "full"})
+    with pytest.raises(ValueError, match="unknown act"):
+        resolve({"regime": "full", "axes": {"act": "checkpoint"}})
+    few = {**KNOWN_PARAMETERS, "train_items": 4, "val_items": 2, "test_items": 3}
+    places = lambda **said: sorted({(item.domain, item.shift) for item in dataset({**few, **said}).test})  # noqa: E731
+    assert places(test_domains="news", test_shifts="none,mild") == [("news", "mild"), ("news", "none")]
+    assert len(places()) == 6
+    with pytest.raises(ValueError, match="test_shifts has far: there are none, mild, moderate"):
+        places(test_shifts="far")

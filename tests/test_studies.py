@@ -36,7 +36,7 @@ def test_plan_has_every_combination_once(tmp_path):
     assert [cell.params.get("lr") for cell in plan.arms["quality"]] == [None, None, 0.1, 0.1]
     assert "with" not in plan.arms["quality"][0].params
     assert plan.arms["bytes"][0].params == {"model": "tiny", "seq": 64, "regime": "full"}
-    assert len(plan.every_cell()) == 6  # full at seed 1 stands in two arms
+    assert len(plan.every_cell()) == 7  # full at seed 1 stands in two arms
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -54,7 +54,7 @@ def test_records_from_runs_and_from_the_gallery_agree(tmp_path):
     broken = StudyCell("bytes", {"model": "tiny", "seq": 64, "regime": "lomo", "axes": {"acts": "nothing"}},
                        "vramlab.studies.measurements:predicted")
     assert "known values" in runner.one(tmp_path / "runs", broken)
-    assert [runner.one(tmp_path / "runs", cell) for cell in plan.every_cell()] == [""] * 6
+    assert [runner.one(tmp_path / "runs", cell) for cell in plan.every_cell()] == [""] * 7
     assert runner.due([(tmp_path / "runs", cell) for cell in [*plan.every_cell(), broken]]) == [(tmp_path / "runs", broken)]
     made = Records.of(plan, tmp_path / "runs")
     made.write(tmp_path / "gallery")

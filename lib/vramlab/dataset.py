@@ -39,10 +39,12 @@ def _generated(params: Mapping) -> Dataset:
     domain, size = params["train_domain"], params["test_items"]
     if domain not in DOMAINS:
         raise ValueError(f"train_domain is {domain!r}: the generator has {', '.join(DOMAINS)}")
-    wanted = _named(params["test_domains"], DOMAINS, "the generator")
     one, several = _makers(params)
-    test = [item for shift in IN_DOMAIN_SHIFTS if domain in wanted for item in one(domain, "test", size, shift=shift)]
-    test += [replace(item, shift="severe") for other in wanted if other != domain for item in one(other, "test", size)]
+    test = [item for shift in _chosen("test_shifts", params["test_shifts"], IN_DOMAIN_SHIFTS)
+            for item in one(domain, "test", size, shift=shift)]
+    for other in _chosen("test_domains", params["test_domains"], DOMAINS):
+        if other != domain:
+            test += [replace(item, shift="severe") for item in one(other, "test", size)]
     return Dataset(several(domain, "train", params["train_items"]), one(domain, "val", params["val_items"]), test, [])
 
 
@@ -59,11 +61,11 @@ def _makers(params: Mapping) -> tuple[Callable, Callable]:
     return one, several
 
 
-def _named(given: str, known: Sequence[str], by: str) -> list[str]:
-    """The domains that `given` lists, all where it is empty. Raises: ValueError, naming what there is."""
-    wanted = [name.strip() for name in given.split(",") if name.strip()] or list(known)
+def _chosen(name: str, said: str, known: Sequence[str]) -> list[str]:
+    """The comma-separated names in `said`; empty is all. Raises: ValueError, for one that there is not."""
+    wanted = [word.strip() for word in said.split(",") if word.strip()] or list(known)
     if missing := sorted(set(wanted) - set(known)):
-        raise ValueError(f"test_domains has {', '.join(missing)}: {by} has {', '.join(known)}")
+        raise ValueError(f"{name} has {', '.join(missing)}: there are {', '.join(known)}")
     return wanted
 
 
@@ -84,7 +86,7 @@ def _read(params: Mapping) -> Dataset:
         raise ValueError(f"train_domain is {domain!r}: {path.name} has {', '.join(known)}")
     if params["task"] == "questions" and not all(item.asks for item in items):
         raise ValueError(f"task is 'questions', but {path.name} has claims: leave task out, items from disk bring their own")
-    return _roles(items, domain, _named(params["test_domains"], known, path.name), problems)
+    return _roles(items, domain, _chosen("test_domains", params["test_domains"], known), problems)
 
 
 def _roles(items: list[Item], domain: str, wanted: Sequence[str], problems: list[str]) -> Dataset:

@@ -41,6 +41,7 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "model": "tiny",
     "train_domain": "news",
     "test_domains": "",
+    "test_shifts": "",
     "items": "",
     "task": "claims",
     "records": 2,
@@ -63,10 +64,11 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "axes": {},
 }
 """Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data: claims or questions, as
-`task` says, on documents of `records` records; `test_domains: ""` is all; `threads: 0` is as many as there are cores;
-`measure: false` leaves the two memory passes out; `limit_mib` is all the device has for the allocator (on a CPU, in the metered
-pass, which then comes first), 0 what there is; `weights` is the storage type of a row that names none, for example "bf16"; `axes`
-are answers in place of the row's, as a row says them, for example {"trains": {"chunks": {"count": 64}}, "clip": 1.0}."""
+`task` says, on documents of `records` records; `test_domains: ""` is all, of generated data beside the training domain, and so is
+`test_shifts: ""`, of generated data, of none, mild and moderate; `threads: 0` is as many as there are cores; `measure: false`
+leaves the two memory passes out; `limit_mib` is all the device has for the allocator (on a CPU, in the metered pass, which then
+comes first), 0 what there is; `weights` is the storage type of a row that names none, for example "bf16"; `axes` are answers in
+place of the row's, as a row says them, for example {"trains": {"chunks": {"count": 64}}, "clip": 1.0}."""
 
 
 def resolve(params: Mapping) -> dict:

@@ -18,7 +18,9 @@ from plotly.offline import get_plotlyjs
 from ..files import write_whole
 from ..memory.oom import evidence_words
 from ..runs import Run, read_runs
-from . import figures, forecast_figures, forecasts, measured, plan, tables, words
+from ..studies import gallery
+from ..studies.claims import table
+from . import figures, forecast_figures, forecasts, ledger, measured, plan, tables, words
 from .forecasts import Forecasts
 
 HERE = Path(__file__).parent
@@ -48,7 +50,7 @@ def build(folder: Path | str) -> Path:
     runs = read_runs(folder)
     path = Path(folder) / "report.html"
     said = Forecasts.read(folder)
-    sections = [*_sections(runs), *(forecast_sections(said) if said else [])]
+    sections = [*_sections(runs), *(forecast_sections(said) if said else []), _claims()]
     page = _page(Path(folder).name, runs, sections, [*words.caveats(runs), *(forecasts.CAVEATS if said else [])])
     if len(page.encode()) > LIMIT_BYTES:
         raise ValueError(f"the report has {len(page.encode()):,} bytes, more than {LIMIT_BYTES:,}: make it of fewer runs")
@@ -102,6 +104,13 @@ def _fitting(found: dict) -> list[str]:
     asked = found.get("would_fit", ())
     fits = [change["change"] for change in asked if change["fits"]]
     return [f"predicted to fit: with {'; or '.join(fits)}" if fits else "none of the changes is predicted to fit"] if asked else []
+
+
+def _claims() -> Section:
+    found = gallery.verdicts()
+    return Section("What the papers said, what we saw", "Every claim of params/claims.yml, decided by its rule from the runs under "
+                   "outputs/gallery. Quoted figures are the papers' own, of other models and machines; a verdict is never from one "
+                   "seed.", None, table(found), said=ledger.sentences(found), extra=ledger.markup(found))
 
 
 def forecast_sections(said: Forecasts) -> list[Section]:

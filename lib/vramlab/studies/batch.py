@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..environment import ROOT
-from . import runner
+from . import STUDIES, runner
 from .claims import table
 from .lab import Lab
-from .plan import PARAMS, STUDIES, Plan, read_plan
+from .plan import PARAMS, Plan, read_plan
 from .records import Records
 
 

@@ -16,8 +16,8 @@ import pandas as pd
 import yaml
 
 from ..environment import ROOT
+from . import STUDIES
 from .evidence import Figure
-from .plan import STUDIES
 
 CLAIMS_FILE = ROOT / "params" / "claims.yml"
 REPRODUCED, NOT_REPRODUCED, UNTESTED = "reproduced", "not reproduced", "cannot be tested here"

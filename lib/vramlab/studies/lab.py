@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +17,11 @@ from ..environment import ROOT, record
 from ..files import write_whole
 from . import claims, runner
 from .evidence import Figure
+from .gallery import GALLERY
 from .plan import Plan, read_plan
 from .records import Records
 
 OUTPUTS = ROOT / "outputs" / "studies"
-GALLERY = ROOT / "outputs" / "gallery"
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,3 @@ class Lab:
         write_whole(folder / "made.json", json.dumps(made, indent=1))
         shutil.copyfile(notebook, folder / "study.ipynb")
         return folder
-
-
-def read_figures(folder: Path) -> dict[str, Figure]:
-    """Of a study in the gallery."""
-    said: Mapping = json.loads((folder / "figures.json").read_text())
-    return {name: Figure.from_json(figure) for name, figure in said.items()}

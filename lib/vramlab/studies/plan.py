@@ -20,11 +20,14 @@ import yaml
 
 from ..environment import ROOT
 from ..run import run_id
+from . import STUDIES
 
 PARAMS = ROOT / "params" / "studies"
-STUDIES = ("checkpointing", "gradient_approximation", "chunkft", "baichuan2", "lomo")
 KEYS = ("name", "says", "defaults", "runs", "pairs", "settings")
 ARM_KEYS = ("defaults", "grid", "call", "says")
+PROOF = {"steps": 2, "train_items": 40, "val_items": 20, "test_items": 20, "measure": False}
+"""What makes a run one of seconds: each study has its first run again like that, from a base made in seconds, as arm `proof`, for
+a test to repeat."""
 SEVERAL = "with"
 """The grid axis whose values set several parameters at once."""
 
@@ -91,10 +94,19 @@ def read_plan(path: Path | str) -> Plan:
     said = yaml.safe_load(path.read_text())
     _only(path.name, said, KEYS)
     arms = {arm: _cells(f"{path.name}: {arm}", arm, spec, said.get("defaults") or {}) for arm, spec in said["runs"].items()}
+    arms |= _proof(arms)
     pairs = [Pair(name, **spec) for name, spec in (said.get("pairs") or {}).items()]
     if wrong := [pair.name for pair in pairs if pair.arm not in arms]:
         raise ValueError(f"{path.name}: pairs {', '.join(wrong)} are of no arm there is: {', '.join(arms)}")
     return Plan(said["name"], said["says"], arms, pairs, said.get("settings") or {}, path)
+
+
+def _proof(arms: Mapping[str, Sequence[StudyCell]]) -> dict[str, list[StudyCell]]:
+    first = next((cell for cells in arms.values() for cell in cells if not cell.call), None)
+    if first is None:
+        return {}
+    recipe = {"recipe": "smoke"} if first.params.get("recipe", "standard") == "standard" else {}
+    return {"proof": [StudyCell("proof", {**first.params, **PROOF, **recipe})]}
 
 
 def _only(name: str, said: Mapping, known: Sequence[str]) -> None:
