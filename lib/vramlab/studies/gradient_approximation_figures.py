@@ -208,3 +208,12 @@ def memory(lab: Lab) -> pd.DataFrame:
     if not found:
         return pd.DataFrame()
     return pd.DataFrame(found).pivot(index="row", columns="tokens", values="GiB").round(2)
+
+
+def show(*things) -> None:
+    """Displays what there is; says so where runs are missing."""
+    from IPython.display import Markdown, display
+
+    for thing in things:
+        nothing = thing is None or isinstance(thing, pd.DataFrame) and thing.empty
+        display(Markdown("*Left out: no run of it has ended.*") if nothing else thing)
