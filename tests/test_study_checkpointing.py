@@ -47,8 +47,8 @@ def _runs(*rows):
 
 def test_a_changed_bit_is_found_only_beside_its_own_precision_and_seed():
     kept, less = json.dumps({"acts": KEEP}), json.dumps({"acts": FULL})
-    runs = _runs(("exact", "full", kept, 0, "a", "h1"), ("exact", "full", less, 0, "b", "h1"), ("exact", "bf16", kept, 0, "c", "h2"),
-                 ("exact", "bf16", less, 0, "d", "other"), ("exact", "full", less, 1, "e", "h9"))
+    runs = _runs(("exact", "full", kept, 0, "a", "h1"), ("exact", "full", less, 0, "b", "h1"),
+                 ("exact", "bf16", kept, 0, "c", "h2"), ("exact", "bf16", less, 0, "d", "other"), ("exact", "full", less, 1, "e", "h9"))
     losses = {"a": [2.0, 1.0], "b": [2.0, np.nextafter(1.0, 2)], "c": [2.0, 1.5], "d": [2.0, 1.5], "e": [2.0, 1.0]}
     steps = pd.DataFrame([{"run_id": run, "loss": loss} for run, its in losses.items() for loss in its])
     found = checkpointing.changed(Records(**{**EMPTY, "runs": runs, "steps": steps}, tables={}))

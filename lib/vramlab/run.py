@@ -42,6 +42,8 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "test_domains": "",
     "test_shifts": "",
     "items": "",
+    "task": "claims",
+    "records": 2,
     "steps": 150,
     "batch_size": 16,
     "max_length": 256,
@@ -63,15 +65,15 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "generate": 0,
     "checker": "",
 }
-"""Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data; `test_domains: ""` is all,
-of generated data beside the training domain, and so is `test_shifts: ""`, of generated data, of none, mild and moderate;
-`config` sets fields of the model's config anew, for its base too, for example {"norm_head": false}; `threads: 0` is as many as
-there are cores; `measure: false` leaves the two memory passes out; `watch_logits: true` adds the highest logit, and the
-cross-entropy without max-z, to each step's row; `limit_mib` is all the device has for the allocator (on a CPU, in the metered
-pass, which then comes first), 0 what there is; `weights` is the storage type of a row that names none, for example "bf16";
-`axes` are answers in place of the row's, as a row says them, for example {"trains": {"chunks": {"count": 64}}, "clip": 1.0};
-`generate` is how many test documents of each domain and shift the trained model writes a claim for, 0 leaves that out;
-`checker` is the folder of a published judge of those claims."""
+"""Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data: claims or questions, as
+`task` says, on documents of `records` records; `test_domains: ""` is all, of generated data beside the training domain, and so is
+`test_shifts: ""`, of generated data, of none, mild and moderate; `config` sets fields of the model's config anew, for its base
+too, for example {"norm_head": false}; `threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes
+out; `watch_logits: true` adds the highest logit, and the cross-entropy without max-z, to each step's row; `limit_mib` is all the
+device has for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is; `weights` is the storage
+type of a row that names none, for example "bf16"; `axes` are answers in place of the row's, as a row says them, for example
+{"trains": {"chunks": {"count": 64}}, "clip": 1.0}; `generate` is how many test documents of each domain and shift the trained
+model writes a claim for, 0 leaves that out; `checker` is the folder of a published judge of those claims."""
 
 
 def resolve(params: Mapping) -> dict:

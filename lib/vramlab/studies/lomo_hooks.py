@@ -54,7 +54,8 @@ def _moved(model: nn.Module, step: Callable[[], object]) -> float:
     """How far the weights are after a step from where they were, in fp64: small steps of many weights."""
     before = [param.detach().clone() for param in model.parameters()]
     step()
-    changes = [(param.detach().double() - old.double()).square().sum() for param, old in zip(model.parameters(), before, strict=True)]
+    changes = [(param.detach().double() - old.double()).square().sum()
+               for param, old in zip(model.parameters(), before, strict=True)]
     return float(torch.stack(changes).sum().sqrt())
 
 
