@@ -25,6 +25,7 @@ from .axes.place import Fsdp
 from .baichuan import BaichuanForCausalLM, ModelSpec
 from .memory import timeline
 from .memory.kernels import AMPERE, Architecture
+from .memory.meter import Loop
 from .memory.virtual import VirtualGpu, virtual_gpu
 from .regime import Regime
 from .trainer import Batch, Schedule, Trainer
@@ -67,6 +68,9 @@ class Trace:
     ranked: Mapping[int, int]
     """Where parts take turns: step -> bytes of optimizer state of the part active in it, for the steps among which the reported
     part was chosen, see `highest`. Else empty."""
+
+    loops: tuple[Loop, ...] = ()
+    """The loops over chunks of tokens, or of rows whose number depends on that of tokens, in their order."""
 
     @classmethod
     def of(cls, frame: pd.DataFrame, step: int, ranked: Mapping[int, int], unseen_host_bytes: int, **said) -> Trace:
@@ -139,7 +143,7 @@ def trace(spec: ModelSpec, regime: Regime, seq: int, batch: int, steps: int | No
         unseen_host_bytes = run.unseen_host_bytes()
     found = Trace.of(run.meter.frame(), step, run.ranked, unseen_host_bytes, model=spec.name, regime=regime.name, seq=seq,
                      batch=batch, world=world, device=gpu.label, architecture=architecture, parts=run.turns.parts_due,
-                     crossed=run.crossed, work=run.meter.work(step), took_s=0.0)
+                     crossed=run.crossed, work=run.meter.work(step), took_s=0.0, loops=tuple(run.meter.loops))
     return dataclasses.replace(found, took_s=time.perf_counter() - began)
 
 

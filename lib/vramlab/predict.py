@@ -23,12 +23,14 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .axes.fused_head import Cut
 from .baichuan import ModelSpec
 from .cards import Card
 from .environment import ROOT
 from .files import write_table, write_whole
 from .forecast import Trace, trace
 from .memory.kernels import AMPERE, Architecture
+from .memory.meter import Loop
 from .memory.settings import Settings
 from .memory.simulation import Simulated, simulate
 from .memory.timeline import signed
@@ -230,6 +232,7 @@ def _write(made: Trace, folder: Path) -> None:
     write_table(frame, folder / "frame.parquet", compression="zstd")
     rest = {field.name: getattr(made, field.name) for field in dataclasses.fields(made) if field.name != "frame"}
     rest["alive"] = [[*owner, size] for owner, size in made.alive.items()]
+    rest["loops"] = [dataclasses.asdict(loop) for loop in made.loops]
     write_whole(folder / "trace.json", json.dumps(rest))
 
 
@@ -237,6 +240,7 @@ def _read(folder: Path) -> Trace:
     rest: dict[str, Any] = json.loads((folder / "trace.json").read_text())
     rest["alive"] = {(module, category, op): size for module, category, op, size in rest["alive"]}
     rest |= {name: tuple(rest[name]) for name in ("architecture", "parts")}
+    rest["loops"] = tuple(Loop(Cut(**loop.pop("cut")), **loop) for loop in rest["loops"])
     rest["ranked"] = {int(step): size for step, size in rest["ranked"].items()}
     frame = pd.read_parquet(folder / "frame.parquet")
     return Trace(**rest, frame=frame.astype({name: object for name in frame.select_dtypes("category")}))
