@@ -138,7 +138,7 @@ def _turns(events: _Events, loop: int, count: int) -> np.ndarray | None:
     had = int(events.had[loop])
     if count == had:
         return np.arange(had)
-    lead = next((lead for lead in (1, 2) if had >= lead + 3 and all(
+    lead = next((lead for lead in (1, 2, 3) if had >= lead + 3 and all(
         np.array_equal(events.said(loop, lead), events.said(loop, turn)) for turn in range(lead + 1, had - 1))), None)
     if lead is None:
         return None
@@ -235,6 +235,12 @@ class _Built:
         start = np.array([start for starts in self.starts for start in starts])[(firsts + np.arange(len(firsts)))[loop] + now]
         born = events.born(loop, like, events.name[birth])
         return np.where((born >= 0) & (now >= 0) & (now < count[loop]), start + born - events.edge(loop, like), -1)
+
+
+def births(trace: Trace) -> list[tuple[int, int]]:
+    """For each event (loop, name): what is made in one turn and the like of it in another have the same."""
+    events = _Events(trace)
+    return list(zip(events.loop.tolist(), events.name.tolist(), strict=True))
 
 
 def differs(trace: Trace, plan: Plan, other: Trace) -> bool:

@@ -22,19 +22,21 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from .folding import Plan, differs, unfold
+from .folding import Plan, births, differs, unfold
 from .forecast import Trace, highest
 from .memory import timeline
 
 Place = tuple[int, ...]
-Monomials = Sequence[Callable[..., int]]
+Pair = tuple[Callable[..., int], Callable[..., int]]
 
-MONOMIALS: Monomials = (lambda s, b, *_: 1, lambda s, b, *_: s, lambda s, b, *_: b, lambda s, b, *_: b * s, lambda s, b, *_: s * s,
-                        lambda s, b, *_: b * s * s)
+MONOMIALS = (lambda s, b, *_: 1, lambda s, b, *_: s, lambda s, b, *_: b, lambda s, b, *_: b * s, lambda s, b, *_: s * s,
+             lambda s, b, *_: b * s * s)
 """What a storage's bytes can be made of, for b rows of s tokens: weights, positions, rows, activations, masks, scores."""
-IN_A_TURN: Monomials = (lambda n, r, after: 1, lambda n, r, after: n, lambda n, r, after: r, lambda n, r, after: n * r,
+IN_A_TURN = (lambda n, r, after: 1, lambda n, r, after: n, lambda n, r, after: r, lambda n, r, after: n * r,
                         lambda n, r, after: after)
 """The same in a loop over chunks, for n tokens, r tokens or rows in the chunk, and those of the next one, on its way already."""
+PAIRS: Sequence[Pair] = list(itertools.combinations(MONOMIALS, 2))
+PAIRS_IN_A_TURN: Sequence[Pair] = list(itertools.combinations(IN_A_TURN, 2))
 ENOUGH = 3
 """Traces that a solution needs: two to solve for it, one to check it."""
 GRAIN = 128
@@ -101,7 +103,7 @@ class _Family:
         plan = unfold(first, seq, batch)
         if plan is None:
             return None
-        self._known = self._known or _Known(self.traces, self.plans)
+        self._known = self._known or _Known(first, self.traces, self.plans)
         sizes, crossed = self._known.bytes(plan, seq, batch), self._known.crossed(seq, batch)
         if sizes is None or None in crossed.values():
             return None
@@ -124,7 +126,7 @@ def _between(places: list[tuple[int, int]], wanted: tuple[int, int], in_chunks: 
 class _Known:
     """What the traces of a family say of bytes, by the events of its first."""
 
-    def __init__(self, traces: list[Trace], plans: list[Plan]):
+    def __init__(self, first: Trace, traces: list[Trace], plans: list[Plan]):
         count = 1 + max(int(plan.source.max()) for plan in plans)
         outside, inside = np.full((count, len(traces)), -1), {}
         self.traces, self.cuts, self.made = traces, tuple(dict.fromkeys(loop.cut for loop in plans[0].loops)), np.zeros(count, bool)
@@ -137,25 +139,30 @@ class _Known:
             for event, *place, size in np.unique(np.column_stack((plan.source, plan.chunks(), sizes))[there], axis=0).tolist():
                 inside.setdefault(event, set()).add((trace.seq * trace.batch, *place, size))
         self.rows, self.row = np.unique(outside, axis=0, return_inverse=True)
-        kinds: dict[frozenset, int] = {}
+        alike, pooled = births(first), {}
+        for event, sample in inside.items():
+            pooled.setdefault(alike[event], set()).update(sample)
+        kinds: dict[tuple[frozenset, frozenset], int] = {}
         self.kind = np.full(count, -1)
         for event, sample in inside.items():
-            self.kind[event] = kinds.setdefault(frozenset(sample), len(kinds))
-        self.samples, self._answers = [sorted(kind) for kind in kinds], {}
+            self.kind[event] = kinds.setdefault((frozenset(pooled[alike[event]]), frozenset(sample)), len(kinds))
+        self.samples, self._answers = list(kinds), {}
 
     def _place(self, seq: int, batch: int) -> Place:
         return seq, batch, *(len(cut.spans(seq * batch)) for cut in self.cuts)
 
     def _solved(self, sizes: Sequence[int], seq: int, batch: int) -> int | None:
         """What is `sizes` bytes in the traces, outside loops."""
-        turns = tuple(lambda s, b, *turns, at=at: turns[at] for at in range(len(self.cuts)))
+        counts = [(MONOMIALS[0], lambda s, b, *turns, at=at: turns[at]) for at in range(len(self.cuts))]  # one thing a turn
         places = [self._place(trace.seq, trace.batch) for trace in self.traces]
-        return _bytes(places, sizes, self._place(seq, batch), MONOMIALS + turns)
+        return _bytes(places, sizes, self._place(seq, batch), [*PAIRS, *counts])
 
     def _in_turn(self, kind: int, place: Place) -> int | None:
+        """In a loop: by what is told of the like in all turns, else by that of the same event alone."""
         if (kind, place) not in self._answers:
-            *places, sizes = zip(*self.samples[kind], strict=True)
-            self._answers[kind, place] = _bytes(list(zip(*places, strict=True)), sizes, place, IN_A_TURN)
+            found = (_bytes([place for *place, _ in sample], [size for *_, size in sample], place, PAIRS_IN_A_TURN)
+                     for sample in self.samples[kind])
+            self._answers[kind, place] = next((size for size in found if size is not None), None)
         return self._answers[kind, place]
 
     def crossed(self, seq: int, batch: int) -> dict[str, int | None]:
@@ -181,10 +188,10 @@ class _Known:
         return found[last]
 
 
-def _bytes(places: Sequence[Place], sizes: Sequence[int], wanted: Place, monomials: Monomials = MONOMIALS) -> int | None:
+def _bytes(places: Sequence[Place], sizes: Sequence[int], wanted: Place, pairs: Sequence[Pair] = PAIRS) -> int | None:
     """What is `sizes` bytes at `places`, at another place; of `MONOMIALS` a place is (tokens, rows)."""
     answers = set()
-    for one, two in itertools.combinations(monomials, 2):
+    for one, two in pairs:
         found = _coefficients([(one(*place), two(*place)) for place in places], sizes)
         if found is not None:
             c0, c1, scale = found
