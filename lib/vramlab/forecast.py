@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ class Trace:
         return cls(step=step, peak_bytes=peak["peak_bytes"], phase=peak["phase"], ledger=peak["categories"], alive=peak["alive"],
                    host_bytes=timeline.host_peak_bytes(frame) + unseen_host_bytes, frame=frame, ranked=ranked, **said)
 
-    @property
+    @cached_property
     def events(self) -> dict[str, np.ndarray]:
         """What the device's allocator is asked for, from the first weight on: arrays `event` ("alloc" or "free"), `storage`
         (a number for each storage), `bytes`, `stream`, and `step`, the step it belongs to."""
@@ -90,7 +91,7 @@ class Trace:
         """The rows of `frame` that `events` is made of."""
         return self.frame[(self.frame["category"] != "host") & (self.frame["bytes"] > 0)]
 
-    @property
+    @cached_property
     def reported(self) -> slice:
         """Where in `events` the reported step lies; what is alive at its start is the state before it."""
         first, last = np.searchsorted(self.events["step"], [self.step, self.step + 1])

@@ -32,11 +32,10 @@ Pair = tuple[Callable[..., int], Callable[..., int]]
 MONOMIALS = (lambda s, b, *_: 1, lambda s, b, *_: s, lambda s, b, *_: b, lambda s, b, *_: b * s, lambda s, b, *_: s * s,
              lambda s, b, *_: b * s * s)
 """What a storage's bytes can be made of, for b rows of s tokens: weights, positions, rows, activations, masks, scores."""
-IN_A_TURN = (lambda n, r, after: 1, lambda n, r, after: n, lambda n, r, after: r, lambda n, r, after: n * r,
-                        lambda n, r, after: after)
-"""The same in a loop over chunks, for n tokens, r tokens or rows in the chunk, and those of the next one, on its way already."""
+IN_A_TURN = (lambda n, r, after: 1, lambda n, r, after: n, lambda n, r, after: r, lambda n, r, after: n * r)
+"""The same in a loop over chunks, for n tokens and r tokens or rows in the chunk; or those `after` it, on their way already."""
 PAIRS: Sequence[Pair] = list(itertools.combinations(MONOMIALS, 2))
-PAIRS_IN_A_TURN: Sequence[Pair] = list(itertools.combinations(IN_A_TURN, 2))
+PAIRS_IN_A_TURN: Sequence[Pair] = [*itertools.combinations(IN_A_TURN, 2), (IN_A_TURN[0], lambda n, r, after: after)]
 ENOUGH = 3
 """Traces that a solution needs: two to solve for it, one to check it."""
 GRAIN = 128
