@@ -72,19 +72,19 @@ def test_a_stopped_atlas_goes_on_where_it_was(asked, content, kept, monkeypatch)
     assert [atlas.kept(asked, question, kept) for question in asked.questions()].count(False) == 1
     again = []
 
-    def read(question, cache_dir):
+    def read(question, cache_dir, counted):
         again.append(question)
-        return predict.traced_step(question, cache_dir)
+        return predict.traced_step(question, cache_dir, counted)
 
     monkeypatch.setattr(atlas, "traced_step", read)
     assert chart(asked, kept, progress=False) == content and again == [gone]
 
 
 def test_a_failing_cell_is_a_row_with_its_reason(asked, tmp_path, monkeypatch):
-    def fails(question, cache_dir):
+    def fails(question, cache_dir, counted):
         if question.regime == "lomo":
             raise RuntimeError("no such kernel")
-        return predict.traced_step(question, cache_dir)
+        return predict.traced_step(question, cache_dir, counted)
 
     monkeypatch.setattr(atlas, "traced_step", fails)
     one = dataclasses.replace(asked, seq=(16,), weights=("",), regimes=("full", "lomo"))

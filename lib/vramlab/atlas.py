@@ -160,7 +160,7 @@ def _row(questions: list[Question], keep: Keep) -> dict[Question, dict]:
         if cells[question] is None:
             cells[question] = _cell(question, sizes, keep)
         elif len(questions) > ENOUGH and not cells[question]["solved"]:
-            sizes.add(traced_step(question, keep.cache_dir))
+            sizes.add(traced_step(question, keep.cache_dir, counted=False))
     return cells
 
 
@@ -184,7 +184,7 @@ def _cell(question: Question, sizes: Sizes, keep: Keep) -> dict:
         step = sizes.at(question.seq, question.batch)
         solved = step is not None
         if not solved:
-            step = traced_step(question, keep.cache_dir)
+            step = traced_step(question, keep.cache_dir, counted=False)
             sizes.add(step)
         return keep.write(question, {**summary.summarize(step, keep.cards, keep.allocators), "solved": solved})
     except Exception as error:  # whatever it is, the other cells go on and this one says why

@@ -115,7 +115,7 @@ class Trace:
 
 
 def trace(spec: ModelSpec, regime: Regime, seq: int, batch: int, steps: int | None = None, card: Any = None,
-          mode: str = "auto", every_part: bool = False, world: int = 1) -> Trace:
+          mode: str = "auto", every_part: bool = False, world: int = 1, counted: bool = True) -> Trace:
     """What one training step of `spec` under `regime` does with memory, on `batch` full rows of `seq` labelled tokens.
     With `place: fsdp` on each of `world` ranks, of which the first is reported: none holds more.
 
@@ -128,6 +128,8 @@ def trace(spec: ModelSpec, regime: Regime, seq: int, batch: int, steps: int | No
     backward goes down to the lowest active weight, so a lower part keeps every activation that a higher one keeps, and more.
     `every_part` runs all.
 
+    `counted`: whether `work` is counted, which takes a tenth of the time.
+
     `card` is a compute capability, or has one as `compute_capability`; without it, (8, 0). `mode`: see `virtual_gpu`.
 
     Raises: ValueError, for a world that is not one or, unless the regime shards, is not 1.
@@ -138,7 +140,7 @@ def trace(spec: ModelSpec, regime: Regime, seq: int, batch: int, steps: int | No
                          "or more with place: fsdp, and of 1 without")
     architecture = tuple(getattr(card, "compute_capability", card or AMPERE))
     with virtual_gpu(mode, architecture, world if sharded else 0) as gpu:
-        run = _Run(gpu, spec, regime, seq, batch)
+        run = _Run(gpu, spec, regime, seq, batch, counted)
         with run.meter:
             step = run.take_turns(steps or 2, every_part) if len(run.sets) > 1 else run.repeat(steps or 2)
         unseen_host_bytes = run.unseen_host_bytes()
@@ -188,8 +190,8 @@ def shown(regime: Regime) -> tuple[Regime, Any]:
 class _Run:
     """A trainer on the virtual device, and how to make it show the step that counts."""
 
-    def __init__(self, gpu: VirtualGpu, spec: ModelSpec, regime: Regime, seq: int, batch: int):
-        self.meter = gpu.meter()
+    def __init__(self, gpu: VirtualGpu, spec: ModelSpec, regime: Regime, seq: int, batch: int, counted: bool = True):
+        self.meter = gpu.meter(counted)
         regime, self.turns = shown(regime)
         model = BaichuanForCausalLM(spec.config)
         model.to(spec.config.dtype or torch.float32)  # as published; the regime's own type is the trainer's to give

@@ -212,13 +212,15 @@ def _alive_at(traced: Trace, event: int) -> dict[str, int]:
     return {name: int(size) for name, size in sizes.sort_values(ascending=False).items() if size}
 
 
-def traced_step(question: Question, cache_dir: Path | None = CACHE) -> Trace:
-    """The trace of `question`, from `cache_dir` when it is there."""
+def traced_step(question: Question, cache_dir: Path | None = CACHE, counted: bool = True) -> Trace:
+    """The trace of `question`, from `cache_dir` when it is there; with `counted` only one that has its `work`."""
     folder = cache_dir and cache_dir / question.key()
     if folder and (folder / "trace.json").exists():
-        return _read(folder)
+        found = _read(folder)
+        if found.work or not counted:
+            return found
     made = trace(question.spec, question.row, question.seq, question.batch, card=question.architecture,
-                 world=question.world)
+                 world=question.world, counted=counted)
     if folder:
         _write(made, folder)
     return made
