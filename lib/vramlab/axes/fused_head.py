@@ -30,13 +30,15 @@ Shapes: n tokens, H hidden, V vocabulary, R rows of a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..observer import chunking
 from . import rounding
 from .rows import Spans, TakesRows, feed, spans
 
@@ -51,6 +53,29 @@ MOST_ROUNDINGS = 4
 """Over so many chunks of tokens a gradient in half types may be summed up."""
 HELD = 0.15
 """Most of the weight's size in bf16 that a chunk's products with all rows may have."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a head's tokens, or the rows of its gradient, are cut into chunks, of any number of tokens."""
+
+    vocabulary: int
+    hidden: int
+    itemsize: int
+    """Of a product."""
+    rows: int = 0
+    """Of the gradient; 0: tokens are cut."""
+    whole_up_to: int = 0
+    """Tokens beyond which the gradient is taken in rows; 0: it is, or is not, whatever their number."""
+
+    @property
+    def tokens_at_once(self) -> int:
+        return max(1, int(HELD * 2 * self.hidden / self.itemsize), LEAST_PRODUCTS // self.vocabulary)
+
+    def spans(self, tokens: int) -> Spans:
+        if not self.rows:
+            return spans(tokens, self.tokens_at_once)
+        return spans(self.rows, _rows_at_once(self.vocabulary, self.hidden, tokens))
 
 
 Bring = Callable[[Tensor, Spans], Iterator[Tensor]]
@@ -84,10 +109,15 @@ class FusedHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, leaf: Tensor | None, labels: Tensor, options: Options) -> Tensor:
         head, trains = _Head(hidden, weight, labels, options), ctx.needs_input_grad[2]
-        ctx.options, ctx.in_rows = options, trains and (options.taker is not None or head.rounds_too_often(leaf))
+        # a sum over chunks of tokens, rounded to the leaf's type at each, is worse than one product's where they are many
+        rounds = trains and options.taker is None and leaf.itemsize < 4
+        cut = Cut(*weight.shape, head.hidden.itemsize)
+        cut = replace(cut, whole_up_to=MOST_ROUNDINGS * cut.tokens_at_once) if rounds else cut
+        ctx.options = options
+        ctx.in_rows = len(hidden) > cut.whole_up_to if rounds else trains and options.taker is not None
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dleaf = torch.empty_like(leaf) if trains and not ctx.in_rows else None
-        seen = head.look(dhidden, dleaf)
+        seen = head.look(dhidden, dleaf, cut)
         ctx.save_for_backward(dhidden, dleaf, leaf if trains else None, head.norm,
                               *((hidden, weight, labels, *seen) if ctx.in_rows else ()))
         return head.mean(*seen)
@@ -102,29 +132,31 @@ class FusedHeadLoss(torch.autograd.Function):
         if ctx.in_rows:
             hidden, weight, labels, *seen = rest
             head = _Head(hidden, weight, labels, ctx.options, norm)
-            pieces = spans(len(leaf), _rows_at_once(weight, len(hidden)))
-            dleaf = _in_rows(leaf, ctx.options.taker, head.row_gradient(leaf, seen, upstream, pieces), pieces)
+            cut = Cut(*weight.shape, head.hidden.itemsize, len(leaf))
+            pieces, told = cut.spans(len(hidden)), partial(chunking, cut, len(hidden))
+            dleaf = _in_rows(leaf, ctx.options.taker, head.row_gradient(leaf, seen, upstream, pieces), pieces, told)
         elif dleaf is not None:
-            for a, b in spans(len(leaf), _rows_at_once(leaf, 0)):
+            for a, b in spans(len(leaf), _rows_at_once(*leaf.shape, 0)):
                 dleaf[a:b] = _through_norm(dleaf[a:b], leaf[a:b], norm, ctx.options.start + a, upstream)
         if dhidden is not None:
             dhidden.mul_(upstream)
         return dhidden, None, dleaf, None, None
 
 
-def _in_rows(leaf: Tensor, taker: TakesRows | None, gradient: Callable[[int, int], Tensor], pieces: Spans) -> Tensor | None:
+def _in_rows(leaf: Tensor, taker: TakesRows | None, gradient: Callable[[int, int], Tensor], pieces: Spans,
+             told: Callable[[Spans], Iterator[tuple[int, int]]]) -> Tensor | None:
     """The leaf's gradient, formed some rows at a time: whole, unless someone takes the rows."""
     if taker is not None:
-        return feed(taker, leaf, pieces, gradient)
+        return feed(taker, leaf, pieces, gradient, told)
     whole = torch.empty_like(leaf)
-    for a, b in pieces:
+    for a, b in told(pieces):
         whole[a:b] = gradient(a, b)
     return whole
 
 
-def _rows_at_once(weight: Tensor, tokens: int) -> int:
+def _rows_at_once(vocabulary: int, hidden: int, tokens: int) -> int:
     """How many rows to form the gradient of at once: some fp32 copies of them, and of their logits."""
-    return max(LEAST_ROWS, int(HELD * 2 * weight.numel() / (16 * (weight.shape[-1] + tokens))))
+    return max(LEAST_ROWS, int(HELD * 2 * (vocabulary * hidden) / (16 * (hidden + tokens))))
 
 
 def _through_norm(d: Tensor, rows: Tensor, norm: Tensor | None, first: int, upstream: Tensor) -> Tensor:
@@ -177,19 +209,11 @@ class _Head:
             products[:, a:b] = self._products(hidden, rows)
         return products
 
-    def _tokens_at_once(self) -> int:
-        vocabulary, hidden_size = self.weight.shape
-        return max(1, int(HELD * 2 * hidden_size / self.hidden.itemsize), LEAST_PRODUCTS // vocabulary)
-
-    def rounds_too_often(self, leaf: Tensor) -> bool:
-        """Whether a sum over chunks of tokens, rounded to the leaf's type at each, would be worse than one product's."""
-        return leaf.itemsize < 4 and len(self.hidden) > MOST_ROUNDINGS * self._tokens_at_once()
-
-    def look(self, dhidden: Tensor | None, dleaf: Tensor | None) -> tuple[Tensor, ...]:
+    def look(self, dhidden: Tensor | None, dleaf: Tensor | None, cut: Cut) -> tuple[Tensor, ...]:
         """Fills the gradients that are wanted. Returns, each (n,): the highest logit, the sum of exp(logit - highest), the
         label's logit, and where the highest is (0 without max-z, where nobody asks)."""
         seen = []
-        for first, last in spans(len(self.hidden), self._tokens_at_once()):
+        for first, last in chunking(cut, len(self.hidden), cut.spans(len(self.hidden))):
             tokens = slice(first, last)
             products = self._all_products(self.hidden[tokens])
             seen.append(self._look_at(products, self.labels[tokens]))
