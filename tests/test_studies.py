@@ -1,5 +1,6 @@
 """Studies: files, cells, evidence, statistics and the ledger's rules."""
 
+import json
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ import yaml
 from scipy import stats
 
 from vramlab.environment import weights_hash
-from vramlab.studies import batch, claims, evidence, runner
+from vramlab.studies import batch, claims, evidence, measurements, runner
 from vramlab.studies.claims import NOT_REPRODUCED, REPRODUCED, UNTESTED, Claim, decide
 from vramlab.studies.evidence import Figure, by_seed, corrected, ratio_by_seed, two_level
 from vramlab.studies.gallery import read_figures
@@ -74,6 +75,12 @@ def test_records_from_runs_and_from_the_gallery_agree(tmp_path):
         assert len(records.steps.query("run_id == @run")) == 3
     with pytest.raises(KeyError, match="adam"):
         made.select("quality", regime="adam")
+
+
+def test_a_forecasts_flops_are_told_by_phase():
+    row = measurements.predicted("tiny", "full", 32, axes={"acts": "checkpoint"}).iloc[0]
+    flops = json.loads(row["phase_flops"])
+    assert sum(flops.values()) == row["flops"] and 0 < flops["recompute"] < flops["forward"]
 
 
 def test_same_weights_have_the_same_hash():

@@ -167,7 +167,7 @@ def _worlds(said: Forecasts) -> Section:
 
 
 def _accuracy_table(runs: Sequence[Run]) -> pd.DataFrame:
-    frames = [tables.accuracy(runs, metric) for metric in ("balanced_accuracy", "balanced_accuracy_at_0", "auc")]
+    frames = [tables.accuracy(runs, metric) for metric in ("balanced_accuracy", "balanced_accuracy_at_0", "auc", "accuracy")]
     return pd.concat(frames)[["judge", "place", "scoring", "metric", "value", "low", "high", "n", "n_consistent", "threshold"]]
 
 
