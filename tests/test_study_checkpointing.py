@@ -9,17 +9,16 @@ import pytest
 
 from vramlab.studies import checkpointing, checkpointing_figures
 from vramlab.studies.checkpointing import FULL, KEEP, label
-from vramlab.studies.plan import read_plan
 from vramlab.studies.records import Records
 
-GIB = checkpointing.GIB
+GIB, PLAN = checkpointing.GIB, SimpleNamespace(pairs=(), settings={"scoring": "yesno"})
 EMPTY = {name: pd.DataFrame() for name in ("runs", "items", "calls", "accuracy", "steps", "probes")}
 
 
 def _lab(**frames):
-    records = Records(**{**EMPTY, "tables": {}, **frames})
-    return SimpleNamespace(plan=read_plan("checkpointing"), records=records, figures=checkpointing.figures(
-        SimpleNamespace(plan=read_plan("checkpointing"), records=records)))
+    lab = SimpleNamespace(plan=PLAN, records=Records(**{**EMPTY, "tables": {}, **frames}))
+    lab.figures = checkpointing.figures(lab)
+    return lab
 
 
 @pytest.mark.parametrize("axes, words", [
@@ -47,8 +46,9 @@ def _runs(*rows):
 
 def test_a_changed_bit_is_found_only_beside_its_own_precision_and_seed():
     kept, less = json.dumps({"acts": KEEP}), json.dumps({"acts": FULL})
-    runs = _runs(("exact", "full", kept, 0, "a", "h1"), ("exact", "full", less, 0, "b", "h1"), ("exact", "bf16", kept, 0, "c", "h2"),
-                 ("exact", "bf16", less, 0, "d", "other"), ("exact", "full", less, 1, "e", "h9"))
+    runs = _runs(("exact", "full", kept, 0, "a", "h1"), ("exact", "full", less, 0, "b", "h1"),
+                 ("exact", "bf16", kept, 0, "c", "h2"), ("exact", "bf16", less, 0, "d", "other"),
+                 ("exact", "full", less, 1, "e", "h9"))
     losses = {"a": [2.0, 1.0], "b": [2.0, np.nextafter(1.0, 2)], "c": [2.0, 1.5], "d": [2.0, 1.5], "e": [2.0, 1.0]}
     steps = pd.DataFrame([{"run_id": run, "loss": loss} for run, its in losses.items() for loss in its])
     found = checkpointing.changed(Records(**{**EMPTY, "runs": runs, "steps": steps}, tables={}))
@@ -76,7 +76,8 @@ def test_forecasts_by_hand():
     assert found["m lora, checkpoint offload of checkpoint, 1024"] == 0.9 and found["m, blocks' inputs on the host, 1024"] == 3
     assert all(figure.kind == "predicted" for figure in lab.figures.values())
     assert checkpointing_figures.lowered(lab)["lower"].to_list() == [False, True]
-    assert checkpointing_figures.why_not(lab) == "* `m`, lora: lower from 1,024 tokens on; at 512 tokens its peak is optimizer 20.00."
+    why = "* `m`, lora: lower from 1,024 tokens on; at 512 tokens its peak is optimizer 20.00."
+    assert checkpointing_figures.why_not(lab) == why
     assert "leaves **75%** of the peak of m" in checkpointing_figures.answer(lab)
 
 
