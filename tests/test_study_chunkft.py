@@ -64,7 +64,8 @@ def test_figures_from_runs(tmp_path):
                                               "equal": "tokens"},
                       "law": {"arm": "budgets", "one": {"regime": "lomo"}, "other": {"regime": "full"}, "equal": "tokens"}},
             "runs": {"budgets": {"grid": {"with": [{"axes": chunks(8)}, {"regime": "full"}], "seed": [1]}},
-                     "count": {"grid": {"with": [{"axes": chunks(1)}, {"axes": chunks(8)}], "seed": [1]}}}}
+                     "count": {"grid": {"with": [{"regime": "full"}, {"axes": chunks(8)}], "seed": [1]}},
+                     "identity": {"grid": {"with": [{"axes": chunks(1)}, {"regime": "full"}], "seed": [1]}}}}
     path = tmp_path / "small.yml"
     path.write_text(yaml.safe_dump(said))
     plan = read_plan(path)

@@ -21,6 +21,7 @@ from .trajectories import EVERY
 GIB = 2**30
 CHUNKED, DENSE = "chunkft", "full"
 SEED = "seed"
+DISTANCES = [SEED, "row", "against", "progress", "layer", "distance", "travelled", "relative", "cosine"]
 
 
 def figures(lab: Lab) -> dict[str, Figure]:
@@ -65,14 +66,14 @@ def _pairs(lab: Lab) -> Iterator[tuple[str, Figure]]:
 
 
 def chunks_of(row: Mapping) -> dict:
-    """What a run's or a forecast's `axes`, as JSON, say about its chunks."""
-    return json.loads(row["axes"] or "{}").get("trains", {}).get("chunks", {})
+    """What a run's or a forecast's `axes`, as JSON, say about its chunks. AdamW is one."""
+    return {"count": 1} if row["regime"] == DENSE else json.loads(row["axes"] or "{}").get("trains", {}).get("chunks", {})
 
 
 def by_chunks(lab: Lab, arm: str, field: str) -> dict:
     """Value of the chunks' `field` -> the runs of the arm that have it, by seed; without any run, nothing."""
     try:
-        rows = lab.records.select(arm, regime=CHUNKED)
+        rows = lab.records.select(arm)
     except KeyError:
         return {}
     values = pd.Series([chunks_of(row).get(field, "ascending" if field == "order" else None) for _, row in rows.iterrows()])
@@ -92,43 +93,49 @@ def _same_weights(lab: Lab) -> Iterator[tuple[str, Figure]]:
         hashes = one.set_index(SEED)["weights_hash"].to_frame("one").join(other.set_index(SEED)["weights_hash"], how="inner")
         return Figure(float((hashes["one"] != hashes["weights_hash"]).sum()), "learned", "seeds", seeds=len(hashes))
 
-    counts, fates = by_chunks(lab, "count", "count"), by_chunks(lab, "fate", "state")
-    steps = counts[1]["steps"].iloc[0] if 1 in counts else 0
+    fates, select = by_chunks(lab, "fate", "state"), lab.records.select
     yield from _there({
-        "seeds_that_differ.K=1": lambda: differing(counts[1], lab.records.select("budgets", regime=DENSE, steps=steps)),
+        "seeds_that_differ.K=1": lambda: differing(select("identity", regime=CHUNKED), select("identity", regime=DENSE)),
         "seeds_that_differ.device": lambda: differing(fates["host"], fates["device"])})
 
 
 def distances(lab: Lab) -> pd.DataFrame:
     """The table of arm `trajectory`, with `pair`; empty when it has not been run."""
-    table = lab.records.tables.get("trajectory", pd.DataFrame())
-    return table.assign(pair=table["row"] + " against " + table["against"]) if "relative" in table else pd.DataFrame()
+    table = lab.records.tables.get("trajectory", pd.DataFrame()).reindex(columns=DISTANCES)
+    return table.assign(pair=table["row"].astype(str) + " against " + table["against"].astype(str))[table["relative"].notna()]
 
 
 def _distances(lab: Lab) -> Iterator[tuple[str, Figure]]:
     """`distance.<pair>`: of all weights at the end, as a share of the way gone from the base."""
     table = distances(lab)
-    if len(table):
-        ends = table[(table["progress"] == table["progress"].max()) & (table["layer"] == EVERY)].sort_values(SEED)
-        for pair, rows in ends.groupby("pair", sort=False):
-            yield f"distance.{pair}", by_seed(rows["relative"], unit="of the way")
+    ends = table[(table["progress"] == table["progress"].max()) & (table["layer"] == EVERY)].sort_values(SEED)
+    for pair, rows in ends.groupby("pair", sort=False):
+        yield f"distance.{pair}", by_seed(rows["relative"], unit="of the way")
 
 
 def _tasks(lab: Lab) -> Iterator[tuple[str, Figure]]:
-    """`fall.<domain>`: loss of the last 10 steps minus that of the base on the first batch; `tasks_above`: in how many domains
-    chunks beat AdamW, by the corrected test."""
+    """`fall.<domain>`: loss of the last tenth of the steps minus that of the first; `tasks_above`: in how many domains chunks beat
+    AdamW, by the corrected test."""
     try:
         rows = lab.records.select("tasks", regime=CHUNKED)
     except KeyError:
         return
     for domain, its in rows.groupby("train_domain", sort=False):
-        yield f"fall.{domain}", by_seed(its["loss_last"], its["loss_first"])
+        losses = [_ends(lab, run) for run in its["run_id"]]
+        yield f"fall.{domain}", by_seed([last for _, last in losses], [first for first, _ in losses])
     tested = dict(_pairs(lab))
     named = [tested.get(f"accuracy.{name}") for name in ("AdamW, equal tokens", "law", "medicine")]
     if all(named):
         above = sum(figure.value > 0 and figure.p_holm < 0.05 for figure in named)
         yield "tasks_above", Figure(float(above), "learned", "domains", n=min(figure.n for figure in named),
                                     seeds=min(figure.seeds for figure in named))
+
+
+def _ends(lab: Lab, run: str) -> tuple[float, float]:
+    """Mean loss of the first and of the last tenth of a run's kept steps."""
+    loss = lab.records.steps.query("run_id == @run").sort_values("step")["loss"]
+    tenth = max(1, len(loss) // 10)
+    return float(loss.head(tenth).mean()), float(loss.tail(tenth).mean())
 
 
 def _losses(lab: Lab) -> Iterator[tuple[str, Figure]]:

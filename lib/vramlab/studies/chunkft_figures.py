@@ -103,7 +103,7 @@ def budgets(lab: Lab) -> go.Figure:
     """Loss of K = 8, AdamW and the peers against each of the three budgets, read from the same runs."""
     axes = ("tokens", "CPU seconds of one thread", "updates of a parameter")
     figure = make_subplots(1, 3, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=axes)
-    cost = lab.records.tables["cost"].groupby("row")[["step_s", "updates"]].mean()
+    cost = lab.records.tables.get("cost", pd.DataFrame()).reindex(columns=["row", "step_s", "updates"]).groupby("row").mean()
     runs = lab.records.runs
     runs = runs[(runs["arm"].isin(("budgets", "peers"))) & (runs["outcome"] == "ok") & (runs["steps"] == runs["steps"].max())]
     for color, (regime, rows) in zip(PALETTE, runs.drop_duplicates("run_id").groupby("regime", sort=False), strict=False):
