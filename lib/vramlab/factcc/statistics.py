@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -85,7 +86,8 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 
     Thresholds come from rows whose split is `val`; the rest is test. The interval is over items only: it does not hold
     what another training seed would change. Columns: domain, shift, scoring, metric (balanced_accuracy,
-    balanced_accuracy_at_0, auc), value, low, high, n, n_consistent, threshold.
+    balanced_accuracy_at_0, auc, accuracy), value, low, high, n, n_consistent, threshold. `accuracy` is the share judged right
+    at 0, BoolQ's metric, of the answer's logits and of the answer that training items have more often, its floor.
     """
     val = frame[frame["split"] == "val"]
     scorings = [name for name in (*MODEL_SCORINGS, *BASELINES) if name in frame]
@@ -97,6 +99,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
             scores = cell[name].to_numpy(float)
             metrics = {"balanced_accuracy": thresholds[name], "auc": math.nan}
             metrics |= {"balanced_accuracy_at_0": 0.0} if name == "yesno" else {}
+            metrics |= {"accuracy": 0.0} if name in ("yesno", "majority") else {}
             for metric, threshold in metrics.items():
                 value, (low, high) = _metric(metric, labels, scores, threshold, weights)
                 rows.append({"domain": domain, "shift": shift, "scoring": name, "metric": metric, "value": value, "low": low,
@@ -107,6 +110,9 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 def _metric(metric: str, labels, scores, threshold: float, weights) -> tuple[float, tuple[float, float]]:
     if metric == "auc":
         return auc(labels, scores), _interval(_weighted_auc(labels, scores, weights))
+    if metric == "accuracy":
+        right = (scores > threshold) == labels
+        return float(right.mean()), _interval(weights @ right / weights.sum(1))
     if math.isnan(threshold):
         return math.nan, (math.nan, math.nan)
     return balanced_accuracy(labels, scores, threshold), _interval(_recalls(labels, scores > threshold, weights))
@@ -135,6 +141,16 @@ def compare(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
                          "low": low, "high": high, "n": len(cell),
                          "mcnemar_p": mcnemar_exact(int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum()))})
     return pd.DataFrame(rows)
+
+
+def wilson(count: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of the share `count / n` of independent items; nan for none. Wilson 1927, doi:10.2307/2276774."""
+    if not n:
+        return math.nan, math.nan
+    z, share = NormalDist().inv_cdf((1 + LEVEL) / 2), count / n
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = ((middle + side * half) / (1 + z * z / n) for side in (-1, 1))
+    return (low if count else 0.0), (high if count < n else 1.0)  # exact there, where rounding is not
 
 
 def mcnemar_exact(only_one: int, only_other: int) -> float:
