@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +112,16 @@ def read_regimes(path: Path = REGIMES_FILE) -> dict[str, Regime]:
 
 def regime_row(name: str, path: Path = REGIMES_FILE) -> dict:
     """The row called `name` as it is written. Raises: IllegalRegime, naming the rows there are."""
-    rows = yaml.safe_load(Path(path).read_text())
+    rows = _rows(Path(path), Path(path).stat().st_mtime_ns)
     if name not in rows:
         raise IllegalRegime(f"no regime {name!r} in {Path(path).name}; it has: {', '.join(rows)}")
-    return rows[name]
+    return copy.deepcopy(rows[name])
+
+
+@cache
+def _rows(path: Path, _changed_ns: int) -> dict:
+    """Read once for each version of the file: a study asks hundreds of times, at a tenth of a second each."""
+    return yaml.safe_load(path.read_text())
 
 
 def regime(name: str, path: Path = REGIMES_FILE) -> Regime:
