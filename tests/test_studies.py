@@ -1,5 +1,6 @@
 """Studies: files, cells, evidence, statistics and the ledger's rules."""
 
+import json
 import math
 
 import numpy as np
@@ -9,10 +10,12 @@ import yaml
 from scipy import stats
 
 from vramlab.environment import weights_hash
-from vramlab.studies import claims, evidence, runner
+from vramlab.studies import batch, claims, evidence, measurements, runner
 from vramlab.studies.claims import NOT_REPRODUCED, REPRODUCED, UNTESTED, Claim, decide
 from vramlab.studies.evidence import Figure, by_seed, corrected, ratio_by_seed, two_level
-from vramlab.studies.plan import StudyCell, read_plan
+from vramlab.studies.gallery import read_figures
+from vramlab.studies.lab import Lab
+from vramlab.studies.plan import PARAMS, StudyCell, read_plan
 from vramlab.studies.records import Records
 
 SMOKE = {"recipe": "smoke", "steps": 3, "train_items": 40, "val_items": 20, "test_items": 20, "measure": False, "batch_size": 2,
@@ -72,6 +75,12 @@ def test_records_from_runs_and_from_the_gallery_agree(tmp_path):
         assert len(records.steps.query("run_id == @run")) == 3
     with pytest.raises(KeyError, match="adam"):
         made.select("quality", regime="adam")
+
+
+def test_a_forecasts_flops_are_told_by_phase():
+    row = measurements.predicted("tiny", "full", 32, axes={"acts": "checkpoint"}).iloc[0]
+    flops = json.loads(row["phase_flops"])
+    assert sum(flops.values()) == row["flops"] and 0 < flops["recompute"] < flops["forward"]
 
 
 def test_same_weights_have_the_same_hash():
@@ -149,3 +158,25 @@ def test_a_claim_fails_if_one_condition_fails_and_never_by_one_seed():
 def test_holm_is_over_the_family():
     found = corrected({"a": Figure(1, "learned", p=0.01), "b": Figure(1, "learned", p=0.04), "c": Figure(1, "learned")})
     assert found["a"].p_holm == 0.02 and found["b"].p_holm == 0.04 and math.isnan(found["c"].p_holm)
+
+
+@pytest.fixture
+def small_lomo(tmp_path):
+    """The study of LOMO with two values of each grid, runs of seconds and no measurements."""
+    said = yaml.safe_load((PARAMS / "lomo.yml").read_text())
+    arms = {name: arm for name, arm in said["runs"].items() if "call" not in arm}
+    for arm in arms.values():
+        arm["grid"] = {axis: values[:2] for axis, values in arm["grid"].items()}
+        arm["defaults"] = {**arm.get("defaults", {}), **SMOKE}
+    path = tmp_path / "lomo.yml"
+    path.write_text(yaml.safe_dump({**said, "runs": arms, "pairs": {}}, sort_keys=False))
+    return path
+
+
+def test_a_study_goes_from_its_file_to_the_gallery_and_a_second_time_runs_nothing(small_lomo, tmp_path):
+    first, = batch.run([small_lomo], tmp_path / "out", tmp_path / "gallery", jobs=1, quiet=True)
+    assert not first["failed"] and not first["reason"] and first["due"] == first["cells"]
+    assert {row["verdict"] for row in first["verdicts"]} == {UNTESTED}  # two seeds and few items decide nothing
+    assert Lab.shown(small_lomo, tmp_path / "gallery").figures.keys() == read_figures(tmp_path / "gallery" / "lomo").keys()
+    again, = batch.run([small_lomo], tmp_path / "out", dry_run=True)
+    assert again["due"] == 0

@@ -69,7 +69,7 @@ class Recipe:
                  "smoke": Recipe(copy_steps=2, echo_steps=2, invented_steps=2, general_steps=2, batch=4, drill_batch=4,
                                  documents=40)}
         if name not in known:
-            raise ValueError(f"no recipe {name!r}: there are {', '.join(known)}")
+            raise ValueError(f"no recipe {name!r}: there are {', '.join(known)}, and none")
         return known[name]
 
     def hash(self, spec: ModelSpec) -> str:
@@ -102,6 +102,24 @@ def base_model(spec: ModelSpec, cache_dir: Path | str, recipe: Recipe | None = N
                 os.replace(shutil.copytree(partial, f"{partial}-whole"), folder)
     model = BaichuanForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), BaichuanTokenizer.from_pretrained(folder), json.loads((folder / "recipe.json").read_text())
+
+
+def random_model(spec: ModelSpec, cache_dir: Path | str, seed: int) -> tuple[BaichuanForCausalLM, BaichuanTokenizer, dict]:
+    """Random weights, as the config initialises them, and the tokenizer of every base of that vocabulary, from the cache or
+    made now: what pre-training begins with."""
+    size = spec.config.vocab_size
+    content = json.dumps({"vocabulary": size, "generator": GeneratorConfig().hash()})
+    folder = Path(cache_dir) / f"tokenizer-{size}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tokenizer-") as partial:
+            _tokenizer(Path(partial), _vocabulary(), size).save_pretrained(Path(partial, "whole"))
+            if not folder.exists():
+                os.replace(Path(partial, "whole"), folder)
+    torch.manual_seed(seed)
+    model = BaichuanForCausalLM(spec.config)
+    record = {"recipe": "none", "parameters": sum(p.numel() for p in model.parameters())}
+    return model.eval(), BaichuanTokenizer.from_pretrained(folder), record
 
 
 def _make(spec: ModelSpec, recipe: Recipe, folder: Path, progress: bool) -> None:
@@ -221,7 +239,7 @@ class _Loss:
         each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED).view(labels.shape)
         answers = batch["input_ids"] == ASSISTANT_ID
         words = (labels != IGNORED) & ~answers
-        head = F.normalize(self.model.lm_head.weight)
+        head = self.model.lm_head.rows(self.model.lm_head.weight)
         leaning = self.model.model.norm(self.entering) @ (head[self.yes] - head[self.no])
         known = ~batch["agrees"].isnan()
         agrees = F.binary_cross_entropy_with_logits(leaning[known], batch["agrees"][known])

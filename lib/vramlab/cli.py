@@ -41,9 +41,11 @@ def table(rows: dict) -> str:
 
 
 def _items(args) -> int:
-    from .factcc.sources import describe_items
+    from .factcc.sources import describe_items, load_items, write_items
 
     described = describe_items(args.path, source=args.source, stories=args.stories)
+    if args.write:
+        write_items(load_items(args.path, args.source, args.stories).items, args.write)
     if args.json:
         print(json.dumps(described, indent=1))
     else:
@@ -177,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("path", type=Path)
     sub.add_argument("--source", choices=("factcc", "boolq", "summedits", "generated"), help="default: found from the content")
     sub.add_argument("--stories", type=Path, help="folder with CNN/DM .story files, for FactCC releases without articles")
+    sub.add_argument("--write", type=Path, help="a .jsonl file to write the items to, their articles included, as a run reads them")
     sub = command("replay", _replay, "The allocator simulator against a recorded CUDA snapshot, event by event.")
     sub.add_argument("snapshot", type=Path, help="a pickle of torch.cuda.memory._dump_snapshot; none of it is run")
     sub.add_argument("--device", type=int, help="default: the only device with events")
@@ -194,7 +197,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--regime", default="full", help="a row of params/regimes.yml")
     sub.add_argument("--seq", type=int, default=1024, help="tokens a row")
     sub.add_argument("--batch", type=int, default=1, help="rows a micro-batch")
-    sub.add_argument("--weights", choices=("fp32", "mixed", "bf16"), help="another storage type than the row's own")
+    sub.add_argument("--weights", choices=("fp32", "mixed", "bf16", "bf16_sr", "master"),
+                     help="another storage type than the row's own")
     sub.add_argument("--world", type=int, default=1, help="ranks of a sharded regime; the forecast is one rank's")
     sub.add_argument("--card", help="a card of params/cards.yml, for example rtx4090")
     sub.add_argument("--allocator", metavar="CONF", help="as in PYTORCH_ALLOC_CONF, for example expandable_segments:True")

@@ -15,6 +15,8 @@ from .factcc.sources import held_out, load_items
 
 TASKS = ("claims", "questions")
 IN_DOMAIN_SHIFTS = ("none", "mild", "moderate")
+EVERY = "all"
+"""In place of a training domain: an equal share of each."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,11 @@ def dataset(params: Mapping) -> Dataset:
 
 def _generated(params: Mapping) -> Dataset:
     domain, size = params["train_domain"], params["test_items"]
-    if domain not in DOMAINS:
-        raise ValueError(f"train_domain is {domain!r}: the generator has {', '.join(DOMAINS)}")
     one, several = _makers(params)
+    if domain == EVERY:
+        return _mixed(params, one, several)
+    if domain not in DOMAINS:
+        raise ValueError(f"train_domain is {domain!r}: the generator has {', '.join(DOMAINS)}, and {EVERY}")
     test = [item for shift in _chosen("test_shifts", params["test_shifts"], IN_DOMAIN_SHIFTS)
             for item in one(domain, "test", size, shift=shift)]
     for other in _chosen("test_domains", params["test_domains"], DOMAINS):
@@ -67,6 +71,16 @@ def _chosen(name: str, said: str, known: Sequence[str]) -> list[str]:
     if missing := sorted(set(wanted) - set(known)):
         raise ValueError(f"{name} has {', '.join(missing)}: there are {', '.join(known)}")
     return wanted
+
+
+def _mixed(params: Mapping, one: Callable, several: Callable) -> Dataset:
+    """An equal share of each domain to train and to validate on; no test item is of a new domain."""
+    def drawn(make: Callable, split: str, count: int, domains: Sequence[str] = DOMAINS) -> list[Item]:
+        return [item for domain in domains for item in make(domain, split, count)]
+
+    train, val = (-(-params[name] // len(DOMAINS)) for name in ("train_items", "val_items"))
+    tested = _chosen("test_domains", params["test_domains"], DOMAINS)
+    return Dataset(drawn(several, "train", train), drawn(one, "val", val), drawn(one, "test", params["test_items"], tested), [])
 
 
 def _read(params: Mapping) -> Dataset:

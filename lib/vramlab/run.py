@@ -18,10 +18,9 @@ import pandas as pd
 import torch
 import yaml
 
-from . import environment, fitting, passes
+from . import environment, exam, fitting, passes
 from .axes.place import alone
-from .factcc.baselines import baseline_scores
-from .factcc.scoring import score_items
+from .factcc.checker import Checker
 from .factcc.statistics import summarise
 from .files import write_table, write_whole
 from .memory import oom
@@ -29,7 +28,6 @@ from .memory.energy import per_tokens
 from .memory.nvml import find
 from .memory.process import MALLOC_ENV, run_in_measured_process
 from .memory.sampler import Sampler
-from .progress import bar
 from .regime import check_machine
 
 SCHEMA = 1
@@ -39,6 +37,7 @@ RESERVED_BYTES = 64 << 10
 KNOWN_PARAMETERS: dict[str, object] = {
     "regime": "full",
     "model": "tiny",
+    "config": {},
     "train_domain": "news",
     "test_domains": "",
     "test_shifts": "",
@@ -59,16 +58,22 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "device": "cpu",
     "threads": 0,
     "measure": True,
+    "watch_logits": False,
     "limit_mib": 0.0,
     "weights": "",
     "axes": {},
+    "generate": 0,
+    "checker": "",
 }
 """Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data: claims or questions, as
 `task` says, on documents of `records` records; `test_domains: ""` is all, of generated data beside the training domain, and so is
-`test_shifts: ""`, of generated data, of none, mild and moderate; `threads: 0` is as many as there are cores; `measure: false`
-leaves the two memory passes out; `limit_mib` is all the device has for the allocator (on a CPU, in the metered pass, which then
-comes first), 0 what there is; `weights` is the storage type of a row that names none, for example "bf16"; `axes` are answers in
-place of the row's, as a row says them, for example {"trains": {"chunks": {"count": 64}}, "clip": 1.0}."""
+`test_shifts: ""`, of generated data, of none, mild and moderate; `config` sets fields of the model's config anew, for its base
+too, for example {"norm_head": false}; `threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes
+out; `watch_logits: true` adds the highest logit, and the cross-entropy without max-z, to each step's row; `limit_mib` is all the
+device has for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is; `weights` is the storage
+type of a row that names none, for example "bf16"; `axes` are answers in place of the row's, as a row says them, for example
+{"trains": {"chunks": {"count": 64}}, "clip": 1.0}; `generate` is how many test documents of each domain and shift the trained
+model writes a claim for, 0 leaves that out; `checker` is the folder of a published judge of those claims."""
 
 
 def resolve(params: Mapping) -> dict:
@@ -84,15 +89,21 @@ def resolve(params: Mapping) -> dict:
         kinds = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(full[name], kinds) or (isinstance(full[name], bool) and not isinstance(default, bool)):
             raise ValueError(f"{name} is {full[name]!r}: it takes {type(default).__name__}, for example {default!r}")
+    if full["generate"] < 0 or (full["checker"] and not full["generate"]):
+        raise ValueError(f"generate is {full['generate']} and checker {full['checker']!r}: a checker judges what is written, set "
+                         "generate to a number of documents, or leave both out")
     row = passes.row_of(full)
     full["lr"] = float(full["lr"]) or row.lr
     return {**full, "regime_row": row.axes(), "accumulate": row.accumulate, "clip": row.clip}
 
 
 def config_hash(params: Mapping) -> str:
-    """Hash of everything that decides the run's numbers: parameters, the row, the model's file and the data on disk."""
+    """Hash of everything that decides the run's numbers: parameters, the row, the model's file and the data on disk. Of the
+    parameters, those that are not at their default, so that one more parameter renames no run; another default is another
+    `SCHEMA`."""
     full = resolve(params)
-    content = {"schema": SCHEMA, "params": full, "model": passes.model_spec(full["model"]).fingerprint(),
+    said = {name: value for name, value in full.items() if name not in KNOWN_PARAMETERS or value != KNOWN_PARAMETERS[name]}
+    content = {"schema": SCHEMA, "params": said, "model": passes.spec_of(full).fingerprint(),
                "items": _files(full["items"])}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -152,6 +163,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def _passes(params: dict, folder: Path, progress: bool) -> dict:
     check_machine(passes.row_of(params), params["device"])  # before a base is made for nothing
+    if params["checker"]:
+        Checker.load(params["checker"])  # to fail now, if it does
     prepared = passes.prepare(params, progress)
     # a device with a limit: what does not fit is not trained either
     metered = passes.meter(prepared) if params["limit_mib"] else None
@@ -167,7 +180,8 @@ def _passes(params: dict, folder: Path, progress: bool) -> dict:
     # from here on nothing is timed: the measured process, which only wants its own bytes, may run beside the scoring
     with ThreadPoolExecutor(1) as beside:
         measured = beside.submit(_measured, params) if params["measure"] else None
-        scores = _score(trained, prepared, params, progress)
+        scores = exam.score(trained, prepared, progress)
+        written = exam.write(trained, prepared, progress) if params["generate"] else None
         weights_hash = environment.weights_hash(trained)
         del trained
         write_table(scores, folder / "scores.parquet")
@@ -176,6 +190,8 @@ def _passes(params: dict, folder: Path, progress: bool) -> dict:
                   "base": prepared.base_record, "weights_hash": weights_hash, "host_bytes": 0,
                   "truncated_share": float(scores["truncated"].mean()),
                   "problems": prepared.data.problems, "notes": passes.notes(prepared)}
+        if written:
+            result["generation"] = exam.judge(*written, params, folder, progress)
         return {**result, **(_memory(metered or passes.meter(prepared), measured, folder) if measured else {})}
 
 
@@ -211,14 +227,6 @@ def _measured(params: dict) -> dict:
     wanted = {name: params[name] for name in KNOWN_PARAMETERS}
     answer = run_in_measured_process("vramlab.passes:measured", wanted, timeout_s=600)
     return {**answer, "allocator": MALLOC_ENV}
-
-
-def _score(model, prepared, params: dict, progress: bool) -> pd.DataFrame:
-    items = prepared.data.val + prepared.data.test
-    with bar("score", len(items), progress) as shown:
-        frame = score_items(model, prepared.tokenizer, items, batch_size=64, max_length=params["max_length"],
-                            progress=shown.update)
-    return frame.merge(baseline_scores(prepared.data.train, items), on="uid", validate="one_to_one")
 
 
 def _reserve(path: Path) -> None:

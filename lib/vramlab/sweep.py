@@ -25,11 +25,12 @@ import yaml
 
 from .environment import ROOT
 from .files import write_whole
-from .passes import model_spec, pretrained
+from .passes import base_of, spec_of
 from .run import KNOWN_PARAMETERS, SCHEMA, config_hash, run_id
 from .runs import KILLED
 
 KEYS = {"name", "notebook", "defaults", "grid"}
+SEVERAL = "with"
 RETRY = {"failed": {"failed"}, "oom": {"oom"}, "all": {"failed", "oom"}}
 
 
@@ -65,18 +66,32 @@ def read_sweep(path: Path | str, out: Path | str | None = None) -> tuple[Path, P
     wrong = sorted(set(spec) - KEYS) if isinstance(spec, dict) else ["its whole content"]
     if wrong or not spec.get("grid"):
         raise ValueError(f"{path} has {', '.join(wrong) or 'no grid'}: a sweep has {', '.join(sorted(KEYS))}")
-    empty = [axis for axis, values in spec["grid"].items() if not isinstance(values, list) or not values]
-    if empty:
-        raise ValueError(f"{path}: grid.{empty[0]} is {spec['grid'][empty[0]]!r}: give a list of values")
     folder = Path(out) if out else Path("outputs") / spec.get("name", path.stem)
     notebook = Path(spec.get("notebook", "notebooks/finetune.ipynb"))
     notebook = notebook if notebook.exists() else ROOT / notebook
     cells = []
-    for values in itertools.product(*spec["grid"].values()):
-        params = {**(spec.get("defaults") or {}), **dict(zip(spec["grid"], values, strict=True))}
+    for chosen in combinations(str(path), spec["grid"]):
+        params = {**(spec.get("defaults") or {}), **chosen}
         name = run_id(params)
         cells.append(Cell(name, params, folder / name))
     return notebook, folder, cells
+
+
+def combinations(name: str, grid: Mapping[str, list]) -> list[dict]:
+    """Parameters for every combination of a grid's values; `with` is no parameter, but an axis whose values set several at once.
+
+    Raises: ValueError, naming an axis that is no list of values, or a value of `with` that sets nothing.
+    """
+    for axis, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{name}: grid.{axis} is {values!r}: give a list of values")
+        if axis == SEVERAL and (wrong := [value for value in values if not isinstance(value, dict)]):
+            raise ValueError(f"{name}: grid.{axis} has {wrong[0]!r}: each is several parameters, as {{regime: lomo, lr: 0.01}}")
+    found = []
+    for values in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, values, strict=True))
+        found.append({**chosen.pop(SEVERAL, {}), **chosen})
+    return found
 
 
 def sweep(path: Path | str, out: Path | str | None = None, force: bool = False, retry: str | None = None,
@@ -122,13 +137,13 @@ def _run_all(notebook: Path, due: list[Cell], finished: int, quiet: bool) -> Non
 
 def _make_bases(due: list[Cell], quiet: bool) -> None:
     """Once and here, where progress shows, not inside the first cell that needs it."""
-    for model, recipe in dict.fromkeys((cell.full["model"], cell.full["recipe"]) for cell in due):
-        spec = model_spec(model)
-        if not spec.path:
+    bases = {(cell.full["model"], cell.full["recipe"], str(cell.full["config"])): cell.full for cell in due}
+    for params in bases.values():
+        if not spec_of(params).path:
             try:
-                pretrained(spec, recipe, progress=not quiet)
+                base_of(params, progress=not quiet)
             except Exception as error:  # its cells will fail of it, each with a row; others go on
-                print(f"the base of {model} could not be made: {type(error).__name__}: {error}", file=sys.stderr)
+                print(f"the base of {params['model']} could not be made: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _run(notebook: Path, cell: Cell) -> None:

@@ -26,9 +26,9 @@ from .items import Item
 
 CLAIM = "\nClaim:"
 QUESTION, ANSWER = "\nQuestion:", "?\nAnswer:"
-OBJECTIVES = ("answer", "answer+claim")
+OBJECTIVES = ("answer", "answer+claim", "lm")
 """What is learned: the answers only, or the answers and the words of consistent claims. Never the words of a corrupted
-claim: a model that learns to write those learns to hedge its copying."""
+claim: a model that learns to write those learns to hedge its copying. `lm` is pre-training: every token that follows another."""
 IGNORED = -100
 CLAIMS_PER_SEQUENCE = 4
 
@@ -97,6 +97,20 @@ def _around(item: Item) -> tuple[str, str, str]:
     return (QUESTION, " " + item.claim, ANSWER) if item.asks else (CLAIM, " " + item.claim, "")
 
 
+def encode_prompt(tokenizer: BaichuanTokenizer, item: Item, max_length: int, new_tokens: int) -> tuple[list[int], bool]:
+    """(ids after which a claim about the item's document is written, whether the document lost its end), such that `new_tokens`
+    more make `max_length` at most.
+
+    Raises: ValueError, when that leaves no room for the document.
+    """
+    lead, document = tokenizer.encode_text(CLAIM), tokenizer.encode_text(" " + item.doc)
+    room = max_length - 1 - len(lead) - new_tokens
+    if room < 1:
+        raise ValueError(f"max_length is {max_length}: the claim to be written takes {new_tokens} tokens and its lead {len(lead)}, "
+                         f"raise max_length to {new_tokens + len(lead) + 64} or more, or set generate: 0")
+    return [tokenizer.user_id, *document[:room], *lead], len(document) > room
+
+
 def batch_encoded(encoded: Sequence[Encoded], objective: str = "answer+claim") -> dict[str, Tensor]:
     """Right-padded `input_ids`, `attention_mask`, `labels`, each (batch, longest); labels are -100 where nothing is learned."""
     if objective not in OBJECTIVES:
@@ -107,6 +121,9 @@ def batch_encoded(encoded: Sequence[Encoded], objective: str = "answer+claim") -
     for row, one in enumerate(encoded):
         tokens = torch.tensor(one.input_ids)
         ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+        if objective == "lm":
+            labels[row, : len(tokens)] = tokens
+            continue
         for span in one.spans:
             if span.answer + 1 < len(tokens):
                 labels[row, span.answer + 1] = tokens[span.answer + 1]

@@ -24,8 +24,7 @@ def score_items(model: nn.Module, tokenizer: BaichuanTokenizer, items: Sequence[
     if model.training:
         raise ValueError("the model is in training mode: call .eval() before scoring")
     no, yes = answer_ids(tokenizer)
-    # a table on the host tells where its rows are wanted; else weights and inputs are in one place
-    device = getattr(model.get_input_embeddings(), "runs_on", None) or next(model.parameters()).device
+    device = device_of(model)
     encoded = [encode_item(tokenizer, item, max_length) for item in items]
     # longest first: rows of a batch are of like length, and running out of memory shows at once
     order = sorted(range(len(items)), key=lambda i: -len(encoded[i].input_ids))
@@ -40,6 +39,11 @@ def score_items(model: nn.Module, tokenizer: BaichuanTokenizer, items: Sequence[
         "uid": item.uid, "domain": item.domain, "split": item.split, "shift": item.shift, "group": item.group,
         "transform": item.transform, "label": item.label, "truncated": encoded[i].truncated, "yesno": scores[i][0],
         "likelihood": scores[i][1], "n_tokens": len(encoded[i].input_ids)} for i, item in enumerate(items)])
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its inputs are wanted: a table on the host tells; else weights and inputs are in one place."""
+    return getattr(model.get_input_embeddings(), "runs_on", None) or next(model.parameters()).device
 
 
 def _score(encoded: Sequence[Encoded], model: nn.Module, device, no: int, yes: int) -> list[tuple[float, float]]:

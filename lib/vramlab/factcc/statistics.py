@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -140,6 +141,16 @@ def compare(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
                          "low": low, "high": high, "n": len(cell),
                          "mcnemar_p": mcnemar_exact(int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum()))})
     return pd.DataFrame(rows)
+
+
+def wilson(count: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of the share `count / n` of independent items; nan for none. Wilson 1927, doi:10.2307/2276774."""
+    if not n:
+        return math.nan, math.nan
+    z, share = NormalDist().inv_cdf((1 + LEVEL) / 2), count / n
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = ((middle + side * half) / (1 + z * z / n) for side in (-1, 1))
+    return (low if count else 0.0), (high if count < n else 1.0)  # exact there, where rounding is not
 
 
 def mcnemar_exact(only_one: int, only_other: int) -> float:

@@ -82,7 +82,14 @@ def _sections(runs: Sequence[Run]) -> list[Section]:
                 figures.differences(done), tables.against_reference(done)),
         Section("Training", "Regimes that change no arithmetic lie on one line.", figures.losses(done), tables.recalls(done)),
     ]
-    return [*found, *_driver(done), *_ran_out(runs)]
+    return [*found, *_written(done), *_driver(done), *_ran_out(runs)]
+
+
+def _written(done: Sequence[Run]) -> list[Section]:
+    table = tables.written(done)
+    return [Section("What the models write", "One sentence a document: shares that are consistent, not, or no sentence at all. The "
+                    "oracle is the grammar that made the document, the checker a published model. The interval is over documents.",
+                    None, table)] if len(table) else []
 
 
 def _driver(done: Sequence[Run]) -> list[Section]:

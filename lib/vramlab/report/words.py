@@ -22,7 +22,16 @@ def one_run(run: Run) -> str:
     yesno, peak = _cell(run, "yesno"), run.result.get("peak")
     memory = f"{peak['peak_bytes'] / tables.MIB:.1f} MiB at the peak of a step ({peak['phase']}), " if peak else ""
     return (f"**{run.name}**: {memory}{run.result['speed']['tokens_per_s']:,.0f} tokens/s, balanced accuracy in "
-            f"{run.params['train_domain']} {_with(yesno)} by yes/no and {_with(_cell(run, 'likelihood'))} by likelihood.")
+            f"{run.params['train_domain']} {_with(yesno)} by yes/no and {_with(_cell(run, 'likelihood'))} by likelihood."
+            + "".join(f" {said}" for said in written(run)))
+
+
+def written(run: Run) -> list[str]:
+    """What became of the claims that the model wrote, a sentence for each judge, domain and shift."""
+    said = run.result.get("generation", {})
+    by = {"oracle": "the grammar that made the document finds", "checker": f"the checker {said.get('checker')} calls"}
+    return [f"Of {row['n']} claims it wrote in {row['domain']} ({row['shift']}), {by[row['judge']]} {row['share']:.1%} "
+            f"[{row['low']:.1%}, {row['high']:.1%}] consistent." for row in said.get("shares", ()) if row["call"] == "consistent"]
 
 
 def _failed(runs: Sequence[Run]) -> str:

@@ -19,16 +19,17 @@ from ..trainer import Batch, Schedule, Trainer
 
 
 def predicted(model: str, regime: str, seq: int, batch: int = 1, weights: str = "", axes: Mapping | None = None,
-              card: str = "") -> pd.DataFrame:
-    """The forecast of one step as one row: peaks, phase, host bytes, `ledger` and `owners` (JSON), FLOPs and bytes moved, and
-    with a card whether it fits. Raises: IllegalRegime."""
-    question = Question(model, regime, seq, batch, weights, axes=json.dumps(axes or {}, sort_keys=True))
+              card: str = "", world: int = 1) -> pd.DataFrame:
+    """The forecast of one step as one row: peaks, phase, host bytes, `ledger` and `owners` (JSON), FLOPs, in all and by phase
+    (JSON), bytes moved, and with a card whether it fits. With `place: fsdp`, of one of `world` ranks that holds most. Raises:
+    IllegalRegime."""
+    question = Question(model, regime, seq, batch, weights, world=world, axes=json.dumps(axes or {}, sort_keys=True))
     said = forecast(question, read_card(card) if card else None).to_json()
     kept = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_requested_bytes", "phase", "host_bytes", "fits", "margin_bytes",
             "floor_s")
-    phases = said["work"].values()
-    work = {"flops": sum(sum(phase["flops"].values()) for phase in phases),
-            "moved_bytes": sum(phase["moved_bytes"] for phase in phases)}
+    flops = {phase: sum(work["flops"].values()) for phase, work in said["work"].items()}
+    work = {"flops": sum(flops.values()), "phase_flops": json.dumps(flops),
+            "moved_bytes": sum(work["moved_bytes"] for work in said["work"].values())}
     return pd.DataFrame([{**{name: said[name] for name in kept}, "ledger": json.dumps(said["ledger"]),
                           "owners": json.dumps(said["owners"]),
                           **work}])

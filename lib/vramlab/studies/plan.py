@@ -10,7 +10,6 @@ function of this library, as "module:function", that takes the cell's parameters
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import yaml
 
 from ..environment import ROOT
 from ..run import run_id
+from ..sweep import combinations
 from . import STUDIES
 
 PARAMS = ROOT / "params" / "studies"
@@ -28,8 +28,6 @@ ARM_KEYS = ("defaults", "grid", "call", "says")
 PROOF = {"steps": 2, "train_items": 40, "val_items": 20, "test_items": 20, "measure": False}
 """What makes a run one of seconds: each study has its first run again like that, from a base made in seconds, as arm `proof`, for
 a test to repeat."""
-SEVERAL = "with"
-"""The grid axis whose values set several parameters at once."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +115,8 @@ def _only(name: str, said: Mapping, known: Sequence[str]) -> None:
 def _cells(name: str, arm: str, spec: Mapping, defaults: Mapping) -> list[StudyCell]:
     _only(name, spec, ARM_KEYS)
     grid, call = spec.get("grid") or {}, spec.get("call", "")
-    if empty := [axis for axis, values in grid.items() if not isinstance(values, list) or not values]:
-        raise ValueError(f"{name}: grid.{empty[0]} is {grid[empty[0]]!r}: give a list of values")
     base = {**({} if call else defaults), **(spec.get("defaults") or {})}
-    found = []
-    for values in itertools.product(*grid.values()):
-        chosen = dict(zip(grid, values, strict=True))
-        found.append(StudyCell(arm, {**base, **chosen.pop(SEVERAL, {}), **chosen}, call))
+    found = [StudyCell(arm, {**base, **chosen}, call) for chosen in combinations(name, grid)]
     for cell in found:
         cell.name  # noqa: B018  a wrong parameter is said now, not after an hour of runs
     return found
