@@ -211,9 +211,26 @@ def memory(lab: Lab) -> pd.DataFrame:
 
 
 def show(*things) -> None:
-    """Displays what there is; says so where runs are missing."""
+    """Displays what there is, text as Markdown; says so where runs are missing."""
     from IPython.display import Markdown, display
 
     for thing in things:
-        nothing = thing is None or isinstance(thing, pd.DataFrame) and thing.empty
-        display(Markdown("*Left out: no run of it has ended.*") if nothing else thing)
+        nothing = thing is None or isinstance(thing, pd.DataFrame | str) and not len(thing)
+        shown = "*Left out: no run of it has ended.*" if nothing else thing
+        display(Markdown(shown) if isinstance(shown, str) else shown)
+
+
+def answer(lab: Lab) -> str:
+    """The study in one paragraph, from the figures that there are."""
+    found, said = lab.figures, []
+    for name in ("literal", "residual"):
+        if f"difference.{name} against full" in found and f"accuracy.{name}.none" in found:
+            said.append(f"`{name}` reaches {_percent(found[f'accuracy.{name}.none'])} % against full fine-tuning's "
+                        f"{_percent(found['accuracy.full.none'])} on as many tokens, and the base's own "
+                        f"{_percent(found.get('accuracy.zero_shot.none'))}")
+        if f"flops.{name}" in found:
+            said.append(f"its step is {found[f'flops.{name}'].value:.2f} of full's work at 7B, where identity feedback, without "
+                        f"a module, is {found['flops.identity'].value:.2f}")
+        if f"cosine.{name}" in found:
+            said.append(f"its guess has a cosine of {_words(found[f'cosine.{name}'])} with the gradient")
+    return "; ".join(said) + ("." if said else "")
