@@ -12,6 +12,7 @@ from vramlab.head_bytes import _alone
 from vramlab.ladder import frequencies, shape
 from vramlab.passes import prepare
 from vramlab.run import resolve
+from vramlab.studies import baichuan2_chapters as chapters
 from vramlab.studies.baichuan2 import figures, power_law, pretraining
 from vramlab.studies.lab import Lab
 from vramlab.studies.plan import Pair, Plan, read_plan
@@ -91,3 +92,17 @@ def test_pairs_are_compared_seed_by_seed():
 def test_a_power_law_is_found_again():
     a, b = power_law(torch.tensor([1e5, 1e6, 1e7]).numpy(), 9.0 * torch.tensor([1e5, 1e6, 1e7]).double().numpy() ** -0.1)
     assert a == pytest.approx(9.0, rel=1e-4) and b == pytest.approx(0.1, rel=1e-4)
+
+
+def test_every_chapter_is_drawn_from_what_was_committed():
+    lab = Lab.shown("baichuan2")
+    for chapter in (chapters.curves, chapters.ends, chapters.rungs, chapters.collisions, chapters.attention, chapters.rotary,
+                    chapters.head):
+        figure = chapter(lab)
+        assert figure.data and all(len(trace.x) == len(trace.y) > 0 for trace in figure.data if trace.y is not None)
+    for chapter in (chapters.stability, chapters.pairs, chapters.shapes, chapters.domains, chapters.steps):
+        table = chapter(lab)
+        assert len(table) and table.notna().any(axis=None)
+    answer = chapters.answer(lab)
+    for name in ("stability.jump.linear_minus_norm", "ladder.predicted_over_found", "head.baichuan2-7b.trained.price"):
+        assert lab.figures[name].words() in answer

@@ -188,7 +188,7 @@ def answer(lab: Lab) -> str:
                     f"by {jump.words()}. Where they end differs by {figures['stability.final.linear_minus_norm'].words()} over all "
                     f"rates, and max-z changes that by {figures['stability.final.without_minus_with_max_z'].words()}.")
     if "ladder.predicted_over_found" in figures:
-        said.append("A power law in the three smaller rungs tells where the largest ends to within "
+        said.append("What a power law in the smaller rungs says of the largest one's end is off by "
                     f"{figures['ladder.predicted_over_found'].words()}.")
     gains = {name: figure for name, figure in figures.items() if name.endswith(".gain")}
     if gains:
