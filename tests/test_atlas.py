@@ -72,19 +72,19 @@ def test_a_stopped_atlas_goes_on_where_it_was(asked, content, kept, monkeypatch)
     assert [atlas.kept(asked, question, kept) for question in asked.questions()].count(False) == 1
     again = []
 
-    def read(question, cache_dir):
+    def read(question, cache_dir, counted):
         again.append(question)
-        return predict.traced_step(question, cache_dir)
+        return predict.traced_step(question, cache_dir, counted)
 
     monkeypatch.setattr(atlas, "traced_step", read)
     assert chart(asked, kept, progress=False) == content and again == [gone]
 
 
 def test_a_failing_cell_is_a_row_with_its_reason(asked, tmp_path, monkeypatch):
-    def fails(question, cache_dir):
+    def fails(question, cache_dir, counted):
         if question.regime == "lomo":
             raise RuntimeError("no such kernel")
-        return predict.traced_step(question, cache_dir)
+        return predict.traced_step(question, cache_dir, counted)
 
     monkeypatch.setattr(atlas, "traced_step", fails)
     one = dataclasses.replace(asked, seq=(16,), weights=("",), regimes=("full", "lomo"))
@@ -106,12 +106,14 @@ COLLECTS = "garbage_collection_threshold:0.8,per_process_memory_fraction:0.999"
 def test_garbage_is_collected_only_beside_a_fraction_and_can_lose_a_step(kept):
     traced = predict.traced_step(Question("baichuan2-7b", "zero_shot", 1024, 1), kept)
     held = card("rtx5090")
-    alone, both = (summary._on_cards(traced, {"it": held}, Settings.parse(text))["it"]
+    rows = traced.device_rows()
+    alone, both = (summary._on_cards(traced, rows, {"it": held}, Settings.parse(text))["it"]
                    for text in ("garbage_collection_threshold:0.8", COLLECTS))
-    assert alone == summary._on_cards(traced, {"it": held}, Settings())["it"] and alone["fits"] and not both["fits"]
+    assert alone == summary._on_cards(traced, rows, {"it": held}, Settings())["it"]
+    assert alone["fits"] and not both["fits"]
     room = dataclasses.replace(held, total_gib=held.total_gib + 1)
     said = forecast(Question("baichuan2-7b", "zero_shot", 1024, 1), room, Settings.parse(COLLECTS), kept)
-    fits = summary._on_cards(traced, {"it": room}, Settings.parse(COLLECTS))["it"]
+    fits = summary._on_cards(traced, rows, {"it": room}, Settings.parse(COLLECTS))["it"]
     assert fits["fits"] and fits["reserved_bytes"] == said.reserved_peak_bytes > alone["reserved_bytes"]
 
 

@@ -58,7 +58,7 @@ def test_an_interrupted_making_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_an_unknown_recipe_is_named():
-    with pytest.raises(ValueError, match="standard, smoke"):
+    with pytest.raises(ValueError, match="standard, reading, smoke"):
         Recipe.named("best")
 
 

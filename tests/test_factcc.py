@@ -145,7 +145,7 @@ def test_both_boolq_forms_are_read_and_hidden_labels_are_counted(tmp_path):
                        [{"question": "is it dry", "passage": "Rain is wet.", "idx": 0},
                         {"question": "is it dry", "passage": "Rain is wet.", "idx": 1, "label": False}])
     first = load_items(original).items[0]
-    assert (first.label, first.claim, first.split) == (1, "is it wet?", "val")
+    assert (first.label, first.claim, first.split) == (1, "is it wet", "val")
     described = describe_items(superglue)
     assert described["items"] == 1 and described["unlabelled"] == 1 and described["majority"] == 1.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -16,6 +17,8 @@ from vramlab.factcc.generator import GeneratorConfig, generate_items
 from vramlab.factcc.items import DOMAINS, Item
 from vramlab.factcc.oracle import verdict
 from vramlab.factcc.statistics import wilson
+from vramlab.report import tables
+from vramlab.report.words import written
 
 DOC = ("Korv hired five clerks at its Arlen plant Monday . The chief of Balm told reporters they will resign . "
        "Two cooks joined Balm at the Brock plant Friday . He will not resign , the chief of Korv told reporters .")
@@ -54,11 +57,7 @@ def test_the_oracle_agrees_with_the_generator_on_every_claim_without_noise(domai
     items = [item for shift in ("none", "moderate") for item in generate_items(domain, "test", 400, 0, shift,
                                                                                GeneratorConfig(noise=0))]
     found = [verdict(item, item.claim) for item in items]
-    assert set(found) == {"consistent", "inconsistent"}
-    assert all(one == "consistent" for one, item in zip(found, items, strict=True) if item.label)
-    # a name swapped in an attitude may hit upon one that the other subject has too: such a claim is labelled 0 and true
-    true = [item for one, item in zip(found, items, strict=True) if one == "consistent" and not item.label]
-    assert {item.transform for item in true} <= {"entity_swap"} and len(true) < 0.01 * len(items)
+    assert found == ["consistent" if item.label else "inconsistent" for item in items]
 
 
 # writing -------------------------------------------------------------------------------------------------------------
@@ -103,6 +102,17 @@ def test_shares_are_counts_over_what_was_judged_with_wilsons_interval():
     assert (rows["consistent"]["low"], rows["consistent"]["high"]) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Wilson 1927
     assert rows["inconsistent"]["low"] == 0 and wilson(7, 7)[1] == 1 and math.isnan(wilson(0, 0)[0])
     assert shares(frame.assign(oracle=None)) == []
+
+
+def test_the_report_has_a_line_for_each_regime_judge_and_place():
+    frame = pd.DataFrame({"domain": "law", "shift": "severe", "oracle": ["consistent", "unparsable"]})
+    run = SimpleNamespace(name="lomo", params={"train_domain": "news"}, result={"generation": {"shares": shares(frame)}})
+    silent = SimpleNamespace(name="full", params={"train_domain": "news"}, result={})
+    (row,) = tables.written([silent, run]).to_dict("records")
+    assert (row["regime"], row["place"], row["consistent"], row["inconsistent"], row["n"]) == ("lomo", "law", 0.5, 0.0, 2)
+    assert (row["low"], row["high"]) == wilson(1, 2) and tables.written([silent]).empty
+    assert written(run) == ["Of 2 claims it wrote in law (severe), the grammar that made the document finds 50.0% [9.5%, 90.5%] "
+                            "consistent."]
 
 
 # the checker ---------------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def test_errors_are_no_larger_than_the_plain_heads(dtype, chunks, monkeypatch):
         wide = [tensor.detach().double().requires_grad_() for tensor in (h, w)]
         truth = _plain64(*wide, labels)
         truth = [truth, *torch.autograd.grad(truth * 0.37, wide)]
-        with rounding.bf16_formed_in_fp32():
+        with rounding.halves_formed_in_fp32():
             taker = Collects()
             (_fused(h.detach(), w, w, labels, taker=taker) * 0.37).backward()
             for index, loss in enumerate((_plain(h, w, labels), _fused(h, w, w, labels))):
@@ -208,3 +208,20 @@ def test_extra_bytes_at_the_published_shape(trains, taken, most, monkeypatch):
 
 def test_spans_tile():
     assert spans(10, 4) == [(0, 3), (3, 6), (6, 10)] and spans(4, 9) == [(0, 4)] and spans(0, 3) == []
+
+
+def test_without_normhead_the_head_is_linear_however_it_is_formed():
+    """Whole, fused, in slices, in rows inside backward, and streamed from the host; max-z included."""
+    rows = [{}, {"head": "fused"}, {"until": "backward"}, {"until": "backward", "head": "fused"},
+            {"place": "host_weights", "acts": "checkpoint"}, {"trains": {"chunks": {"count": 5}}},
+            {"trains": {"chunks": {"count": 5}}, "head": "fused"}]
+    found = [train({**row, "rule": "sgd"}, steps=3, norm_head=False, z_loss_weight=0.1) for row in rows]
+    for group in (found[:5], found[5:]):
+        for losses, weights, _ in group[1:]:
+            assert losses == pytest.approx(group[0][0], rel=1e-5)
+            torch.testing.assert_close(weights["lm_head.weight"], group[0][1]["lm_head.weight"], rtol=1e-4, atol=1e-6)
+    ids, model = batch(0)["input_ids"], found[0][2].model
+    with torch.no_grad():
+        hidden = model.model(ids).last_hidden_state
+        assert torch.equal(model(ids).logits, F.linear(hidden, model.lm_head.weight))
+        assert model.lm_head.weight.norm(dim=1).max() < 0.5  # initialised as any linear layer: 0.02 * sqrt(20)

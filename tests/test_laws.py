@@ -99,6 +99,60 @@ def test_clipping_inside_backward_costs_no_bytes_but_its_norms():
     assert 0 <= peaks[1] - peaks[0] <= 4 * (len(list(model().parameters())) + 8)
 
 
+@pytest.mark.parametrize("head", ["plain", "fused"])
+@pytest.mark.parametrize("how", ["value", "last"])
+def test_clipping_inside_backward_without_a_second_look(how, head):
+    """By value, as `clip_grad_value_` does it; by the last step's norm, of which the first step has none."""
+    reference, lr, largest, last = model(), 1e-1, 0.02 if how == "value" else 0.5, None
+    schedule, optimizer = Schedule(lr, 4), torch.optim.SGD(reference.parameters(), lr=lr)
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = schedule.at(step)
+        optimizer.zero_grad()
+        reference(**batch(100 * step)).loss.backward()
+        grads = [p.grad for p in reference.parameters()]
+        norm = torch.linalg.vector_norm(torch.cat([grad.flatten() for grad in grads]))
+        before, last = norm if last is None else last, norm
+        if how == "value":
+            assert max(float(grad.abs().max()) for grad in grads) > largest
+            nn.utils.clip_grad_value_(reference.parameters(), largest)
+        else:
+            assert before > largest
+            for grad in grads:
+                grad.mul_(largest / before)
+        optimizer.step()
+    until = {"clip_value": largest} if how == "value" else {"clip_norm": largest, "norm": "last"}
+    losses, weights, _ = train({"until": {"backward": until}, "rule": "sgd", "head": head}, lr=lr)
+    for name, tensor in reference.state_dict().items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_scale_changes_nothing_where_nothing_overflows():
+    """Powers of two are exact, so that the weights are LOMO's to the bit but for lr's own rounding; gradients stay scaled."""
+    clipped, weights, _ = train({"until": {"backward": {"clip_norm": 0.5}}, "rule": "sgd"}, lr=0.1)
+    for scale in (2.0**10, 2.0**-10):
+        losses, others, _ = train({"until": {"backward": {"clip_norm": 0.5, "loss_scale": scale}}, "rule": "sgd"}, lr=0.1)
+        assert losses == pytest.approx(clipped, rel=1e-5)
+        for name, tensor in weights.items():
+            torch.testing.assert_close(others[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_an_overflow_leaves_the_whole_step_out_and_halves_the_scale():
+    row = {"weights": "fp16", "until": {"backward": {"clip_norm": 1.0, "loss_scale": 2.0**24}}, "rule": "sgd"}
+    trainer = Trainer(model(), read_row("row", row), Schedule(0.5, 40))
+    seen = []
+    for step in range(20):
+        matrices = {name: p for name, p in trainer.model.named_parameters() if p.dim() > 1}  # a norm's update may round to none
+        before = {name: p.detach().clone() for name, p in matrices.items()}
+        trainer.step([batch(step)])
+        moved = [not torch.equal(before[name], p) for name, p in matrices.items()]
+        assert all(moved) or not any(moved)  # never half of a step
+        assert all(p.isfinite().all() for p in trainer.model.parameters())
+        seen.append(all(moved))
+    assert not seen[0] and seen[-1] and seen == sorted(seen)
+    (turn,) = trainer._active_turns()
+    assert turn.updater._clipper.scale == 2.0 ** (24 - seen.count(False))
+
+
 def test_full_is_torch_adamw():
     reference = model()
     optimizer, schedule = torch.optim.AdamW(reference.parameters(), weight_decay=0.0), Schedule(1e-2, 4)

@@ -14,7 +14,7 @@ from vramlab import passes
 from vramlab.cli import main
 from vramlab.environment import ROOT
 from vramlab.regime import read_regimes
-from vramlab.run import execute, resolve
+from vramlab.run import KNOWN_PARAMETERS, execute, resolve
 from vramlab.runs import Run
 from vramlab.sweep import read_sweep
 
@@ -84,7 +84,7 @@ def test_every_row_of_the_file_is_one_that_can_be_run():
 
 def test_a_published_shape_without_its_weights_is_refused_before_anything_is_made():
     with pytest.raises(ValueError, match="baichuan2-7b has no weights.*path:"):
-        passes.pretrained(passes.model_spec("baichuan2-7b"), "smoke", progress=False)
+        passes.base_of({**KNOWN_PARAMETERS, "model": "baichuan2-7b", "recipe": "smoke"}, progress=False)
 
 
 def test_a_checker_is_refused_before_training_begins(tmp_path, monkeypatch):

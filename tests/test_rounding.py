@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vramlab.axes.rounding import RoundedAttention, RoundedLinear, bf16_formed_in_fp32
+from vramlab.axes.rounding import RoundedAttention, RoundedLinear, halves_formed_in_fp32
 
 
 def _random(*shape, seed=0, dtype=torch.float64):
@@ -28,7 +28,7 @@ def test_rounded_attention_passes_gradcheck(causal, masked):
 def test_results_are_the_native_bf16_kernels_but_for_the_last_bit_of_few():
     x, weight = _random(64, 96, dtype=torch.bfloat16), _random(80, 96, seed=1, dtype=torch.bfloat16)
     native = F.linear(x, weight)
-    with bf16_formed_in_fp32():
+    with halves_formed_in_fp32():
         ours = F.linear(x, weight)
     assert ours.dtype == torch.bfloat16 and (ours == native).float().mean() >= 0.995
     torch.testing.assert_close(ours, native, rtol=2 ** -7, atol=1e-2)
@@ -41,7 +41,7 @@ def test_what_is_saved_for_backward_stays_bf16():
     x = _random(8, 16, dtype=torch.bfloat16).requires_grad_()
     weight = _random(8, 16, seed=1, dtype=torch.bfloat16).requires_grad_()
     q = _random(1, 2, 8, 4, seed=2, dtype=torch.bfloat16).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.dtype) or t, lambda t: t), bf16_formed_in_fp32():
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.dtype) or t, lambda t: t), halves_formed_in_fp32():
         F.linear(x, weight).sum()
         F.scaled_dot_product_attention(q, q, q, is_causal=True).sum()
     assert saved and set(saved) == {torch.bfloat16}
@@ -49,7 +49,7 @@ def test_what_is_saved_for_backward_stays_bf16():
 
 def test_under_autocast_fp32_weights_get_fp32_gradients():
     x, weight = _random(8, 16, dtype=torch.float32), _random(8, 16, seed=1, dtype=torch.float32).requires_grad_()
-    with bf16_formed_in_fp32(), torch.autocast("cpu", torch.bfloat16):
+    with halves_formed_in_fp32(), torch.autocast("cpu", torch.bfloat16):
         out = F.linear(x, weight)
     out.float().sum().backward()
     assert out.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
@@ -58,6 +58,6 @@ def test_under_autocast_fp32_weights_get_fp32_gradients():
 def test_fp32_products_and_the_world_outside_are_left_alone():
     before = F.linear
     x, weight = _random(3, 4, dtype=torch.float32), _random(5, 4, seed=1, dtype=torch.float32)
-    with bf16_formed_in_fp32():
+    with halves_formed_in_fp32():
         assert torch.equal(F.linear(x, weight), before(x, weight))
     assert F.linear is before

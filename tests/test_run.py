@@ -94,7 +94,8 @@ def test_an_interrupted_run_is_not_there(tmp_path, monkeypatch):
 
 def test_whatever_decides_numbers_changes_the_hash(tmp_path):
     base = config_hash(SMALL)
-    for changed in ({"steps": 5}, {"seed": 1}, {"regime": "lora"}, {"lr": 0.5}, {"model": "baichuan2-7b"}, {"data_seed": 1}):
+    for changed in ({"steps": 5}, {"seed": 1}, {"regime": "lora"}, {"lr": 0.5}, {"model": "baichuan2-7b"}, {"data_seed": 1},
+                    {"config": {"norm_head": False}}):
         assert config_hash({**SMALL, **changed}) != base
     file = tmp_path / "model.yml"
     shape = yaml.safe_load((passes.ROOT / "params" / "models" / "tiny.yml").read_text())
@@ -114,11 +115,31 @@ def test_a_wrong_parameter_is_refused_by_name(wrong, words):
 
 
 @pytest.mark.parametrize(("wrong", "words"), [({"train_domain": "sports"}, "general, news, law, medicine"),
-                                              ({"items": "nowhere"}, "does not exist"), ({"recipe": "quick"}, "standard, smoke"),
-                                              ({"objective": "all"}, "answer")])
+                                              ({"items": "nowhere"}, "does not exist"),
+                                              ({"recipe": "quick"}, "standard, reading, smoke"),
+                                              ({"objective": "all"}, "answer"),
+                                              ({"config": {"norm": 1}}, "config has norm: a Baichuan-2 has vocab_size")])
 def test_a_run_that_cannot_be_prepared_says_why(tmp_path, wrong, words):
     with pytest.raises(ValueError, match=words):
         execute({**SMALL, **wrong}, tmp_path / "r", progress=False)
+
+
+def test_pre_training_starts_from_random_weights_of_its_seed_and_watches_the_logits(tmp_path):
+    asked = {**SMALL, "recipe": "none", "objective": "lm", "train_domain": "all", "watch_logits": True, "measure": False,
+             "config": {"norm_head": False, "z_loss_weight": 0.5}}
+    first, other = (Run(execute({**asked, "seed": seed}, tmp_path / str(seed), progress=False)) for seed in (0, 1))
+    steps = first.steps
+    # of the model as it was before the first update, on batches of another seed
+    assert first.result["loss_first"] != other.result["loss_first"] and first.result["base"]["recipe"] == "none"
+    excess = (steps["loss"] - steps["cross_entropy"]) / 0.5  # the mean square of the highest logits
+    assert (excess > 0).all() and (excess <= steps["highest_logit"] ** 2 + 1e-4).all()
+    assert set(first.scores["domain"]) == {"news", "general", "law", "medicine"}
+    prepared = passes.prepare(resolve(asked), progress=False)
+    assert {item.domain for item in prepared.data.train} == {"news", "general", "law", "medicine"}
+    batch = next(prepared.batches())[0]
+    assert torch.equal(batch["labels"] != -100, batch["attention_mask"] == 1)
+    with pytest.raises(ValueError, match="head: fused never has all logits"):
+        execute({**asked, "regime": "adafactor_backward"}, tmp_path / "fused", progress=False)
 
 
 def test_a_gpu_that_is_not_there_is_one_error_with_the_way_out(tmp_path):

@@ -64,9 +64,9 @@ def test_an_atlas_traces_three_sizes_of_a_row_and_says_which(tmp_path, monkeypat
     asked = Atlas("grid", ("tiny",), (128, 256, 512), (1, 2), regimes=("full",), cards=("rtx4090",))
     traced = []
 
-    def one(question, cache_dir):
+    def one(question, cache_dir, counted):
         traced.append(question)
-        return predict.traced_step(question, cache_dir)
+        return predict.traced_step(question, cache_dir, counted)
 
     monkeypatch.setattr(atlas, "traced_step", one)
     cells = chart(asked, tmp_path, progress=False, jobs=1)["cells"]

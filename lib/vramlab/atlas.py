@@ -31,6 +31,7 @@ import torch
 import yaml
 
 from . import scaling, summary
+from .axes.head import Fused
 from .cards import Card, read_cards
 from .files import write_whole
 from .memory.settings import Settings
@@ -159,15 +160,22 @@ def _row(questions: list[Question], keep: Keep) -> dict[Question, dict]:
         if cells[question] is None:
             cells[question] = _cell(question, sizes, keep)
         elif len(questions) > ENOUGH and not cells[question]["solved"]:
-            sizes.add(traced_step(question, keep.cache_dir))
+            sizes.add(traced_step(question, keep.cache_dir, counted=False))
     return cells
 
 
 def _spread(questions: list[Question]) -> list[Question]:
-    """Smallest, largest and one between first: what lies within them can be solved."""
+    """First three sizes that the others can be solved from, then what tells most where they cannot. Nothing is solved beyond them:
+    smallest, largest and one between. Where only the loops of a fused head depend on the number of tokens, and it says how, the
+    longest, the most and one between, with few tokens each."""
     seq, batch = (sorted({getattr(question, axis) for question in questions}) for axis in ("seq", "batch"))
     first = [(seq[0], batch[0]), (seq[-1], batch[-1]), (seq[len(seq) // 2], batch[len(batch) // 2])]
-    return sorted(questions, key=lambda question: (question.seq, question.batch) not in first)
+    if isinstance(questions[0].row.head, Fused):
+        first = [(seq[0], batch[-1]), (seq[(len(seq) - 1) // 2], batch[0]), (seq[-1], batch[0])]
+    ends = (seq[0], seq[-1]), (batch[0], batch[-1])
+    return sorted(questions, key=lambda question: (
+        (question.seq, question.batch) not in first, question.seq in ends[0], question.batch not in ends[1],
+        question.seq * question.batch))
 
 
 def _cell(question: Question, sizes: Sizes, keep: Keep) -> dict:
@@ -176,7 +184,7 @@ def _cell(question: Question, sizes: Sizes, keep: Keep) -> dict:
         step = sizes.at(question.seq, question.batch)
         solved = step is not None
         if not solved:
-            step = traced_step(question, keep.cache_dir)
+            step = traced_step(question, keep.cache_dir, counted=False)
             sizes.add(step)
         return keep.write(question, {**summary.summarize(step, keep.cards, keep.allocators), "solved": solved})
     except Exception as error:  # whatever it is, the other cells go on and this one says why

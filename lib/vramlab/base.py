@@ -27,8 +27,9 @@ from transformers.utils import logging
 from .baichuan import BaichuanForCausalLM, BaichuanTokenizer, ModelSpec
 from .baichuan.tokenizer import ASSISTANT_ID, train_tokenizer
 from .factcc.generator import GeneratorConfig, generate_items
-from .factcc.items import DOMAINS
+from .factcc.items import DOMAINS, Item
 from .factcc.prompt import CLAIM, IGNORED, answer_ids
+from .factcc.questions import QUESTIONS_PER_PASSAGE, QuestionConfig, generate_questions
 from .factcc.scoring import score_items
 from .factcc.statistics import balanced_accuracy, choose_threshold
 from .lessons import checked_batches, copies, echoes, invented_items
@@ -63,17 +64,25 @@ class Recipe:
 
     @staticmethod
     def named(name: str) -> Recipe:
-        """`standard`, or `smoke`: a few steps of each stage, for tests; its model knows nothing."""
-        known = {"standard": Recipe(),
+        """`standard`; `reading`, which goes on from it; or `smoke`, a few steps of each stage, for tests: it knows nothing."""
+        known = {"standard": Recipe(), "reading": Reading(),
                  "smoke": Recipe(copy_steps=2, echo_steps=2, invented_steps=2, general_steps=2, batch=4, drill_batch=4,
                                  documents=40)}
         if name not in known:
-            raise ValueError(f"no recipe {name!r}: there are {', '.join(known)}")
+            raise ValueError(f"no recipe {name!r}: there are {', '.join(known)}, and none")
         return known[name]
 
     def hash(self, spec: ModelSpec) -> str:
-        content = {"recipe": asdict(self), "model": spec.fingerprint(), "generator": GeneratorConfig().hash(), "version": 2}
+        content = {"recipe": asdict(self), "model": spec.fingerprint(), "generator": GeneratorConfig().hash(), "version": 3}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Reading(Recipe):
+    """Goes on from `standard`: questions on general passages, for who fine-tunes on questions of another domain."""
+
+    lr: float = 1.5e-3
+    question_steps: int = 400
 
 
 def base_model(spec: ModelSpec, cache_dir: Path | str, recipe: Recipe | None = None,
@@ -88,11 +97,29 @@ def base_model(spec: ModelSpec, cache_dir: Path | str, recipe: Recipe | None = N
     if not (folder / "recipe.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".base-") as partial:
-            _make(spec, recipe, Path(partial), progress)
+            (_go_on if isinstance(recipe, Reading) else _make)(spec, recipe, Path(partial), progress)
             if not folder.exists():
                 os.replace(shutil.copytree(partial, f"{partial}-whole"), folder)
     model = BaichuanForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), BaichuanTokenizer.from_pretrained(folder), json.loads((folder / "recipe.json").read_text())
+
+
+def random_model(spec: ModelSpec, cache_dir: Path | str, seed: int) -> tuple[BaichuanForCausalLM, BaichuanTokenizer, dict]:
+    """Random weights, as the config initialises them, and the tokenizer of every base of that vocabulary, from the cache or
+    made now: what pre-training begins with."""
+    size = spec.config.vocab_size
+    content = json.dumps({"vocabulary": size, "generator": GeneratorConfig().hash()})
+    folder = Path(cache_dir) / f"tokenizer-{size}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tokenizer-") as partial:
+            _tokenizer(Path(partial), _vocabulary(), size).save_pretrained(Path(partial, "whole"))
+            if not folder.exists():
+                os.replace(Path(partial, "whole"), folder)
+    torch.manual_seed(seed)
+    model = BaichuanForCausalLM(spec.config)
+    record = {"recipe": "none", "parameters": sum(p.numel() for p in model.parameters())}
+    return model.eval(), BaichuanTokenizer.from_pretrained(folder), record
 
 
 def _make(spec: ModelSpec, recipe: Recipe, folder: Path, progress: bool) -> None:
@@ -107,8 +134,28 @@ def _make(spec: ModelSpec, recipe: Recipe, folder: Path, progress: bool) -> None
     for name, schedule, until, batches in _stages(recipe, tokenizer, words):
         losses[name] = _train(model, batches, schedule, name, progress, until, loss)
     loss.handle.remove()
-    record = {"recipe": asdict(recipe), "hash": recipe.hash(spec), "stages": losses, "general": _reached(model, tokenizer),
-              "parameters": sum(p.numel() for p in model.parameters()), "made_in_s": round(time.perf_counter() - began, 1),
+    record = {"stages": losses, "general": _reached(model, tokenizer, generate_items)}
+    _keep(model, tokenizer, folder, {**record, "made_in_s": round(time.perf_counter() - began, 1)}, recipe.hash(spec), recipe)
+
+
+def _go_on(spec: ModelSpec, recipe: Reading, folder: Path, progress: bool) -> None:
+    model, tokenizer, before = base_model(spec, folder.parent, progress=progress)
+    began = time.perf_counter()
+    several = QuestionConfig(questions=QUESTIONS_PER_PASSAGE)
+    size = recipe.question_steps * recipe.batch * several.questions
+    items = generate_questions("general", "train", size, recipe.seed, config=several)
+    loss = _Loss(model, recipe, tokenizer)
+    batches = checked_batches(tokenizer, items, recipe.batch, recipe.seed)
+    learned = _train(model, batches, Schedule(recipe.lr, recipe.question_steps), "questions", progress, 0.0, loss)
+    loss.handle.remove()
+    record = {"from": before["hash"], "stages": {**before["stages"], "questions": learned},
+              "general": _reached(model, tokenizer, generate_questions)}
+    _keep(model, tokenizer, folder, {**record, "made_in_s": round(time.perf_counter() - began, 1)}, recipe.hash(spec), recipe)
+
+
+def _keep(model: BaichuanForCausalLM, tokenizer: BaichuanTokenizer, folder: Path, record: dict, digest: str,
+          recipe: Recipe) -> None:
+    record = {"recipe": asdict(recipe), "hash": digest, **record, "parameters": sum(p.numel() for p in model.parameters()),
               "threads": torch.get_num_threads()}
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -192,16 +239,16 @@ class _Loss:
         each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED).view(labels.shape)
         answers = batch["input_ids"] == ASSISTANT_ID
         words = (labels != IGNORED) & ~answers
-        head = F.normalize(self.model.lm_head.weight)
+        head = self.model.lm_head.rows(self.model.lm_head.weight)
         leaning = self.model.model.norm(self.entering) @ (head[self.yes] - head[self.no])
         known = ~batch["agrees"].isnan()
         agrees = F.binary_cross_entropy_with_logits(leaning[known], batch["agrees"][known])
         return each[words].mean() + self.recipe.answer_weight * each[answers].mean() + self.recipe.agrees_weight * agrees
 
 
-def _reached(model: BaichuanForCausalLM, tokenizer: BaichuanTokenizer) -> dict:
+def _reached(model: BaichuanForCausalLM, tokenizer: BaichuanTokenizer, make: Callable[..., list[Item]]) -> dict:
     """Balanced accuracy on general documents it never saw, threshold from another set: the recipe's own test."""
-    val, test = (score_items(model, tokenizer, generate_items("general", split, count, 1), 64, 512)
+    val, test = (score_items(model, tokenizer, make("general", split, count, 1), 64, 512)
                  for split, count in (("val", 300), ("test", 500)))
     return {scoring: balanced_accuracy(test["label"], test[scoring], choose_threshold(val["label"], val[scoring]))
             for scoring in ("yesno", "likelihood")}

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from .axes.place import Fsdp
 from .baichuan import BaichuanForCausalLM, ModelSpec
 from .memory import timeline
 from .memory.kernels import AMPERE, Architecture
+from .memory.meter import Loop
 from .memory.virtual import VirtualGpu, virtual_gpu
 from .regime import Regime
 from .trainer import Batch, Schedule, Trainer
@@ -68,6 +70,9 @@ class Trace:
     """Where parts take turns: step -> bytes of optimizer state of the part active in it, for the steps among which the reported
     part was chosen, see `highest`. Else empty."""
 
+    loops: tuple[Loop, ...] = ()
+    """The loops over chunks of tokens, or of rows whose number depends on that of tokens, in their order."""
+
     @classmethod
     def of(cls, frame: pd.DataFrame, step: int, ranked: Mapping[int, int], unseen_host_bytes: int, **said) -> Trace:
         """What a timeline says of its step number `step`. `unseen_host_bytes`: on the host, but not in the timeline."""
@@ -75,7 +80,7 @@ class Trace:
         return cls(step=step, peak_bytes=peak["peak_bytes"], phase=peak["phase"], ledger=peak["categories"], alive=peak["alive"],
                    host_bytes=timeline.host_peak_bytes(frame) + unseen_host_bytes, frame=frame, ranked=ranked, **said)
 
-    @property
+    @cached_property
     def events(self) -> dict[str, np.ndarray]:
         """What the device's allocator is asked for, from the first weight on: arrays `event` ("alloc" or "free"), `storage`
         (a number for each storage), `bytes`, `stream`, and `step`, the step it belongs to."""
@@ -86,7 +91,7 @@ class Trace:
         """The rows of `frame` that `events` is made of."""
         return self.frame[(self.frame["category"] != "host") & (self.frame["bytes"] > 0)]
 
-    @property
+    @cached_property
     def reported(self) -> slice:
         """Where in `events` the reported step lies; what is alive at its start is the state before it."""
         first, last = np.searchsorted(self.events["step"], [self.step, self.step + 1])
@@ -110,7 +115,7 @@ class Trace:
 
 
 def trace(spec: ModelSpec, regime: Regime, seq: int, batch: int, steps: int | None = None, card: Any = None,
-          mode: str = "auto", every_part: bool = False, world: int = 1) -> Trace:
+          mode: str = "auto", every_part: bool = False, world: int = 1, counted: bool = True) -> Trace:
     """What one training step of `spec` under `regime` does with memory, on `batch` full rows of `seq` labelled tokens.
     With `place: fsdp` on each of `world` ranks, of which the first is reported: none holds more.
 
@@ -123,6 +128,8 @@ def trace(spec: ModelSpec, regime: Regime, seq: int, batch: int, steps: int | No
     backward goes down to the lowest active weight, so a lower part keeps every activation that a higher one keeps, and more.
     `every_part` runs all.
 
+    `counted`: whether `work` is counted, which takes a tenth of the time.
+
     `card` is a compute capability, or has one as `compute_capability`; without it, (8, 0). `mode`: see `virtual_gpu`.
 
     Raises: ValueError, for a world that is not one or, unless the regime shards, is not 1.
@@ -133,13 +140,13 @@ def trace(spec: ModelSpec, regime: Regime, seq: int, batch: int, steps: int | No
                          "or more with place: fsdp, and of 1 without")
     architecture = tuple(getattr(card, "compute_capability", card or AMPERE))
     with virtual_gpu(mode, architecture, world if sharded else 0) as gpu:
-        run = _Run(gpu, spec, regime, seq, batch)
+        run = _Run(gpu, spec, regime, seq, batch, counted)
         with run.meter:
             step = run.take_turns(steps or 2, every_part) if len(run.sets) > 1 else run.repeat(steps or 2)
         unseen_host_bytes = run.unseen_host_bytes()
     found = Trace.of(run.meter.frame(), step, run.ranked, unseen_host_bytes, model=spec.name, regime=regime.name, seq=seq,
                      batch=batch, world=world, device=gpu.label, architecture=architecture, parts=run.turns.parts_due,
-                     crossed=run.crossed, work=run.meter.work(step), took_s=0.0)
+                     crossed=run.crossed, work=run.meter.work(step), took_s=0.0, loops=tuple(run.meter.loops))
     return dataclasses.replace(found, took_s=time.perf_counter() - began)
 
 
@@ -183,8 +190,8 @@ def shown(regime: Regime) -> tuple[Regime, Any]:
 class _Run:
     """A trainer on the virtual device, and how to make it show the step that counts."""
 
-    def __init__(self, gpu: VirtualGpu, spec: ModelSpec, regime: Regime, seq: int, batch: int):
-        self.meter = gpu.meter()
+    def __init__(self, gpu: VirtualGpu, spec: ModelSpec, regime: Regime, seq: int, batch: int, counted: bool = True):
+        self.meter = gpu.meter(counted)
         regime, self.turns = shown(regime)
         model = BaichuanForCausalLM(spec.config)
         model.to(spec.config.dtype or torch.float32)  # as published; the regime's own type is the trainer's to give

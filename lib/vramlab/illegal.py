@@ -12,6 +12,7 @@ from .axes.acts import Checkpoint, Selective
 from .axes.adapters import Lora, Prefix, Prompt, SplitLora
 from .axes.feedback import Predicted, Writers
 from .axes.grads import Exact, ZerothOrder
+from .axes.head import Fused
 from .axes.host import HostEmbed, HostState
 from .axes.place import Fsdp
 from .axes.rule import AdamMini, NoRule, Sgd
@@ -20,7 +21,7 @@ from .axes.stream import HostWeights
 from .axes.trains import Chunks, Norms, Nothing
 from .axes.until import Backward
 from .axes.update_head import Amortised, UpdateHead
-from .axes.weights import Nf4
+from .axes.weights import Fp16, Nf4
 
 
 class Prohibition(NamedTuple):
@@ -43,7 +44,7 @@ def _is(axis: str, *kinds: type) -> Callable[[Any], bool]:
 _nothing, _no_rule, _in_backward = _is("trains", Nothing), _is("rule", NoRule), _is("until", Backward)
 _fsdp, _streamed, _hosted = _is("place", Fsdp), _is("place", HostWeights), _is("place", HostState, HostEmbed, HostWeights)
 _guessed, _predicted, _amortised = _is("grads", ZerothOrder), _is("grads", Predicted), _is("grads", Amortised)
-_packed, _update_head = _is("weights", Nf4), _is("trains", UpdateHead)
+_packed, _half, _update_head = _is("weights", Nf4), _is("weights", Fp16), _is("trains", UpdateHead)
 
 
 def _clips_inside(regime: Any) -> bool:
@@ -117,6 +118,21 @@ ILLEGAL: list[Prohibition] = [
         "until.backward.clip_norm measures what this rank has, and place: fsdp cuts every gradient between ranks: use "
         "until: step and clip, or place: device",
         {"place": "fsdp", "until": {"backward": {"clip_norm": 1.0}}}),
+    Prohibition(
+        lambda r: _hosted(r) and _in_backward(r) and (r.until.clip_norm > 0 or r.until.clip_value > 0),
+        "a place on the host sends each gradient down as backward forms it, and clips none: use until: step and clip, or place: "
+        "device",
+        {"place": "host_state", "until": {"backward": {"clip_norm": 1.0}}}),
+    Prohibition(
+        lambda r: _half(r) and not isinstance(r.rule, Sgd) and not _no_rule(r),
+        "a rule that remembers keeps squares of gradients in the weight's type, and weights: fp16 has none below 6e-8: use rule: "
+        "sgd, or weights: bf16",
+        {"weights": "fp16"}),
+    Prohibition(
+        lambda r: _half(r) and isinstance(r.head, Fused) and not _nothing(r),
+        "head: fused rounds the logits' gradient before a loss scale reaches it, and in weights: fp16 most of it is then gone: use "
+        "head: plain, or weights: bf16",
+        {"weights": "fp16", "rule": "sgd", "head": "fused"}),
     Prohibition(
         lambda r: _fsdp(r) and _guessed(r),
         "grads: zeroth_order moves a weight while its module runs, and place: fsdp has gathered it before: use place: "

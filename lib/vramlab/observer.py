@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,28 @@ class _Recomputation:
 
 recomputing = _Recomputation()
 """True while a block is recomputed; `with recomputing():` is for whoever recomputes."""
+
+
+class _Chunking:
+    """Tells listeners where each turn of a loop over chunks begins, and where the loop ends."""
+
+    def __init__(self):
+        self.listeners: list[Callable[[Any, int, int], object]] = []
+        """Called with the cut, the tokens it was made for, and the turn that begins, counted from 0; one more at the end."""
+
+    def __call__(self, cut: Any, tokens: int, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        for turn, span in enumerate(spans):
+            self._now(cut, tokens, turn)
+            yield span
+        self._now(cut, tokens, len(spans))
+
+    def _now(self, *what) -> None:
+        for listener in self.listeners:
+            listener(*what)
+
+
+chunking = _Chunking()
+"""The `spans`, one after the other; for loops that take another number of turns for another number of tokens."""
 
 
 class Observer:

@@ -18,10 +18,11 @@ from .axes import rounding
 from .axes.adapters import link
 from .axes.place import Fsdp, alone
 from .baichuan import BaichuanTokenizer, ModelSpec, load_model, read_model_file
-from .base import Recipe, base_model
+from .base import Recipe, base_model, random_model
 from .dataset import Dataset, dataset
 from .environment import ROOT
 from .factcc.prompt import training_batches
+from .logits import LogitWatch
 from .memory import timeline
 from .memory.ceiling import Ceiling
 from .memory.ledger import Ledger, ledger, sample_at
@@ -94,6 +95,11 @@ def model_spec(name: str) -> ModelSpec:
     return read_model_file(path)
 
 
+def spec_of(params: Mapping) -> ModelSpec:
+    """The run's model, with its config as the run has it. Raises: ValueError."""
+    return model_spec(params["model"]).changed(params.get("config") or {})
+
+
 def row_of(params: Mapping) -> Regime:
     """The run's row with its `axes` in place of the row's; where neither names a storage type, in the one asked for.
     Raises: IllegalRegime."""
@@ -103,24 +109,25 @@ def row_of(params: Mapping) -> Regime:
 
 def prepare(params: Mapping, progress: bool) -> Prepared:
     """Load or pre-train the base, and make the data set."""
-    spec = model_spec(params["model"])
-    if spec.path:
-        model, tokenizer = load_model(spec.path), BaichuanTokenizer.from_pretrained(spec.path)
-        record = {"path": Path(spec.path).name, "recipe": "published weights"}
-    else:
-        model, tokenizer, record = pretrained(spec, params["recipe"], progress)
-    return Prepared(params, row_of(params), model, tokenizer, record, dataset(params))
+    return Prepared(params, row_of(params), *base_of(params, progress), dataset(params))
 
 
-def pretrained(spec: ModelSpec, recipe: str, progress: bool) -> tuple[nn.Module, BaichuanTokenizer, dict]:
-    """The base of a model without published weights, made now unless it is in the cache.
+def base_of(params: Mapping, progress: bool) -> tuple[nn.Module, BaichuanTokenizer, dict]:
+    """What the run starts from, and its record: published weights, the base of the recipe, made now unless it is in the
+    cache, or with recipe `none` random weights drawn by the run's seed.
 
     Raises: ValueError, for a shape whose vocabulary only the published tokenizer has.
     """
+    spec = spec_of(params)
+    if spec.path:
+        record = {"path": Path(spec.path).name, "recipe": "published weights"}
+        return load_model(spec.path, config=params["config"]), BaichuanTokenizer.from_pretrained(spec.path), record
     if spec.config.vocab_size == PUBLISHED_VOCABULARY:
         raise ValueError(f"model {spec.name} has no weights: give the folder of the downloaded checkpoint as `path:` in its file "
                          "in params/models; a base that is made here has a vocabulary of its own")
-    return base_model(spec, CACHE, recipe=Recipe.named(recipe), progress=progress)
+    if params["recipe"] == "none":
+        return random_model(spec, CACHE, params["seed"])
+    return base_model(spec, CACHE, recipe=Recipe.named(params["recipe"]), progress=progress)
 
 
 def learn(prepared: Prepared, progress: bool) -> tuple[Learned, nn.Module]:
@@ -132,13 +139,15 @@ def learn(prepared: Prepared, progress: bool) -> tuple[Learned, nn.Module]:
         torch.cuda.reset_accumulated_memory_stats(device)
     trainer = prepared.trainer(prepared.regime, copy.deepcopy(prepared.model), watch)
     steps = prepared.params["steps"]
-    seen = []
+    logits, seen = LogitWatch(trainer.model, prepared.model.config.z_loss_weight) if prepared.params["watch_logits"] else None, []
     with bar(f"train {prepared.regime.name}", steps, progress) as shown:
         for step, batches in enumerate(itertools.islice(prepared.batches(), steps)):
             loss = float(trainer.step(batches))
             tokens = sum(int(batch["attention_mask"].count_nonzero()) for batch in batches)
-            seen.append({"loss": loss, "tokens": tokens, "lr": trainer.lr(step)})
+            seen.append({"loss": loss, "tokens": tokens, "lr": trainer.lr(step), **(logits.take() if logits else {})})
             shown.update(1)
+    if logits:
+        logits.stop()
     frame = pd.DataFrame([{**timed, **row} for timed, row in zip(watch.rows, seen, strict=True)])
     result = {
         "speed": _speed(frame),

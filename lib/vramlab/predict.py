@@ -23,12 +23,14 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .axes.fused_head import Cut
 from .baichuan import ModelSpec
 from .cards import Card
 from .environment import ROOT
 from .files import write_table, write_whole
 from .forecast import Trace, trace
 from .memory.kernels import AMPERE, Architecture
+from .memory.meter import Loop
 from .memory.settings import Settings
 from .memory.simulation import Simulated, simulate
 from .memory.timeline import signed
@@ -212,13 +214,15 @@ def _alive_at(traced: Trace, event: int) -> dict[str, int]:
     return {name: int(size) for name, size in sizes.sort_values(ascending=False).items() if size}
 
 
-def traced_step(question: Question, cache_dir: Path | None = CACHE) -> Trace:
-    """The trace of `question`, from `cache_dir` when it is there."""
+def traced_step(question: Question, cache_dir: Path | None = CACHE, counted: bool = True) -> Trace:
+    """The trace of `question`, from `cache_dir` when it is there; with `counted` only one that has its `work`."""
     folder = cache_dir and cache_dir / question.key()
     if folder and (folder / "trace.json").exists():
-        return _read(folder)
+        found = _read(folder)
+        if found.work or not counted:
+            return found
     made = trace(question.spec, question.row, question.seq, question.batch, card=question.architecture,
-                 world=question.world)
+                 world=question.world, counted=counted)
     if folder:
         _write(made, folder)
     return made
@@ -232,6 +236,7 @@ def _write(made: Trace, folder: Path) -> None:
     write_table(frame, folder / "frame.parquet", compression="zstd")
     rest = {field.name: getattr(made, field.name) for field in dataclasses.fields(made) if field.name != "frame"}
     rest["alive"] = [[*owner, size] for owner, size in made.alive.items()]
+    rest["loops"] = [dataclasses.asdict(loop) for loop in made.loops]
     write_whole(folder / "trace.json", json.dumps(rest))
 
 
@@ -239,6 +244,7 @@ def _read(folder: Path) -> Trace:
     rest: dict[str, Any] = json.loads((folder / "trace.json").read_text())
     rest["alive"] = {(module, category, op): size for module, category, op, size in rest["alive"]}
     rest |= {name: tuple(rest[name]) for name in ("architecture", "parts")}
+    rest["loops"] = tuple(Loop(Cut(**loop.pop("cut")), **loop) for loop in rest["loops"])
     rest["ranked"] = {int(step): size for step, size in rest["ranked"].items()}
     frame = pd.read_parquet(folder / "frame.parquet")
     return Trace(**rest, frame=frame.astype({name: object for name in frame.select_dtypes("category")}))

@@ -37,10 +37,13 @@ RESERVED_BYTES = 64 << 10
 KNOWN_PARAMETERS: dict[str, object] = {
     "regime": "full",
     "model": "tiny",
+    "config": {},
     "train_domain": "news",
     "test_domains": "",
     "test_shifts": "",
     "items": "",
+    "task": "claims",
+    "records": 2,
     "steps": 150,
     "batch_size": 16,
     "max_length": 256,
@@ -55,17 +58,20 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "device": "cpu",
     "threads": 0,
     "measure": True,
+    "watch_logits": False,
     "limit_mib": 0.0,
     "weights": "",
     "axes": {},
     "generate": 0,
     "checker": "",
 }
-"""Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data; `test_domains: ""` is all,
-of generated data beside the training domain, and so is `test_shifts: ""`, of generated data, of none, mild and moderate;
-`threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes out; `limit_mib` is all the device has
-for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is; `weights` is the storage type of a row
-that names none, for example "bf16"; `axes` are answers in place of the row's, as a row says them, for example
+"""Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data: claims or questions, as
+`task` says, on documents of `records` records; `test_domains: ""` is all, of generated data beside the training domain, and so is
+`test_shifts: ""`, of generated data, of none, mild and moderate; `config` sets fields of the model's config anew, for its base
+too, for example {"norm_head": false}; `threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes
+out; `watch_logits: true` adds the highest logit, and the cross-entropy without max-z, to each step's row; `limit_mib` is all the
+device has for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is; `weights` is the storage
+type of a row that names none, for example "bf16"; `axes` are answers in place of the row's, as a row says them, for example
 {"trains": {"chunks": {"count": 64}}, "clip": 1.0}; `generate` is how many test documents of each domain and shift the trained
 model writes a claim for, 0 leaves that out; `checker` is the folder of a published judge of those claims."""
 
@@ -97,7 +103,7 @@ def config_hash(params: Mapping) -> str:
     `SCHEMA`."""
     full = resolve(params)
     said = {name: value for name, value in full.items() if name not in KNOWN_PARAMETERS or value != KNOWN_PARAMETERS[name]}
-    content = {"schema": SCHEMA, "params": said, "model": passes.model_spec(full["model"]).fingerprint(),
+    content = {"schema": SCHEMA, "params": said, "model": passes.spec_of(full).fingerprint(),
                "items": _files(full["items"])}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -5,95 +5,192 @@
         sizes.add(trace(spec, row, seq, batch))
     sizes.at(seq=2048, batch=1)  # the Trace, or None where it does not follow
 
-What a step does, event by event, does not depend on how long or how many its rows are; only bytes do. Every event's bytes are
-explained as c0 * m0 + c1 * m1 with m0, m1 of `MONOMIALS`, such that it holds in all traces. An answer is given only between the
-traced sizes and only where every explanation of every event agrees on it, and is then byte for byte what a trace would find, as
-long as no kernel changes its mind in between. Kernels round lengths up, so only whole multiples of `GRAIN` tokens are solved.
-FLOPs and bytes moved are sums of more terms and are not.
+What a step does, event by event, does not depend on how long or how many its rows are, but for how often it goes round loops over
+chunks (`folding`); only bytes do. Every event's bytes are explained as c0 * m0 + c1 * m1 with m0, m1 of `MONOMIALS`, in a loop of
+`IN_A_TURN`, such that it holds in all traces. An answer is given only between the traced sizes and only where every explanation
+of every event agrees on it, and is then byte for byte what a trace would find, as long as no kernel changes its mind in between.
+Kernels round lengths up, so only whole multiples of `GRAIN` tokens are solved. FLOPs and bytes moved are sums of more terms and
+are not.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import pandas as pd
 
+from .folding import Plan, births, differs, unfold
 from .forecast import Trace, highest
 from .memory import timeline
 
-MONOMIALS = (lambda s, b: 1, lambda s, b: s, lambda s, b: b, lambda s, b: b * s, lambda s, b: s * s, lambda s, b: b * s * s)
+Place = tuple[int, ...]
+Pair = tuple[Callable[..., int], Callable[..., int]]
+
+MONOMIALS = (lambda s, b, *_: 1, lambda s, b, *_: s, lambda s, b, *_: b, lambda s, b, *_: b * s, lambda s, b, *_: s * s,
+             lambda s, b, *_: b * s * s)
 """What a storage's bytes can be made of, for b rows of s tokens: weights, positions, rows, activations, masks, scores."""
+IN_A_TURN = (lambda n, r, after: 1, lambda n, r, after: n, lambda n, r, after: r, lambda n, r, after: n * r)
+"""The same in a loop over chunks, for n tokens and r tokens or rows in the chunk; or those `after` it, on their way already."""
+PAIRS: Sequence[Pair] = list(itertools.combinations(MONOMIALS, 2))
+PAIRS_IN_A_TURN: Sequence[Pair] = [*itertools.combinations(IN_A_TURN, 2), (IN_A_TURN[0], lambda n, r, after: after)]
 ENOUGH = 3
 """Traces that a solution needs: two to solve for it, one to check it."""
 GRAIN = 128
 """The most that a kernel rounds a length up to: attention's rows."""
-_SAME = ["step", "event", "storage", "stream", "category", "phase", "module", "op"]
 
 
 class Sizes:
     """Traces of one question in several sizes, in families that do the same event by event."""
 
     def __init__(self) -> None:
-        self._families: list[list[Trace]] = []
+        self._families: list[_Family] = []
 
     def add(self, trace: Trace) -> None:
-        family = next((family for family in self._families if alike(family[0], trace)), None)
-        if family is None:
-            self._families.append(family := [])
-        family.append(trace)
+        if not any(family.takes(trace) for family in self._families):
+            self._families.append(_Family(trace))
 
     def at(self, seq: int, batch: int) -> Trace | None:
         """The step of `batch` rows of `seq` tokens; None where the traces that are there do not say."""
-        if any(length % GRAIN for length in (seq, *(trace.seq for family in self._families for trace in family))):
+        if any(length % GRAIN for length in (seq, *(trace.seq for family in self._families for trace in family.traces))):
             return None
-        found = (_solved(family, seq, batch) for family in self._families if len(family) >= ENOUGH)
+        found = (family.solved(seq, batch) for family in self._families if len(family.traces) >= ENOUGH)
         return next((trace for trace in found if trace is not None), None)
 
 
 def alike(one: Trace, other: Trace) -> bool:
     """Whether two traces do the same things, to storages of other sizes."""
+    return _told(one, other) is not None
+
+
+def _told(first: Trace, other: Trace) -> Plan | None:
+    """`other` as the turns of `first` tell it; None where it does anything else."""
     asked = ("model", "regime", "architecture", "world", "step", "parts", "ranked")
-    return (all(getattr(one, name) == getattr(other, name) for name in asked) and len(one.frame) == len(other.frame)
-            and one.frame[_SAME].equals(other.frame[_SAME]) and _unseen(one) == _unseen(other))
+    if any(getattr(first, name) != getattr(other, name) for name in asked) or _unseen(first) != _unseen(other):
+        return None
+    plan = unfold(first, other.seq, other.batch)
+    return None if plan is None or differs(first, plan, other) else plan
 
 
 def _unseen(trace: Trace) -> int:
     return trace.host_bytes - timeline.host_peak_bytes(trace.frame)
 
 
-def _solved(family: Sequence[Trace], seq: int, batch: int) -> Trace | None:
-    """None too where another part, at that size, would be the one to report."""
-    began, first = time.perf_counter(), family[0]
-    sizes, which = np.unique(np.stack([trace.frame["bytes"] for trace in family], axis=1), axis=0, return_inverse=True)
-    places = [(trace.seq, trace.batch) for trace in family]
-    if not _between(places, (seq, batch)):
-        return None
-    solved = [_bytes(places, row.tolist(), (seq, batch)) for row in sizes]
-    crossed = {way: _bytes(places, [trace.crossed[way] for trace in family], (seq, batch)) for way in first.crossed}
-    if None in (*solved, *crossed.values()):
-        return None
-    frame = first.frame.assign(bytes=np.array(solved, np.int64)[which.ravel()])
-    frame["live_bytes"] = timeline.live_bytes(frame)
-    if first.ranked and highest(frame, first.ranked) != highest(first.frame, first.ranked):
-        return None
-    return Trace.of(frame, first.step, first.ranked, _unseen(first), model=first.model, regime=first.regime, seq=seq, batch=batch,
-                    world=first.world, device=first.device, architecture=first.architecture, parts=first.parts,
-                    crossed=crossed, work={}, took_s=time.perf_counter() - began)
+class _Family:
+    """Traces that are all told by the turns of one of them, `first`."""
+
+    def __init__(self, trace: Trace):
+        self.first, self.traces, self.plans = trace, [trace], [_told(trace, trace)]
+        self._known: _Known | None = None
+
+    def takes(self, trace: Trace) -> bool:
+        """Adds it, if it is of this family."""
+        plan, first = _told(self.first, trace), self.first
+        plans = [*self.plans, plan] if plan is not None else [_told(trace, one) for one in (*self.traces, trace)]
+        if any(plan is None for plan in plans):
+            return False
+        self.first, self.plans, self.traces, self._known = first if plan is not None else trace, plans, [*self.traces, trace], None
+        return True
+
+    def solved(self, seq: int, batch: int) -> Trace | None:
+        """None too where another part, at that size, would be the one to report."""
+        began, first = time.perf_counter(), self.first
+        if not _between([(trace.seq, trace.batch) for trace in self.traces], (seq, batch), bool(first.loops)):
+            return None
+        plan = unfold(first, seq, batch)
+        if plan is None:
+            return None
+        self._known = self._known or _Known(first, self.traces, self.plans)
+        sizes, crossed = self._known.bytes(plan, seq, batch), self._known.crossed(seq, batch)
+        if sizes is None or None in crossed.values():
+            return None
+        frame = first.frame.take(plan.source).reset_index(drop=True).assign(storage=plan.storage, bytes=sizes)
+        frame["live_bytes"] = timeline.live_bytes(frame)
+        if first.ranked and highest(frame, first.ranked) != highest(first.frame, first.ranked):
+            return None
+        return Trace.of(frame, first.step, first.ranked, _unseen(first), model=first.model, regime=first.regime, seq=seq,
+                        batch=batch, world=first.world, device=first.device, architecture=first.architecture, parts=first.parts,
+                        crossed=crossed, work={}, loops=plan.loops, took_s=time.perf_counter() - began)
 
 
-def _between(places: list[tuple[int, int]], wanted: tuple[int, int]) -> bool:
-    """Whether length and number of tokens lie within the traced ones: what is cut into chunks by them, as a fused head is, has
-    as many chunks there as at both ends, which do the same; beyond them it may have more."""
-    return all(min(sizes) <= size <= max(sizes) for *sizes, size in (
-        [*(s for s, _ in places), wanted[0]], [*(s * b for s, b in places), wanted[0] * wanted[1]]))
+def _between(places: list[tuple[int, int]], wanted: tuple[int, int], in_chunks: bool) -> bool:
+    """Whether length and rows, where nothing is cut into chunks also the number of tokens, lie within the traced ones."""
+    asked = [[*(s for s, _ in places), wanted[0]], [*(b for _, b in places), wanted[1]]]
+    asked += [] if in_chunks else [[*(s * b for s, b in places), wanted[0] * wanted[1]]]
+    return all(min(sizes) <= size <= max(sizes) for *sizes, size in asked)
 
 
-def _bytes(places: list[tuple[int, int]], sizes: list[int], wanted: tuple[int, int]) -> int | None:
-    """What is `sizes` bytes at `places`, each (tokens, rows), at another place."""
+class _Known:
+    """What the traces of a family say of bytes, by the events of its first."""
+
+    def __init__(self, first: Trace, traces: list[Trace], plans: list[Plan]):
+        count = 1 + max(int(plan.source.max()) for plan in plans)
+        outside, inside = np.full((count, len(traces)), -1), {}
+        self.traces, self.cuts, self.made = traces, tuple(dict.fromkeys(loop.cut for loop in plans[0].loops)), np.zeros(count, bool)
+        for number, (trace, plan) in enumerate(zip(traces, plans, strict=True)):
+            made, sizes = (trace.frame["event"] == "alloc").to_numpy(), trace.frame["bytes"].to_numpy()
+            self.made[plan.source] = made
+            there = made & (plan.loop < 0)
+            outside[plan.source[there], number] = sizes[there]
+            there = made & (plan.loop >= 0)
+            for event, *place, size in np.unique(np.column_stack((plan.source, plan.chunks(), sizes))[there], axis=0).tolist():
+                inside.setdefault(event, set()).add((trace.seq * trace.batch, *place, size))
+        self.rows, self.row = np.unique(outside, axis=0, return_inverse=True)
+        alike, pooled = births(first), {}
+        for event, sample in inside.items():
+            pooled.setdefault(alike[event], set()).update(sample)
+        kinds: dict[tuple[frozenset, frozenset], int] = {}
+        self.kind = np.full(count, -1)
+        for event, sample in inside.items():
+            self.kind[event] = kinds.setdefault((frozenset(pooled[alike[event]]), frozenset(sample)), len(kinds))
+        self.samples, self._answers = list(kinds), {}
+
+    def _place(self, seq: int, batch: int) -> Place:
+        return seq, batch, *(len(cut.spans(seq * batch)) for cut in self.cuts)
+
+    def _solved(self, sizes: Sequence[int], seq: int, batch: int) -> int | None:
+        """What is `sizes` bytes in the traces, outside loops."""
+        counts = [(MONOMIALS[0], lambda s, b, *turns, at=at: turns[at]) for at in range(len(self.cuts))]  # one thing a turn
+        places = [self._place(trace.seq, trace.batch) for trace in self.traces]
+        return _bytes(places, sizes, self._place(seq, batch), [*PAIRS, *counts])
+
+    def _in_turn(self, kind: int, place: Place) -> int | None:
+        """In a loop: by what is told of the like in all turns, else by that of the same event alone."""
+        if (kind, place) not in self._answers:
+            found = (_bytes([place for *place, _ in sample], [size for *_, size in sample], place, PAIRS_IN_A_TURN)
+                     for sample in self.samples[kind])
+            self._answers[kind, place] = next((size for size in found if size is not None), None)
+        return self._answers[kind, place]
+
+    def crossed(self, seq: int, batch: int) -> dict[str, int | None]:
+        return {way: self._solved([trace.crossed[way] for trace in self.traces], seq, batch) for way in self.traces[0].crossed}
+
+    def bytes(self, plan: Plan, seq: int, batch: int) -> np.ndarray | None:
+        """(events,) of a step that is planned; None where they do not follow."""
+        made, row = self.made[plan.source], self.row[plan.source]
+        found = np.full(len(made), -1)
+        there = made & (plan.loop < 0)
+        rows, inverse = np.unique(row[there], return_inverse=True)
+        answers = [self._solved(self.rows[row].tolist(), seq, batch) for row in rows.tolist()]
+        there_too = made & (plan.loop >= 0)
+        asked, which = np.unique(np.column_stack((self.kind[plan.source], plan.chunks()))[there_too], axis=0, return_inverse=True)
+        answers_too = [self._in_turn(kind, (seq * batch, *place)) for kind, *place in asked.tolist()]
+        if None in (*answers, *answers_too):
+            return None
+        found[there] = np.array(answers, np.int64)[inverse.ravel()]
+        if len(asked):
+            found[there_too] = np.array(answers_too, np.int64)[which.ravel()]
+        # what is freed is what was allocated last
+        last = pd.Series(np.where(made, np.arange(len(made)), -1)).groupby(plan.storage).cummax().to_numpy()
+        return found[last]
+
+
+def _bytes(places: Sequence[Place], sizes: Sequence[int], wanted: Place, pairs: Sequence[Pair] = PAIRS) -> int | None:
+    """What is `sizes` bytes at `places`, at another place; of `MONOMIALS` a place is (tokens, rows)."""
     answers = set()
-    for one, two in itertools.combinations(MONOMIALS, 2):
+    for one, two in pairs:
         found = _coefficients([(one(*place), two(*place)) for place in places], sizes)
         if found is not None:
             c0, c1, scale = found
@@ -102,7 +199,7 @@ def _bytes(places: list[tuple[int, int]], sizes: list[int], wanted: tuple[int, i
     return size if size >= 0 and rest == 0 else None
 
 
-def _coefficients(rows: list[tuple[int, int]], sizes: list[int]) -> tuple[int, int, int] | None:
+def _coefficients(rows: list[tuple[int, int]], sizes: Sequence[int]) -> tuple[int, int, int] | None:
     """(c0, c1, scale) such that c0 * m0 + c1 * m1 = scale * size in every row, in integers; None when there are none or many."""
     known = list(zip(rows, sizes, strict=True))
     for ((a, b), y), ((c, d), z) in itertools.combinations(known, 2):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -35,7 +36,7 @@ def summarize(traced: Trace, cards: Mapping[str, Card], allocators: Sequence[str
     """The trace against `cards`, as it is and under each of the `allocators` (in the syntax of `PYTORCH_ALLOC_CONF`)."""
     rows = traced.device_rows()
     settings = {"": Settings(), **{text: Settings.parse(text) for text in allocators}}
-    held = {text: _on_cards(traced, cards, told) for text, told in settings.items()}
+    held = {text: _on_cards(traced, rows, cards, told) for text, told in settings.items()}
     return {"phase": traced.phase, "requested_bytes": traced.peak_bytes, "host_bytes": traced.host_bytes,
             "device": traced.device, "ledger": dict(traced.ledger), "groups": _groups(traced),
             "without": _counterfactuals(traced, rows), "curve": _curve(traced, rows), "cards": held[""],
@@ -43,16 +44,17 @@ def summarize(traced: Trace, cards: Mapping[str, Card], allocators: Sequence[str
             "trace_s": round(traced.took_s, 2)}
 
 
-def events_for(traced: Trace, architecture: Architecture) -> dict[str, np.ndarray]:
-    """The trace's events with the cuBLAS workspaces of a card of this capability in place of the trace's own."""
-    events, rows = traced.events, traced.device_rows()
+def events_for(traced: Trace, architecture: Architecture, rows: pd.DataFrame | None = None) -> dict[str, np.ndarray]:
+    """The trace's events with the cuBLAS workspaces of a card of this capability in place of the trace's own. `rows`: its
+    `device_rows`, for who has them."""
+    events, rows = traced.events, traced.device_rows() if rows is None else rows
     own = matrix_workspace_bytes(traced.architecture)
     # an attention's scratch is of this category too, but of another op
     handles = (rows["category"] == "workspace") & rows["op"].isin(_PRODUCTS) & (rows["bytes"] == own)
     return {**events, "bytes": np.where(handles.to_numpy(), matrix_workspace_bytes(architecture), events["bytes"])}
 
 
-def _on_cards(traced: Trace, cards: Mapping[str, Card], settings: Settings) -> dict[str, dict]:
+def _on_cards(traced: Trace, rows: pd.DataFrame, cards: Mapping[str, Card], settings: Settings) -> dict[str, dict]:
     """card -> allocated, reserved and what the card has left of it (as `predict.forecast`: negative is what it lacks,
     flushing aside), fits, retries. Cards with the same workspaces share one simulation without end."""
     shared: dict[int, tuple[dict, Simulated]] = {}
@@ -60,7 +62,7 @@ def _on_cards(traced: Trace, cards: Mapping[str, Card], settings: Settings) -> d
     for key, card in cards.items():
         workspace = matrix_workspace_bytes(card.compute_capability)
         if workspace not in shared:
-            events = events_for(traced, card.compute_capability)
+            events = events_for(traced, card.compute_capability, rows)
             shared[workspace] = events, simulate(events, settings)
         found[key] = _on_card(traced, *shared[workspace], settings, card)
     return found
@@ -81,6 +83,7 @@ def _on_card(traced: Trace, events: Mapping, free: Simulated, settings: Settings
             "retries": retries}
 
 
+@cache
 def pattern(module: str) -> str:
     """A module's name with the block's number left open: `model.layers.*.mlp`."""
     return re.sub(r"\b\d+\b", "*", module)
@@ -99,14 +102,17 @@ def _counterfactuals(traced: Trace, rows: pd.DataFrame) -> list[dict]:
     """For each of the largest groups: the step's peak of requested bytes, and its phase, had none of it ever been allocated.
     Nothing else changes: no copy is made instead, no operation is left out."""
     changes = signed(rows)
-    owners, names = pd.factorize(pd.MultiIndex.from_arrays([rows["category"], rows["module"].map(pattern), rows["op"]]))
-    place, storages, made = {name: i for i, name in enumerate(names)}, rows["storage"], (rows["event"] == "alloc").to_numpy()
-    found = []
+    owners = list(zip(rows["category"], map(pattern, rows["module"]), rows["op"], strict=True))
+    made, found = (rows["event"] == "alloc").to_numpy(), []
+    storages = pd.factorize(rows["storage"])[0]
+    place: dict[tuple, int] = {}
+    owner = np.array([place.setdefault(one, len(place)) for one in owners], int)
     for group in _groups(traced, GROUPS):
-        its = made & (owners == place.get((group["category"], group["module"], group["op"]), -1))
-        rest = np.where(storages.isin(storages[its].unique()), 0, changes).cumsum()[traced.reported]
+        its = np.zeros(len(storages), bool)
+        its[storages[made & (owner == place.get((group["category"], group["module"], group["op"]), -1))]] = True
+        rest = np.where(its[storages], 0, changes).cumsum()[traced.reported]
         at = int(rest.argmax())
-        found.append({**group, "peak_bytes": int(rest[at]), "peak_phase": str(rows["phase"].iloc[traced.reported.start + at])})
+        found.append({**group, "peak_bytes": int(rest[at]), "peak_phase": str(rows["phase"].iat[traced.reported.start + at])})
     return found
 
 

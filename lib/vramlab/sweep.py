@@ -25,7 +25,7 @@ import yaml
 
 from .environment import ROOT
 from .files import write_whole
-from .passes import model_spec, pretrained
+from .passes import base_of, spec_of
 from .run import KNOWN_PARAMETERS, SCHEMA, config_hash, run_id
 from .runs import KILLED
 
@@ -137,13 +137,13 @@ def _run_all(notebook: Path, due: list[Cell], finished: int, quiet: bool) -> Non
 
 def _make_bases(due: list[Cell], quiet: bool) -> None:
     """Once and here, where progress shows, not inside the first cell that needs it."""
-    for model, recipe in dict.fromkeys((cell.full["model"], cell.full["recipe"]) for cell in due):
-        spec = model_spec(model)
-        if not spec.path:
+    bases = {(cell.full["model"], cell.full["recipe"], str(cell.full["config"])): cell.full for cell in due}
+    for params in bases.values():
+        if not spec_of(params).path:
             try:
-                pretrained(spec, recipe, progress=not quiet)
+                base_of(params, progress=not quiet)
             except Exception as error:  # its cells will fail of it, each with a row; others go on
-                print(f"the base of {model} could not be made: {type(error).__name__}: {error}", file=sys.stderr)
+                print(f"the base of {params['model']} could not be made: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _run(notebook: Path, cell: Cell) -> None:

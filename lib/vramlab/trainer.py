@@ -226,7 +226,8 @@ class Trainer:
 
     def state_dict(self) -> dict:
         """What another trainer of the same regime and model goes on from as if this one had never stopped. As torch's: tensors
-        are the trainer's own, so save or copy them before the next step. Probes are not in it."""
+        are the trainer's own, so save or copy them before the next step. Probes are not in it, nor the norm of the
+        last step and the loss scale of `until: backward`, which begin anew."""
         turns = {index: [optimizer.state_dict() for optimizer in turn.updater.optimizers] for index, turn in self._turns.items()}
         return {"steps_done": self.steps_done, "active": self._active, "model": self.model.state_dict(), "turns": turns}
 

@@ -17,11 +17,11 @@ from .stream import HostWeights
 from .trains import All, Blocks, Chunks, Norms, Nothing, Top
 from .until import Backward, Step
 from .update_head import Amortised, UpdateHead
-from .weights import Bf16, Bf16Stochastic, Fp32, Int8, MasterFp32, Mixed, Nf4
+from .weights import Bf16, Bf16Stochastic, Fp16, Fp32, Int8, MasterFp32, Mixed, Nf4
 
 AXES: dict[str, dict[str, type]] = {
-    "weights": {"fp32": Fp32, "mixed": Mixed, "bf16": Bf16, "bf16_sr": Bf16Stochastic, "master": MasterFp32, "int8": Int8,
-                "nf4": Nf4},
+    "weights": {"fp32": Fp32, "mixed": Mixed, "bf16": Bf16, "bf16_sr": Bf16Stochastic, "master": MasterFp32, "fp16": Fp16,
+                "int8": Int8, "nf4": Nf4},
     "trains": {"all": All, "none": Nothing, "norms": Norms, "top": Top, "blocks": Blocks, "chunks": Chunks, "lora": Lora,
                "split_lora": SplitLora, "prompt": Prompt, "prefix": Prefix, "writers": Writers, "update_head": UpdateHead},
     "grads": {"exact": Exact, "zeroth_order": ZerothOrder, "predicted": Predicted, "amortised": Amortised},

@@ -7,6 +7,8 @@ Normalising the rows of W (V, H) scales the columns of the logits, so W itself i
     dh = (G s) W
     dw_v = d_v - (d_v . u_v) u_v,    d = (G s)^T h,    u_v = s_v w_v      second term only where |w_v| >= eps
 
+A plain linear head is the same with s = 1 and no second term.
+
 Forward goes over chunks of tokens. The products of one chunk with all rows of W are held, in the type products are formed
 in; from them come the loss, then, while they are there, the chunk's dh and its part of d: so nothing is formed twice, and
 what waits for backward is dh (tokens, H) and d, which backward turns into the gradient in place. (Forming gradients in the
@@ -28,13 +30,15 @@ Shapes: n tokens, H hidden, V vocabulary, R rows of a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..observer import chunking
 from . import rounding
 from .rows import Spans, TakesRows, feed, spans
 
@@ -51,6 +55,29 @@ HELD = 0.15
 """Most of the weight's size in bf16 that a chunk's products with all rows may have."""
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How a head's tokens, or the rows of its gradient, are cut into chunks, of any number of tokens."""
+
+    vocabulary: int
+    hidden: int
+    itemsize: int
+    """Of a product."""
+    rows: int = 0
+    """Of the gradient; 0: tokens are cut."""
+    whole_up_to: int = 0
+    """Tokens beyond which the gradient is taken in rows; 0: it is, or is not, whatever their number."""
+
+    @property
+    def tokens_at_once(self) -> int:
+        return max(1, int(HELD * 2 * self.hidden / self.itemsize), LEAST_PRODUCTS // self.vocabulary)
+
+    def spans(self, tokens: int) -> Spans:
+        if not self.rows:
+            return spans(tokens, self.tokens_at_once)
+        return spans(self.rows, _rows_at_once(self.vocabulary, self.hidden, tokens))
+
+
 Bring = Callable[[Tensor, Spans], Iterator[Tensor]]
 
 
@@ -63,13 +90,14 @@ def there(weight: Tensor, pieces: Spans) -> Iterator[Tensor]:
 class Options:
     """What of the function is not a tensor. `dtype` is the type products are formed in; `start` the row of the weight that
     is the first of the trained leaf; `taker` takes the leaf's gradient in rows; `bring` yields the weight's rows, span by span,
-    on the device."""
+    on the device; `norm`: whether rows are normalised."""
 
     dtype: torch.dtype
     z_loss_weight: float = 0.0
     start: int = 0
     taker: TakesRows | None = None
     bring: Bring = there
+    norm: bool = True
 
 
 class FusedHeadLoss(torch.autograd.Function):
@@ -81,10 +109,15 @@ class FusedHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, leaf: Tensor | None, labels: Tensor, options: Options) -> Tensor:
         head, trains = _Head(hidden, weight, labels, options), ctx.needs_input_grad[2]
-        ctx.options, ctx.in_rows = options, trains and (options.taker is not None or head.rounds_too_often(leaf))
+        # a sum over chunks of tokens, rounded to the leaf's type at each, is worse than one product's where they are many
+        rounds = trains and options.taker is None and leaf.itemsize < 4
+        cut = Cut(*weight.shape, head.hidden.itemsize)
+        cut = replace(cut, whole_up_to=MOST_ROUNDINGS * cut.tokens_at_once) if rounds else cut
+        ctx.options = options
+        ctx.in_rows = len(hidden) > cut.whole_up_to if rounds else trains and options.taker is not None
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dleaf = torch.empty_like(leaf) if trains and not ctx.in_rows else None
-        seen = head.look(dhidden, dleaf)
+        seen = head.look(dhidden, dleaf, cut)
         ctx.save_for_backward(dhidden, dleaf, leaf if trains else None, head.norm,
                               *((hidden, weight, labels, *seen) if ctx.in_rows else ()))
         return head.mean(*seen)
@@ -99,33 +132,39 @@ class FusedHeadLoss(torch.autograd.Function):
         if ctx.in_rows:
             hidden, weight, labels, *seen = rest
             head = _Head(hidden, weight, labels, ctx.options, norm)
-            pieces = spans(len(leaf), _rows_at_once(weight, len(hidden)))
-            dleaf = _in_rows(leaf, ctx.options.taker, head.row_gradient(leaf, seen, upstream, pieces), pieces)
+            cut = Cut(*weight.shape, head.hidden.itemsize, len(leaf))
+            pieces, told = cut.spans(len(hidden)), partial(chunking, cut, len(hidden))
+            dleaf = _in_rows(leaf, ctx.options.taker, head.row_gradient(leaf, seen, upstream, pieces), pieces, told)
         elif dleaf is not None:
-            for a, b in spans(len(leaf), _rows_at_once(leaf, 0)):
-                dleaf[a:b] = _through_norm(dleaf[a:b], leaf[a:b], norm[ctx.options.start :][a:b], upstream)
+            for a, b in spans(len(leaf), _rows_at_once(*leaf.shape, 0)):
+                dleaf[a:b] = _through_norm(dleaf[a:b], leaf[a:b], norm, ctx.options.start + a, upstream)
         if dhidden is not None:
             dhidden.mul_(upstream)
         return dhidden, None, dleaf, None, None
 
 
-def _in_rows(leaf: Tensor, taker: TakesRows | None, gradient: Callable[[int, int], Tensor], pieces: Spans) -> Tensor | None:
+def _in_rows(leaf: Tensor, taker: TakesRows | None, gradient: Callable[[int, int], Tensor], pieces: Spans,
+             told: Callable[[Spans], Iterator[tuple[int, int]]]) -> Tensor | None:
     """The leaf's gradient, formed some rows at a time: whole, unless someone takes the rows."""
     if taker is not None:
-        return feed(taker, leaf, pieces, gradient)
+        return feed(taker, leaf, pieces, gradient, told)
     whole = torch.empty_like(leaf)
-    for a, b in pieces:
+    for a, b in told(pieces):
         whole[a:b] = gradient(a, b)
     return whole
 
 
-def _rows_at_once(weight: Tensor, tokens: int) -> int:
+def _rows_at_once(vocabulary: int, hidden: int, tokens: int) -> int:
     """How many rows to form the gradient of at once: some fp32 copies of them, and of their logits."""
-    return max(LEAST_ROWS, int(HELD * 2 * weight.numel() / (16 * (weight.shape[-1] + tokens))))
+    return max(LEAST_ROWS, int(HELD * 2 * (vocabulary * hidden) / (16 * (hidden + tokens))))
 
 
-def _through_norm(d: Tensor, rows: Tensor, norm: Tensor, upstream: Tensor) -> Tensor:
-    """d (R, H), the gradient of the normalised rows divided by their length -> upstream * the gradient of the rows, wide."""
+def _through_norm(d: Tensor, rows: Tensor, norm: Tensor | None, first: int, upstream: Tensor) -> Tensor:
+    """d (R, H), the gradient of the normalised rows divided by their length -> upstream * the gradient of the rows, wide.
+    `norm` (V,) of all rows, of which these begin with number `first`; None where they are not normalised."""
+    if norm is None:
+        return d.to(upstream.dtype) * upstream
+    norm = norm[first : first + len(d)]
     unit = rows.to(norm.dtype) / norm.clamp_min(EPS)[:, None]
     d = d.to(norm.dtype)
     radial = torch.linalg.vecdot(d, unit) * (norm >= EPS)
@@ -140,10 +179,10 @@ class _Head:
         self.wide = torch.promote_types(options.dtype, torch.float32)
         # the weight is multiplied as it is, unless its rows have to be brought here, or copied to another type, first
         self.copies = (options.bring is not there or weight.dtype != options.dtype
-                       or (rounding.active() and options.dtype == torch.bfloat16))
+                       or (rounding.active() and options.dtype in rounding.HALVES))
         self.row_spans = spans(len(weight), ROWS)
-        self.norm = self._norms() if norm is None else norm
-        self.length = self.norm.clamp_min(EPS)
+        self.norm = self._norms() if norm is None and options.norm else norm
+        self.length = weight.new_ones(len(weight), dtype=self.wide) if self.norm is None else self.norm.clamp_min(EPS)
         self.labelled = labels != IGNORED
         self.count = self.labelled.sum()
 
@@ -170,19 +209,11 @@ class _Head:
             products[:, a:b] = self._products(hidden, rows)
         return products
 
-    def _tokens_at_once(self) -> int:
-        vocabulary, hidden_size = self.weight.shape
-        return max(1, int(HELD * 2 * hidden_size / self.hidden.itemsize), LEAST_PRODUCTS // vocabulary)
-
-    def rounds_too_often(self, leaf: Tensor) -> bool:
-        """Whether a sum over chunks of tokens, rounded to the leaf's type at each, would be worse than one product's."""
-        return leaf.itemsize < 4 and len(self.hidden) > MOST_ROUNDINGS * self._tokens_at_once()
-
-    def look(self, dhidden: Tensor | None, dleaf: Tensor | None) -> tuple[Tensor, ...]:
+    def look(self, dhidden: Tensor | None, dleaf: Tensor | None, cut: Cut) -> tuple[Tensor, ...]:
         """Fills the gradients that are wanted. Returns, each (n,): the highest logit, the sum of exp(logit - highest), the
         label's logit, and where the highest is (0 without max-z, where nobody asks)."""
         seen = []
-        for first, last in spans(len(self.hidden), self._tokens_at_once()):
+        for first, last in chunking(cut, len(self.hidden), cut.spans(len(self.hidden))):
             tokens = slice(first, last)
             products = self._all_products(self.hidden[tokens])
             seen.append(self._look_at(products, self.labels[tokens]))
@@ -264,7 +295,7 @@ class _Head:
             _, _, rows = next(coming)
             dproducts = self._dproducts(self._products(self.hidden, rows), start + a, slice(None), seen)
             d = self._matmul(dproducts.mT, self.hidden)
-            return _through_norm(d, rows, self.norm[start + a : start + b], upstream).to(leaf.dtype)
+            return _through_norm(d, rows, self.norm, start + a, upstream).to(leaf.dtype)
 
         return gradient
 

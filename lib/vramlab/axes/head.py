@@ -43,8 +43,8 @@ class FusedLoss:
     def trains(self, leaf: Tensor | None, start: int = 0, taker: TakesRows | None = None) -> None:
         self.leaf, self.start, self.taker = leaf, start, taker
 
-    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_weight: float) -> Tensor:
-        """hidden (b, t, H), weight (V, H), labels (b, t) already moved -> mean loss, fp32."""
+    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_weight: float, norm: bool) -> Tensor:
+        """hidden (b, t, H), weight (V, H), labels (b, t) already moved -> mean loss, fp32. `norm`: whether rows are normalised."""
         device_type, dtype = hidden.device.type, hidden.dtype
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
@@ -53,4 +53,4 @@ class FusedLoss:
             hidden, leaf = hidden.detach(), None
         with torch.autocast(device_type, enabled=False):
             return FusedHeadLoss.apply(hidden.flatten(0, -2), weight.detach(), leaf, labels.flatten(),
-                                       Options(dtype, z_loss_weight, self.start, self.taker, self._bring))
+                                       Options(dtype, z_loss_weight, self.start, self.taker, self._bring, norm))

@@ -105,7 +105,7 @@ def _leaf_forward(module: nn.Module, leaf: nn.Parameter, start: int, taker: Take
         return lambda ids: SlicedEmbedding.apply(ids, module.weight.detach(), leaf, start, module.padding_idx, taker)
     if isinstance(module, NormHead):
         # rows are normalised one by one, so a slice of the normalised weight is the normalised slice
-        return lambda x: SlicedLinear.apply(*_autocast(x, F.normalize(module.weight), F.normalize(leaf)), start)
+        return lambda x: SlicedLinear.apply(*_autocast(x, module.rows(module.weight), module.rows(leaf)), start)
     raise AssertionError(f"{type(module).__name__} has no sliced forward")
 
 

@@ -43,12 +43,12 @@ class TakesRows(Protocol):
         """Every row has been seen in every sweep."""
 
 
-def feed(taker: TakesRows, leaf: Tensor, spans: Iterable[tuple[int, int]], gradient: Callable[[int, int], Tensor]) -> None:
-    """One update of `leaf`; `gradient(start, stop)` forms rows of its gradient."""
-    spans = list(spans)
+def feed(taker: TakesRows, leaf: Tensor, spans: Spans, gradient: Callable[[int, int], Tensor],
+         told: Callable[[Spans], Iterable[tuple[int, int]]] = iter) -> None:
+    """One update of `leaf`; `gradient(start, stop)` forms rows of its gradient. `told` gives the spans one by one."""
     taker.begin_rows(leaf)
     for sweep in range(taker.sweeps):
-        for start, stop in spans:
+        for start, stop in told(spans):
             taker.rows(leaf, start, stop, gradient(start, stop), sweep)
     taker.end_rows(leaf)
 

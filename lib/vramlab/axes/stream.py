@@ -127,18 +127,18 @@ def _replaced(module: nn.Module, fetched: Callable[[nn.Parameter], Tensor]) -> I
 
 
 class StreamedLogits(torch.autograd.Function):
-    """logits = h normalize(W)^T, W (V, H) on the host, `step` rows of it on the device at a time; h (..., H) -> (..., V).
-    backward: dh summed over the chunks in h's type, and dW row by row, on its way to the host."""
+    """logits = h normalize(W)^T, or h W^T where `norm` is off, W (V, H) on the host, `step` rows of it on the device at a time;
+    h (..., H) -> (..., V). backward: dh summed over the chunks in h's type, and dW row by row, on its way to the host."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: nn.Parameter, step: int, bus: Bus) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: nn.Parameter, step: int, bus: Bus, norm: bool) -> Tensor:
         ctx.save_for_backward(hidden)
-        ctx.weight, ctx.step, ctx.bus = weight, step, bus
+        ctx.weight, ctx.step, ctx.bus, ctx.norm = weight, step, bus, norm
         ctx.low = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
         logits = hidden.new_empty(*hidden.shape[:-1], weight.shape[0], dtype=ctx.low)
         pieces = spans(weight.shape[0], step)
         for (a, b), rows in zip(pieces, rows_up(weight.detach(), pieces, bus), strict=True):
-            logits[..., a:b] = F.linear(hidden, F.normalize(rows))
+            logits[..., a:b] = F.linear(hidden, F.normalize(rows) if norm else rows)
         return logits
 
     @staticmethod
@@ -152,7 +152,8 @@ class StreamedLogits(torch.autograd.Function):
         for (a, b), rows in zip(pieces, rows_up(ctx.weight.detach(), pieces, ctx.bus), strict=True):
             dpart = dflat[:, a:b]
             with torch.enable_grad():
-                unit = F.normalize(rows.requires_grad_(dweight is not None))
+                rows.requires_grad_(dweight is not None)
+                unit = F.normalize(rows) if ctx.norm else rows
             if ctx.needs_input_grad[0]:
                 part = F.linear(dpart, unit.detach().to(low).mT)
                 dhidden = part if dhidden is None else dhidden.add_(part)
@@ -161,7 +162,7 @@ class StreamedLogits(torch.autograd.Function):
                 ctx.bus.down(torch.autograd.grad(unit, rows, dunit)[0], into=dweight[a:b])
         if dweight is not None and ctx.weight.grad is not None:
             ctx.bus.last_down().synchronize()
-        return dhidden if dhidden is None else dhidden.to(hidden.dtype).view_as(hidden), dweight, None, None
+        return dhidden if dhidden is None else dhidden.to(hidden.dtype).view_as(hidden), dweight, None, None, None
 
 
 def rows_up(weight: Tensor, pieces: Spans, bus: Bus) -> Iterator[Tensor]:
@@ -181,12 +182,12 @@ class StreamedHead(NormHead):
 
     def __init__(self, head: NormHead, step: int, bus: Bus):
         nn.Module.__init__(self)
-        self.weight, self.step, self.bus = head.weight, step, bus
+        self.weight, self.norm, self.step, self.bus = head.weight, head.norm, step, bus
         if head.fused is not None:
             self.fused = FusedLoss(partial(rows_up, bus=bus))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return StreamedLogits.apply(hidden, self.weight, self.step, self.bus)
+        return StreamedLogits.apply(hidden, self.weight, self.step, self.bus, self.norm)
 
 
 @dataclass(frozen=True)

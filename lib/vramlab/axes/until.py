@@ -8,7 +8,7 @@ other optimizer the whole gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..observer import Observer
+from .clipping import ByValue, LastNorm, NormOfAll, ScaledNorm, Unclipped
 from .place import is_sharded, local
 from .rows import TakesRows
 
@@ -90,95 +91,59 @@ class _AtTheEnd(Updater):
 
 
 class _InBackward(Updater):
-    def __init__(self, optimizers: list[torch.optim.Optimizer], params: list[nn.Parameter]):
+    def __init__(self, optimizers: list[torch.optim.Optimizer], params: list[nn.Parameter], clipper: Unclipped):
         super().__init__(optimizers)
-        self._params = params
+        self._params, self._clipper = params, clipper
         self._handles: list = []
+
+    @property
+    def runs(self) -> int:
+        return self._clipper.runs
 
     def arm(self) -> None:
         for param, optimizer in zip(self._params, self.optimizers, strict=True):
             self._handles.append(param.register_post_accumulate_grad_hook(partial(self._use, optimizer)))
 
+    def begin(self, step: int, lr: float) -> None:
+        self._clipper.begin()
+        super().begin(step, lr)
+
+    def run(self, number: int) -> AbstractContextManager:
+        return self._clipper.run(number)
+
     def _use(self, optimizer: torch.optim.Optimizer, param: Tensor) -> None:
         if param.grad is not None:  # else it was taken in rows, and torch says so by the same hook
-            optimizer.step()
+            if self._clipper.clip(param.grad):
+                optimizer.step()
             param.grad = None
 
     def taker(self, leaf: Tensor) -> TakesRows | None:
         optimizer = next(o for p, o in zip(self._params, self.optimizers, strict=True) if p is leaf)
-        return optimizer if isinstance(optimizer, TakesRows) and not is_sharded(leaf) else None
+        return self._clipper.taker(optimizer) if isinstance(optimizer, TakesRows) and not is_sharded(leaf) else None
 
     def disarm(self) -> None:
         while self._handles:
             self._handles.pop().remove()
 
 
-class _Clipped(_InBackward):
-    """The first run measures each gradient and drops it, the second updates with what clipping leaves of it. The norm stays on
-    the device."""
+class _Scaled(_InBackward):
+    """The loss is multiplied before backward, and the step's learning rate divided."""
 
-    runs = 2
+    _clipper: ScaledNorm
 
-    def __init__(self, optimizers: list[torch.optim.Optimizer], params: list[nn.Parameter], clip_norm: float):
-        super().__init__(optimizers, params)
-        self._clip_norm = clip_norm
-        self._norms: list[Tensor] = []
-        self._factor: Tensor | None = None
+    def begin(self, step: int, lr: float) -> None:
+        super().begin(step, lr)
+        self._begun = step, lr
 
     @contextmanager
     def run(self, number: int) -> Iterator[None]:
-        if number == 1:
-            norm = torch.linalg.vector_norm(torch.stack(self._norms))
-            self._factor = (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ does it
-            self._norms.clear()
-        yield
-        if number == 1:
-            self._factor = None
+        with self._clipper.run(number):
+            step, lr = self._begun
+            Updater.begin(self, step, lr * self._clipper.lr_factor)
+            yield
 
-    @property
-    def measuring(self) -> bool:
-        return self._factor is None
-
-    @torch.no_grad()
-    def clip(self, grad: Tensor) -> bool:
-        """Clips a gradient, or some rows of one, in place; False where it is only measured."""
-        if self.measuring:
-            self._norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
-            return False
-        grad.mul_(self._factor)
-        return True
-
-    def _use(self, optimizer: torch.optim.Optimizer, param: Tensor) -> None:
-        if param.grad is not None and self.clip(param.grad):
-            optimizer.step()
-        param.grad = None
-
-    def taker(self, leaf: Tensor) -> TakesRows | None:
-        taker = super().taker(leaf)
-        return taker and _ClippedRows(self, taker)
-
-
-class _ClippedRows:
-    """Takes rows of a gradient in place of an optimizer: measures them, or hands on what clipping leaves of them."""
-
-    def __init__(self, clipped: _Clipped, taker: TakesRows):
-        self._clipped, self._taker = clipped, taker
-
-    @property
-    def sweeps(self) -> int:
-        return 1 if self._clipped.measuring else self._taker.sweeps
-
-    def begin_rows(self, leaf: Tensor) -> None:
-        if not self._clipped.measuring:
-            self._taker.begin_rows(leaf)
-
-    def rows(self, leaf: Tensor, start: int, stop: int, grad: Tensor, sweep: int) -> None:
-        if self._clipped.clip(grad):
-            self._taker.rows(leaf, start, stop, grad, sweep)
-
-    def end_rows(self, leaf: Tensor) -> None:
-        if not self._clipped.measuring:
-            self._taker.end_rows(leaf)
+    def take(self, loss: Tensor) -> None:
+        super().take(loss * self._clipper.scale)
 
 
 @dataclass(frozen=True)
@@ -198,15 +163,38 @@ class Backward:
 
     `clip_norm` is LOMO's clipping: forward and backward are run twice, the first only for the norm of all gradients. The
     published code keeps the first graph for the second backward; here it is formed again, for one more forward: then each
-    activation goes when backward has used it, and the peak is that of one run."""
+    activation goes when backward has used it, and the peak is that of one run. Other ways are in `clipping`."""
 
     clip_norm: float = 0.0
     """Largest norm of the gradient of the active leaves; 0 leaves it alone."""
+    norm: str = "this"
+    """Whose norm `clip_norm` is held against: `this` step's, for which it is formed twice, or the `last` one's."""
+    clip_value: float = 0.0
+    """Largest absolute value of a number of a gradient; 0 leaves it alone."""
+    loss_scale: float = 0.0
+    """What a loss is multiplied by at first, for gradients in fp16; then dynamic, see `clipping`. 0 leaves it alone."""
 
     def __post_init__(self):
-        if self.clip_norm < 0:
-            raise ValueError(f"until.clip_norm is {self.clip_norm}: it is a norm, use a positive number, or 0 not to clip")
+        for name in ("clip_norm", "clip_value", "loss_scale"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"until.{name} is {getattr(self, name)}: use a positive number, or 0 for none")
+        if self.norm not in ("this", "last"):
+            raise ValueError(f"until.norm is {self.norm!r}: it is this step's norm or the last one's, use this or last")
+        if self.clip_norm and self.clip_value:
+            raise ValueError("until has clip_norm and clip_value: use one of them, the other would clip what is clipped")
+        if self.loss_scale and not (self.clip_norm and self.norm == "this"):
+            raise ValueError(f"until.loss_scale is {self.loss_scale}, and only this step's norm tells an overflow before half of "
+                             "it is applied: use clip_norm too, with norm: this")
 
     def updater(self, rule, params: list[nn.Parameter], lr: float) -> Updater:
-        optimizers = [rule.make([p], lr) for p in params]
-        return _Clipped(optimizers, params, self.clip_norm) if self.clip_norm else _InBackward(optimizers, params)
+        kind = _Scaled if self.loss_scale else _InBackward
+        return kind([rule.make([p], lr) for p in params], params, self._clipper())
+
+    def _clipper(self) -> Unclipped:
+        if self.loss_scale:
+            return ScaledNorm(self.clip_norm, self.loss_scale)
+        if self.clip_value:
+            return ByValue(self.clip_value)
+        if self.clip_norm:
+            return LastNorm(self.clip_norm) if self.norm == "last" else NormOfAll(self.clip_norm)
+        return Unclipped()

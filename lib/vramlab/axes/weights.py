@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +20,7 @@ from .weight_codes import Int8Linear, Nf4Linear, Quantized, quantize_blocks
 def _bf16_products(device_type: str) -> Iterator[None]:
     """bf16 operands and results. A CPU without bf16 units forms each product in fp32 and rounds it, see `rounding`."""
     if device_type == "cpu" and rounding.needed()[0]:
-        with rounding.bf16_formed_in_fp32():
+        with rounding.halves_formed_in_fp32():
             yield
     else:
         yield
@@ -104,6 +104,20 @@ class MasterFp32(Bf16):
     @property
     def storage(self) -> Nearest:
         return Master()
+
+
+@dataclass(frozen=True)
+class Fp16(Fp32):
+    """Every parameter in fp16, 2 bytes each, 10 bits of mantissa and nothing below 6e-8: gradients that small are gone unless the
+    loss is multiplied, see `clipping`. An update below 2^-12 of a weight is lost to nearest rounding. Products on a CPU are
+    formed in fp32 and rounded, whatever it has, see `rounding`. Micikevicius 2018, arXiv:1710.03740, without a master."""
+
+    dtype = torch.float16
+
+    @contextmanager
+    def compute(self, device_type: str) -> Iterator[None]:
+        with rounding.halves_formed_in_fp32() if device_type == "cpu" else nullcontext():
+            yield
 
 
 @dataclass(frozen=True)

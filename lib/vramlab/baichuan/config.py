@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -12,10 +15,11 @@ POSITIONS = ("rope", "alibi")
 
 
 class BaichuanConfig(PreTrainedConfig):
-    """The fields of the published `config.json`, plus `position`.
+    """The fields of the published `config.json`, plus `position` and `norm_head`.
 
     The published files do not say which design they are: the same architecture name stands for rotary positions (7B)
     and for ALiBi (13B). `position` says it; where it is missing it follows from the published shapes.
+    `norm_head: false` leaves the head's rows as long as they are, as the paper's appendix B does to compare.
     Raises: ValueError, when it cannot be told, or the sizes do not fit together.
     """
 
@@ -25,9 +29,9 @@ class BaichuanConfig(PreTrainedConfig):
     def __init__(self, vocab_size: int = 125696, hidden_size: int = 4096, intermediate_size: int = 11008,
                  num_hidden_layers: int = 32, num_attention_heads: int = 32, hidden_act: str = "silu",
                  max_position_embeddings: int | None = None, model_max_length: int = 4096, initializer_range: float = 0.02,
-                 rms_norm_eps: float = 1e-6, z_loss_weight: float = 0.0, position: str | None = None,
-                 rope_theta: float = 10000.0, use_cache: bool = True, pad_token_id: int = 0, bos_token_id: int = 1,
-                 eos_token_id: int = 2, tie_word_embeddings: bool = False, **kwargs):
+                 rms_norm_eps: float = 1e-6, z_loss_weight: float = 0.0, norm_head: bool = True,
+                 position: str | None = None, rope_theta: float = 10000.0, use_cache: bool = True, pad_token_id: int = 0,
+                 bos_token_id: int = 1, eos_token_id: int = 2, tie_word_embeddings: bool = False, **kwargs):
         # the published 13B file sets this to a one-element tuple, which is true: checkpointing is on only when asked for
         kwargs.pop("gradient_checkpointing", None)
         self.vocab_size = vocab_size
@@ -41,6 +45,7 @@ class BaichuanConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
         self.z_loss_weight = z_loss_weight
+        self.norm_head = norm_head
         self.rope_theta = rope_theta
         self.use_cache = use_cache
         self.position = position or _published_position(hidden_size, num_hidden_layers)
@@ -81,9 +86,22 @@ class ModelSpec:
     config: BaichuanConfig
     path: str | None
 
+    def changed(self, config: Mapping) -> ModelSpec:
+        """The same with some fields of its config set anew. Raises: ValueError, for a field that there is not."""
+        known = list(inspect.signature(BaichuanConfig).parameters)[:-1]
+        if wrong := sorted(set(config) - set(known)):
+            raise ValueError(f"config has {', '.join(wrong)}: a Baichuan-2 has {', '.join(known)}")
+        new = copy.deepcopy(self.config)
+        for name, value in config.items():
+            setattr(new, name, value)
+        new._check()
+        return replace(self, config=new)
+
     def fingerprint(self) -> dict:
         """What of the file decides numbers, as plain data."""
         shape = {k: v for k, v in self.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
+        if shape["norm_head"]:  # as published, and as it was before there was a choice
+            del shape["norm_head"]
         return {"name": self.name, "path": self.path, "config": shape}
 
 

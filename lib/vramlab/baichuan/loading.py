@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -22,15 +22,16 @@ class BadCheckpoint(ValueError):
     """The directory does not hold a whole Baichuan-2; the message names the file, the cause and the way out."""
 
 
-def load_model(path: Path | str, dtype: torch.dtype | None = None, device: str = "cpu") -> BaichuanForCausalLM:
-    """The model in `path`, in the checkpoint's own type unless `dtype` is given.
+def load_model(path: Path | str, dtype: torch.dtype | None = None, device: str = "cpu",
+               config: Mapping | None = None) -> BaichuanForCausalLM:
+    """The model in `path`, in the checkpoint's own type unless `dtype` is given; `config` sets fields of its config anew.
 
     Memory: one shard at a time besides the model. Raises: BadCheckpoint.
     """
     folder = Path(path)
-    config = _config(folder)
+    shape = _config(folder, config or {})
     with torch.device("meta"):
-        model = BaichuanForCausalLM(config)
+        model = BaichuanForCausalLM(shape)
     wanted = dict(model.state_dict())
     for file in _files(folder):
         for name, tensor in _tensors(file):
@@ -43,7 +44,7 @@ def load_model(path: Path | str, dtype: torch.dtype | None = None, device: str =
     return model.eval()
 
 
-def _config(folder: Path) -> BaichuanConfig:
+def _config(folder: Path, changes: Mapping) -> BaichuanConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise BadCheckpoint(f"{folder} has no config.json: give the folder of a downloaded Baichuan-2 checkpoint")
@@ -51,7 +52,8 @@ def _config(folder: Path) -> BaichuanConfig:
     if content.get("model_type") != "baichuan" or content.get("vocab_size") == 64000:
         raise BadCheckpoint(f"{file} is model_type {content.get('model_type')!r} with vocab_size {content.get('vocab_size')}: "
                             "Baichuan-1 (64000) and other models have another head; use a Baichuan-2 checkpoint")
-    return BaichuanConfig.from_dict({k: v for k, v in content.items() if k not in ("auto_map", "_from_model_config")})
+    kept = {k: v for k, v in content.items() if k not in ("auto_map", "_from_model_config")}
+    return BaichuanConfig.from_dict({**kept, **changes})
 
 
 def _files(folder: Path) -> list[Path]:

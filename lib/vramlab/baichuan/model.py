@@ -43,25 +43,31 @@ class BaichuanRMSNorm(nn.Module):
 
 class NormHead(nn.Module):
     """logits = h normalize(W)^T, rows normalised to length one in every forward; gradient flows through the
-    normalisation. W (V, H). The published head normalises its own weight in place at the first evaluation."""
+    normalisation. W (V, H). The published head normalises its own weight in place at the first evaluation. With
+    `norm` off it is the plain linear head that the paper compares with: logits = h W^T."""
 
     fused = None
-    """(hidden, weight, labels, z_loss_weight) -> loss, where something stands in for forming logits."""
+    """(hidden, weight, labels, z_loss_weight, norm) -> loss, where something stands in for forming logits."""
 
-    def __init__(self, hidden_size: int, vocab_size: int):
+    def __init__(self, hidden_size: int, vocab_size: int, norm: bool = True):
         super().__init__()
+        self.norm = norm
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
+    def rows(self, weight: Tensor) -> Tensor:
+        """Rows of the weight, or all, as hidden states are multiplied with them."""
+        return F.normalize(weight) if self.norm else weight
+
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, F.normalize(self.weight))
+        return F.linear(hidden, self.rows(self.weight))
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, z_loss_weight: float = 0.0):
         """hidden (b, t, H) -> logits (b, t, V); with labels (b, t), already moved: (loss, logits, or None if none were formed)."""
         if labels is None:
             return self.logits(hidden)
         if self.fused is not None:
-            return self.fused(hidden, self.weight, labels, z_loss_weight), None
+            return self.fused(hidden, self.weight, labels, z_loss_weight, self.norm), None
         logits = self.logits(hidden)
         return causal_loss(logits, labels, z_loss_weight), logits
 
@@ -132,7 +138,10 @@ class BaichuanPreTrainedModel(PreTrainedModel):
         if isinstance(module, RotaryEmbedding):
             initialization.copy_(module.inv_freq, module.frequencies())
         elif isinstance(module, NormHead):
-            initialization.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.norm:
+                initialization.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            else:
+                initialization.normal_(module.weight, std=self.config.initializer_range)
         else:
             super()._init_weights(module)
 
@@ -193,7 +202,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
     def __init__(self, config: BaichuanConfig):
         super().__init__(config)
         self.model = BaichuanModel(config)
-        self.lm_head = NormHead(config.hidden_size, config.vocab_size)
+        self.lm_head = NormHead(config.hidden_size, config.vocab_size, config.norm_head)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:

@@ -51,14 +51,14 @@ def generate_items(domain: str, split: str, n: int, seed: int, shift: str = "non
     Raises: ValueError, naming the value and the known ones.
     """
     config = config or GeneratorConfig()
-    for name, value, known in (("domain", domain, GRAMMARS), ("split", split, SPLITS), ("shift", shift, SHIFTS[:3])):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}: the generator has {', '.join(known)}")
-    if config.records < 2:
-        raise ValueError(f"records is {config.records}: an intrinsic swap needs another record, use 2 or more")
+    check(domain, split, shift)
+    grammar = shifted(GRAMMARS[domain], shift)
+    most = min(len(pools(grammar.names, grammar.places)[slot]) for slot in "SPND")
+    if not 2 <= config.records <= most:
+        raise ValueError(f"records is {config.records}: a wrong value comes from another record and no two share a name, place or "
+                         f"day, use 2 to {most} for claims of {domain} at shift {shift}; questions take any number from 2")
     config = replace(config, paraphrase=1.0) if shift == "moderate" else config
     rng = random.Random(f"{domain}/{split}/{seed}/{shift}/{config.hash()}")
-    grammar = _pool(GRAMMARS[domain], shift)
     items: list[Item] = []
     while len(items) < n:
         group = f"{domain}-{split}-{seed}-{shift}-{len(items) // config.claims}"
@@ -66,7 +66,14 @@ def generate_items(domain: str, split: str, n: int, seed: int, shift: str = "non
     return items[:n]
 
 
-def _pool(grammar: Grammar, shift: str) -> Grammar:
+def check(domain: str, split: str, shift: str) -> None:
+    """Raises: ValueError, naming the value and the known ones."""
+    for name, value, known in (("domain", domain, GRAMMARS), ("split", split, SPLITS), ("shift", shift, SHIFTS[:3])):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}: the generator has {', '.join(known)}")
+
+
+def shifted(grammar: Grammar, shift: str) -> Grammar:
     """The part of the grammar that a shift level may use; no level shares a held-out part with training."""
     held = shift != "none"
     moved = shift == "moderate"
@@ -85,17 +92,24 @@ def _order(templates: tuple[str, ...], moved: bool) -> tuple[str, ...]:
     return held + known if moved else known
 
 
-def _records(grammar: Grammar, count: int, rng: random.Random) -> list[Record]:
+def distinct_records(grammar: Grammar, count: int, rng: random.Random) -> list[Record]:
+    """Records of which no two share a name, a number, a place or a day."""
     values = pools(grammar.names, grammar.places)
     distinct = {slot: rng.sample(values[slot], count) for slot in "SPND"}
     return [Record(**{slot: distinct[slot][i] for slot in "SPND"}, O=rng.choice(grammar.objects),
                    R=rng.choice(values["R"]), X=rng.choice(values["X"])) for i in range(count)]
 
 
+def drawn_record(grammar: Grammar, rng: random.Random) -> Record:
+    """A record whose every slot is drawn by itself."""
+    values = {**pools(grammar.names, grammar.places), "O": grammar.objects}
+    return Record(**{slot: rng.choice(values[slot]) for slot in "SNOPDRX"})
+
+
 def document_items(grammar: Grammar, domain: str, split: str, shift: str, group: str, config: GeneratorConfig,
                    rng: random.Random) -> list[Item]:
     """The `config.claims` items of one new document in `grammar`; the other arguments are written on them."""
-    records = _records(grammar, config.records, rng)
+    records = distinct_records(grammar, config.records, rng)
     moved = shift == "moderate"
     sentences = [_Sentence(i, slots, templates[0] if moved else rng.choice(templates))
                  for i in range(len(records))
@@ -118,17 +132,18 @@ def _claim(grammar: Grammar, domain: str, split: str, shift: str, group: str, in
     true, wrong_until = record.say(template), None
     if not label:
         others = [other for other in records if other is not record]
-        record = swap(record, slot, others, pools(grammar.names, grammar.places), rng.random() < config.extrinsic, rng)
+        values, far = pools(grammar.names, grammar.places), rng.random() < config.extrinsic
+        record = swap(record, slot, sentence.slots, others, values, far, rng)
         how = SWAPS[slot]
     claim = record.say(template)
     if not label:
-        wrong_until = _first_wrong(true, claim)
+        wrong_until = first_wrong(true, claim)
     if rng.random() < config.noise:
         claim, how, wrong_until = noise(claim, getattr(record, slot), rng), how + "+noise", None
     return Item(f"{group}-{index}", "generated", domain, split, doc, claim, label, how, shift, group, wrong_until)
 
 
-def _first_wrong(true: str, claim: str) -> int:
+def first_wrong(true: str, claim: str) -> int:
     """The end of the first word in which `claim` leaves `true`."""
     end = 0
     for word, wanted in zip(claim.split(" "), true.split(" "), strict=False):

@@ -78,3 +78,23 @@ GRAMMARS: dict[str, Grammar] = {
          "{R} had {X}improved , noted the nurse giving {S} .",
          "On {S} the nurse noted {R} had {X}improved .")),
 }
+
+QUESTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "general": (("did {S} buy {N} {O} in {P} on {D}",
+                 "were {N} {O} bought by {S} in {P} on {D}"),
+                ("does a friend of {S} say {R} will {X}travel",
+                 "will {R} {X}travel as a friend of {S} says")),
+    "news": (("did {S} hire {N} {O} at its {P} plant {D}",
+              "were {N} {O} hired at {S} near {P} {D}"),
+             ("did the chief of {S} say {R} will {X}resign",
+              "will {R} {X}resign as the chief of {S} told reporters")),
+    "law": (("did the court in {P} hear {N} {O} against {S} filed {D}",
+             "were {N} {O} against {S} filed {D} before the {P} court"),
+            ("did counsel for {S} say {R} did {X}breach the contract",
+             "was it argued for {S} that {R} did {X}breach the contract")),
+    "medicine": (("did patients at {P} have {N} {O} of {S} daily until {D}",
+                  "were {N} {O} of {S} given daily at {P} until {D}"),
+                 ("did the nurse giving {S} say {R} had {X}improved",
+                  "had {R} {X}improved as the nurse giving {S} noted")),
+}
+"""Domain -> the ways of asking whether an event, and whether an attitude, is so; the slots are those of the templates."""

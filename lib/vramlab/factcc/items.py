@@ -13,10 +13,15 @@ templates and names, every claim paraphrased; severe, another domain."""
 
 SPLITS = ("train", "val", "test")
 
+READING = "reading"
+"""The source of generated yes/no questions."""
+QUESTION_SOURCES = (READING, "boolq")
+"""Sources whose claim is a yes/no question, written without its mark."""
+
 
 @dataclass(frozen=True)
 class Item:
-    """A claim about a document. `label` is 1 when the document supports the claim, 0 when it does not."""
+    """A claim about a document, or a question. `label` is 1 when the document supports the claim, or the answer is yes, else 0."""
 
     uid: str
     source: str
@@ -32,3 +37,8 @@ class Item:
     """The document's id: items of one group are not independent, and statistics resample groups."""
     wrong_until: int | None = None
     """Where known: the character of the claim at which its first wrong word ends (FactCC's augmentation span)."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether the claim is a question."""
+        return self.source in QUESTION_SOURCES

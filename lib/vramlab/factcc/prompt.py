@@ -6,6 +6,10 @@ One sequence is a document and the claims made about it, each with its answer:
 
 [195] and [196] are Baichuan-2's user and assistant marks; the document and each claim are encoded by themselves, so that
 their spans are exact. A scored sequence has one claim. When it is too long, the document loses its end, never the claim.
+
+A question (`Item.asks`) stands in the same place, in the form that BoolQ is prompted in, the rest between the marks too:
+
+    [195] " " passage ("\nQuestion:" " " question "?\nAnswer:" [196] answer)*
 """
 
 from __future__ import annotations
@@ -21,9 +25,10 @@ from ..baichuan import BaichuanTokenizer
 from .items import Item
 
 CLAIM = "\nClaim:"
-OBJECTIVES = ("answer", "answer+claim")
+QUESTION, ANSWER = "\nQuestion:", "?\nAnswer:"
+OBJECTIVES = ("answer", "answer+claim", "lm")
 """What is learned: the answers only, or the answers and the words of consistent claims. Never the words of a corrupted
-claim: a model that learns to write those learns to hedge its copying."""
+claim: a model that learns to write those learns to hedge its copying. `lm` is pre-training: every token that follows another."""
 IGNORED = -100
 CLAIMS_PER_SEQUENCE = 4
 
@@ -70,20 +75,26 @@ def encode_document(tokenizer: BaichuanTokenizer, items: Sequence[Item], max_len
 
     Raises: ValueError, when the claims alone do not fit.
     """
-    answers, lead = answer_ids(tokenizer), tokenizer.encode_text(CLAIM)
-    tails = [(lead, tokenizer.encode_text(" " + item.claim), item.label) for item in items]
-    room = max_length - 1 - sum(len(lead) + len(claim) + 2 for lead, claim, _ in tails)
+    answers = answer_ids(tokenizer)
+    tails = [(*(tokenizer.encode_text(text) for text in _around(item)), item.label) for item in items]
+    room = max_length - 1 - sum(len(lead) + len(claim) + len(end) + 2 for lead, claim, end, _ in tails)
     if room < 1:
-        raise ValueError(f"item {items[0].uid}: its {len(items)} claims leave no room for the document in max_length "
+        kind = "questions" if items[0].asks else "claims"
+        raise ValueError(f"item {items[0].uid}: its {len(items)} {kind} leave no room for the document in max_length "
                          f"{max_length}: raise max_length to {max_length - room + 64} or more")
     document = tokenizer.encode_text(" " + items[0].doc)
     ids, spans = [tokenizer.user_id, *document[:room]], []
-    end = len(ids)
-    for lead, claim, label in tails:
+    document_end = len(ids)
+    for lead, claim, end, label in tails:
         start = len(ids) + len(lead)
-        ids += [*lead, *claim, tokenizer.assistant_id, answers[label]]
-        spans.append(Span(start, start + len(claim), start + len(claim), label))
-    return Encoded(ids, tuple(spans), (1, end), len(document) > room)
+        ids += [*lead, *claim, *end, tokenizer.assistant_id, answers[label]]
+        spans.append(Span(start, start + len(claim), start + len(claim) + len(end), label))
+    return Encoded(ids, tuple(spans), (1, document_end), len(document) > room)
+
+
+def _around(item: Item) -> tuple[str, str, str]:
+    """What leads to the claim, the claim, what follows it."""
+    return (QUESTION, " " + item.claim, ANSWER) if item.asks else (CLAIM, " " + item.claim, "")
 
 
 def encode_prompt(tokenizer: BaichuanTokenizer, item: Item, max_length: int, new_tokens: int) -> tuple[list[int], bool]:
@@ -110,6 +121,9 @@ def batch_encoded(encoded: Sequence[Encoded], objective: str = "answer+claim") -
     for row, one in enumerate(encoded):
         tokens = torch.tensor(one.input_ids)
         ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+        if objective == "lm":
+            labels[row, : len(tokens)] = tokens
+            continue
         for span in one.spans:
             if span.answer + 1 < len(tokens):
                 labels[row, span.answer + 1] = tokens[span.answer + 1]

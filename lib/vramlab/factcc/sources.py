@@ -151,8 +151,18 @@ def _label(value) -> int:
 
 def _split_by_document(group: str) -> str:
     """60 / 15 / 25 by a hash of the document: the same on every machine, and no document in two splits."""
-    share = int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 16**8
+    share = _share(group)
     return "train" if share < 0.6 else "val" if share < 0.75 else "test"
+
+
+def held_out(group: str) -> bool:
+    """Whether a document is in the tenth that validates where a source has no split for it; the same on every machine."""
+    return _share(group) < 0.1
+
+
+def _share(group: str) -> float:
+    """0 to 1, by a hash."""
+    return int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 16**8
 
 
 def _split_of(file: Path) -> str:
@@ -213,14 +223,15 @@ class _Unlabelled(Exception):
 
 
 def _boolq(row: dict, file: Path, number: int) -> Item:
-    """Original: `answer` is a bool. SuperGLUE: `label`, a bool or 0/1, -1 or absent where hidden. The question is the claim."""
+    """Original: `answer` is a bool. SuperGLUE: `label`, a bool or 0/1, -1 or absent where hidden. The question, without its
+    mark, is the claim."""
     question, passage = _take(row, "question"), _take(row, "passage")
     label = row.get("answer", row.get("label"))
     if label in (None, -1):
         raise _Unlabelled
     group = hashlib.sha256(passage.encode()).hexdigest()[:16]
     split = _split_of(file)
-    return Item(f"boolq-{split}-{row.get('idx', number)}", "boolq", "boolq", split, passage, question.rstrip("?") + "?",
+    return Item(f"boolq-{split}-{row.get('idx', number)}", "boolq", "boolq", split, passage, question.rstrip("? "),
                 _label(label), "", "none", group)
 
 

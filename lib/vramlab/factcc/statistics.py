@@ -86,7 +86,8 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 
     Thresholds come from rows whose split is `val`; the rest is test. The interval is over items only: it does not hold
     what another training seed would change. Columns: domain, shift, scoring, metric (balanced_accuracy,
-    balanced_accuracy_at_0, auc), value, low, high, n, n_consistent, threshold.
+    balanced_accuracy_at_0, auc, accuracy), value, low, high, n, n_consistent, threshold. `accuracy` is the share judged right
+    at 0, BoolQ's metric, of the answer's logits and of the answer that training items have more often, its floor.
     """
     val = frame[frame["split"] == "val"]
     scorings = [name for name in (*MODEL_SCORINGS, *BASELINES) if name in frame]
@@ -98,6 +99,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
             scores = cell[name].to_numpy(float)
             metrics = {"balanced_accuracy": thresholds[name], "auc": math.nan}
             metrics |= {"balanced_accuracy_at_0": 0.0} if name == "yesno" else {}
+            metrics |= {"accuracy": 0.0} if name in ("yesno", "majority") else {}
             for metric, threshold in metrics.items():
                 value, (low, high) = _metric(metric, labels, scores, threshold, weights)
                 rows.append({"domain": domain, "shift": shift, "scoring": name, "metric": metric, "value": value, "low": low,
@@ -108,6 +110,9 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 def _metric(metric: str, labels, scores, threshold: float, weights) -> tuple[float, tuple[float, float]]:
     if metric == "auc":
         return auc(labels, scores), _interval(_weighted_auc(labels, scores, weights))
+    if metric == "accuracy":
+        right = (scores > threshold) == labels
+        return float(right.mean()), _interval(weights @ right / weights.sum(1))
     if math.isnan(threshold):
         return math.nan, (math.nan, math.nan)
     return balanced_accuracy(labels, scores, threshold), _interval(_recalls(labels, scores > threshold, weights))

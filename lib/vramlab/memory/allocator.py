@@ -178,22 +178,29 @@ class Allocator:
 
     def free(self, key: Hashable) -> None:
         """Give a block back to its pool at once. Raises: ValueError, for a key that is not allocated."""
-        self.free_requested(key)
-        self.free_completed(key)
+        block = self._let_go(key)
+        if block is not None:
+            self._give_back(block)
 
     def free_requested(self, key: Hashable) -> None:
         """The program lets go, but another stream may still use the block: it stays active until `free_completed`."""
+        self._awaiting[key] = self._let_go(key)
+
+    def _let_go(self, key: Hashable) -> Block | None:
         if key not in self._live:
             raise ValueError(f"{key!r} is not allocated: it was freed already, or its allocation is missing")
-        block = self._awaiting[key] = self._live.pop(key)
+        block = self._live.pop(key)
         if block is not None:
             self.allocated_bytes -= block.bytes
+        return block
 
     def free_completed(self, key: Hashable) -> None:
         """Nothing awaits the block any more. A second time is no error: `empty_cache` completes all that is awaited."""
         block = self._awaiting.pop(key, None)
-        if block is None:
-            return
+        if block is not None:
+            self._give_back(block)
+
+    def _give_back(self, block: Block) -> None:
         self.active_bytes -= block.bytes
         block.active, block.key = False, None
         pool, before, after = block.pool, block.prev, block.next

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from torch import Tensor, UntypedStorage
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from ..axes.place import local
-from ..observer import GradientsToo, recomputing
+from ..observer import GradientsToo, chunking, recomputing
 from . import timeline
 from .kernels import Workspaces
 from .modules import Modules, common
@@ -52,6 +53,25 @@ class _Death(weakref.ref):
     __slots__ = ("key",)
 
 
+@dataclass(frozen=True)
+class Loop:
+    """A loop over chunks, see `observer.chunking`."""
+
+    cut: Any
+    tokens: int
+    edges: list[int]
+    """The number of events before each turn, and before what comes after the last."""
+
+
+@contextmanager
+def _listening(listeners: list, listener: Callable) -> Iterator[None]:
+    listeners.append(listener)
+    try:
+        yield
+    finally:
+        listeners.remove(listener)
+
+
 class Meter(GradientsToo):
     """Collects events while it is entered, once. Tensors declared before that (`own`) are adopted with phase `init`.
 
@@ -73,6 +93,7 @@ class Meter(GradientsToo):
         self._device_type, self._workspaces, self._work, self._stream = device_type, workspaces, work, stream
         self._modules = Modules()
         self._entered = ExitStack()
+        self.loops: list[Loop] = []
 
     # what the trainer says ------------------------------------------------------------------------------------------
 
@@ -108,6 +129,7 @@ class Meter(GradientsToo):
         self._entered.enter_context(self._modules)
         self._entered.enter_context(resizes(self._resized))
         self._entered.enter_context(propagation_unseen())
+        self._entered.enter_context(_listening(chunking.listeners, self._turns))
         self._entered.enter_context(Watch(self.saw, lambda: self._phase == "backward"))
         return self
 
@@ -117,6 +139,11 @@ class Meter(GradientsToo):
         # what dies later dies with the program's variables, not by the regime
         self._deaths.clear()
         self._alive.clear()
+
+    def _turns(self, cut, tokens: int, turn: int) -> None:
+        if turn == 0:
+            self.loops.append(Loop(cut, tokens, []))
+        self.loops[-1].edges.append(len(self._events))
 
     def _now_in(self) -> str:
         return "recompute" if recomputing and self._phase == "backward" else self._phase

@@ -19,12 +19,16 @@ Made = tuple[torch.Size, tuple[int, ...], int, torch.dtype, torch.device]
 _DOUBTFUL = {torch.Tag.inplace_view, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
+_KNOWN: dict[tuple, tuple[Made, ...] | None] = {}
+"""What was asked -> what came of it, for all modes: the next forecast asks much of the same."""
+_MOST_KNOWN = 1 << 16
+
+
 class Shapes:
     """The outputs of one fake mode's operations by what they were asked; `hits` counts what was found again."""
 
     def __init__(self, mode: FakeTensorMode):
         self._mode, self.hits = mode, 0
-        self._known: dict[tuple, tuple[Made, ...] | None] = {}
         self._kinds: dict[object, str] = {}
 
     def outputs(self, func, args, kwargs, work_out: Callable[[], object]) -> object:
@@ -35,12 +39,14 @@ class Shapes:
         key = _asked((func, args, kwargs)) if kind else _UNKNOWN
         if key is _UNKNOWN:
             return work_out()
-        found = self._known.get(key)
+        found = _KNOWN.get(key)
         if found is not None:
             self.hits += 1
             return self._again(kind, found, args)
         made = work_out()
-        self._known[key] = _description(kind, made, (func, args, kwargs), key)
+        if len(_KNOWN) >= _MOST_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[key] = _description(kind, made, (func, args, kwargs), key)
         return made
 
     def _again(self, kind: str, found: tuple[Made, ...], args) -> object:
@@ -68,7 +74,8 @@ def _kind(func) -> str:
         return ""
     if not func._schema.is_mutable:
         plain = {0: "", 1: "makes one"}.get(len(returns), "makes some")
-        return "views" if func.is_view and len(returns) == 1 else "" if any(given.alias_info for given in returns) else plain
+        viewing = func.is_view or func is torch.ops.aten._unsafe_view.default  # which shares its operand's storage and denies it
+        return "views" if viewing and len(returns) == 1 else "" if any(given.alias_info for given in returns) else plain
     if not returns:
         return "writes, gives nothing"
     written = len(returns) == 1 and str(arguments[0].type) == "Tensor" and arguments[0].is_write

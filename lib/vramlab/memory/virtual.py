@@ -28,6 +28,7 @@ from .kernels import AMPERE, Architecture, Attention, Workspaces
 from .meter import Meter
 from .ranks import Event, Stream, on_stream, pretended_ranks
 from .shapes import Shapes
+from .watch import Uncompiled
 from .work import Work
 
 NAME = "vgpu"
@@ -42,12 +43,14 @@ class VirtualGpu:
     label: str
     architecture: Architecture
 
-    def meter(self) -> Meter:
-        """An event meter that tells this device from the host, and knows its kernels' workspaces."""
+    def meter(self, counted: bool = True) -> Meter:
+        """An event meter that tells this device from the host, and knows its kernels' workspaces. It counts what operations
+        compute and move where it is told to."""
+        work = Work() if counted else None
         if self.device == "cpu":
-            return Meter(work=Work())
+            return Meter(work=work)
         stream = _backend.stream_number if self.device == NAME else lambda: torch.cuda.current_stream().stream_id
-        return Meter(self.device, Workspaces(self.architecture), Work(), stream)
+        return Meter(self.device, Workspaces(self.architecture), work, stream)
 
 
 _LABELS = {"vgpu": "virtual GPU (fake tensors on a Python device)", "cuda": "fake tensors on cuda",
@@ -85,6 +88,8 @@ def virtual_gpu(mode: str = "auto", architecture: Architecture = AMPERE, world: 
 
 
 class _Fake(FakeTensorMode):
+    _should_skip_dynamo = Uncompiled._should_skip_dynamo
+
     def __init__(self, **options):
         super().__init__(**options)
         self._shapes = Shapes(self)
@@ -94,9 +99,14 @@ class _Fake(FakeTensorMode):
         """Always: there is no device to initialise. Else a literal made on it would reach a real kernel."""
         return True
 
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self.dispatch(func, types, args, kwargs or {})
+
     def dispatch(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default:  # the question asked most
             return args[0].fake_device
+        if func.namespace == "profiler":  # marks a region, about no tensor
+            return func(*args, **(kwargs or {}))
         # waiting gives back the tensor itself, of which fake tensors would make another
         if func is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]

@@ -26,7 +26,15 @@ INTO_FIRST = {aten.scatter.src: aten.scatter_.src, aten.scatter_add.default: ate
 """Backward formulas that fill a fresh tensor, in place unless a tensor is a subclass (value-selecting reductions)."""
 
 
-class Watch(TorchDispatchMode):
+class Uncompiled(TorchDispatchMode):
+    """A mode that torch does not wrap against its compiler, which is not used here, twice an operation."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class Watch(Uncompiled):
     """Hands every operation's outputs to `saw(func, args, outputs)`, once each, when it has returned. Entered after a fake
     mode it lies above it, so it sees the operations the trainer asks for and not how the fake mode works them out."""
 
@@ -109,7 +117,7 @@ def _holders_of_one_held_once() -> int:
     Asked of two gradients that nobody shares."""
     counts = []
 
-    class Asks(TorchDispatchMode):
+    class Asks(Uncompiled):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is aten.add.Tensor and not torch.is_grad_enabled():
                 counts.append(args[0]._use_count())

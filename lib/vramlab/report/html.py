@@ -82,7 +82,14 @@ def _sections(runs: Sequence[Run]) -> list[Section]:
                 figures.differences(done), tables.against_reference(done)),
         Section("Training", "Regimes that change no arithmetic lie on one line.", figures.losses(done), tables.recalls(done)),
     ]
-    return [*found, *_driver(done), *_ran_out(runs)]
+    return [*found, *_written(done), *_driver(done), *_ran_out(runs)]
+
+
+def _written(done: Sequence[Run]) -> list[Section]:
+    table = tables.written(done)
+    return [Section("What the models write", "One sentence a document: shares that are consistent, not, or no sentence at all. The "
+                    "oracle is the grammar that made the document, the checker a published model. The interval is over documents.",
+                    None, table)] if len(table) else []
 
 
 def _driver(done: Sequence[Run]) -> list[Section]:
@@ -110,7 +117,7 @@ def _claims() -> Section:
     found = gallery.verdicts()
     return Section("What the papers said, what we saw", "Every claim of params/claims.yml, decided by its rule from the runs under "
                    "outputs/gallery. Quoted figures are the papers' own, of other models and machines; a verdict is never from one "
-                   "seed.", None, table(found), said=ledger.sentences(found), extra=ledger.markup(found))
+                   "seed.", ledger.figure(found), table(found), said=ledger.sentences(found), extra=ledger.markup(found))
 
 
 def forecast_sections(said: Forecasts) -> list[Section]:
@@ -160,7 +167,7 @@ def _worlds(said: Forecasts) -> Section:
 
 
 def _accuracy_table(runs: Sequence[Run]) -> pd.DataFrame:
-    frames = [tables.accuracy(runs, metric) for metric in ("balanced_accuracy", "balanced_accuracy_at_0", "auc")]
+    frames = [tables.accuracy(runs, metric) for metric in ("balanced_accuracy", "balanced_accuracy_at_0", "auc", "accuracy")]
     return pd.concat(frames)[["judge", "place", "scoring", "metric", "value", "low", "high", "n", "n_consistent", "threshold"]]
 
 

@@ -48,7 +48,7 @@ def ledger(cells: Mapping[str, Mapping], counts: Mapping) -> go.Figure:
     figure.update_xaxes(title_text=f"{word} at the peak", rangemode="tozero", row=1, col=1)
     figure.update_xaxes(title_text="updates a parameter, 1,000 steps", range=[0, 1080], row=1, col=2)
     figure.update_layout(barmode="stack")
-    return _dressed(figure, "What is alive at the peak, and what it buys", "predicted", 40 + 36 * len(names))
+    return dressed(figure, "What is alive at the peak, and what it buys", "predicted", 40 + 36 * len(names))
 
 
 def _limit(figure: go.Figure, cell: Mapping, longest: float, size: int, word: str) -> None:
@@ -77,10 +77,10 @@ def stalls(frame: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title_text="step time, ms", col=1)
     figure.update_annotations(font_size=13)
-    return _dressed(figure, "Step time, tiny model", "measured on this CPU", 170)
+    return dressed(figure, "Step time, tiny model", "measured on this CPU", 170)
 
 
-def _dressed(figure: go.Figure, title: str, kind: str, plot_px: int) -> go.Figure:
+def dressed(figure: go.Figure, title: str, kind: str, plot_px: int) -> go.Figure:
     """Margins and a legend that keep their distance at any height, and in the corner the kind of the figure's numbers."""
     top, bottom = 84, 110
     figure.update_layout(

@@ -112,6 +112,18 @@ def recalls(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def written(runs: Sequence[Run]) -> pd.DataFrame:
+    """What became of the claims that the models wrote: regime, judge, place, each call's share, and `consistent`'s interval."""
+    rows: dict[tuple, dict] = {}
+    for run in runs:
+        for said in run.result.get("generation", {}).get("shares", ()):
+            where = place(said["domain"], said["shift"], run.params["train_domain"])
+            row = rows.setdefault((run.name, said["judge"], where), {"regime": run.name, "judge": said["judge"], "place": where})
+            row |= {said["call"]: said["share"], "n": said["n"]}
+            row |= {end: said[end] for end in ("low", "high") if said["call"] == "consistent"}
+    return pd.DataFrame(rows.values())
+
+
 def curve(run: Run, points: int = 500) -> pd.DataFrame:
     """A run's timeline thinned for drawing: bytes by category after each event, wide, in MiB, with `event`, `step`,
     `phase` and `live`. Of each bin of events the highest is kept, so the peak survives."""

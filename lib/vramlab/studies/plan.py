@@ -103,7 +103,7 @@ def _proof(arms: Mapping[str, Sequence[StudyCell]]) -> dict[str, list[StudyCell]
     first = next((cell for cells in arms.values() for cell in cells if not cell.call), None)
     if first is None:
         return {}
-    recipe = {"recipe": "smoke"} if first.params.get("recipe", "standard") == "standard" else {}
+    recipe = {"recipe": "smoke"} if first.params.get("recipe", "standard") in ("standard", "reading") else {}
     return {"proof": [StudyCell("proof", {**first.params, **PROOF, **recipe})]}
 
 

@@ -171,7 +171,8 @@ def _gather(run: Run, found: Mapping[str, list]) -> None:
     found["accuracy"].append(accuracy.assign(run_id=name))
     steps = run.steps.assign(t_s=run.steps["step_s"].cumsum(), tokens_seen=run.steps["tokens"].cumsum(), run_id=name)
     at = np.unique(np.linspace(0, len(steps) - 1, POINTS).round().astype(int))
-    found["steps"].append(steps.iloc[at][["run_id", "step", "loss", "step_s", "t_s", "tokens_seen", "lr"]])
+    watched = [name for name in ("highest_logit", "cross_entropy") if name in steps]
+    found["steps"].append(steps.iloc[at][["run_id", "step", "loss", "step_s", "t_s", "tokens_seen", "lr", *watched]])
     probes = run.folder / "probes.parquet"
     if probes.exists():
         found["probes"].append(pd.read_parquet(probes).assign(run_id=name))

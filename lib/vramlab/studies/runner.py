@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ..files import write_table, write_whole
-from ..passes import model_spec, pretrained
+from ..passes import base_of, spec_of
 from ..progress import bar
 from ..run import KNOWN_PARAMETERS, SCHEMA, execute
 from .plan import StudyCell
@@ -53,10 +53,9 @@ def make(cells: Sequence[tuple[Path, StudyCell]], jobs: int = 0, progress: bool 
 def _make_bases(cells: Sequence[StudyCell], progress: bool) -> None:
     """Once and with all cores, before cells would each make one."""
     wanted = [{**KNOWN_PARAMETERS, **cell.params} for cell in cells if not cell.call or "recipe" in cell.params]
-    for model, recipe in dict.fromkeys((params["model"], params["recipe"]) for params in wanted):
-        spec = model_spec(model)
-        if not spec.path:
-            pretrained(spec, recipe, progress)
+    for params in {(params["model"], params["recipe"], str(params["config"])): params for params in wanted}.values():
+        if not spec_of(params).path:
+            base_of(params, progress)
 
 
 def _side_by_side(cells: Sequence[tuple[Path, StudyCell]], jobs: int):
