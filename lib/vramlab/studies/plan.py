@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import yaml
@@ -38,7 +39,7 @@ class StudyCell:
     params: Mapping
     call: str = ""
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Its folder: a run's is named by what decides its numbers, so two arms may share one."""
         if not self.call:
