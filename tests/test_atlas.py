@@ -106,13 +106,14 @@ COLLECTS = "garbage_collection_threshold:0.8,per_process_memory_fraction:0.999"
 def test_garbage_is_collected_only_beside_a_fraction_and_can_lose_a_step(kept):
     traced = predict.traced_step(Question("baichuan2-7b", "zero_shot", 1024, 1), kept)
     held = card("rtx5090")
-    alone, both = (summary._on_cards(traced, traced.device_rows(), {"it": held}, Settings.parse(text))["it"]
+    rows = traced.device_rows()
+    alone, both = (summary._on_cards(traced, rows, {"it": held}, Settings.parse(text))["it"]
                    for text in ("garbage_collection_threshold:0.8", COLLECTS))
-    assert alone == summary._on_cards(traced, traced.device_rows(), {"it": held}, Settings())["it"]
+    assert alone == summary._on_cards(traced, rows, {"it": held}, Settings())["it"]
     assert alone["fits"] and not both["fits"]
     room = dataclasses.replace(held, total_gib=held.total_gib + 1)
     said = forecast(Question("baichuan2-7b", "zero_shot", 1024, 1), room, Settings.parse(COLLECTS), kept)
-    fits = summary._on_cards(traced, traced.device_rows(), {"it": room}, Settings.parse(COLLECTS))["it"]
+    fits = summary._on_cards(traced, rows, {"it": room}, Settings.parse(COLLECTS))["it"]
     assert fits["fits"] and fits["reserved_bytes"] == said.reserved_peak_bytes > alone["reserved_bytes"]
 
 

@@ -53,7 +53,8 @@ def _lab(entropies: dict) -> Lab:
     runs, steps = [], []
     for index, ((norm, weight, seed), entropy) in enumerate(entropies.items()):
         params = {"lr": 0.1, "seed": seed, "config": {"norm_head": norm, "z_loss_weight": weight}}
-        runs.append({"arm": "stability", "outcome": "ok", "run_id": f"r{index}", "lr": 0.1, "seed": seed, "params": params})
+        runs.append({"arm": "stability", "outcome": "ok", "run_id": f"r{index}", "lr": 0.1, "seed": seed, "parameters": 1,
+                     "params": params})
         steps += [{"run_id": f"r{index}", "step": at, "cross_entropy": value, "highest_logit": 9.0 - weight}
                   for at, value in enumerate(entropy)]
     floor = pd.DataFrame({"seed": sorted({seed for _, _, seed in entropies}), "cross_entropy": 4.0, "reason": ""})

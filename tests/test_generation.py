@@ -57,11 +57,7 @@ def test_the_oracle_agrees_with_the_generator_on_every_claim_without_noise(domai
     items = [item for shift in ("none", "moderate") for item in generate_items(domain, "test", 400, 0, shift,
                                                                                GeneratorConfig(noise=0))]
     found = [verdict(item, item.claim) for item in items]
-    assert set(found) == {"consistent", "inconsistent"}
-    assert all(one == "consistent" for one, item in zip(found, items, strict=True) if item.label)
-    # a name swapped in an attitude may hit upon one that the other subject has too: such a claim is labelled 0 and true
-    true = [item for one, item in zip(found, items, strict=True) if one == "consistent" and not item.label]
-    assert {item.transform for item in true} <= {"entity_swap"} and len(true) < 0.01 * len(items)
+    assert found == ["consistent" if item.label else "inconsistent" for item in items]
 
 
 # writing -------------------------------------------------------------------------------------------------------------

@@ -9,17 +9,16 @@ import pytest
 
 from vramlab.studies import checkpointing, checkpointing_figures
 from vramlab.studies.checkpointing import FULL, KEEP, label
-from vramlab.studies.plan import read_plan
 from vramlab.studies.records import Records
 
-GIB = checkpointing.GIB
+GIB, PLAN = checkpointing.GIB, SimpleNamespace(pairs=(), settings={"scoring": "yesno"})
 EMPTY = {name: pd.DataFrame() for name in ("runs", "items", "calls", "accuracy", "steps", "probes")}
 
 
 def _lab(**frames):
-    records = Records(**{**EMPTY, "tables": {}, **frames})
-    return SimpleNamespace(plan=read_plan("checkpointing"), records=records, figures=checkpointing.figures(
-        SimpleNamespace(plan=read_plan("checkpointing"), records=records)))
+    lab = SimpleNamespace(plan=PLAN, records=Records(**{**EMPTY, "tables": {}, **frames}))
+    lab.figures = checkpointing.figures(lab)
+    return lab
 
 
 @pytest.mark.parametrize("axes, words", [
@@ -77,8 +76,8 @@ def test_forecasts_by_hand():
     assert found["m lora, checkpoint offload of checkpoint, 1024"] == 0.9 and found["m, blocks' inputs on the host, 1024"] == 3
     assert all(figure.kind == "predicted" for figure in lab.figures.values())
     assert checkpointing_figures.lowered(lab)["lower"].to_list() == [False, True]
-    said = "* `m`, lora: lower from 1,024 tokens on; at 512 tokens its peak is optimizer 20.00."
-    assert checkpointing_figures.why_not(lab) == said
+    why = "* `m`, lora: lower from 1,024 tokens on; at 512 tokens its peak is optimizer 20.00."
+    assert checkpointing_figures.why_not(lab) == why
     assert "leaves **75%** of the peak of m" in checkpointing_figures.answer(lab)
 
 

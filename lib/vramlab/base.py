@@ -73,7 +73,7 @@ class Recipe:
         return known[name]
 
     def hash(self, spec: ModelSpec) -> str:
-        content = {"recipe": asdict(self), "model": spec.fingerprint(), "generator": GeneratorConfig().hash(), "version": 2}
+        content = {"recipe": asdict(self), "model": spec.fingerprint(), "generator": GeneratorConfig().hash(), "version": 3}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .axes import rounding
+from .axes.place import local
 from .memory.nvml import driver
 
 ROOT = Path(__file__).parents[2]
@@ -78,10 +79,10 @@ def _commit() -> dict:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of every parameter's and buffer's bytes, by name: equal for equal weights, to the bit."""
+    """SHA-256 of every parameter's and buffer's bytes, by name: equal for equal weights, to the bit. Of shards, this rank's."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, torch.Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(local(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

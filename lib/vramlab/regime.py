@@ -119,8 +119,8 @@ def regime_row(name: str, path: Path = REGIMES_FILE) -> dict:
 
 
 @cache
-def _rows(path: Path, _changed_ns: int) -> dict:
-    """Read once for each version of the file: a study asks hundreds of times, at a tenth of a second each."""
+def _rows(path: Path, _changed_ns: int) -> dict[str, dict]:
+    """Read once for each version of the file: a study asks for a row at every name of a run."""
     return yaml.safe_load(path.read_text())
 
 

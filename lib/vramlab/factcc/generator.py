@@ -132,7 +132,8 @@ def _claim(grammar: Grammar, domain: str, split: str, shift: str, group: str, in
     true, wrong_until = record.say(template), None
     if not label:
         others = [other for other in records if other is not record]
-        record = swap(record, slot, others, pools(grammar.names, grammar.places), rng.random() < config.extrinsic, rng)
+        values, far = pools(grammar.names, grammar.places), rng.random() < config.extrinsic
+        record = swap(record, slot, sentence.slots, others, values, far, rng)
         how = SWAPS[slot]
     claim = record.say(template)
     if not label:

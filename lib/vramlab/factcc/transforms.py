@@ -37,16 +37,19 @@ class Record:
         return text[0].upper() + text[1:]
 
 
-def swap(record: Record, slot: str, others: Sequence[Record], pools: dict[str, Sequence[str]], extrinsic: bool,
+def swap(record: Record, slot: str, slots: str, others: Sequence[Record], pools: dict[str, Sequence[str]], extrinsic: bool,
          rng: random.Random) -> Record:
-    """`record` with a wrong value in `slot`: of another record of its document (intrinsic), or from the pool and nowhere in
-    the document (extrinsic). Negation and pronouns, which have few values, take any other one."""
+    """`record` with a wrong value in `slot` of a sentence of `slots`: of another record of its document (intrinsic), or from the
+    pool and nowhere in the document (extrinsic), also where the other record says the very same of its subject: the sentence
+    would be true of that one. Negation and pronouns, which have few values, take any other one."""
     true = getattr(record, slot)
     if slot in "XR":
         return replace(record, **{slot: rng.choice([value for value in pools[slot] if value != true])})
     inside = [getattr(other, slot) for other in others]
     outside = [value for value in pools[slot] if value != true and value not in inside]
-    return replace(record, **{slot: rng.choice(outside if extrinsic else inside)})
+    wrong = [getattr(other, slot) for other in others if any(getattr(other, name) != getattr(record, name)
+                                                             for name in slots if name != slot)]
+    return replace(record, **{slot: rng.choice(wrong if wrong and not extrinsic else outside)})
 
 
 def pools(names: Sequence[str], places: Sequence[str]) -> dict[str, Sequence[str]]:

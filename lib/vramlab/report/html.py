@@ -117,7 +117,7 @@ def _claims() -> Section:
     found = gallery.verdicts()
     return Section("What the papers said, what we saw", "Every claim of params/claims.yml, decided by its rule from the runs under "
                    "outputs/gallery. Quoted figures are the papers' own, of other models and machines; a verdict is never from one "
-                   "seed.", None, table(found), said=ledger.sentences(found), extra=ledger.markup(found))
+                   "seed.", ledger.figure(found), table(found), said=ledger.sentences(found), extra=ledger.markup(found))
 
 
 def forecast_sections(said: Forecasts) -> list[Section]:

@@ -7,12 +7,31 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import plotly.graph_objects as go
+
 from ..studies import STUDIES
 from ..studies.claims import NOT_REPRODUCED, REPRODUCED, UNTESTED, Verdict
 from ..studies.gallery import GALLERY, read_made
 
+COLORS = {REPRODUCED: "#59a14f", NOT_REPRODUCED: "#e15759", UNTESTED: "#bab0ac"}
 MARKS = {REPRODUCED: "yes", NOT_REPRODUCED: "no", UNTESTED: "open"}
 """verdict -> class of its badge"""
+
+
+def figure(verdicts: Sequence[Verdict]) -> go.Figure:
+    """Claims by study and verdict; a part of a bar tells its claims."""
+    drawn = go.Figure()
+    for word, color in COLORS.items():
+        its = {name: [verdict.claim.words for verdict in verdicts if (verdict.claim.study, verdict.word) == (name, word)]
+               for name in STUDIES}
+        drawn.add_bar(y=[name.replace("_", " ") for name in its], x=[len(claims) for claims in its.values()], name=word,
+                      orientation="h", marker_color=color, customdata=["<br>".join(claims) for claims in its.values()],
+                      hovertemplate="%{customdata}<extra>" + word + "</extra>")
+    drawn.update_layout(barmode="stack", height=260, margin={"l": 150, "r": 10, "t": 10, "b": 40},
+                        legend={"orientation": "h", "y": 1.15})
+    drawn.update_xaxes(title_text="claims", dtick=5)
+    drawn.update_yaxes(autorange="reversed")
+    return drawn
 
 
 def sentences(verdicts: Sequence[Verdict]) -> list[str]:

@@ -44,7 +44,7 @@ def there(lab: Lab) -> set[str]:
 def pretraining(lab: Lab, arm: str = "stability") -> pd.DataFrame:
     """One row a run: `seed`, `lr`, its `config`, `norm_head`, `max_z`; `final`, the cross-entropy where it ended, nats; `diverged`;
     `spikes`, the share of steps that are one; `jump`, the highest above the lowest before it, nats; `logit`, the highest at the
-    end."""
+    end; `run_id`, `parameters`. A seed without all of its runs is left out: what is compared is paired by seed."""
     rows, steps = [], lab.records.steps.groupby("run_id")
     floor = lab.records.tables["frequencies"].set_index("seed")["cross_entropy"]
     for _, run in lab.records.select(arm).iterrows():
@@ -55,8 +55,11 @@ def pretraining(lab: Lab, arm: str = "stability") -> pd.DataFrame:
         rows.append({"seed": run["seed"], "lr": run["lr"], "config": config, "norm_head": config.get("norm_head", True),
                      "max_z": bool(config.get("z_loss_weight", 0)), "final": final, "diverged": not final < floor[run["seed"]],
                      "spikes": float((~(above < lab.plan.settings["spike"])).mean()), "jump": float(above.max()),
-                     "logit": float(taken["highest_logit"].iloc[-last:].mean())})
-    return pd.DataFrame(rows)
+                     "logit": float(taken["highest_logit"].iloc[-last:].mean()), "run_id": run["run_id"],
+                     "parameters": run["parameters"]})
+    table = pd.DataFrame(rows)
+    ended = table.groupby("seed")["run_id"].transform("size")
+    return table[ended == ended.max()].reset_index(drop=True)
 
 
 def _stability(lab: Lab) -> dict[str, Figure]:
@@ -102,10 +105,10 @@ def _where(table: pd.DataFrame, said: Mapping) -> pd.DataFrame:
 
 def ladder(lab: Lab) -> pd.DataFrame:
     """The rungs that were trained: one row a run, with `counted`, parameters beside embedding and head."""
-    table, runs = pretraining(lab, "ladder"), lab.records.select("ladder")
-    vocabulary = model_spec(runs["model"].iloc[0]).config.vocab_size
+    table = pretraining(lab, "ladder")
+    vocabulary = model_spec(lab.records.select("ladder")["model"].iloc[0]).config.vocab_size
     ends = np.array([2 * vocabulary * config["hidden_size"] for config in table["config"]])
-    return table.assign(counted=runs["parameters"].to_numpy() - ends)
+    return table.assign(counted=table["parameters"] - ends)
 
 
 def power_law(counted: np.ndarray, loss: np.ndarray) -> tuple[float, float]:

@@ -18,7 +18,7 @@ LEARNED = "learned, this CPU"
 
 def curves(lab: Lab) -> go.Figure:
     """Cross-entropy by step, one panel a learning rate; every seed a line, without the max-z term in loss or model."""
-    table = pretraining(lab).assign(run_id=list(lab.records.select("stability")["run_id"]))
+    table = pretraining(lab)
     rates = sorted(table["lr"].unique())
     figure = make_subplots(1, len(rates), shared_yaxes=True, subplot_titles=[f"lr {rate:g}" for rate in rates],
                            horizontal_spacing=0.02)
@@ -185,11 +185,22 @@ def answer(lab: Lab) -> str:
         jump = figures["stability.jump.linear_minus_norm"]
         said.append(f"From random weights {linear.value:.0%} of {linear.seeds} runs with a linear head end no better than the "
                     f"frequencies of tokens, with NormHead {norm.value:.0%}; the linear head's highest jump of the loss is larger "
-                    f"by {jump.words()}.")
+                    f"by {jump.words()}. Where they end differs by {figures['stability.final.linear_minus_norm'].words()} over all "
+                    f"rates, and max-z changes that by {figures['stability.final.without_minus_with_max_z'].words()}.")
+    if "ladder.predicted_over_found" in figures:
+        said.append("A power law in the three smaller rungs tells where the largest ends to within "
+                    f"{figures['ladder.predicted_over_found'].words()}.")
+    gains = {name: figure for name, figure in figures.items() if name.endswith(".gain")}
+    if gains:
+        own = [figure.value for name, figure in gains.items() if name.split(".")[1] == name.split(".")[2]]
+        other = [figure.value for name, figure in gains.items() if name.split(".")[1] != name.split(".")[2]]
+        said.append(f"Trained on law or medicine, the base gains {100 * sum(own) / len(own):.1f} points of balanced accuracy there "
+                    f"and {100 * sum(other) / len(other):.1f} in the other.")
     if "positions.moved.absolute.normal" in figures:
         absolute, relative = (figures[f"positions.moved.{form}.normal"] for form in ("absolute", "relative"))
         said.append(f"In bf16 ALiBi by absolute columns moves up to {absolute.value:.0%} of a head's attention to other keys, by "
-                    f"distances {relative.value:.2%}.")
+                    f"distances {relative.value:.2%}; rotary positions in bf16 change "
+                    f"{figures['positions.changed.positions.2048'].value:.0%} of answers 2,048 tokens up.")
     for model in ("baichuan2-7b", "baichuan2-13b"):
         if f"head.{model}.trained.price" in figures:
             price, copies = (figures[f"head.{model}.trained.{name}"] for name in ("price", "price_copies"))

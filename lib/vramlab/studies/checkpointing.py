@@ -35,7 +35,8 @@ def figures(lab) -> dict[str, Figure]:
 def lost(model: str, recipe: str, train_domain: str, regime: str, lr: float) -> pd.DataFrame:
     """How many weights the first update of the base moves: `weights`, `moved`. AdamW's first step is `lr` long for every weight
     that has a gradient, whatever its size."""
-    prepared = prepare(resolve({"model": model, "recipe": recipe, "train_domain": train_domain, "regime": regime}), progress=False)
+    asked = {"model": model, "recipe": recipe, "train_domain": train_domain, "regime": regime}
+    prepared = prepare(resolve({**asked, "train_items": 64, "val_items": 20, "test_items": 20}), progress=False)
     trainer = Trainer(prepared.model, prepared.regime, Schedule(lr, 1))
     before = [weight.clone() for weight in trainer.model.parameters()]
     trainer.step(next(prepared.batches()))

@@ -28,10 +28,10 @@ def exactness(lab) -> pd.DataFrame:
     return by.rename(columns={"losses": "with another loss", "weights": "with other weights"}).set_index("regime").rename_axis(None)
 
 
-def lines(table: pd.DataFrame, value: str, title: str, kind: str, y: str) -> go.Figure:
-    """`value` against tokens, one panel for each `panel`, one line for each thing kept."""
+def lines(table: pd.DataFrame, value: str, title: str, kind: str, y: str, shared: bool = False) -> go.Figure:
+    """`value` against tokens, one panel for each `panel`, one line for each thing kept; `shared`: on one scale."""
     panels = list(dict.fromkeys(table["panel"]))
-    figure = make_subplots(1, len(panels), subplot_titles=panels, horizontal_spacing=0.07)
+    figure = make_subplots(1, len(panels), subplot_titles=panels, horizontal_spacing=0.07, shared_yaxes=shared)
     for column, panel in enumerate(panels, 1):
         for acts, color in COLORS.items():
             its = table[(table["panel"] == panel) & (table["acts"] == acts)].sort_values("seq")
@@ -54,7 +54,7 @@ def bytes_by_length(lab) -> go.Figure | None:
     table = counted(lab.records)
     if len(table):
         return lines(table.assign(panel=table["regime"], mib=table["peak_bytes"] / MIB), "mib", "Peak of a step, tiny model",
-                     "counted on this CPU", "MiB at the peak")
+                     "counted on this CPU", "MiB at the peak", shared=True)
 
 
 def seconds_by_length(lab) -> go.Figure | None:
@@ -151,9 +151,12 @@ def compared(family: dict[str, Figure]) -> pd.DataFrame:
 
 def exact_words(lab) -> str:
     """How many runs differ from the one that keeps everything."""
-    runs = lab.figures.get("runs whose weights differ")
-    return runs and (f"Keeping less changed the weights in **{runs.value:.0f}** {runs.unit}, and a loss in "
-                     f"{lab.figures['runs whose losses differ'].value:.0f}: scores with checkpointing are those without it.") or ""
+    found = [lab.figures.get(f"runs whose {what} differ") for what in ("weights", "losses")]
+    if None in found:
+        return ""
+    weights, losses = found
+    so = "scores with checkpointing are those without it" if not weights.value + losses.value else "it is not exact here"
+    return f"Keeping less changed the weights in **{weights.value:.0f}** {weights.unit}, and a loss in {losses.value:.0f}: {so}."
 
 
 def bytes_words(lab) -> str:
@@ -204,4 +207,5 @@ def show(*things) -> None:
         if isinstance(thing, str):
             display(Markdown(thing or "*Left out: no run of it has ended.*"))
         elif thing is not None and len(getattr(thing, "data", thing)):
-            display(thing)
+            with pd.option_context("display.max_colwidth", None):
+                display(thing)

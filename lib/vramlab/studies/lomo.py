@@ -11,11 +11,13 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from ..passes import model_spec
 from .evidence import Figure, by_seed, corrected, ratio_by_seed
 from .plan import Pair
 from .records import Records
 
 GIB = 2**30
+NAMES = {"master": "AdamW", "sgd": "SGD", "lomo": "LOMO", "adalomo": "AdaLomo"}
 DOMAIN = "news"
 TRAINED_ON = "tokens"
 """What all compared runs have equal, unless their pair says otherwise."""
@@ -23,7 +25,7 @@ TRAINED_ON = "tokens"
 
 def figures(lab) -> dict[str, Figure]:
     """Every number a claim may look at; one whose runs are not there is left out."""
-    return {**_bytes(lab.records), **_scaler(lab.records), **_times(lab.records), **_same(lab.records), **_pairs(lab),
+    return {**_bytes(lab.records), **_hooks(lab.records), **_times(lab.records), **_same(lab.records), **_pairs(lab),
             **_best(lab), **_drops(lab)}
 
 
@@ -31,18 +33,32 @@ def figures(lab) -> dict[str, Figure]:
 
 
 def memory(records: Records, arm: str) -> pd.DataFrame:
-    """One row a forecast of the arm: what was asked (`rule`, `checkpointing`, `head`), `peak_gib`, and each category at it."""
+    """One row a forecast of the arm: what was asked (`rule`, `checkpointing`, `head`), `peak_gib`, each category at the peak, and
+    `arithmetic_gib`, what weights, gradients and optimizer state come to by counting parameters."""
     frame = records.tables.get(arm, pd.DataFrame({"reason": []}))
     found = []
     for row in frame[frame["reason"] == ""].to_dict("records"):
         axes = _axes(row)
         checkpointed = axes.get("acts", "checkpoint" if "lomo" in row["regime"] else "keep") != "keep"
-        found.append({"rule": {"master": "AdamW", "sgd": "SGD", "lomo": "LOMO", "adalomo": "AdaLomo"}[row["regime"]],
-                      "checkpointing": checkpointed, "head": axes.get("head", "fused" if "lomo" in row["regime"] else "plain"),
-                      "ranks": 8 if axes.get("place") == "fsdp" else 1, "model": row["model"], "phase": row["phase"],
+        found.append({"rule": NAMES[row["regime"]], "checkpointing": checkpointed,
+                      "head": axes.get("head", "fused" if "lomo" in row["regime"] else "plain"),
+                      "arithmetic_gib": states_bytes(row["model"], row["regime"]) / GIB,
+                      "ranks": 8 if axes.get("place") == "fsdp" else 1,
+                      "model": row["model"], "phase": row["phase"],
                       "peak_gib": row["peak_allocated_bytes"] / GIB, "margin_gib": _gib(row.get("margin_bytes")),
                       **{name: size / GIB for name, size in json.loads(row["ledger"]).items()}})
     return pd.DataFrame(found)
+
+
+def states_bytes(model: str, regime: str) -> int:
+    """Weights, gradients and optimizer state of bf16 training: 2 + 2 + 12 bytes a parameter for AdamW with fp32 master and moments,
+    2 + 2 + 4 for SGD with a master, and for the two inside backward 2, and the largest matrix once more."""
+    shape = model_spec(model).config
+    hidden, vocabulary = shape.hidden_size, shape.vocab_size
+    block = 4 * hidden**2 + 3 * hidden * shape.intermediate_size + 2 * hidden
+    count = 2 * vocabulary * hidden + shape.num_hidden_layers * block + hidden
+    largest = max(vocabulary * hidden, 3 * hidden**2, hidden * shape.intermediate_size)
+    return {"master": 16 * count, "sgd": 8 * count}.get(regime, 2 * count + 2 * largest)
 
 
 def _axes(row: Mapping) -> dict:
@@ -67,7 +83,6 @@ def _bytes(records: Records) -> dict[str, Figure]:
              (("adamw_gib", "AdamW"), ("sgd_gib", "SGD"), ("lomo_gib", "LOMO"))}
     one = {"rule": "LOMO", "model": "llama-7b"}
     gib = {**peaks, "activations_gib": of(table, "activations", rule="LOMO", head="plain", checkpointing=False),
-           "gradients_gib": _none_is_zero(of(table, "gradients", rule="LOMO", **plain), peaks["lomo_gib"]),
            "lomo_one_card_gib": of(cards, "peak_gib", **one), "margin_7b_gib": of(cards, "margin_gib", **one),
            "margin_65b_gib": of(cards, "margin_gib", model="llama-65b")}
     shares = {"share_of_sharded_adamw": of(cards, "peak_gib", **one) / (8 * of(cards, "peak_gib", rule="AdamW")),
@@ -76,18 +91,17 @@ def _bytes(records: Records) -> dict[str, Figure]:
     return {name: Figure(value, "predicted", unit) for name, value, unit in made if np.isfinite(value)}
 
 
-def _none_is_zero(size: float, peak: float) -> float:
-    """A category that is not alive at a peak that is known has no bytes."""
-    return 0.0 if np.isnan(size) and np.isfinite(peak) else size
-
-
 # steps: measured ----------------------------------------------------------------------------------------------------
 
 
-def _scaler(records: Records) -> dict[str, Figure]:
-    frame = records.tables.get("scaler", pd.DataFrame({"how": []}))
+def _hooks(records: Records) -> dict[str, Figure]:
+    scaler, alive = (records.tables.get(arm, pd.DataFrame()).to_dict("records") for arm in ("scaler", "alive"))
     names = {"hooks under GradScaler": "hooks_under_scaler", "ours": "ours_under_scale"}
-    return {names[row.how]: Figure(row.ratio, "computed", "times") for row in frame.itertuples() if row.how in names}
+    found = {names[row["how"]]: Figure(row["ratio"], "computed", "times") for row in scaler if row.get("how") in names}
+    for row in alive:
+        if row.get("row") == "lomo":
+            found["gradients_alive"] = Figure(row["most_bytes"] / row["largest_bytes"], "measured", "largest matrices")
+    return found
 
 
 def _times(records: Records) -> dict[str, Figure]:
@@ -148,8 +162,8 @@ def rates(lab) -> pd.DataFrame:
 
 def _best(lab) -> dict[str, Figure]:
     """Each rule at its best rate against another at its own, a family of its own."""
-    table = rates(lab)
-    best = {row.rule: row.runs for row in table.itertuples() if row.best} if len(table) else {}
+    table = rates(lab)  # the best of one rate is none
+    best = {row.rule: row.runs for row in table.itertuples() if row.best and (table["rule"] == row.rule).sum() > 1}
     found = {f"{one}_minus_{other}".lower(): _there(lambda one=one, other=other: lab.records.difference(
         best[one], best[other], DOMAIN, TRAINED_ON)) for one, other in lab.plan.settings.get("best", ())}
     return corrected({name: figure for name, figure in found.items() if figure})
@@ -174,8 +188,7 @@ def _drops(lab) -> dict[str, Figure]:
     for one, other in itertools.permutations(drops, 2):
         if len(drops[one]) == len(drops[other]):
             found[f"rate_drop_{one}_minus_{other}".lower()] = replace(by_seed(drops[one], drops[other]), equal=TRAINED_ON)
-    items = len(lab.records.items)
-    return {name: replace(figure, n=items and _scored(lab)) for name, figure in found.items()}
+    return {name: replace(figure, n=_scored(lab)) for name, figure in found.items()}
 
 
 def _scored(lab) -> int:

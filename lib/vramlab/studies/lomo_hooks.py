@@ -1,14 +1,17 @@
-"""What hooks inside backward see of a scaled loss."""
+"""LOMO's hooks on real steps: what they see of a scaled loss, and how many gradients live beside each other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from ..baichuan import BaichuanForCausalLM
+from ..memory.meter import Meter
+from ..memory.timeline import signed
 from ..passes import model_spec
 from ..regime import read_row
 from ..trainer import Schedule, Trainer
@@ -29,6 +32,23 @@ def scaled_updates(model: str, scale: float, seq: int = 64, lr: float = 1e-3) ->
     found = {"hooks": plain, "hooks under GradScaler": _by_hooks(model, seq, lr, scaler.scale),
              "ours": _ours(model, seq, lr, scale)}
     return pd.DataFrame([{"how": how, "ratio": moved / plain} for how, moved in found.items()])
+
+
+def gradients_alive(model: str, seq: int = 64) -> pd.DataFrame:
+    """Two real steps of random weights, counted event by event: `row`, `most_bytes` of gradients alive at one time, of all
+    `gradients_bytes` there are, and `largest_bytes`, the gradient of the largest matrix. Heads are plain: gradients are whole."""
+    found = []
+    for name, row in {"lomo": {"rule": "sgd", "until": "backward"}, "sgd": {"rule": "sgd"}}.items():
+        meter = Meter()
+        trainer = Trainer(_model(model), read_row(name, row), Schedule(1e-3, 2), observer=meter)
+        with meter:
+            for _ in range(2):
+                trainer.step([_batch(model, seq)])
+        frame = meter.frame()
+        most = np.where(frame["category"] == "gradients", signed(frame), 0).cumsum().max()
+        sizes = [param.nbytes for param in trainer.model.parameters()]
+        found.append({"row": name, "most_bytes": int(most), "gradients_bytes": sum(sizes), "largest_bytes": max(sizes)})
+    return pd.DataFrame(found)
 
 
 def _by_hooks(name: str, seq: int, lr: float, scaled: Callable[[Tensor], Tensor]) -> float:
@@ -54,9 +74,8 @@ def _moved(model: nn.Module, step: Callable[[], object]) -> float:
     """How far the weights are after a step from where they were, in fp64: small steps of many weights."""
     before = [param.detach().clone() for param in model.parameters()]
     step()
-    changes = [(param.detach().double() - old.double()).square().sum()
-               for param, old in zip(model.parameters(), before, strict=True)]
-    return float(torch.stack(changes).sum().sqrt())
+    pairs = zip(model.parameters(), before, strict=True)
+    return float(sum((param.detach().double() - old.double()).square().sum() for param, old in pairs).sqrt())
 
 
 def _model(name: str) -> BaichuanForCausalLM:

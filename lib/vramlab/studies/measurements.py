@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -15,6 +16,7 @@ from ..observer import Clock, Observer
 from ..passes import model_spec
 from ..predict import Question, forecast
 from ..regime import Regime, read_row, regime_row
+from ..study import updates
 from ..trainer import Batch, Schedule, Trainer
 
 
@@ -66,6 +68,31 @@ def timed(model: str, rows: Mapping[str, Mapping], seq: int, batch: int = 1, ste
             medians = frame.iloc[1:][["step_s", "forward_s", "backward_s", "update_s"]].median()
             found.append({"row": name, "repeat": repeat, **medians.to_dict()})
     return pd.DataFrame(found)
+
+
+def cost(model: str, rows: Mapping[str, Mapping], seq: int, batch: int = 1, rounds: int = 4) -> pd.DataFrame:
+    """CPU seconds of a step, which other processes do not lengthen, over whole cycles: every part has its turns, a projection is
+    made as often as in training. In rounds of all rows: `row`, `round`, `step_s`, `steps`, and of 1,000 steps `updates` of a
+    parameter, their mean, `least` and `most`. One thread, or the seconds of all are added up."""
+    trainers = {name: _trainer(model, _row(said), Observer()) for name, said in rows.items()}
+    counts = {name: updates(model_spec(model), trainer.regime) for name, trainer in trainers.items()}
+    found = []
+    for number in range(-1, rounds):  # the first round makes optimizer state, and counts for nobody
+        for name, trainer in trainers.items():
+            batches, steps = _batches(trainer, model, seq, batch), _cycle(trainer)
+            began = time.process_time()
+            for _ in range(steps):
+                trainer.step(batches)
+            found.append({"row": name, "round": number, "step_s": (time.process_time() - began) / steps, "steps": steps,
+                          "updates": counts[name].mean, "least": counts[name].least, "most": counts[name].most})
+    return pd.DataFrame(found).query("round >= 0").reset_index(drop=True)
+
+
+def _cycle(trainer: Trainer, least: int = 8) -> int:
+    """Steps after which a row has done everything it does."""
+    row, parts = trainer.regime, len(trainer.parts)
+    cycle = max(getattr(row.trains, "interval", 1) * parts, getattr(row.rule, "gap", 1))
+    return cycle * -(-least // cycle)
 
 
 def _timed(model: str, row: Regime, seq: int, batch: int, steps: int) -> pd.DataFrame:
