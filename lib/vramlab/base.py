@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,10 +79,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Reading(Recipe):
-    """Goes on from `standard`: questions on general passages, for who fine-tunes on questions of another domain."""
+    """Goes on from `standard`: questions on general passages, for who fine-tunes on questions of another domain. First short
+    passages, then those of several lengths, as many tokens a batch."""
 
     lr: float = 1.5e-3
     question_steps: int = 400
+    length_steps: int = 240
+    records: tuple[int, ...] = (2, 5, 8)
+    """Of a passage, by turns. 8 make a sequence of some 260 tokens; longer ones stay unknown."""
 
 
 def base_model(spec: ModelSpec, cache_dir: Path | str, recipe: Recipe | None = None,
@@ -141,16 +145,25 @@ def _make(spec: ModelSpec, recipe: Recipe, folder: Path, progress: bool) -> None
 def _go_on(spec: ModelSpec, recipe: Reading, folder: Path, progress: bool) -> None:
     model, tokenizer, before = base_model(spec, folder.parent, progress=progress)
     began = time.perf_counter()
-    several = QuestionConfig(questions=QUESTIONS_PER_PASSAGE)
-    size = recipe.question_steps * recipe.batch * several.questions
-    items = generate_questions("general", "train", size, recipe.seed, config=several)
-    loss = _Loss(model, recipe, tokenizer)
-    batches = checked_batches(tokenizer, items, recipe.batch, recipe.seed)
-    learned = _train(model, batches, Schedule(recipe.lr, recipe.question_steps), "questions", progress, 0.0, loss)
+    loss, losses = _Loss(model, recipe, tokenizer), before["stages"]
+    for name, steps, records in (("questions", recipe.question_steps, recipe.records[:1]),
+                                 ("lengths", recipe.length_steps, recipe.records)):
+        batches = _questions(tokenizer, recipe, steps, records)
+        losses[name] = _train(model, batches, Schedule(recipe.lr, steps), name, progress, 0.0, loss)
     loss.handle.remove()
-    record = {"from": before["hash"], "stages": {**before["stages"], "questions": learned},
-              "general": _reached(model, tokenizer, generate_questions)}
+    record = {"from": before["hash"], "stages": losses, "general": _reached(model, tokenizer, generate_questions)}
     _keep(model, tokenizer, folder, {**record, "made_in_s": round(time.perf_counter() - began, 1)}, recipe.hash(spec), recipe)
+
+
+def _questions(tokenizer: BaichuanTokenizer, recipe: Reading, steps: int, records: Sequence[int]) -> Iterator[dict]:
+    """Batches of passages of so many records by turns, none of them seen twice; three questions are as long as four records."""
+    streams = []
+    for count in records:
+        size = max(1, round(recipe.batch * (recipe.records[0] + 4) / (count + 4)))
+        items = generate_questions("general", "train", -(-steps // len(records)) * size * QUESTIONS_PER_PASSAGE, recipe.seed,
+                                   config=QuestionConfig(count, questions=QUESTIONS_PER_PASSAGE))
+        streams.append(checked_batches(tokenizer, items, size, recipe.seed))
+    return (next(stream) for stream in itertools.cycle(streams))
 
 
 def _keep(model: BaichuanForCausalLM, tokenizer: BaichuanTokenizer, folder: Path, record: dict, digest: str,
