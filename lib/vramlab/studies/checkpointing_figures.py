@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..report.study_figures import _dressed
+from ..report.study_figures import dressed
 from .checkpointing import FULL, GIB, KEEP, changed, counted, differences, forecasts, groups, places, timed, trained
 from .claims import ALPHA
 from .evidence import Figure
@@ -46,7 +46,7 @@ def lines(table: pd.DataFrame, value: str, title: str, kind: str, y: str, shared
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title_text=y, col=1)
     figure.update_annotations(font_size=13)
-    return _dressed(figure, title, kind, 240)
+    return dressed(figure, title, kind, 240)
 
 
 def bytes_by_length(lab) -> go.Figure | None:
@@ -139,7 +139,7 @@ def scores(lab) -> go.Figure | None:
     figure.add_hline(0.5, line_dash="dot", line_width=1)
     figure.update_yaxes(title_text="balanced accuracy", col=1)
     figure.update_annotations(font_size=13)
-    return _dressed(figure, "Scores by precision and shift; bars: 95 %, seeds and items (base: items)", "learned", 280)
+    return dressed(figure, "Scores by precision and shift; bars: 95 %, seeds and items (base: items)", "learned", 280)
 
 
 def compared(family: dict[str, Figure]) -> pd.DataFrame:
