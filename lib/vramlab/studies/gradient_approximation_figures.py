@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..report.study_figures import _dressed
+from ..report.study_figures import dressed
 from ..run import KNOWN_PARAMETERS
 from .evidence import Figure
 from .gradient_approximation import COMPARED, TABLE, probes_of, rows_of, seconds
@@ -78,7 +78,7 @@ def against(lab: Lab, prefix: str, names: Sequence[str], title: str, x: str, fir
         return None
     figure.update_xaxes(title_text=x)
     figure.update_yaxes(title_text=y)
-    return _dressed(figure, title, LEARNED, 280)
+    return dressed(figure, title, LEARNED, 280)
 
 
 def _bars(said: Sequence[Figure]) -> dict:
@@ -139,7 +139,7 @@ def shift(lab: Lab) -> go.Figure | None:
     figure.update_layout(barmode="group")
     figure.update_xaxes(title_text="shift")
     figure.update_yaxes(title_text="balanced accuracy", range=[0.4, 1])
-    return _dressed(figure, "New passages, new words, another domain", LEARNED, 280)
+    return dressed(figure, "New passages, new words, another domain", LEARNED, 280)
 
 
 def curves(lab: Lab) -> go.Figure | None:
@@ -160,7 +160,7 @@ def curves(lab: Lab) -> go.Figure | None:
     figure.update_xaxes(title_text="tokens", col=1)
     figure.update_xaxes(title_text="seconds of training", col=2)
     figure.update_yaxes(title_text="training loss", col=1)
-    return _dressed(figure, "Loss", "learned and measured on this CPU, mean of seeds", 260)
+    return dressed(figure, "Loss", "learned and measured on this CPU, mean of seeds", 260)
 
 
 def cosines(lab: Lab) -> go.Figure | None:
@@ -182,7 +182,7 @@ def cosines(lab: Lab) -> go.Figure | None:
         return None
     figure.update_xaxes(title_text="step", col=2)
     figure.update_yaxes(title_text="cosine", range=[-0.2, 1.05])
-    return _dressed(figure, "How near the guess is to the gradient", "measured on the batch of the step, mean of seeds", 280)
+    return dressed(figure, "How near the guess is to the gradient", "measured on the batch of the step, mean of seeds", 280)
 
 
 def times(lab: Lab) -> go.Figure | None:
@@ -198,7 +198,7 @@ def times(lab: Lab) -> go.Figure | None:
         return None
     figure.update_xaxes(title_text="tokens of a row")
     figure.update_yaxes(title_text="step time, of full's", rangemode="tozero")
-    return _dressed(figure, "Step time against length", "measured on this CPU; bars: 95 %, repeats", 260)
+    return dressed(figure, "Step time against length", "measured on this CPU; bars: 95 %, repeats", 260)
 
 
 def memory(lab: Lab) -> pd.DataFrame:
