@@ -11,6 +11,7 @@ import pytest
 
 from vramlab.baichuan import BaichuanTokenizer
 from vramlab.baichuan.tokenizer import train_tokenizer
+from vramlab.base import Reading, _questions
 from vramlab.dataset import dataset
 from vramlab.factcc.baselines import baseline_scores
 from vramlab.factcc.grammar import GRAMMARS, NUMBERS, QUESTIONS
@@ -26,7 +27,8 @@ PARAMS = {**KNOWN_PARAMETERS, "task": "questions", "train_items": 30, "val_items
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    words = sorted({word for item in generate_questions("news", "train", 200, 0) for word in f"{item.doc} {item.claim}".split()})
+    items = [item for domain in ("general", "news") for item in generate_questions(domain, "train", 200, 0)]
+    words = sorted({word for item in items for word in f"{item.doc} {item.claim}".split()})
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     pieces = [f"\u2581{word}" for word in words]
     return BaichuanTokenizer(str(train_tokenizer([*words * 20, *["yes", "no"] * 400], path, 700, pieces)))
@@ -95,6 +97,16 @@ def test_a_question_is_asked_in_boolqs_form(tokenizer):
     assert tokenizer.decode(one.input_ids[span.start : span.stop]) == f" {items[0].claim}"
     short = encode_document(tokenizer, items, len(whole.input_ids) - 9)
     assert short.truncated and short.input_ids[short.document[1] :] == whole.input_ids[whole.document[1] :]
+
+
+def test_the_reading_base_learns_from_as_many_tokens_a_batch_whatever_the_length(tokenizer):
+    batches = list(zip(range(6), _questions(tokenizer, Reading(), 6, (2, 5, 8)), strict=False))
+    tokens = [int(batch["attention_mask"].sum()) for _, batch in batches]
+    assert max(tokens) < 1.3 * min(tokens) and len({batch["input_ids"].shape[0] for _, batch in batches}) == 3
+    answers = [batch["input_ids"][:, 1:][batch["input_ids"][:, :-1] == tokenizer.assistant_id] for _, batch in batches]
+    assert all(len(its) == 3 * batch["input_ids"].shape[0] for its, (_, batch) in zip(answers, batches, strict=True))
+    wrong = [(batch["agrees"] == 0).any(1).float().mean() for _, batch in batches]
+    assert all(0.5 < share <= 1 for share in wrong)  # of three questions, seven times in eight
 
 
 def test_a_data_set_of_questions_has_its_shifts_and_only_the_domains_asked_for():
