@@ -7,6 +7,7 @@ import math
 import pandas as pd
 import pytest
 
+from vramlab.environment import ROOT
 from vramlab.run import execute, resolve
 from vramlab.studies import STUDIES, gallery
 from vramlab.studies.claims import UNTESTED, read_claims
@@ -68,6 +69,7 @@ def test_figures_follow_from_the_records(folder):
 
 def test_the_executed_notebook_is_of_the_same_file_and_has_no_error(folder):
     notebook = json.loads((folder / "study.ipynb").read_text())
+    assert str(ROOT) not in json.dumps(notebook) and not {"input_path", "output_path"} & set(notebook["metadata"]["papermill"])
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
     assert outputs and not [output for output in outputs if output["output_type"] == "error"]
     assert any(read_made(folder)["file"] in "".join(cell["source"]) for cell in notebook["cells"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,5 +64,13 @@ class Lab:
         made = {"study": self.plan.name, "file": self.plan.path.name, "params_hash": self.plan.content_hash(),
                 "cells": len(self.plan.every_cell()), "made_with": record()}
         write_whole(folder / "made.json", json.dumps(made, indent=1))
-        shutil.copyfile(notebook, folder / "study.ipynb")
+        _keep(notebook, folder / "study.ipynb")
         return folder
+
+
+def _keep(notebook: Path, target: Path) -> None:
+    """The executed notebook without the machine's paths, which papermill writes down."""
+    said = json.loads(notebook.read_text())
+    for name in ("input_path", "output_path"):
+        said["metadata"].get("papermill", {}).pop(name, None)
+    write_whole(target, json.dumps(said, indent=1).replace(f"{ROOT}/", ""))
