@@ -156,7 +156,7 @@ def _run(notebook: Path, cell: Cell) -> None:
     with open(cell.folder / "notebook.log", "w") as log:
         process = subprocess.Popen([sys.executable, "-m", "vramlab.cell", str(notebook), str(cell.folder / "run.ipynb"),
                                     str(given)], stdout=log, stderr=log, env={**os.environ, "PLOTLY_RENDERER": "plotly_mimetype"},
-                                   preexec_fn=lambda: _die_with(parent))
+                                   preexec_fn=lambda: die_with(parent))
         try:
             code = _wait(process)
         except BaseException:
@@ -219,8 +219,8 @@ def _params_of(cell: Cell) -> None:
         path.write_text(yaml.safe_dump({**cell.full, "run_id": cell.run_id}))
 
 
-def _die_with(parent: int) -> None:
-    """In the child, before it runs: when the sweep is killed, so is its notebook (Linux; elsewhere nothing)."""
+def die_with(parent: int) -> None:
+    """In a child, before it works: when the process `parent` is killed, so is this one (Linux; elsewhere nothing)."""
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     except (OSError, AttributeError):

@@ -21,6 +21,7 @@ from ..files import write_table, write_whole
 from ..passes import base_of, spec_of
 from ..progress import bar
 from ..run import KNOWN_PARAMETERS, SCHEMA, execute
+from ..sweep import die_with
 from .plan import StudyCell
 
 
@@ -59,7 +60,7 @@ def _make_bases(cells: Sequence[StudyCell], progress: bool) -> None:
 
 
 def _side_by_side(cells: Sequence[tuple[Path, StudyCell]], jobs: int):
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_one_thread)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_worker, initargs=(os.getpid(),))
     try:
         asked = {pool.submit(one, folder, cell): (folder, cell) for folder, cell in cells}
         for future in as_completed(asked):
@@ -69,7 +70,8 @@ def _side_by_side(cells: Sequence[tuple[Path, StudyCell]], jobs: int):
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _one_thread() -> None:
+def _worker(parent: int) -> None:
+    die_with(parent)
     torch.set_num_threads(1)
 
 
