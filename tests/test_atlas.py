@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 
-from vramlab import atlas, predict, summary
-from vramlab.atlas import Atlas, chart, read_atlas, table
+from vramlab import atlas, charted, predict, summary
+from vramlab.atlas import Atlas, chart, read_atlas
 from vramlab.cards import card, read_cards
+from vramlab.charted import table
 from vramlab.cli import main
 from vramlab.environment import ROOT
 from vramlab.memory.settings import Settings
@@ -181,6 +185,27 @@ def test_an_atlas_refuses_what_it_does_not_know(tmp_path):
     questions = read_atlas(ROOT / "params" / "atlas.yml").questions()
     assert {question.regime for question in questions} == set(read_regimes()) - {"bf16"}  # which is full in bf16
     assert len(questions) == 2 * 4 * 3 * len({question.name for question in questions})
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr(charted, "KEPT", tmp_path / "kept")
+
+
+def test_a_charted_atlas_is_remembered_until_its_file_or_the_code_changes(tmp_path, capsys, monkeypatch, kept):
+    path, asked = tmp_path / "mine.yml", []
+    path.write_text(yaml.safe_dump({"models": ["tiny"], "seq": [16], "batch": [1], "regimes": ["full"]}))
+    monkeypatch.setattr(atlas, "chart", lambda said, progress: asked.append(said) or chart(said, kept, False, 1))
+    for times, change in ((1, ""), (1, ""), (2, "allocators: []\n")):
+        path.write_text(path.read_text() + change)
+        assert main(["atlas", str(path), "--out", str(tmp_path)]) == 0 and len(asked) == times
+    monkeypatch.setattr(charted, "importlib", SimpleNamespace(metadata=SimpleNamespace(version=lambda _: "another")))
+    assert charted.recall(path) is None
+    failed = {"cells": [{"reason": "no"}]}
+    charted.remember(path, failed)
+    assert charted.recall(path) is None
+    light = "import sys; from vramlab import charted, cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", light]).returncode == 0
 
 
 def test_the_command_writes_the_table_and_the_reports_file(tmp_path, capsys, monkeypatch, kept, asked, content):

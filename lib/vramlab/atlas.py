@@ -1,7 +1,7 @@
 """The atlas: every regime, model, length and batch against every card, with no GPU.
 
     content = chart(read_atlas("params/atlas.yml"))
-    table(content)  # one row a cell and card
+    charted.table(content)  # one row a cell and card
 
 Of each model and row three sizes are traced, for compute capability (8, 0), and the others solved from them (`scaling`) where
 they follow, else traced as well. Rows are shared out to one process a core. Every cell's summary against all cards is kept by
@@ -26,11 +26,10 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-import pandas as pd
 import torch
 import yaml
 
-from . import scaling, summary
+from . import folding, scaling, summary
 from .axes.head import Fused
 from .cards import Card, read_cards
 from .files import write_whole
@@ -202,7 +201,7 @@ class Keep:
     @cached_property
     def _against(self) -> str:
         """Hash of what a summary depends on besides its trace."""
-        code = [Path(module.__file__).read_text() for module in (summary, scaling)]
+        code = [Path(module.__file__).read_text() for module in (summary, scaling, folding)]
         content = [[dataclasses.asdict(card) for card in self.cards.values()], self.allocators, code]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
@@ -234,33 +233,3 @@ def _reason(error: BaseException) -> str:
 def _named(question: Question, reason: str = "") -> dict:
     return {"model": question.model, "regime": question.regime, "weights": question.row.values["weights"], "name": question.name,
             "seq": question.seq, "batch": question.batch, "reason": reason}
-
-
-def table(content: dict) -> pd.DataFrame:
-    """One row a cell and card; a cell that failed has one row, its reason and no figures."""
-    rows = []
-    for cell in content["cells"]:
-        same = {"kind": content["kind"], **{key: cell[key] for key in ("model", "name", "regime", "weights", "seq", "batch")}}
-        if cell["reason"]:
-            rows.append({**same, "reason": cell["reason"]})
-            continue
-        same |= {"phase": cell["phase"], "requested_bytes": cell["requested_bytes"], "host_bytes": cell["host_bytes"]}
-        rows += [{**same, "card": key, "capacity_bytes": content["cards"][key]["capacity_bytes"], **held, "reason": ""}
-                 for key, held in cell["cards"].items()]
-    return pd.DataFrame(rows)
-
-
-def words(content: dict) -> str:
-    """The atlas as text: for each model, length and batch, regimes against cards, the margin in GiB."""
-    lines = ["predicted margin in GiB on each card; * fits only after flushing the allocator's cache, ! does not fit"]
-    head = f"{'':<20}" + "".join(f"{key:>11}" for key in content["cards"])
-    for place in dict.fromkeys((cell["model"], cell["seq"], cell["batch"]) for cell in content["cells"]):
-        lines += ["", f"{place[0]}, {place[2]} x {place[1]} tokens", head]
-        lines += [f"{cell['name']:<20}" + (cell["reason"] or "".join(f"{_mark(held):>11}" for held in cell["cards"].values()))
-                  for cell in content["cells"] if (cell["model"], cell["seq"], cell["batch"]) == place]
-    return "\n".join(lines)
-
-
-def _mark(held: dict) -> str:
-    mark = "!" if not held["fits"] else "*" if held["margin_bytes"] < 0 else " "
-    return f"{held['margin_bytes'] / 2**30:+.1f}{mark}"

@@ -82,31 +82,40 @@ def _sweep(args) -> int:
 
 def _chart(path: Path, folder: Path, quiet: bool) -> dict:
     """The atlas of `path`, written into `folder` for the report."""
-    from .atlas import chart, read_atlas
+    from . import charted
     from .files import write_whole
-    from .worlds import chart_worlds
 
-    asked = read_atlas(path)
-    content = chart(asked, progress=not quiet)
-    if asked.worlds:
-        content["worlds"] = chart_worlds(asked, progress=not quiet)
+    content = charted.recall(path)
+    if content is None:
+        from .atlas import chart, read_atlas
+        from .worlds import chart_worlds
+
+        asked = read_atlas(path)
+        content = chart(asked, progress=not quiet)
+        if asked.worlds:
+            content["worlds"] = chart_worlds(asked, progress=not quiet)
+        charted.remember(path, content)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "forecast.json", json.dumps(content, separators=(",", ":")))
     return content
 
 
 def _atlas(args) -> int:
-    from . import atlas
+    from . import charted
 
-    asked = atlas.read_atlas(args.path)
     if args.dry_run:
+        from . import atlas
+
+        asked = atlas.read_atlas(args.path)
         cells = [{"model": q.model, "name": q.name, "seq": q.seq, "batch": q.batch, "kept": atlas.kept(asked, q)}
                  for q in asked.questions()]
         lines = (f"{'kept' if c['kept'] else 'due':<5}{c['model']}  {c['name']}  {c['batch']} x {c['seq']}" for c in cells)
         print(json.dumps(cells, indent=1) if args.json else "\n".join(lines))
         return 0
-    content = _chart(args.path, args.out or Path("outputs") / asked.name, quiet=args.json)
-    print(atlas.table(content).to_json(orient="records", indent=1) if args.json else atlas.words(content))
+    if not args.path.exists():
+        raise FileNotFoundError(f"no atlas {args.path}: params/ has atlas.yml and atlas-quick.yml")
+    content = _chart(args.path, args.out or Path("outputs") / args.path.stem, quiet=args.json)
+    print(charted.table(content).to_json(orient="records", indent=1) if args.json else charted.words(content))
     return 1 if any(cell["reason"] for cell in (*content["cells"], *content.get("worlds", ()))) else 0
 
 

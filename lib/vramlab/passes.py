@@ -83,8 +83,8 @@ class Metered:
     result: dict
 
 
-def model_spec(name: str) -> ModelSpec:
-    """The model called `name` in params/models, or the model file at that path.
+def model_file(name: str) -> Path:
+    """The file of the model called `name` in params/models, or the model file at that path.
 
     Raises: ValueError, naming the models there are.
     """
@@ -92,7 +92,12 @@ def model_spec(name: str) -> ModelSpec:
     path = Path(name) if name.endswith(".yml") else folder / f"{name}.yml"
     if not path.exists():
         raise ValueError(f"no model {name!r}: params/models has {', '.join(sorted(p.stem for p in folder.glob('*.yml')))}")
-    return read_model_file(path)
+    return path
+
+
+def model_spec(name: str) -> ModelSpec:
+    """What `model_file(name)` says. Raises: ValueError."""
+    return read_model_file(model_file(name))
 
 
 def spec_of(params: Mapping) -> ModelSpec:

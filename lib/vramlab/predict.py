@@ -35,7 +35,7 @@ from .memory.settings import Settings
 from .memory.simulation import Simulated, simulate
 from .memory.timeline import signed
 from .memory.work import floor_s
-from .passes import model_spec
+from .passes import model_file, model_spec
 from .regime import REGIMES_FILE, Regime, read_row, regime_row
 from .split import sides
 
@@ -80,10 +80,16 @@ class Question:
     def key(self) -> str:
         """Hash of everything a trace depends on."""
         row = self.row
-        content = {"spec": self.spec.fingerprint(), "row": row.axes(), "accumulate": row.accumulate, "clip": row.clip,
+        spec = _fingerprint(self.model, model_file(self.model).stat().st_mtime_ns)
+        content = {"spec": spec, "row": row.axes(), "accumulate": row.accumulate, "clip": row.clip,
                    "seq": self.seq, "batch": self.batch, "architecture": self.architecture, "world": self.world,
                    "torch": torch.__version__, "code": _code()}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+@cache
+def _fingerprint(model: str, _changed_ns: int) -> dict:
+    return model_spec(model).fingerprint()
 
 
 @cache
