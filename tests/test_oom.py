@@ -12,7 +12,7 @@ import torch
 import micro
 from simulated_history import Pair, SimulatedHistory
 from vramlab import fitting, passes
-from vramlab.fitting import Changed, changes, ladder, limited, what_fits
+from vramlab.fitting import changes, ladder, limited, what_fits
 from vramlab.memory import oom
 from vramlab.memory.ceiling import Ceiling
 from vramlab.memory.meter import Meter
@@ -210,7 +210,7 @@ def test_each_change_is_the_forecast_of_that_change():
 def test_what_the_row_has_already_is_not_offered_and_what_it_excludes_says_why(monkeypatch):
     lomo = Question("tiny", "lomo", 128, 1)
     assert [change for change, *_ in changes(lomo, Settings(expandable_segments=True))] == ["half the tokens, 64"]
-    excluded = Changed("tiny", "checkpoint", 16, 1, axes=(("acts", "offload"), ("grads", "zeroth_order")))
+    excluded = Question("tiny", "checkpoint", 16, 1, axes='{"acts": "offload", "grads": "zeroth_order"}')
     answer = fitting._answer("x", excluded, Settings(), limited(MIB), None)
     assert answer["fits"] is None and "not possible" in answer["reason"]
 

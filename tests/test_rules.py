@@ -258,7 +258,7 @@ def test_state_is_what_the_rule_promises(name):
         rows = [ROWS[name], {**ROWS[name], "until": "backward"}]
         read_row("row", rows[0])
     except IllegalRegime as refusal:
-        assert "writes weights itself" in str(refusal) or "are packed" in str(refusal)
+        assert any(words in str(refusal) for words in ("writes weights itself", "are packed", "keeps squares of gradients"))
         return
     for row in rows:
         _, _, trainer = micro.train(row, steps=2, hidden_size=64, num_hidden_layers=1)

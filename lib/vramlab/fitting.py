@@ -9,8 +9,8 @@ Each change is a forecast of its own, the real step on the virtual GPU through t
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from .cards import Card
@@ -18,42 +18,33 @@ from .memory.kernels import AMPERE
 from .memory.process import run_in_measured_process
 from .memory.settings import Settings
 from .predict import CACHE, Question, forecast
-from .regime import ImpossibleHere, Regime, read_row, regime_row
+from .regime import ImpossibleHere, regime_row
 
 LADDER = (("mixed", ""), ("full", ""), ("master", ""), ("bf16", ""), ("adam8bit", "bf16"), ("galore", "bf16"), ("badam", "bf16"),
           ("lomo", "bf16"), ("lora_checkpoint", "bf16"), ("qlora", ""))
 """(row, storage type) from much memory to little: the next regime down is the first below one's own that fits."""
 
 
-@dataclass(frozen=True)
-class Changed(Question):
-    """A question whose row has other values on some axes."""
-
-    axes: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def row(self) -> Regime:
-        """Raises: IllegalRegime, where the row excludes the change."""
-        kept = {"weights": self.weights} if self.weights else {}
-        return read_row(self.regime, {**regime_row(self.regime), **kept, **dict(self.axes)})
-
-
 def changes(question: Question, settings: Settings) -> Iterator[tuple[str, Question, Settings]]:
     """(what is changed, the question then, the allocator's settings then), one change at a time, and the first two together."""
-    asked = {field.name: getattr(question, field.name) for field in dataclasses.fields(Question)}
     wanted = {"acts": "checkpoint", "head": "fused"}
     missing = {axis: value for axis, value in wanted.items() if question.row.values[axis] != value}
     names = {"acts": "activation checkpointing", "head": "a fused head"}
     for axis, value in missing.items():
-        yield names[axis], Changed(**asked, axes=((axis, value),)), settings
+        yield names[axis], _with(question, {axis: value}), settings
     if len(missing) > 1:
-        yield " and ".join(names.values()), Changed(**asked, axes=tuple(missing.items())), settings
+        yield " and ".join(names.values()), _with(question, missing), settings
     if question.batch > 1:
         yield f"half the batch, {question.batch // 2}", dataclasses.replace(question, batch=question.batch // 2), settings
     elif question.seq > 1:
         yield f"half the tokens, {question.seq // 2}", dataclasses.replace(question, seq=question.seq // 2), settings
     if not settings.expandable_segments:
         yield "expandable segments", question, dataclasses.replace(settings, expandable_segments=True)
+
+
+def _with(question: Question, axes: Mapping[str, str]) -> Question:
+    """The question with these answers in place of the row's."""
+    return dataclasses.replace(question, axes=json.dumps({**json.loads(question.axes or "{}"), **axes}, sort_keys=True))
 
 
 def what_fits(question: Question, card: Card, settings: Settings = Settings(),  # noqa: B008, frozen
@@ -75,13 +66,9 @@ def ladder(question: Question) -> list[Question]:
     def does(asked: Question) -> tuple[str, ...]:  # as full with bf16 is bf16
         return tuple(asked.row.values[axis] for axis in ("weights", "trains", "until", "rule", "place"))
 
-    rungs = [dataclasses.replace(_plain(question), regime=regime, weights=weights) for regime, weights in LADDER]
+    rungs = [dataclasses.replace(question, axes="", regime=regime, weights=weights) for regime, weights in LADDER]
     own = [at for at, rung in enumerate(rungs) if does(rung) == does(question)]
     return rungs[own[0] + 1 if own else 0 :]
-
-
-def _plain(question: Question) -> Question:
-    return Question(**{field.name: getattr(question, field.name) for field in dataclasses.fields(Question)})
 
 
 def _answer(change: str, question: Question, settings: Settings, card: Card, cache_dir: Path | None) -> dict:
