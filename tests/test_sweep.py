@@ -205,3 +205,30 @@ def test_shipped_sweeps_are_nine_cells_each(name, tmp_path):
 def test_the_sweep_over_every_row_has_every_row():
     _, _, cells = read_sweep(ROOT / "params" / "every_row.yml")
     assert {cell.params["regime"] for cell in cells} == set(read_regimes()) and len(cells) == len(read_regimes())
+
+
+def test_a_pools_worker_ends_with_the_process_that_asked_it(tmp_path):
+    script = tmp_path / "asks.py"
+    script.write_text("import multiprocessing, os, time\n"
+                      "from concurrent.futures import ProcessPoolExecutor\n"
+                      "from vramlab.children import worker\n"
+                      "if __name__ == '__main__':\n"
+                      "    pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), worker, (os.getpid(),))\n"
+                      "    print(pool.submit(os.getpid).result(), flush=True)\n"
+                      "    pool.submit(time.sleep, 60).result()\n")
+    asks = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    child = int(asks.stdout.readline())
+    asks.kill()
+    asks.communicate()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and _alive(child):
+        time.sleep(0.1)
+    assert not _alive(child)
+
+
+def _alive(pid: int) -> bool:
+    """A zombie that nobody has asked for yet is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False

@@ -32,6 +32,7 @@ import yaml
 from . import folding, scaling, summary
 from .axes.head import Fused
 from .cards import Card, read_cards
+from .children import worker
 from .files import write_whole
 from .memory.settings import Settings
 from .passes import model_spec
@@ -141,7 +142,8 @@ def _all(find, due: list[list[Question]], kept: int, total: int, progress: bool,
 
 
 def _in_processes(find, due: list[list[Question]], jobs: int) -> Iterator[tuple[list[Question], dict]]:
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=worker,
+                               initargs=(os.getpid(),))
     try:
         asked = {pool.submit(find, row): row for row in due}
         for future in as_completed(asked):

@@ -6,7 +6,6 @@ new. Nothing but finished folders is remembered: a sweep that is killed loses th
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import itertools
 import json
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import yaml
 
+from .children import die_with
 from .environment import ROOT
 from .files import write_whole
 from .passes import base_of, spec_of
@@ -217,16 +217,6 @@ def _params_of(cell: Cell) -> None:
     path = cell.folder / "params.yml"
     if not path.exists():
         path.write_text(yaml.safe_dump({**cell.full, "run_id": cell.run_id}))
-
-
-def die_with(parent: int) -> None:
-    """In a child, before it works: when the process `parent` is killed, so is this one (Linux; elsewhere nothing)."""
-    try:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    except (OSError, AttributeError):
-        return
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 @contextmanager

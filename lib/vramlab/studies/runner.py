@@ -15,13 +15,11 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-import torch
-
+from ..children import worker
 from ..files import write_table, write_whole
 from ..passes import base_of, spec_of
 from ..progress import bar
 from ..run import KNOWN_PARAMETERS, SCHEMA, execute
-from ..sweep import die_with
 from .plan import StudyCell
 
 
@@ -60,7 +58,7 @@ def _make_bases(cells: Sequence[StudyCell], progress: bool) -> None:
 
 
 def _side_by_side(cells: Sequence[tuple[Path, StudyCell]], jobs: int):
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_worker, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=worker, initargs=(os.getpid(),))
     try:
         asked = {pool.submit(one, folder, cell): (folder, cell) for folder, cell in cells}
         for future in as_completed(asked):
@@ -68,11 +66,6 @@ def _side_by_side(cells: Sequence[tuple[Path, StudyCell]], jobs: int):
             yield *asked[future], f"{type(error).__name__}: {error}" if error else future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _worker(parent: int) -> None:
-    die_with(parent)
-    torch.set_num_threads(1)
 
 
 def one(folder: Path, cell: StudyCell) -> str:
