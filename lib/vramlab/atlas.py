@@ -17,11 +17,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,7 +30,7 @@ import yaml
 from . import folding, scaling, summary
 from .axes.head import Fused
 from .cards import Card, read_cards
-from .children import worker
+from .children import side_by_side
 from .files import write_whole
 from .memory.settings import Settings
 from .passes import model_spec
@@ -142,15 +140,8 @@ def _all(find, due: list[list[Question]], kept: int, total: int, progress: bool,
 
 
 def _in_processes(find, due: list[list[Question]], jobs: int) -> Iterator[tuple[list[Question], dict]]:
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=worker,
-                               initargs=(os.getpid(),))
-    try:
-        asked = {pool.submit(find, row): row for row in due}
-        for future in as_completed(asked):
-            row, error = asked[future], future.exception()  # a process that died takes its row, never the atlas
-            yield row, {question: _named(question, _reason(error)) for question in row} if error else future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    for row, cells, error in side_by_side(find, due, jobs):  # a process that died takes its row, never the atlas
+        yield row, {question: _named(question, _reason(error)) for question in row} if error else cells
 
 
 def _row(questions: list[Question], keep: Keep) -> dict[Question, dict]:

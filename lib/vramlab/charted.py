@@ -22,8 +22,8 @@ KEPT = ROOT / "outputs" / "cache" / "forecasts"
 
 def recall(atlas: Path) -> dict | None:
     """What `remember` has kept of this atlas file, if nothing has changed since."""
-    path = _path(Path(atlas))
-    return json.loads(path.read_text()) if path.exists() else None
+    path = _path(Path(atlas)) if Path(atlas).exists() else None
+    return json.loads(path.read_text()) if path and path.exists() else None
 
 
 def remember(atlas: Path, content: dict) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
 
 
 def die_with(parent: int) -> None:
@@ -23,3 +27,16 @@ def worker(parent: int) -> None:
 
     die_with(parent)
     torch.set_num_threads(1)
+
+
+def side_by_side(does: Callable, asked: Sequence, jobs: int) -> Iterator[tuple[Any, Any, BaseException | None]]:
+    """(item, what `does` makes of it, its error) as each of `asked` ends, in `jobs` fresh processes of one thread. A process that
+    dies is the error of every item that had not ended."""
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=worker, initargs=(os.getpid(),))
+    try:
+        waiting = {pool.submit(does, item): item for item in asked}
+        for future in as_completed(waiting):
+            error = future.exception()
+            yield waiting[future], None if error else future.result(), error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -112,8 +112,6 @@ def _atlas(args) -> int:
         lines = (f"{'kept' if c['kept'] else 'due':<5}{c['model']}  {c['name']}  {c['batch']} x {c['seq']}" for c in cells)
         print(json.dumps(cells, indent=1) if args.json else "\n".join(lines))
         return 0
-    if not args.path.exists():
-        raise FileNotFoundError(f"no atlas {args.path}: params/ has atlas.yml and atlas-quick.yml")
     content = _chart(args.path, args.out or Path("outputs") / args.path.stem, quiet=args.json)
     print(charted.table(content).to_json(orient="records", indent=1) if args.json else charted.words(content))
     return 1 if any(cell["reason"] for cell in (*content["cells"], *content.get("worlds", ()))) else 0

@@ -70,6 +70,12 @@ class Run:
         return (self.folder / "timeline.parquet").exists()
 
 
+def outcome(folder: Path) -> str | None:
+    """How what runs in `folder` ended; None when it has not."""
+    path = folder / "result.json"
+    return json.loads(path.read_text())["outcome"] if path.exists() else None
+
+
 def read_runs(folder: Path | str) -> list[Run]:
     """Complete runs under `folder`, in the order of the sweep when it has one, else by name.
 

@@ -27,7 +27,7 @@ from .environment import ROOT
 from .files import write_whole
 from .passes import base_of, spec_of
 from .run import KNOWN_PARAMETERS, SCHEMA, config_hash, run_id
-from .runs import KILLED
+from .runs import KILLED, outcome
 
 KEYS = {"name", "notebook", "defaults", "grid"}
 SEVERAL = "with"
@@ -49,8 +49,7 @@ class Cell:
 
     def outcome(self) -> str | None:
         """How its finished run ended; None when there is none."""
-        path = self.folder / "result.json"
-        return json.loads(path.read_text())["outcome"] if path.exists() else None
+        return outcome(self.folder)
 
 
 def read_sweep(path: Path | str, out: Path | str | None = None) -> tuple[Path, Path, list[Cell]]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import pandas as pd
 
-from .evidence import Figure, by_seed, corrected, ratio_by_seed
+from .evidence import Figure, by_seed, corrected, ratio_by_seed, there
 from .lab import Lab
 from .plan import Pair
 from .trajectories import EVERY
@@ -31,15 +31,6 @@ def figures(lab: Lab) -> dict[str, Figure]:
     for chapter in (_pairs, _counts, _same_weights, _distances, _tasks, _losses, _costs, _slices, _bytes):
         found |= dict(chapter(lab))
     return found
-
-
-def _there(asked: Mapping[str, Callable[[], Figure]]) -> Iterator[tuple[str, Figure]]:
-    """Those whose runs are there."""
-    for name, figure in asked.items():
-        try:
-            yield name, figure()
-        except KeyError:
-            continue
 
 
 def sides(lab: Lab, pair: Pair) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -62,7 +53,7 @@ def _pairs(lab: Lab) -> Iterator[tuple[str, Figure]]:
         return replace(by_seed(one["loss_last"], other["loss_last"]), equal=pair.equal)
 
     for kind, made in (("accuracy", accuracy), ("loss", loss)):
-        family = dict(_there({f"{kind}.{pair.name}": lambda pair=pair, made=made: made(pair) for pair in lab.plan.pairs}))
+        family = dict(there({f"{kind}.{pair.name}": lambda pair=pair, made=made: made(pair) for pair in lab.plan.pairs}))
         # one seed's p is of its items only: no test to correct for
         yield from corrected({name: figure if figure.seeds > 1 else replace(figure, p=math.nan)
                               for name, figure in family.items()}).items()
@@ -97,7 +88,7 @@ def _same_weights(lab: Lab) -> Iterator[tuple[str, Figure]]:
         return Figure(float((hashes["one"] != hashes["weights_hash"]).sum()), "learned", "seeds", seeds=len(hashes))
 
     fates, select = by_chunks(lab, "fate", "state"), lab.records.select
-    yield from _there({
+    yield from there({
         "seeds_that_differ.K=1": lambda: differing(select("identity", regime=CHUNKED), select("identity", regime=DENSE)),
         "seeds_that_differ.device": lambda: differing(fates["host"], fates["device"])})
 

@@ -8,7 +8,7 @@ there are seeds, around the bootstrap's standard error.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 
@@ -103,6 +103,15 @@ def ratio_by_seed(values: Sequence[float], other: Sequence[float], kind: str = "
     """The geometric mean of the paired ratios, with the interval of its logarithm."""
     logs = by_seed(np.log(np.asarray(values, float)), np.log(np.asarray(other, float)), kind)
     return replace(logs, value=math.exp(logs.value), low=math.exp(logs.low), high=math.exp(logs.high), unit="times")
+
+
+def there(asked: Mapping[str, Callable[[], Figure]]) -> Iterator[tuple[str, Figure]]:
+    """Those whose runs are there: the others raise KeyError."""
+    for name, figure in asked.items():
+        try:
+            yield name, figure()
+        except KeyError:
+            continue
 
 
 def share(count: int, of: int) -> Figure:

@@ -14,13 +14,13 @@ over its cycle; its guessing steps' FLOPs are the identity's, since what the app
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
 import pandas as pd
 
-from .evidence import Figure, by_seed, corrected, ratio_by_seed
+from .evidence import Figure, by_seed, corrected, ratio_by_seed, there
 from .lab import Lab
 
 CYCLE = 8
@@ -39,15 +39,6 @@ def figures(lab: Lab) -> dict[str, Figure]:
     for chapter in (_accuracies, _right, _pairs, _depths, _grids, _cosines, _times, _flops, _bytes, _published):
         found |= dict(chapter(lab))
     return found
-
-
-def there(asked: Mapping[str, Callable[[], Figure]]) -> Iterator[tuple[str, Figure]]:
-    """Those whose runs are there."""
-    for name, figure in asked.items():
-        try:
-            yield name, figure()
-        except KeyError:
-            continue
 
 
 def rows_of(lab: Lab, arm: str, name: str, where: Mapping | None = None) -> pd.DataFrame:

@@ -20,10 +20,9 @@ import pandas as pd
 
 from ..factcc.statistics import MODEL_SCORINGS, choose_threshold
 from ..files import write_table
-from ..runs import Run
+from ..runs import Run, outcome
 from .evidence import Figure, two_level
 from .plan import Plan, StudyCell
-from .runner import outcome
 
 POINTS = 50
 """Steps kept of a run, evenly."""
@@ -61,10 +60,11 @@ class Records:
                 if cell.call:
                     tables.setdefault(arm, []).append(_table(target, cell))
                     continue
-                found["runs"].append(_run(arm, target, cell))
-                if cell.name not in seen and outcome(target) == "ok":
+                run = Run(target)
+                found["runs"].append(_run(arm, run, cell))
+                if cell.name not in seen and run.ok:
                     seen.add(cell.name)
-                    _gather(Run(target), found)
+                    _gather(run, found)
         frames = {name: pd.concat(rows, ignore_index=True) if rows else pd.DataFrame() for name, rows in found.items()}
         if len(frames["items"]):
             frames["items"] = frames["items"].drop_duplicates(["item_set", "at"], ignore_index=True)
@@ -133,12 +133,11 @@ class Records:
         return replace(two_level(right, labels, against), equal=equal)
 
 
-def _run(arm: str, target: Path, cell: StudyCell) -> pd.DataFrame:
-    run = Run(target)
-    result, params = run.result, run.params if (target / "params.yml").exists() else dict(cell.params)
+def _run(arm: str, run: Run, cell: StudyCell) -> pd.DataFrame:
+    result, params = run.result, run.params if (run.folder / "params.yml").exists() else dict(cell.params)
     scalars = {key: value for key, value in params.items() if isinstance(value, int | float | str)}
     changed = json.dumps(params.get("axes") or {}, sort_keys=True)
-    row = {**scalars, "axes": changed, "arm": arm, "run_id": target.name, "params": dict(cell.params),
+    row = {**scalars, "axes": changed, "arm": arm, "run_id": run.folder.name, "params": dict(cell.params),
            "item_set": _key(run) if result["outcome"] == "ok" else "",
            **{name: result.get(name) for name in RESULTS}, **{name: result.get("speed", {}).get(name) for name in SPEED},
            "peak_bytes": (result.get("peak_bytes") or {}).get("meter"),

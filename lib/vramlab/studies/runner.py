@@ -8,25 +8,18 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from ..children import worker
+from ..children import side_by_side
 from ..files import write_table, write_whole
 from ..passes import base_of, spec_of
 from ..progress import bar
 from ..run import KNOWN_PARAMETERS, SCHEMA, execute
+from ..runs import outcome
 from .plan import StudyCell
-
-
-def outcome(folder: Path) -> str | None:
-    """How the cell in `folder` ended; None when it has not."""
-    path = folder / "result.json"
-    return json.loads(path.read_text())["outcome"] if path.exists() else None
 
 
 def due(cells: Iterable[tuple[Path, StudyCell]]) -> list[tuple[Path, StudyCell]]:
@@ -41,8 +34,9 @@ def make(cells: Sequence[tuple[Path, StudyCell]], jobs: int = 0, progress: bool 
     _make_bases([cell for _, cell in waiting], progress)
     failed = []
     with bar("studies", len(waiting), progress and bool(waiting)) as shown:
-        for folder, cell, reason in _side_by_side(waiting, jobs or os.cpu_count() or 1):
+        for (folder, cell), reason, error in side_by_side(_one, waiting, jobs or os.cpu_count() or 1):
             shown.update()
+            reason = f"{type(error).__name__}: {error}" if error else reason
             if reason:
                 failed.append(f"{folder.name}, {cell.arm}, {cell.name}: {reason}")
                 print(failed[-1], file=sys.stderr)
@@ -57,15 +51,8 @@ def _make_bases(cells: Sequence[StudyCell], progress: bool) -> None:
             base_of(params, progress)
 
 
-def _side_by_side(cells: Sequence[tuple[Path, StudyCell]], jobs: int):
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=worker, initargs=(os.getpid(),))
-    try:
-        asked = {pool.submit(one, folder, cell): (folder, cell) for folder, cell in cells}
-        for future in as_completed(asked):
-            error = future.exception()  # a process that died takes all cells not begun: each says so, and is due again
-            yield *asked[future], f"{type(error).__name__}: {error}" if error else future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _one(asked: tuple[Path, StudyCell]) -> str:
+    return one(*asked)
 
 
 def one(folder: Path, cell: StudyCell) -> str:
