@@ -219,7 +219,8 @@ def test_a_pools_worker_ends_with_the_process_that_asked_it(tmp_path):
     asks = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     child = int(asks.stdout.readline())
     asks.kill()
-    asks.communicate()
+    asks.wait()
+    asks.stdout.close()
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and _alive(child):
         time.sleep(0.1)
