@@ -101,11 +101,13 @@ def _control(ipywidgets, name: str, options: list):
 
 def verdicts(lab) -> None:
     """The last cell of a study: every claim with its verdict and what decided it, from the run folders alone."""
+    import pandas as pd
     from IPython.display import Markdown, display
 
     from .studies.claims import table
 
     found = lab.verdicts()
-    display(table(found).drop(columns="study"))
+    with pd.option_context("display.max_colwidth", None):
+        display(table(found).drop(columns="study"))
     counts = {word: sum(verdict.word == word for verdict in found) for word in dict.fromkeys(v.word for v in found)}
     display(Markdown("**" + ", ".join(f"{count} {word}" for word, count in counts.items()) + f"**, of {len(found)} claims."))
