@@ -157,17 +157,18 @@ def _row(questions: list[Question], keep: Keep) -> dict[Question, dict]:
 
 
 def _spread(questions: list[Question]) -> list[Question]:
-    """First three sizes that the others can be solved from, then what tells most where they cannot. Nothing is solved beyond them:
-    smallest, largest and one between. Where only the loops of a fused head depend on the number of tokens, and it says how, the
-    longest, the most and one between, with few tokens each."""
+    """First sizes that the others can be solved from, two and one to spare, then what tells most where they cannot. Nothing is
+    solved beyond them: smallest, largest and one between. Where only the loops of a fused head depend on the number of tokens,
+    and it says how, the most, the longest and one between, with few tokens each."""
     seq, batch = (sorted({getattr(question, axis) for question in questions}) for axis in ("seq", "batch"))
     first = [(seq[0], batch[0]), (seq[-1], batch[-1]), (seq[len(seq) // 2], batch[len(batch) // 2])]
     if isinstance(questions[0].row.head, Fused):
-        first = [(seq[0], batch[-1]), (seq[(len(seq) - 1) // 2], batch[0]), (seq[-1], batch[0])]
-    ends = (seq[0], seq[-1]), (batch[0], batch[-1])
+        first = [(seq[0], batch[-1]), (seq[-1], batch[0]), (seq[(len(seq) - 1) // 2], batch[0])]
+    ends, sizes = ((seq[0], seq[-1]), (batch[0], batch[-1])), [(question.seq, question.batch) for question in questions]
+    first = [*dict.fromkeys(place for place in first if place in sizes)]
     return sorted(questions, key=lambda question: (
-        (question.seq, question.batch) not in first, question.seq in ends[0], question.batch not in ends[1],
-        question.seq * question.batch))
+        first.index((question.seq, question.batch)) if (question.seq, question.batch) in first else len(first),
+        question.seq in ends[0], question.batch not in ends[1], question.seq * question.batch))
 
 
 def _cell(question: Question, sizes: Sizes, keep: Keep) -> dict:

@@ -1,16 +1,16 @@
 """Steps of other sizes, solved from a few traced ones: same model, same regime, another length and batch.
 
     sizes = Sizes()
-    for seq, batch in ((512, 1), (4096, 4), (1024, 2)):
+    for seq, batch in ((512, 1), (4096, 4)):
         sizes.add(trace(spec, row, seq, batch))
     sizes.at(seq=2048, batch=1)  # the Trace, or None where it does not follow
 
 What a step does, event by event, does not depend on how long or how many its rows are, but for how often it goes round loops over
-chunks (`folding`); only bytes do. Every event's bytes are explained as c0 * m0 + c1 * m1 with m0, m1 of `MONOMIALS`, in a loop of
-`IN_A_TURN`, such that it holds in all traces. An answer is given only between the traced sizes and only where every explanation
-of every event agrees on it, and is then byte for byte what a trace would find, as long as no kernel changes its mind in between.
-Kernels round lengths up, so only whole multiples of `GRAIN` tokens are solved. FLOPs and bytes moved are sums of more terms and
-are not.
+chunks (`folding`); only bytes do. Every event's bytes are explained such that it holds in all traces: of two traces as c * m, m of
+`MONOMIALS`, of more as c0 * m0 + c1 * m1; in a loop m is of `IN_A_TURN`. An answer is given only between the traced sizes and only
+where every explanation of every event agrees on it, and is then byte for byte what a trace would find, as long as no kernel changes
+its mind in between. Kernels round lengths up, so only whole multiples of `GRAIN` tokens are solved. FLOPs and bytes moved are sums
+of more terms and are not.
 """
 
 from __future__ import annotations
@@ -27,17 +27,20 @@ from .forecast import Trace, highest
 from .memory import timeline
 
 Place = tuple[int, ...]
-Pair = tuple[Callable[..., int], Callable[..., int]]
+Monomial = Callable[..., int]
+Terms = Sequence[tuple[Monomial, ...]]
 
 MONOMIALS = (lambda s, b, *_: 1, lambda s, b, *_: s, lambda s, b, *_: b, lambda s, b, *_: b * s, lambda s, b, *_: s * s,
              lambda s, b, *_: b * s * s)
 """What a storage's bytes can be made of, for b rows of s tokens: weights, positions, rows, activations, masks, scores."""
+SHIFTED = (lambda s, b, *_: b * (s - 1),)
+"""Which is a sum of two, and in every step: labels, moved by one."""
 IN_A_TURN = (lambda n, r, after: 1, lambda n, r, after: n, lambda n, r, after: r, lambda n, r, after: n * r)
 """The same in a loop over chunks, for n tokens and r tokens or rows in the chunk; or those `after` it, on their way already."""
-PAIRS: Sequence[Pair] = list(itertools.combinations(MONOMIALS, 2))
-PAIRS_IN_A_TURN: Sequence[Pair] = [*itertools.combinations(IN_A_TURN, 2), (IN_A_TURN[0], lambda n, r, after: after)]
-ENOUGH = 3
-"""Traces that a solution needs: two to solve for it, one to check it."""
+PAIRS: Terms = list(itertools.combinations(MONOMIALS, 2))
+PAIRS_IN_A_TURN: Terms = [*itertools.combinations(IN_A_TURN, 2), (IN_A_TURN[0], lambda n, r, after: after)]
+ENOUGH = 2
+"""Traces that a solution needs: one to solve for it, one to check it. What is a sum of two takes a third."""
 GRAIN = 128
 """The most that a kernel rounds a length up to: attention's rows."""
 
@@ -152,14 +155,15 @@ class _Known:
 
     def _solved(self, sizes: Sequence[int], seq: int, batch: int) -> int | None:
         """What is `sizes` bytes in the traces, outside loops."""
-        counts = [(MONOMIALS[0], lambda s, b, *turns, at=at: turns[at]) for at in range(len(self.cuts))]  # one thing a turn
+        counts = [lambda s, b, *turns, at=at: turns[at] for at in range(len(self.cuts))]  # one thing a turn
         places = [self._place(trace.seq, trace.batch) for trace in self.traces]
-        return _bytes(places, sizes, self._place(seq, batch), [*PAIRS, *counts])
+        return _bytes(places, sizes, self._place(seq, batch), [*PAIRS, *((MONOMIALS[0], count) for count in counts)],
+                      [*MONOMIALS, *SHIFTED, *counts], counts)
 
     def _in_turn(self, kind: int, place: Place) -> int | None:
         """In a loop: by what is told of the like in all turns, else by that of the same event alone."""
         if (kind, place) not in self._answers:
-            found = (_bytes([place for *place, _ in sample], [size for *_, size in sample], place, PAIRS_IN_A_TURN)
+            found = (_bytes([tuple(at) for *at, _ in sample], [size for *_, size in sample], place, PAIRS_IN_A_TURN, IN_A_TURN)
                      for sample in self.samples[kind])
             self._answers[kind, place] = next((size for size in found if size is not None), None)
         return self._answers[kind, place]
@@ -187,21 +191,29 @@ class _Known:
         return found[last]
 
 
-def _bytes(places: Sequence[Place], sizes: Sequence[int], wanted: Place, pairs: Sequence[Pair] = PAIRS) -> int | None:
-    """What is `sizes` bytes at `places`, at another place; of `MONOMIALS` a place is (tokens, rows)."""
+def _bytes(places: Sequence[Place], sizes: Sequence[int], wanted: Place, pairs: Terms = PAIRS,
+           singles: Sequence[Monomial] = (*MONOMIALS, *SHIFTED), counts: Sequence[Monomial] = ()) -> int | None:
+    """What is `sizes` bytes at `places`, at another place; of `MONOMIALS` a place is (tokens, rows). Of two places only what is
+    one thing is told. Of what is in `counts` each has whole bytes."""
     answers = set()
-    for one, two in pairs:
-        found = _coefficients([(one(*place), two(*place)) for place in places], sizes)
+    for terms in pairs if len(set(places)) > 2 else [(one,) for one in singles]:
+        rows = [tuple(term(*place) for term in terms) for place in places]
+        found = _coefficients(rows, sizes)
         if found is not None:
-            c0, c1, scale = found
-            answers.add(divmod(c0 * one(*wanted) + c1 * two(*wanted), scale))
+            *each, scale = found
+            if terms[-1] not in counts or not any(size % scale for size in each):
+                answers.add(divmod(sum(size * term(*wanted) for size, term in zip(each, terms, strict=True)), scale))
     size, rest = answers.pop() if len(answers) == 1 else (-1, 0)
     return size if size >= 0 and rest == 0 else None
 
 
-def _coefficients(rows: list[tuple[int, int]], sizes: Sequence[int]) -> tuple[int, int, int] | None:
-    """(c0, c1, scale) such that c0 * m0 + c1 * m1 = scale * size in every row, in integers; None when there are none or many."""
+def _coefficients(rows: list[tuple[int, ...]], sizes: Sequence[int]) -> tuple[int, ...] | None:
+    """(c0, c1, scale) such that c0 * m0 + c1 * m1 = scale * size in every row of two, (c0, scale) likewise of one, in integers;
+    None when there are none or many."""
     known = list(zip(rows, sizes, strict=True))
+    if len(rows[0]) == 1:
+        c0, scale = sizes[0], rows[0][0]
+        return (c0, scale) if all(c0 * m == scale * size for (m,), size in known) else None
     for ((a, b), y), ((c, d), z) in itertools.combinations(known, 2):
         scale = a * d - b * c
         if scale:

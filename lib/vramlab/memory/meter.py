@@ -24,7 +24,7 @@ from ..observer import GradientsToo, chunking, recomputing
 from . import timeline
 from .kernels import Workspaces
 from .modules import Modules, common
-from .watch import Watch, no_garbage_collection, propagation_unseen, resizes
+from .watch import Watch, no_garbage_collection, propagation_unseen, resizes, watching
 from .work import Work
 
 COLUMNS = ("t_s", "step", "event", "storage", "stream", "bytes", "live_bytes", "category", "phase", "module", "op",
@@ -130,7 +130,7 @@ class Meter(GradientsToo):
         self._entered.enter_context(resizes(self._resized))
         self._entered.enter_context(propagation_unseen())
         self._entered.enter_context(_listening(chunking.listeners, self._turns))
-        self._entered.enter_context(Watch(self.saw, lambda: self._phase == "backward"))
+        self._entered.enter_context(watching(Watch(self.saw, lambda: self._phase == "backward")))
         return self
 
     def __exit__(self, *error) -> None:

@@ -3,7 +3,7 @@
 torch's fake tensors work out an operation's output by running it on `meta` tensors, and keep the answer too, but ask so much
 to find it again that most of a trace is spent there. Here only what leaves no doubt is kept: an operation whose outputs are
 new tensors, or that writes into tensors whose shapes stay, seen once with everything that decides a shape: sizes, strides,
-offsets, types and devices of the tensors, and all else it was given. A view is made again on the storage it is given.
+types and devices of the tensors, and all else it was given. A view is made again on the storage it is given.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Shapes:
     def __init__(self, mode: FakeTensorMode):
         self._mode, self.hits = mode, 0
         self._kinds: dict[object, str] = {}
+        self._like: dict[torch.device, dict] = {}
 
     def outputs(self, func, args, kwargs, work_out: Callable[[], object]) -> object:
         """What `func` gives, by memory, else by `work_out()`."""
@@ -54,22 +55,36 @@ class Shapes:
             return args[0]
         if kind == "writes, gives nothing":
             return None
-        made = [self._tensor(args[0] if kind == "views" else None, *one) for one in found]
-        return tuple(made) if kind == "makes some" else made[0]
+        made = [self._tensor(args[0] if kind in _VIEWS else None, *one) for one in found]
+        return tuple(made) if kind == "makes some" else made if kind == "views, some" else made[0]
 
     def _tensor(self, viewed: Tensor | None, shape, stride, offset: int, dtype: torch.dtype, device: torch.device) -> FakeTensor:
         bare = torch.empty_strided(shape if viewed is None else (0,) * len(shape), stride, dtype=dtype, device="meta")
         if viewed is not None:
             with in_kernel_invocation_manager(self._mode):
-                bare.set_(viewed.untyped_storage(), offset, shape, stride)
-        return FakeTensor(self._mode, bare, device)
+                bare.set_(viewed.untyped_storage(), viewed.storage_offset() + offset, shape, stride)
+        return self._fake(bare, device)
+
+    def _fake(self, bare: Tensor, device: torch.device) -> FakeTensor:
+        """As torch makes it, which asks and writes a dozen things that are the same for all; these are copied from its first."""
+        like = self._like.get(device)
+        if like is None:
+            made = FakeTensor(self._mode, bare, device)
+            self._like[device] = dict(vars(made))
+            return made
+        made = Tensor._make_subclass(FakeTensor, bare, False, dispatch_device=True, device_for_backend_keys=device)
+        torch._C._set_throw_on_mutable_data_ptr(made)
+        vars(made).update(like)
+        return made
 
 
 def _kind(func) -> str:
     """What remembering has to do; "" where nothing may be remembered."""
-    if not isinstance(func, torch._ops.OpOverload) or _DOUBTFUL & set(func.tags) or "resize" in func.name():
+    if not isinstance(func, torch._ops.OpOverload) or _DOUBTFUL & set(func.tags) or any(x in func.name() for x in _BY_PLACE):
         return ""
     returns, arguments = func._schema.returns, func._schema.arguments
+    if func.is_view and [str(given.type) for given in returns] == ["List[Tensor]"]:
+        return "views, some"
     if any(str(given.type) != "Tensor" for given in returns):
         return ""
     if not func._schema.is_mutable:
@@ -82,24 +97,34 @@ def _kind(func) -> str:
     return "writes" if written and "set_" not in func.name() else ""
 
 
+_VIEWS = ("views", "views, some")
+_BY_PLACE = ("resize", "as_strided")
+"""Names of operations that may ask where in its storage a tensor begins."""
 _UNKNOWN = object()
 
 
 def _asked(value):
-    """What decides the shape of what comes out, as something that can be looked up; `_UNKNOWN` where more may."""
-    if isinstance(value, FakeTensor):
+    """What decides the shape of what comes out, as something that can be looked up; `_UNKNOWN` where more may. Where in its storage
+    a tensor begins decides only where views of it begin, which are remembered from there on."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return kind, value
+    if kind is FakeTensor:
         if value.constant is not None or value.layout is not torch.strided:
             return _UNKNOWN
-        return value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device
+        return value.shape, value.stride(), value.dtype, value._fake_device
+    if kind is torch.Generator:
+        return kind
     if isinstance(value, list | tuple):
         inner = tuple([_asked(one) for one in value])
         return _UNKNOWN if _UNKNOWN in inner else inner
     if isinstance(value, dict):
         return _asked([*value.items()]) if value else None
-    return (type(value), value) if value is None or isinstance(value, _PLAIN) else _UNKNOWN
+    return _UNKNOWN
 
 
-_PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OpOverload)
+_PLAIN = {type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format,
+          torch._ops.OpOverload}
 
 
 def _description(kind: str, made, given: tuple, key: tuple) -> tuple[Made, ...] | None:
@@ -109,12 +134,21 @@ def _description(kind: str, made, given: tuple, key: tuple) -> tuple[Made, ...] 
         return () if _asked(given) == key else None
     tensors = [made] if isinstance(made, Tensor) else list(made)
     before = {tensor.untyped_storage()._cdata for tensor in tree_leaves(given) if isinstance(tensor, Tensor)}
-    if kind == "views":
+    start = 0
+    if kind in _VIEWS:
         first = given[1][0] if given[1] else None
-        good = isinstance(first, FakeTensor) and made.untyped_storage()._cdata == first.untyped_storage()._cdata
+        good = isinstance(first, FakeTensor) and all(_part(tensor, first) for tensor in tensors)
+        start = first.storage_offset() if good else 0
     else:
         good = all([_plain(tensor, before) for tensor in tensors])
-    return tuple(_asked(tensor) for tensor in tensors) if good and all(type(tensor) is FakeTensor for tensor in tensors) else None
+    if not good or any(type(tensor) is not FakeTensor for tensor in tensors):
+        return None
+    return tuple((one.shape, one.stride(), one.storage_offset() - start, one.dtype, one.fake_device) for one in tensors)
+
+
+def _part(tensor: Tensor, of: FakeTensor) -> bool:
+    """Whether it is a view that counts bytes as `of` does."""
+    return tensor.untyped_storage()._cdata == of.untyped_storage()._cdata and tensor.dtype.itemsize == of.dtype.itemsize
 
 
 def _plain(tensor, before: set[int]) -> bool:

@@ -13,6 +13,7 @@ autograd and the operations' own shapes make of it. Nothing here knows about the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from .kernels import AMPERE, Architecture, Attention, Workspaces
 from .meter import Meter
 from .ranks import Event, Stream, on_stream, pretended_ranks
 from .shapes import Shapes
-from .watch import Uncompiled
+from .watch import Uncompiled, Watchable
 from .work import Work
 
 NAME = "vgpu"
@@ -87,7 +88,10 @@ def virtual_gpu(mode: str = "auto", architecture: Architecture = AMPERE, world: 
         yield VirtualGpu(mode, _LABELS[mode], architecture)
 
 
-class _Fake(FakeTensorMode):
+_DEVICE = torch.ops.prim.device.default
+
+
+class _Fake(FakeTensorMode, Watchable):
     _should_skip_dynamo = Uncompiled._should_skip_dynamo
 
     def __init__(self, **options):
@@ -100,10 +104,18 @@ class _Fake(FakeTensorMode):
         return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return self.dispatch(func, types, args, kwargs or {})
+        if func is _DEVICE:  # the question asked most
+            return args[0].fake_device
+        watch, self.watch = self.watch, None  # nobody watches how it is worked out
+        if watch is None:
+            return self.dispatch(func, types, args, kwargs or {})
+        try:
+            return watch.through(self.dispatch, func, types, args, kwargs or {}, sys._getframe(1))
+        finally:
+            self.watch = watch
 
     def dispatch(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.prim.device.default:  # the question asked most
+        if func is _DEVICE:
             return args[0].fake_device
         if func.namespace == "profiler":  # marks a region, about no tensor
             return func(*args, **(kwargs or {}))

@@ -35,8 +35,8 @@ class Uncompiled(TorchDispatchMode):
 
 
 class Watch(Uncompiled):
-    """Hands every operation's outputs to `saw(func, args, outputs)`, once each, when it has returned. Entered after a fake
-    mode it lies above it, so it sees the operations the trainer asks for and not how the fake mode works them out."""
+    """Hands every operation's outputs to `saw(func, args, outputs)`, once each, when it has returned. It sees the operations the
+    trainer asks for and not how a fake mode works them out."""
 
     def __init__(self, saw: Callable, in_backward: Callable[[], bool]):
         super().__init__()
@@ -44,14 +44,43 @@ class Watch(Uncompiled):
         _holders_of_one_held_once()  # now, not inside a backward
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self.through(_plainly, func, types, args, kwargs or {}, sys._getframe(1))
+
+    def through(self, run: Callable, func, types, args, kwargs, caller) -> object:
+        """The operation by `run`; `caller` is the frame that a mode was called from."""
         if DTensor in types:  # it is none itself; what it does to this rank's piece comes here next
             return NotImplemented
         if func in _REWRITTEN and not kwargs and self._in_backward():
-            func = _as_the_engine_does(func, args, sys._getframe(1))
-        outputs = func(*args, **kwargs) if kwargs else func(*args)
+            func = _as_the_engine_does(func, args, caller)
+        outputs = run(func, types, args, kwargs)
         if not _propagating and func not in _QUESTIONS:
             self._saw(func, args, outputs)
         return outputs
+
+
+def _plainly(func, types, args, kwargs):
+    return func(*args, **kwargs)
+
+
+class Watchable:
+    """A mode that is watched from inside, which spares every operation the way through a second mode."""
+
+    watch: Watch | None = None
+
+
+@contextmanager
+def watching(watch: Watch) -> Iterator[None]:
+    """Everything that is asked inside, on whatever tensors."""
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    if not isinstance(mode, Watchable):
+        with watch:
+            yield
+        return
+    mode.watch = watch
+    try:
+        yield
+    finally:
+        mode.watch = None
 
 
 _QUESTIONS = {torch.ops.prim.device.default, torch.ops.prim.layout.default}
