@@ -12,7 +12,7 @@ from scipy import stats
 from vramlab.environment import weights_hash
 from vramlab.studies import batch, claims, evidence, measurements, runner
 from vramlab.studies.claims import NOT_REPRODUCED, REPRODUCED, UNTESTED, Claim, decide
-from vramlab.studies.evidence import Figure, by_seed, corrected, ratio_by_seed, two_level
+from vramlab.studies.evidence import Figure, NotRun, by_seed, corrected, ratio_by_seed, two_level
 from vramlab.studies.gallery import read_figures
 from vramlab.studies.lab import Lab
 from vramlab.studies.plan import PARAMS, StudyCell, read_plan
@@ -73,7 +73,7 @@ def test_records_from_runs_and_from_the_gallery_agree(tmp_path):
             assert np.isclose((row[labels == 1].mean() + row[labels == 0].mean()) / 2, wanted)
         assert records.difference(full, full, "news", "tokens").value == 0
         assert len(records.steps.query("run_id == @run")) == 3
-    with pytest.raises(KeyError, match="adam"):
+    with pytest.raises(NotRun, match="adam"):
         made.select("quality", regime="adam")
 
 

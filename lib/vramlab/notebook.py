@@ -99,15 +99,23 @@ def _control(ipywidgets, name: str, options: list):
     return ipywidgets.Dropdown(options=options, description=label)
 
 
-def verdicts(lab) -> None:
-    """The last cell of a study: every claim with its verdict and what decided it, from the run folders alone."""
+def show(*things) -> None:
+    """Figures, tables with all their words, and Markdown. Where there is nothing of one, that is said."""
     import pandas as pd
     from IPython.display import Markdown, display
 
+    for thing in things:
+        nothing = thing is None or not len(getattr(thing, "data", thing))
+        shown = "*Left out: no run of it has ended.*" if nothing else thing
+        with pd.option_context("display.max_colwidth", None):
+            display(Markdown(shown) if isinstance(shown, str) else shown)
+
+
+def verdicts(lab) -> None:
+    """The last cell of a study: every claim with its verdict and what decided it, from the run folders alone."""
     from .studies.claims import table
 
     found = lab.verdicts()
-    with pd.option_context("display.max_colwidth", None):
-        display(table(found).drop(columns="study"))
+    show(table(found).drop(columns="study"))
     counts = {word: sum(verdict.word == word for verdict in found) for word in dict.fromkeys(v.word for v in found)}
-    display(Markdown("**" + ", ".join(f"{count} {word}" for word, count in counts.items()) + f"**, of {len(found)} claims."))
+    show("**" + ", ".join(f"{count} {word}" for word, count in counts.items()) + f"**, of {len(found)} claims.")

@@ -15,7 +15,7 @@ from ..factcc.statistics import LEVEL
 from ..passes import prepare
 from ..run import resolve
 from ..trainer import Schedule, Trainer
-from .evidence import Figure, corrected, ratio_by_seed
+from .evidence import Figure, NotRun, corrected, ratio_by_seed
 from .records import Records
 
 GIB = 2**30
@@ -203,7 +203,7 @@ def places(records: Records, rows: pd.DataFrame) -> list[tuple[str, str, str]]:
 def _selected(records: Records, arm: str, **where) -> pd.DataFrame | None:
     try:
         return records.select(arm, **where)
-    except KeyError:  # not run, or not yet
+    except NotRun:
         return None
 
 

@@ -197,15 +197,3 @@ def answer(lab) -> str:
     """The question's answer in one paragraph, computed from the tables; what was not run is not in it."""
     said = [words(lab) for words in (exact_words, bytes_words, time_words, precision_words)]
     return " ".join(sentence for sentence in said if sentence)
-
-
-def show(*things) -> None:
-    """Figures, tables and Markdown, those that there are."""
-    from IPython.display import Markdown, display
-
-    for thing in things:
-        if isinstance(thing, str):
-            display(Markdown(thing or "*Left out: no run of it has ended.*"))
-        elif thing is not None and len(getattr(thing, "data", thing)):
-            with pd.option_context("display.max_colwidth", None):
-                display(thing)

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from .evidence import Figure, by_seed, corrected, ratio_by_seed, there
+from .evidence import Figure, NotRun, by_seed, corrected, ratio_by_seed, there
 from .lab import Lab
 from .plan import Pair
 from .trajectories import EVERY
@@ -34,11 +34,11 @@ def figures(lab: Lab) -> dict[str, Figure]:
 
 
 def sides(lab: Lab, pair: Pair) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The runs of both sides that have their seed in both. Raises: KeyError, where a side has none."""
+    """The runs of both sides that have their seed in both. Raises: NotRun, where a side has none."""
     one, other = (lab.records.select(pair.arm, **where) for where in (pair.one, pair.other))
     seeds = set(one[SEED]) & set(other[SEED])
     if not seeds:
-        raise KeyError(f"{pair.name}: no seed on both sides")
+        raise NotRun(f"{pair.name}: no seed on both sides")
     return one[one[SEED].isin(seeds)], other[other[SEED].isin(seeds)]
 
 
@@ -68,7 +68,7 @@ def by_chunks(lab: Lab, arm: str, field: str) -> dict:
     """Value of the chunks' `field` -> the runs of the arm that have it, by seed; without any run, nothing."""
     try:
         rows = lab.records.select(arm)
-    except KeyError:
+    except NotRun:
         return {}
     values = pd.Series([chunks_of(row).get(field, "ascending" if field == "order" else None) for _, row in rows.iterrows()])
     return {value: rows[(values == value).to_numpy()] for value in dict.fromkeys(values)}
@@ -88,9 +88,10 @@ def _same_weights(lab: Lab) -> Iterator[tuple[str, Figure]]:
         return Figure(float((hashes["one"] != hashes["weights_hash"]).sum()), "learned", "seeds", seeds=len(hashes))
 
     fates, select = by_chunks(lab, "fate", "state"), lab.records.select
-    yield from there({
-        "seeds_that_differ.K=1": lambda: differing(select("identity", regime=CHUNKED), select("identity", regime=DENSE)),
-        "seeds_that_differ.device": lambda: differing(fates["host"], fates["device"])})
+    yield from there({"seeds_that_differ.K=1": lambda: differing(select("identity", regime=CHUNKED),
+                                                                 select("identity", regime=DENSE))})
+    if {"host", "device"} <= fates.keys():
+        yield "seeds_that_differ.device", differing(fates["host"], fates["device"])
 
 
 def distances(lab: Lab) -> pd.DataFrame:
@@ -112,7 +113,7 @@ def _tasks(lab: Lab) -> Iterator[tuple[str, Figure]]:
     AdamW, by the corrected test."""
     try:
         rows = lab.records.select("tasks", regime=CHUNKED)
-    except KeyError:
+    except NotRun:
         return
     for domain, its in rows.groupby("train_domain", sort=False):
         losses = [_ends(lab, run) for run in its["run_id"]]
@@ -139,7 +140,7 @@ def _losses(lab: Lab) -> Iterator[tuple[str, Figure]]:
         yield f"balanced.T={interval}", lab.records.balanced(rows, rows["train_domain"].iloc[0])
     try:
         rates = lab.records.select("rate", regime=CHUNKED)
-    except KeyError:
+    except NotRun:
         return
     for rate, rows in rates.groupby("lr"):
         yield f"balanced.lr={rate:g}", lab.records.balanced(rows, rows["train_domain"].iloc[0])

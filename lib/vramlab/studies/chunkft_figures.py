@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..report.forecast_figures import COLORS
+from ..report.study_figures import dressed
 from .chunkft import CHUNKED, DENSE, GIB, by_chunks, distances, forecasts
 from .evidence import Figure, by_seed
 from .lab import Lab
@@ -18,16 +19,6 @@ from .trajectories import EVERY
 PALETTE = ("#4e79a7", "#e15759", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2", "#edc948", "#9c755f")
 SMOOTH = 7
 """Kept steps, of which there are 50, that a curve is the mean of."""
-
-
-def _dressed(figure: go.Figure, title: str, kind: str, height: int = 420) -> go.Figure:
-    figure.update_layout(title={"text": title, "x": 0, "xanchor": "left", "font": {"size": 15}}, height=height,
-                         margin={"l": 60, "r": 16, "t": 90, "b": 100},
-                         legend={"orientation": "h", "y": -0.22, "yanchor": "top", "traceorder": "normal"})
-    figure.update_annotations(font_size=13)
-    return figure.add_annotation(text=kind, x=1, y=1, xref="paper", yref="paper", xanchor="right", yanchor="bottom", yshift=42,
-                                 showarrow=False, bgcolor="#fff3cd", bordercolor="#d6b656", borderpad=3,
-                                 font={"size": 12, "color": "#333"})
 
 
 def _points(x: Sequence, figures: Sequence[Figure], **style) -> go.Scatter:
@@ -72,8 +63,8 @@ def count(lab: Lab) -> go.Figure:
     published = lab.plan.settings["published_gib"]
     figure.add_hline(y=published, line={"dash": "dash", "color": "#d62728"}, row=1, col=3,
                      annotation_text=f"{published} published, of a smaller 7B", annotation_position="bottom right")
-    return _dressed(figure, "What K costs and saves. Bars: 95%, of accuracy seeds and items, of loss seeds",
-                    "learned on tiny, tokens equal; bytes predicted", 400)
+    return dressed(figure, "What K costs and saves. Bars: 95%, of accuracy seeds and items, of loss seeds",
+                   "learned on tiny, tokens equal; bytes predicted", 230)
 
 
 def apart(lab: Lab) -> go.Figure:
@@ -89,7 +80,7 @@ def apart(lab: Lab) -> go.Figure:
     figure.update_xaxes(title_text="share of the steps", row=1, col=1)
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title_text="distance / way gone from the base", col=1)
-    return _dressed(figure, "How far apart the weights are. Bars: 95%, seeds", "learned on tiny", 440)
+    return dressed(figure, "How far apart the weights are. Bars: 95%, seeds", "learned on tiny", 250)
 
 
 def _curve(lab: Lab, rows: pd.DataFrame) -> pd.DataFrame:
@@ -117,8 +108,8 @@ def budgets(lab: Lab) -> go.Figure:
                                line_color=color, row=1, col=column)
     figure.update_xaxes(type="log", row=1, col=3)
     figure.update_yaxes(title_text="loss", col=1)
-    return _dressed(figure, "Loss at equal budgets: one schedule each, so readings in mid-run have not cooled down",
-                    "learned on tiny; means of the seeds, no interval")
+    return dressed(figure, "Loss at equal budgets: one schedule each, so readings in mid-run have not cooled down",
+                   "learned on tiny; means of the seeds, no interval", 230)
 
 
 def intervals(lab: Lab) -> go.Figure:
@@ -129,7 +120,7 @@ def intervals(lab: Lab) -> go.Figure:
         figure.add_scatter(x=curve["step"], y=curve["loss"], name=f"T = {interval}", mode="lines", line_color=color)
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text="loss")
-    return _dressed(figure, "Updates before the next chunk", "learned on tiny; means of the seeds, no interval", 380)
+    return dressed(figure, "Updates before the next chunk", "learned on tiny; means of the seeds, no interval", 190)
 
 
 def budget_7b(lab: Lab) -> go.Figure:
@@ -150,7 +141,7 @@ def budget_7b(lab: Lab) -> go.Figure:
     figure.update_yaxes(autorange="reversed", automargin=True)
     figure.update_xaxes(title_text="GiB at the peak of allocated bytes")
     figure.update_layout(barmode="stack")
-    return _dressed(figure, "1,024 tokens, bf16, blocks checkpointed, head fused", "predicted", 190 + 34 * len(names))
+    return dressed(figure, "1,024 tokens, bf16, blocks checkpointed, head fused", "predicted", 34 * len(names))
 
 
 def published_budget(lab: Lab) -> pd.DataFrame:

@@ -24,6 +24,10 @@ ITEMS = f"{LEVEL:.0%}: items only, one seed"
 SHARE = f"{LEVEL:.0%}: Wilson, of a share"
 
 
+class NotRun(LookupError):
+    """The runs that a figure needs are not there: it is left out, and what looks at it says so."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """A number, how it was come by, and what its interval contains."""
@@ -106,11 +110,11 @@ def ratio_by_seed(values: Sequence[float], other: Sequence[float], kind: str = "
 
 
 def there(asked: Mapping[str, Callable[[], Figure]]) -> Iterator[tuple[str, Figure]]:
-    """Those whose runs are there: the others raise KeyError."""
+    """Those whose runs are there: the others raise NotRun."""
     for name, figure in asked.items():
         try:
             yield name, figure()
-        except KeyError:
+        except NotRun:
             continue
 
 

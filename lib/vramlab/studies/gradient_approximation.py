@@ -20,7 +20,7 @@ from functools import partial
 
 import pandas as pd
 
-from .evidence import Figure, by_seed, corrected, ratio_by_seed, there
+from .evidence import Figure, NotRun, by_seed, corrected, ratio_by_seed, there
 from .lab import Lab
 
 CYCLE = 8
@@ -42,7 +42,7 @@ def figures(lab: Lab) -> dict[str, Figure]:
 
 
 def rows_of(lab: Lab, arm: str, name: str, where: Mapping | None = None) -> pd.DataFrame:
-    """The arm's runs of the row called `name` in the settings, by seed. Raises: KeyError, when there is none."""
+    """The arm's runs of the row called `name` in the settings, by seed. Raises: NotRun, when there is none."""
     return lab.records.select(arm, **lab.plan.settings["rows"][name], **(where or {}))
 
 
@@ -66,6 +66,8 @@ def _right(lab: Lab) -> Iterator[tuple[str, Figure]]:
     def made(rows: pd.DataFrame, scoring: str) -> Figure:
         domain, shift = lab.plan.settings["places"]["none"]
         found = lab.records.accuracy
+        if not len(found):
+            raise NotRun("no run was scored")
         its = found[(found["domain"] == domain) & (found["shift"] == shift) & (found["metric"] == "accuracy")
                     & (found["scoring"] == scoring)].set_index("run_id")
         shown = its.loc[its.index.intersection(rows["run_id"], sort=False)]
@@ -73,7 +75,7 @@ def _right(lab: Lab) -> Iterator[tuple[str, Figure]]:
 
     for name in lab.plan.settings["rows"]:
         yield from there({f"right.{name}": lambda name=name: made(rows_of(lab, TABLE, name), "yesno")})
-    yield from there({"right.majority": lambda: replace(made(lab.records.runs[lab.records.runs["arm"] == TABLE], "majority"),
+    yield from there({"right.majority": lambda: replace(made(lab.records.select(TABLE), "majority"),
                                                         kind="computed", seeds=0, contains="")})
 
 
@@ -109,11 +111,11 @@ def _balanced(lab: Lab, arm: str, name: str, where: Mapping) -> Figure:
 
 def probes_of(lab: Lab, rows: pd.DataFrame) -> pd.DataFrame:
     """Cosines of the runs `rows`, with their seed; the first step, where an approximator is still what it was made as, is left
-    out. Raises: KeyError, when they were not probed."""
+    out. Raises: NotRun, when they were not probed."""
     probes = lab.records.probes
     its = probes[probes["run_id"].isin(rows["run_id"]) & (probes["step"] > 0)] if len(probes) else probes
     if not len(its):
-        raise KeyError("no probes")
+        raise NotRun("no probes")
     return its.merge(rows[["run_id", "seed"]], on="run_id")
 
 
@@ -122,7 +124,7 @@ def _cosine(lab: Lab, rows: pd.DataFrame, site: str = "all") -> Figure:
     its = probes_of(lab, rows)
     means = its[its["site"] == site].groupby("seed")["cosine"].mean()
     if not len(means):
-        raise KeyError(site)
+        raise NotRun(site)
     return by_seed(means)
 
 

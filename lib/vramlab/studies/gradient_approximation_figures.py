@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from ..report.study_figures import dressed
 from ..run import KNOWN_PARAMETERS
-from .evidence import Figure
+from .evidence import Figure, NotRun
 from .gradient_approximation import COMPARED, TABLE, probes_of, rows_of, seconds
 from .lab import Lab
 
@@ -148,7 +148,7 @@ def curves(lab: Lab) -> go.Figure | None:
     for name in (*COMPARED, "lora"):
         try:
             rows = rows_of(lab, TABLE, name)
-        except KeyError:
+        except NotRun:
             continue
         steps = lab.records.steps
         its = steps[steps["run_id"].isin(rows["run_id"])].groupby("step")[["loss", "tokens_seen", "t_s"]].mean()
@@ -169,7 +169,7 @@ def cosines(lab: Lab) -> go.Figure | None:
     for name in ("residual", "anchored identity", "identity", "random", "literal"):
         try:
             its = probes_of(lab, rows_of(lab, TABLE, name))
-        except KeyError:
+        except NotRun:
             continue
         line = {"name": name, "legendgroup": name, "line": {"color": COLORS[name]}, "mode": "lines+markers"}
         sites = its[its["site"].str.startswith("layers.")].groupby("site", sort=False)["cosine"].mean()
@@ -208,16 +208,6 @@ def memory(lab: Lab) -> pd.DataFrame:
     if not found:
         return pd.DataFrame()
     return pd.DataFrame(found).pivot(index="row", columns="tokens", values="GiB").round(2)
-
-
-def show(*things) -> None:
-    """Displays what there is, text as Markdown; says so where runs are missing."""
-    from IPython.display import Markdown, display
-
-    for thing in things:
-        nothing = thing is None or isinstance(thing, pd.DataFrame | str) and not len(thing)
-        shown = "*Left out: no run of it has ended.*" if nothing else thing
-        display(Markdown(shown) if isinstance(shown, str) else shown)
 
 
 def answer(lab: Lab) -> str:

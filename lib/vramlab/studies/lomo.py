@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 
 from ..passes import model_spec
-from .evidence import Figure, by_seed, corrected, ratio_by_seed
+from .evidence import Figure, NotRun, by_seed, corrected, ratio_by_seed, there
 from .plan import Pair
 from .records import Records
 
@@ -117,27 +118,20 @@ def _times(records: Records) -> dict[str, Figure]:
 # runs: learned ------------------------------------------------------------------------------------------------------
 
 
-def _there(make: Callable[[], Figure]) -> Figure | None:
-    """The figure, or None where its runs are not there, or are not the same seeds."""
-    try:
-        return make()
-    except (KeyError, ValueError):
-        return None
-
-
 def _same(records: Records) -> dict[str, Figure]:
     def differ() -> Figure:
         lomo, sgd = (records.select("same", regime=name) for name in ("lomo", "sgd"))
-        differing = lomo.set_index("seed")["weights_hash"] != sgd.set_index("seed")["weights_hash"]  # ValueError: other seeds
+        if list(lomo["seed"]) != list(sgd["seed"]):
+            raise NotRun("a seed is there on one side only")
+        differing = lomo["weights_hash"] != sgd["weights_hash"]
         return Figure(float(differing.sum()), "learned", "seeds", seeds=len(differing), equal="updates")
 
-    return {"seeds_that_differ": figure} if (figure := _there(differ)) else {}
+    return dict(there({"seeds_that_differ": differ}))
 
 
 def _pairs(lab) -> dict[str, Figure]:
     """The comparisons the file names, one family for Holm."""
-    found = {pair.name.replace(" ", "_"): _there(lambda pair=pair: _difference(lab.records, pair)) for pair in lab.plan.pairs}
-    return corrected({name: figure for name, figure in found.items() if figure})
+    return corrected(dict(there({pair.name.replace(" ", "_"): partial(_difference, lab.records, pair) for pair in lab.plan.pairs})))
 
 
 def _difference(records: Records, pair: Pair) -> Figure:
@@ -150,8 +144,9 @@ def rates(lab) -> pd.DataFrame:
     of `records.runs`) and whether it is the rule's `best`, the one of least loss."""
     found = []
     for rule, where in lab.plan.settings.get("rules", {}).items():
-        rows = _there(lambda where=where: lab.records.select("rates", **where))
-        if rows is None:
+        try:
+            rows = lab.records.select("rates", **where)
+        except NotRun:
             continue
         its = [{"rule": rule, "lr": lr, "loss": runs["loss_last"].astype(float).mean(skipna=False),
                 "runs": runs.reset_index(drop=True)} for lr, runs in rows.groupby("lr")]
@@ -164,9 +159,9 @@ def _best(lab) -> dict[str, Figure]:
     """Each rule at its best rate against another at its own, a family of its own."""
     table = rates(lab)  # the best of one rate is none
     best = {row.rule: row.runs for row in table.itertuples() if row.best and (table["rule"] == row.rule).sum() > 1}
-    found = {f"{one}_minus_{other}".lower(): _there(lambda one=one, other=other: lab.records.difference(
-        best[one], best[other], DOMAIN, TRAINED_ON)) for one, other in lab.plan.settings.get("best", ())}
-    return corrected({name: figure for name, figure in found.items() if figure})
+    return corrected(dict(there({
+        f"{one}_minus_{other}".lower(): partial(lab.records.difference, best[one], best[other], DOMAIN, TRAINED_ON)
+        for one, other in lab.plan.settings.get("best", ()) if one in best and other in best})))
 
 
 def accuracies(lab, rows: pd.DataFrame) -> np.ndarray:

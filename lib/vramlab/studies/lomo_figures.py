@@ -9,9 +9,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from .. import notebook
 from ..report.forecast_figures import COLORS
 from ..report.study_figures import dressed
-from .evidence import Figure
+from .evidence import Figure, NotRun
 from .lomo import DOMAIN, memory, rates
 
 RULES = {"LOMO": "#4e79a7", "AdaLomo": "#59a14f", "AdamW": "#e15759"}
@@ -24,10 +25,7 @@ Shown = Sequence[pd.DataFrame | go.Figure | str]
 
 def show(lab, chapter: str) -> None:
     """One chapter in a notebook."""
-    from IPython.display import Markdown, display
-
-    found = CHAPTERS[chapter](lab)
-    display(*(Markdown(part) if isinstance(part, str) else part for part in found or ["*Its runs are not there.*"]))
+    notebook.show(*(CHAPTERS[chapter](lab) or [""]))
 
 
 # bytes --------------------------------------------------------------------------------------------------------------
@@ -164,7 +162,7 @@ def _way(until) -> str:
 def _runs(lab, arm: str) -> pd.DataFrame | None:
     try:
         return lab.records.select(arm)
-    except KeyError:
+    except NotRun:
         return None
 
 

@@ -21,7 +21,7 @@ import pandas as pd
 from ..factcc.statistics import MODEL_SCORINGS, choose_threshold
 from ..files import write_table
 from ..runs import Run, outcome
-from .evidence import Figure, two_level
+from .evidence import Figure, NotRun, two_level
 from .plan import Plan, StudyCell
 
 POINTS = 50
@@ -95,17 +95,19 @@ class Records:
         return cls(**frames, tables=tables)
 
     def select(self, arm: str, **where) -> pd.DataFrame:
-        """The arm's runs that ended ok and whose parameters are as said, by seed. Raises: KeyError, when there is none."""
+        """The arm's runs that ended ok and whose parameters are as said, by seed. Raises: NotRun, when there is none."""
         if len(self.runs):
             rows = self.runs[(self.runs["arm"] == arm) & (self.runs["outcome"] == "ok")]
             rows = rows[[where.items() <= params.items() for params in rows["params"]]]
         if not len(self.runs) or not len(rows):
-            raise KeyError(f"no finished run of arm {arm} has {where}")
+            raise NotRun(f"no finished run of arm {arm} has {where}")
         return rows.sort_values("seed", kind="stable", ignore_index=True)
 
     def right(self, rows: pd.DataFrame, domain: str, shift: str, scoring: str) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each call was right, (seeds, items), and the items' labels. Raises: ValueError, when the runs were not scored
-        on the same items."""
+        """Whether each call was right, (seeds, items), and the items' labels. Raises: NotRun, when none was scored; ValueError,
+        when they were not scored on the same items."""
+        if not len(self.calls):
+            raise NotRun("no run was scored")
         its = self.calls[self.calls["scoring"] == scoring].set_index("run_id").loc[list(rows["run_id"])]
         if its["item_set"].nunique() != 1:
             raise ValueError(f"{len(rows)} runs of {its['item_set'].nunique()} sets of items: only those on the same items compare")
@@ -123,10 +125,10 @@ class Records:
 
     def difference(self, one: pd.DataFrame, other: pd.DataFrame, domain: str, equal: str, shift: str = "none",
                    scoring: str = "yesno") -> Figure:
-        """Balanced accuracy of `one` minus `other`'s, paired by seed and item. `equal`: the budget both had. Raises: ValueError,
-        when seeds differ."""
+        """Balanced accuracy of `one` minus `other`'s, paired by seed and item. `equal`: the budget both had. Raises: NotRun, when
+        a seed is there on one side only."""
         if list(one["seed"]) != list(other["seed"]):
-            raise ValueError(f"seeds {list(one['seed'])} against {list(other['seed'])}: only the same seeds compare")
+            raise NotRun(f"seeds {list(one['seed'])} against {list(other['seed'])}: only the same seeds compare")
         (right, labels), (against, same) = (self.right(rows, domain, shift, scoring) for rows in (one, other))
         if not np.array_equal(labels, same):
             raise ValueError("the two sides were scored on other items")
