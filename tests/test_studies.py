@@ -10,7 +10,7 @@ import yaml
 from scipy import stats
 
 from vramlab.environment import weights_hash
-from vramlab.studies import batch, claims, evidence, measurements, runner
+from vramlab.studies import STUDIES, batch, claims, evidence, measurements, runner
 from vramlab.studies.claims import NOT_REPRODUCED, REPRODUCED, UNTESTED, Claim, decide
 from vramlab.studies.evidence import Figure, NotRun, by_seed, corrected, ratio_by_seed, two_level
 from vramlab.studies.gallery import read_figures
@@ -158,6 +158,18 @@ def test_a_claim_fails_if_one_condition_fails_and_never_by_one_seed():
 def test_holm_is_over_the_family():
     found = corrected({"a": Figure(1, "learned", p=0.01), "b": Figure(1, "learned", p=0.04), "c": Figure(1, "learned")})
     assert found["a"].p_holm == 0.02 and found["b"].p_holm == 0.04 and math.isnan(found["c"].p_holm)
+
+
+def test_what_is_timed_comes_last_with_nothing_beside_it(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runner, "side_by_side",
+                        lambda _, asked, jobs: seen.append(([cell.arm for _, cell in asked], jobs)) or ())
+    plan = read_plan("lomo")
+    runner.make([(tmp_path, cell) for cell in plan.every_cell() if cell.call], jobs=2, progress=False)
+    (shared, many), alone = seen
+    assert alone == (["seconds"], 1) and many == 2 and "seconds" not in shared and "loaded" in shared
+    timed = {cell.call.rpartition(":")[2] for study in STUDIES for cell in read_plan(study).every_cell() if cell.alone}
+    assert timed == {"timed", "cost"}
 
 
 @pytest.fixture

@@ -102,14 +102,15 @@ def _counterfactuals(traced: Trace, rows: pd.DataFrame) -> list[dict]:
     """For each of the largest groups: the step's peak of requested bytes, and its phase, had none of it ever been allocated.
     Nothing else changes: no copy is made instead, no operation is left out."""
     changes = signed(rows)
-    owners = list(zip(rows["category"], map(pattern, rows["module"]), rows["op"], strict=True))
     made, found = (rows["event"] == "alloc").to_numpy(), []
     storages = pd.factorize(rows["storage"])[0]
-    place: dict[tuple, int] = {}
-    owner = np.array([place.setdefault(one, len(place)) for one in owners], int)
+    owner = rows.groupby(["category", "module", "op"], sort=False, observed=True).ngroup().to_numpy()
+    first = rows.iloc[np.unique(owner, return_index=True)[1]]
+    owners = list(zip(first["category"], map(pattern, first["module"]), first["op"], strict=True))
     for group in _groups(traced, GROUPS):
         its = np.zeros(len(storages), bool)
-        its[storages[made & (owner == place.get((group["category"], group["module"], group["op"]), -1))]] = True
+        same = [at for at, one in enumerate(owners) if one == (group["category"], group["module"], group["op"])]
+        its[storages[made & np.isin(owner, same)]] = True
         rest = np.where(its[storages], 0, changes).cumsum()[traced.reported]
         at = int(rest.argmax())
         found.append({**group, "peak_bytes": int(rest[at]), "peak_phase": str(rows["phase"].iat[traced.reported.start + at])})

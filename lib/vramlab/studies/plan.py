@@ -25,7 +25,7 @@ from . import STUDIES
 
 PARAMS = ROOT / "params" / "studies"
 KEYS = ("name", "says", "defaults", "runs", "pairs", "settings")
-ARM_KEYS = ("defaults", "grid", "call", "says")
+ARM_KEYS = ("defaults", "grid", "call", "says", "alone")
 PROOF = {"steps": 2, "train_items": 40, "val_items": 20, "test_items": 20, "measure": False}
 """What makes a run one of seconds: each study has its first run again like that, from a base made in seconds, as arm `proof`, for
 a test to repeat."""
@@ -33,11 +33,12 @@ a test to repeat."""
 
 @dataclass(frozen=True)
 class StudyCell:
-    """One run or measurement. `call` is empty for a run."""
+    """One run or measurement. `call` is empty for a run. `alone`: it is timed, so nothing may run beside it."""
 
     arm: str
     params: Mapping
     call: str = ""
+    alone: bool = False
 
     @cached_property
     def name(self) -> str:
@@ -117,7 +118,7 @@ def _cells(name: str, arm: str, spec: Mapping, defaults: Mapping) -> list[StudyC
     _only(name, spec, ARM_KEYS)
     grid, call = spec.get("grid") or {}, spec.get("call", "")
     base = {**({} if call else defaults), **(spec.get("defaults") or {})}
-    found = [StudyCell(arm, {**base, **chosen}, call) for chosen in combinations(name, grid)]
+    found = [StudyCell(arm, {**base, **chosen}, call, bool(spec.get("alone"))) for chosen in combinations(name, grid)]
     for cell in found:
         cell.name  # noqa: B018  a wrong parameter is said now, not after an hour of runs
     return found

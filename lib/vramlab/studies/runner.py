@@ -1,4 +1,4 @@
-"""Cells of studies, run side by side: one process a core, one thread each, resumable.
+"""Cells of studies, run side by side: one process a core, one thread each, resumable. What is timed comes last, one by one.
 
 A cell is finished when its folder has `result.json`. A cell that fails says so there and the others go on; a process that is
 killed loses the cell it was in.
@@ -10,7 +10,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..children import side_by_side
@@ -34,13 +34,18 @@ def make(cells: Sequence[tuple[Path, StudyCell]], jobs: int = 0, progress: bool 
     _make_bases([cell for _, cell in waiting], progress)
     failed = []
     with bar("studies", len(waiting), progress and bool(waiting)) as shown:
-        for (folder, cell), reason, error in side_by_side(_one, waiting, jobs or os.cpu_count() or 1):
+        for (folder, cell), reason, error in _all(waiting, jobs or os.cpu_count() or 1):
             shown.update()
             reason = f"{type(error).__name__}: {error}" if error else reason
             if reason:
                 failed.append(f"{folder.name}, {cell.arm}, {cell.name}: {reason}")
                 print(failed[-1], file=sys.stderr)
     return failed
+
+
+def _all(waiting: Sequence[tuple[Path, StudyCell]], jobs: int) -> Iterator[tuple]:
+    for alone, at_once in ((False, jobs), (True, 1)):
+        yield from side_by_side(_one, [pair for pair in waiting if pair[1].alone == alone], at_once)
 
 
 def _make_bases(cells: Sequence[StudyCell], progress: bool) -> None:
