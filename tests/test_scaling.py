@@ -111,9 +111,10 @@ def test_what_is_a_sum_of_two_takes_a_third_size():
     assert sizes.at(384, 3) is None
     assert all(_bytes(list(TRACED[:2]), [size(*place) for place in TRACED[:2]], (384, 3)) == answer for size, answer in (
         (lambda s, b: 8 * s * b, 8 * 384 * 3), (lambda s, b: 4 * b * (s - 1), 4 * 3 * 383), (lambda s, b: 64 + 8 * s * b, None)))
-    turns = [(256, 1, 7), (2048, 4, 14)], [4096, 8192], (384, 3, 21)
-    count = [lambda s, b, turns: turns]
-    assert _bytes(*turns, (), count) == 12288 and _bytes(*turns, (), count, count) is None, "no whole bytes a turn"
+    turns, wanted, count = [(256, 1, 7), (2048, 4, 14)], (384, 3, 21), [lambda s, b, turns: turns]
+    assert _bytes(turns, [28, 56], wanted, (), count, count) == 84, "four bytes a turn"
+    for sizes in ([27, 54], [4 * 700, 8 * 700]):
+        assert _bytes(turns, sizes, wanted, (), count) and _bytes(turns, sizes, wanted, (), count, count) is None, "no number"
 
 
 @pytest.mark.parametrize("size, answer", [

@@ -120,7 +120,7 @@ def chart(atlas: Atlas, cache_dir: Path | None = CACHE, progress: bool = True, j
     rows: dict[tuple, list[Question]] = {}
     for question in questions:
         rows.setdefault((question.model, question.regime, question.weights, question.world), []).append(question)
-    due = [row for row in rows.values() if not found.keys() >= set(row)]
+    due = sorted((row for row in rows.values() if not found.keys() >= set(row)), key=_long)
     for cells in _all(partial(_row, keep=keep), due, len(found), len(questions), progress, jobs or os.cpu_count() or 1):
         found |= cells
     cards = {key: {"name": card.name, "capacity_bytes": card.capacity_bytes, "context_bytes": card.context_bytes,
@@ -154,6 +154,13 @@ def _row(questions: list[Question], keep: Keep) -> dict[Question, dict]:
         elif len(questions) > ENOUGH and not cells[question]["solved"]:
             sizes.add(traced_step(question, keep.cache_dir, counted=False))
     return cells
+
+
+def _long(questions: list[Question]) -> tuple:
+    """Rows that take long first, so that no process is left alone with one: those whose parts take turns, those with a fused
+    head, the larger model."""
+    row = questions[0].row
+    return not hasattr(row.trains, "interval"), not isinstance(row.head, Fused), -questions[0].spec.config.num_hidden_layers
 
 
 def _spread(questions: list[Question]) -> list[Question]:

@@ -39,6 +39,8 @@ IN_A_TURN = (lambda n, r, after: 1, lambda n, r, after: n, lambda n, r, after: r
 """The same in a loop over chunks, for n tokens and r tokens or rows in the chunk; or those `after` it, on their way already."""
 PAIRS: Terms = list(itertools.combinations(MONOMIALS, 2))
 PAIRS_IN_A_TURN: Terms = [*itertools.combinations(IN_A_TURN, 2), (IN_A_TURN[0], lambda n, r, after: after)]
+NUMBER_BYTES = 8
+"""The most that a number takes: there may be one for each turn of a loop."""
 ENOUGH = 2
 """Traces that a solution needs: one to solve for it, one to check it. What is a sum of two takes a third."""
 GRAIN = 128
@@ -194,14 +196,14 @@ class _Known:
 def _bytes(places: Sequence[Place], sizes: Sequence[int], wanted: Place, pairs: Terms = PAIRS,
            singles: Sequence[Monomial] = (*MONOMIALS, *SHIFTED), counts: Sequence[Monomial] = ()) -> int | None:
     """What is `sizes` bytes at `places`, at another place; of `MONOMIALS` a place is (tokens, rows). Of two places only what is
-    one thing is told. Of what is in `counts` each has whole bytes."""
+    one thing is told. Of what is in `counts` each is a number, of some whole bytes."""
     answers = set()
     for terms in pairs if len(set(places)) > 2 else [(one,) for one in singles]:
         rows = [tuple(term(*place) for term in terms) for place in places]
         found = _coefficients(rows, sizes)
         if found is not None:
             *each, scale = found
-            if terms[-1] not in counts or not any(size % scale for size in each):
+            if terms[-1] not in counts or not any(size % scale for size in each) and each[-1] <= NUMBER_BYTES * scale:
                 answers.add(divmod(sum(size * term(*wanted) for size, term in zip(each, terms, strict=True)), scale))
     size, rest = answers.pop() if len(answers) == 1 else (-1, 0)
     return size if size >= 0 and rest == 0 else None

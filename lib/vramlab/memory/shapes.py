@@ -65,6 +65,10 @@ class Shapes:
                 bare.set_(viewed.untyped_storage(), viewed.storage_offset() + offset, shape, stride)
         return self._fake(bare, device)
 
+    def alias(self, of: FakeTensor) -> FakeTensor:
+        """Another tensor of the same storage, shape and strides."""
+        return self._tensor(of, of.shape, of.stride(), 0, of.dtype, of.fake_device)
+
     def _fake(self, bare: Tensor, device: torch.device) -> FakeTensor:
         """As torch makes it, which asks and writes a dozen things that are the same for all; these are copied from its first."""
         like = self._like.get(device)

@@ -88,7 +88,7 @@ def virtual_gpu(mode: str = "auto", architecture: Architecture = AMPERE, world: 
         yield VirtualGpu(mode, _LABELS[mode], architecture)
 
 
-_DEVICE = torch.ops.prim.device.default
+_DEVICE, _DETACH = torch.ops.prim.device.default, torch.ops.aten.detach.default
 
 
 class _Fake(FakeTensorMode, Watchable):
@@ -106,6 +106,8 @@ class _Fake(FakeTensorMode, Watchable):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is _DEVICE:  # the question asked most
             return args[0].fake_device
+        if func is _DETACH and type(args[0]) is FakeTensor:  # of all that is formed again; nothing begins or ends with it
+            return self._shapes.alias(args[0])
         watch, self.watch = self.watch, None  # nobody watches how it is worked out
         if watch is None:
             return self.dispatch(func, types, args, kwargs or {})
