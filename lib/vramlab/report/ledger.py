@@ -27,8 +27,8 @@ def figure(verdicts: Sequence[Verdict]) -> go.Figure:
         drawn.add_bar(y=[name.replace("_", " ") for name in its], x=[len(claims) for claims in its.values()], name=word,
                       orientation="h", marker_color=color, customdata=["<br>".join(claims) for claims in its.values()],
                       hovertemplate="%{customdata}<extra>" + word + "</extra>")
-    drawn.update_layout(barmode="stack", height=260, margin={"l": 150, "r": 10, "t": 10, "b": 40},
-                        legend={"orientation": "h", "y": 1.15})
+    drawn.update_layout(barmode="stack", height=300, margin={"l": 150, "r": 10, "t": 10, "b": 110},
+                        legend={"orientation": "h", "y": -0.35, "yanchor": "top", "traceorder": "normal"})
     drawn.update_xaxes(title_text="claims", dtick=5)
     drawn.update_yaxes(autorange="reversed")
     return drawn

@@ -53,6 +53,8 @@ class Figure:
 
     def words(self) -> str:
         """Value, unit, interval."""
+        if self.unit == "bytes":
+            return f"{self.value:,.0f} bytes"
         shown = f"{self.value:,.4g}{' ' + self.unit if self.unit else ''}"
         return shown + (f" [{self.low:,.4g}, {self.high:,.4g}]" if math.isfinite(self.low) else "")
 
