@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -86,3 +88,9 @@ def test_a_topic_that_breaks_is_a_finding(monkeypatch):
     monkeypatch.setattr(doctor, "_memory", lambda: 1 / 0)
     told = by_topic(doctor.examine())
     assert not told["host memory"].can and "ZeroDivisionError" in told["host memory"].found
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    told = subprocess.Popen([sys.executable, "-m", "vramlab.cli", "regimes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    told.stdout.close()
+    assert told.stderr.read() == b"" and told.wait() == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -230,7 +231,12 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point. Errors of use go to standard error in one line, exit code 2."""
     args = parser().parse_args(argv)
     try:
-        return args.does(args)
+        code = args.does(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads has had enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, FileNotFoundError, yaml.YAMLError) as error:
         print(f"vramlab {args.command}: {error}", file=sys.stderr)
         return 2
