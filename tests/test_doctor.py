@@ -91,6 +91,6 @@ def test_a_topic_that_breaks_is_a_finding(monkeypatch):
 
 
 def test_a_reader_that_has_had_enough_is_no_error():
-    told = subprocess.Popen([sys.executable, "-m", "vramlab.cli", "regimes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    told.stdout.close()
-    assert told.stderr.read() == b"" and told.wait() == 0
+    with subprocess.Popen([sys.executable, "-m", "vramlab.cli", "regimes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as told:
+        told.stdout.close()
+        assert told.stderr.read() == b"" and told.wait() == 0
