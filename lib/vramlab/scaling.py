@@ -203,7 +203,7 @@ def _bytes(places: Sequence[Place], sizes: Sequence[int], wanted: Place, pairs: 
         found = _coefficients(rows, sizes)
         if found is not None:
             *each, scale = found
-            if terms[-1] not in counts or not any(size % scale for size in each) and each[-1] <= NUMBER_BYTES * scale:
+            if terms[-1] not in counts or not any(size % scale for size in each) and each[-1] // scale <= NUMBER_BYTES:
                 answers.add(divmod(sum(size * term(*wanted) for size, term in zip(each, terms, strict=True)), scale))
     size, rest = answers.pop() if len(answers) == 1 else (-1, 0)
     return size if size >= 0 and rest == 0 else None
