@@ -3,7 +3,7 @@
     content = chart(read_atlas("params/atlas.yml"))
     charted.table(content)  # one row a cell and card
 
-Of each model and row three sizes are traced, for compute capability (8, 0), and the others solved from them (`scaling`) where
+Of each model and row two sizes or more are traced, for compute capability (8, 0), and the others solved from them (`scaling`) where
 they follow, else traced as well. Rows are shared out to one process a core. Every cell's summary against all cards is kept by
 content, so a second look simulates nothing. An atlas that is stopped goes on from the cells it has. A cell that fails is a row
 with its reason.

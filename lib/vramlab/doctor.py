@@ -161,7 +161,7 @@ def _ranks() -> Finding:
 
 
 def _browser() -> Finding:
-    chromium = any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))
+    chromium = browser()
     lacks = [name for name, there in (("Chromium", chromium), ("playwright", importlib.util.find_spec("playwright"))) if not there]
     return Finding("browser tests", not lacks, f"no {' and no '.join(lacks)}" if lacks else "Chromium, driven by playwright",
                    "the package chromium, and `pip install playwright`; only tests of the report need them")
@@ -170,3 +170,8 @@ def _browser() -> Finding:
 def _disk() -> Finding:
     free = shutil.disk_usage(".").free
     return Finding("disk", free > GIB, f"{free / GIB:.1f} GiB free here", "a sweep's run folders take a few MB each")
+
+
+def browser() -> str | None:
+    """Chromium's path, by whichever name it is here."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

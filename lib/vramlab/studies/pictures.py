@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import plotly.graph_objects as go
 
+from ..doctor import browser
 from . import checkpointing_figures, chunkft_figures, lomo_figures
 from .gallery import GALLERY
 from .lab import Lab
@@ -20,19 +20,18 @@ PICTURES: dict[str, Callable[[Lab], go.Figure]] = {
     "chunkft": chunkft_figures.count,
     "checkpointing": lambda lab: checkpointing_figures.forecast_by_length(lab, "baichuan2-7b")}
 """Study, which is the picture's name -> its figure."""
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def take(gallery: Path = GALLERY) -> list[Path]:
     """Raises: RuntimeError, without a browser; ImportError, without playwright; FileNotFoundError, without a gallery."""
     from playwright.sync_api import sync_playwright
 
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        raise RuntimeError(f"none of {', '.join(BROWSERS)} is here: install the package chromium, see the README")
+    chromium = browser()
+    if chromium is None:
+        raise RuntimeError("no Chromium is here: install the package chromium, see the README")
     (gallery / "pictures").mkdir(exist_ok=True)
     with sync_playwright() as playwright:
-        page = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page(
+        page = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page(
             viewport={"width": 1100, "height": 900})
         return [_photograph(page, draw(Lab.shown(study, gallery)), gallery / "pictures" / f"{study}.png")
                 for study, draw in PICTURES.items()]
