@@ -13,7 +13,8 @@ env: .venv/.done
 .venv/.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt -e '.[torch,test]'
+	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[torch,test]'
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true # on all cores, as pip does on one; some packages' templates are no Python
 	touch $@
 
 report: env

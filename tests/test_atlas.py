@@ -17,8 +17,8 @@ from vramlab.atlas import Atlas, chart, read_atlas
 from vramlab.cards import card, read_cards
 from vramlab.charted import table
 from vramlab.cli import main
-from vramlab.environment import ROOT
 from vramlab.memory.settings import Settings
+from vramlab.paths import ROOT
 from vramlab.predict import Question, forecast
 from vramlab.regime import read_regimes
 from vramlab.worlds import chart_worlds
@@ -189,7 +189,7 @@ def test_an_atlas_refuses_what_it_does_not_know(tmp_path):
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(tmp_path, monkeypatch):
-    monkeypatch.setattr(charted, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(charted, "FORECASTS", tmp_path / "kept")
 
 
 def test_a_charted_atlas_is_remembered_until_its_file_or_the_code_changes(tmp_path, capsys, monkeypatch, kept):

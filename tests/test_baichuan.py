@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 import micro
 from vramlab.baichuan import BaichuanForCausalLM, read_model_file
 from vramlab.baichuan.attention import alibi_slopes
-from vramlab.environment import ROOT
+from vramlab.paths import ROOT
 
 IDS = torch.randint(3, 61, (2, 13), generator=torch.Generator().manual_seed(0))
 DESIGNS = ("rope", "alibi")

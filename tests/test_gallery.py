@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import pytest
 
-from vramlab.environment import ROOT
+from vramlab.paths import ROOT
 from vramlab.run import execute, resolve
 from vramlab.studies import STUDIES, gallery
 from vramlab.studies.claims import UNTESTED, read_claims

@@ -22,11 +22,11 @@ import micro
 from vramlab import gpu_cell, gpu_check, gpu_model, gpu_plan, gpu_table
 from vramlab.baichuan import read_model_file
 from vramlab.cards import card
-from vramlab.environment import ROOT
 from vramlab.gpu_check import Check, Worker
 from vramlab.gpu_plan import Cell
 from vramlab.memory.meter import Meter
 from vramlab.memory.thinning import curve
+from vramlab.paths import ROOT
 from vramlab.regime import read_row, regime_row
 from vramlab.run import resolve
 from vramlab.sweep import read_sweep

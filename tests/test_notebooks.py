@@ -17,7 +17,7 @@ import pytest
 from conftest import CHROMIUM, SMALL
 from vramlab import expectation
 from vramlab.cards import card
-from vramlab.environment import ROOT
+from vramlab.paths import ROOT
 from vramlab.predict import Question, forecast
 from vramlab.run import KNOWN_PARAMETERS
 from vramlab.runs import Run

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from vramlab import peers
-from vramlab.environment import ROOT
+from vramlab.paths import ROOT
 from vramlab.peers import PAIRS, Settings, bench, main, table
 from vramlab.regime import read_row, regime_row
 

@@ -12,7 +12,7 @@ import micro
 import released
 from vramlab import passes
 from vramlab.cli import main
-from vramlab.environment import ROOT
+from vramlab.paths import ROOT
 from vramlab.regime import read_regimes
 from vramlab.run import KNOWN_PARAMETERS, execute, resolve
 from vramlab.runs import Run

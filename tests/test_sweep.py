@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from vramlab.cli import main
-from vramlab.environment import ROOT
+from vramlab.paths import ROOT
 from vramlab.regime import read_regimes
 from vramlab.sweep import read_sweep
 

@@ -15,9 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from .files import write_whole
-
-ROOT = Path(__file__).parents[2]
-KEPT = ROOT / "outputs" / "cache" / "forecasts"
+from .paths import FORECASTS, ROOT
 
 
 def recall(atlas: Path) -> dict | None:
@@ -29,7 +27,7 @@ def recall(atlas: Path) -> dict | None:
 def remember(atlas: Path, content: dict) -> None:
     """Unless some cell failed: that one is to be asked again."""
     if not any(cell["reason"] for cell in (*content["cells"], *content.get("worlds", ()))):
-        KEPT.mkdir(parents=True, exist_ok=True)
+        FORECASTS.mkdir(parents=True, exist_ok=True)
         write_whole(_path(Path(atlas)), json.dumps(content, separators=(",", ":")))
 
 
@@ -39,7 +37,7 @@ def _path(atlas: Path) -> Path:
     for file in (params / "regimes.yml", params / "cards.yml", *sorted((params / "models").rglob("*.yml")),
                  *sorted(Path(__file__).parent.rglob("*.py"))):
         digest.update(file.read_bytes())
-    return KEPT / f"atlas-{digest.hexdigest()[:20]}.json"
+    return FORECASTS / f"atlas-{digest.hexdigest()[:20]}.json"
 
 
 def table(content: dict) -> pd.DataFrame:

@@ -16,8 +16,8 @@ from torch import nn
 from .axes import rounding
 from .axes.place import local
 from .memory.nvml import driver
+from .paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "pandas", "plotly", "papermill", "sentencepiece", "nvidia-ml-py")
 
 

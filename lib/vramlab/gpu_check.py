@@ -27,11 +27,11 @@ from pathlib import Path
 import pandas as pd
 
 from . import gpu_plan, gpu_table
-from .environment import ROOT
 from .files import write_whole
 from .fitting import limited
 from .gpu_plan import Cell
 from .memory.oom import words
+from .paths import ROOT
 
 TINY = ("zero_shot", "full", "mixed", "checkpoint", "offload", "lora", "lomo", "badam", "chunkft")
 """The rows of params/quick.yml."""

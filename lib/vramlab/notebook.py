@@ -10,7 +10,7 @@ from pathlib import Path
 
 import plotly.io
 
-from .environment import ROOT
+from .paths import ROOT
 
 # the figure as data: a saved notebook stays small, and JupyterLab shows it without trusting the notebook first
 MIMETYPE = "plotly_mimetype"

@@ -20,7 +20,6 @@ from .axes.place import Fsdp, alone
 from .baichuan import BaichuanTokenizer, ModelSpec, load_model, read_model_file
 from .base import Recipe, base_model, random_model
 from .dataset import Dataset, dataset
-from .environment import ROOT
 from .factcc.prompt import training_batches
 from .logits import LogitWatch
 from .memory import timeline
@@ -31,12 +30,12 @@ from .memory.process import peak_window
 from .memory.recorder import Recorder, watching
 from .memory.sampler import Sampler
 from .observer import Observer, clock
+from .paths import CACHE, ROOT
 from .progress import bar
 from .regime import Regime, read_row, regime_row
 from .split import sides
 from .trainer import Batch, Schedule, Trainer
 
-CACHE = ROOT / "outputs" / "cache"
 PUBLISHED_VOCABULARY = 125_696
 
 

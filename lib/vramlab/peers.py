@@ -34,12 +34,13 @@ from .files import write_whole
 from .memory.meter import Meter
 from .observer import Observer
 from .passes import model_spec
+from .paths import ROOT
 from .peer_loops import Job, Loop, Seen, badam, hugging_face, ours, peft_lora
 from .progress import bar
 from .regime import IllegalRegime, Regime, read_row, regime_row
 
 SCHEMA = 1
-RESULT = environment.ROOT / "outputs" / "bench" / "peers.json"
+RESULT = ROOT / "outputs" / "bench" / "peers.json"
 PACKAGES = ("accelerate", "peft", "lomo-optim", "galore-torch", "badam", "bitsandbytes")
 
 

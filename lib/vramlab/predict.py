@@ -26,7 +26,6 @@ import torch
 from .axes.fused_head import Cut
 from .baichuan import ModelSpec
 from .cards import Card
-from .environment import ROOT
 from .files import write_table, write_whole
 from .forecast import Trace, trace
 from .memory.kernels import AMPERE, Architecture
@@ -36,10 +35,10 @@ from .memory.simulation import Simulated, simulate
 from .memory.timeline import signed
 from .memory.work import floor_s
 from .passes import model_file, model_spec
+from .paths import FORECASTS as CACHE
 from .regime import REGIMES_FILE, Regime, read_row, regime_row
 from .split import sides
 
-CACHE = ROOT / "outputs" / "cache" / "forecasts"
 CODE = ("axes", "baichuan", "memory", "forecast.py", "observer.py", "regime.py", "trainer.py")
 """What of this library decides a trace."""
 

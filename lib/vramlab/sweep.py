@@ -23,9 +23,9 @@ from pathlib import Path
 import yaml
 
 from .children import die_with
-from .environment import ROOT
 from .files import write_whole
 from .passes import base_of, spec_of
+from .paths import ROOT
 from .run import KNOWN_PARAMETERS, SCHEMA, config_hash, run_id
 from .runs import KILLED, outcome
 

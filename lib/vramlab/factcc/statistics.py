@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -55,15 +56,21 @@ def _weighted_auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -
 def resample(groups: Sequence, labels: Sequence, count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """How often each item is drawn in each resample, (count, items): documents drawn with replacement, as many of each
     kind (all consistent, all inconsistent, both) as there are. Claims of one document stay together."""
-    frame = pd.DataFrame({"group": list(groups), "label": list(labels)})
-    codes, names = pd.factorize(frame["group"])
-    kind = frame.groupby(codes)["label"].agg(lambda of: of.min() + of.max()).to_numpy()
-    rng = np.random.default_rng(seed)
-    drawn = np.zeros((count, len(names)))
+    codes, names = pd.factorize(np.asarray(groups, object))
+    consistent = np.bincount(codes, weights=np.asarray(labels) == 1)
+    kinds = (consistent > 0).astype(int) + (consistent == np.bincount(codes))
+    return _drawn(tuple(kinds.tolist()), count, seed)[:, codes].astype(float)
+
+
+@lru_cache(maxsize=16)
+def _drawn(kinds: tuple[int, ...], count: int, seed: int) -> np.ndarray:
+    """How often each document is drawn, (count, documents). Remembered, as many models are scored on the same documents."""
+    kind, rng = np.array(kinds), np.random.default_rng(seed)
+    drawn = np.zeros((count, len(kind)), np.int16)
     for value in np.unique(kind):
         members = np.flatnonzero(kind == value)
         drawn[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=count)
-    return drawn[:, codes]
+    return drawn
 
 
 def _recalls(labels: np.ndarray, called: np.ndarray, weights: np.ndarray) -> np.ndarray:

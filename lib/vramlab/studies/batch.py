@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..environment import ROOT
+from ..paths import ROOT
 from . import STUDIES, runner
 from .claims import table
 from .lab import Lab

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from ..environment import ROOT
+from ..paths import ROOT
 from . import STUDIES
 from .evidence import Figure
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..environment import ROOT
+from ..paths import ROOT
 from .claims import Verdict, decide, read_claims
 from .evidence import Figure
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..environment import ROOT, record
+from ..environment import record
 from ..files import write_whole
+from ..paths import ROOT
 from . import claims, runner
 from .evidence import Figure
 from .gallery import GALLERY

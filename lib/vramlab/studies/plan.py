@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from ..environment import ROOT
+from ..paths import ROOT
 from ..run import run_id
 from ..sweep import combinations
 from . import STUDIES
