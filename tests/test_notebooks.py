@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -177,10 +178,12 @@ def lab(finished, tmp_path):
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     cell.source += '\nmodel, seq, weights, sharded, worlds = "tiny", 32, "", ["tiny"], [1, 8]'
     nbformat.write(notebook, source)
-    server = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--port=8931",
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--port={port}",
                                "--ServerApp.token=t", "--LabApp.news_url=None", f"--ServerApp.root_dir={tmp_path}"],
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
-    address = "http://127.0.0.1:8931"
+    address = f"http://127.0.0.1:{port}"
     for _ in range(300):
         try:
             urllib.request.urlopen(f"{address}/api?token=t").close()
@@ -198,6 +201,7 @@ def _run_in(lab: str, name: str):
     sync_api = pytest.importorskip("playwright.sync_api")
     if not CHROMIUM:
         pytest.skip("no Chromium on this machine: install the package chromium, see the README")
+    sync_api.expect.set_options(timeout=30_000)  # another test may be at work beside it
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu",
                                              "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"])
