@@ -118,6 +118,36 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_the_rest_due(sweep_file, capsy
     assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["ok", "due", "due"]
 
 
+IN_TURN = """
+import json, time
+from pathlib import Path
+from vramlab.children import take_turn
+said = [time.time()]
+take_turn()
+said.append(time.time())
+folder = Path(out_dir)
+(folder / "steps.parquet").write_text("nothing is timed any more")
+time.sleep(8)
+said.append(time.time())
+(folder / "result.json").write_text(json.dumps({"regime": regime, "outcome": "ok", "reason": "", "said": said}))
+"""
+
+
+def test_a_cells_process_starts_when_nothing_is_timed_and_works_when_the_one_before_has_ended(sweep_file, tmp_path):
+    cells = tmp_path / "cells.ipynb"
+    path = sweep_file("full", "lomo", "offload")
+    notebook = nbformat.read(cells, 4)
+    notebook.cells[1].source = IN_TURN
+    nbformat.write(notebook, cells)
+    (stale,) = (tmp_path / "out" / cell.run_id for cell in read_sweep(path, tmp_path / "out")[2] if cell.params["regime"] == "full")
+    stale.mkdir(parents=True)
+    (stale / "steps.parquet").write_text("of a run that was killed")
+    assert _sweep(path) == 0
+    (_, _, ended), (loaded, began, done), (later, last, _) = (_results(path)[name]["said"] for name in ("full", "lomo", "offload"))
+    assert loaded < ended <= began and later < done <= last
+    assert loaded > ended - 8, "not while the first was timed"
+
+
 def test_cells_that_fail_are_rows_with_their_reason_and_the_sweep_goes_on(sweep_file, capsys):
     path = sweep_file("badam", "lora", "chunkft", "full")
     assert _sweep(path, "--json") == 1

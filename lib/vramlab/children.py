@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,18 @@ def die_with(parent: int) -> None:
         return
     if os.getppid() != parent:
         os._exit(1)
+
+
+TURN = "VRAMLAB_TURN"
+"""In the environment: a file, of which a process that was started ahead of its time waits for the lock."""
+_turn: list = []
+
+
+def take_turn() -> None:
+    """Wait until no other process that was given the same `TURN` is at work; then this one is, to its end."""
+    if TURN in os.environ and not _turn:
+        _turn.append(open(os.environ[TURN], "w"))  # noqa: SIM115, the lock is held as long as it is open
+        fcntl.flock(_turn[0], fcntl.LOCK_EX)
 
 
 def worker(parent: int) -> None:

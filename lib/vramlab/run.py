@@ -20,6 +20,7 @@ import yaml
 
 from . import environment, exam, fitting, passes
 from .axes.place import alone
+from .children import take_turn
 from .factcc.checker import Checker
 from .factcc.statistics import summarise
 from .files import write_table, write_whole
@@ -127,6 +128,7 @@ def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path
     failed`) and raised; the files that are there are whole.
     """
     full = resolve(params)
+    take_turn()
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / "result.json", *folder.glob("*.part")):  # the second: of a run that was killed

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from .children import die_with
+from .children import TURN, die_with
 from .files import write_whole
 from .passes import base_of, spec_of
 from .paths import ROOT
@@ -31,6 +31,8 @@ from .runs import KILLED, outcome
 
 KEYS = {"name", "notebook", "defaults", "grid"}
 SEVERAL = "with"
+TIMED, GIVEN = "steps.parquet", "given.json"
+"""What a cell writes once nothing of it is timed any more; and what it is given, while it runs."""
 RETRY = {"failed": {"failed"}, "oom": {"oom"}, "all": {"failed", "oom"}}
 
 
@@ -123,10 +125,11 @@ def _run_all(notebook: Path, due: list[Cell], finished: int, quiet: bool) -> Non
         print(f"{finished} finished cells are kept, {len(due)} to run")
     _make_bases(due, quiet)
     with tqdm(total=len(due), unit="run", file=sys.stderr, disable=quiet, dynamic_ncols=True) as shown:
-        for cell in due:
+        ahead = None
+        for cell, following in itertools.zip_longest(due, due[1:]):
             shown.set_description(cell.run_id)
             began = time.monotonic()
-            _run(notebook, cell)
+            ahead = _run(notebook, cell, ahead or _start(notebook, cell), following)
             shown.update(1)
             if not quiet:
                 row = _row(cell)
@@ -145,40 +148,52 @@ def _make_bases(due: list[Cell], quiet: bool) -> None:
                 print(f"the base of {params['model']} could not be made: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def _run(notebook: Path, cell: Cell) -> None:
-    """One cell in a process of its own; when it ends without a result, say here how it ended."""
+def _start(notebook: Path, cell: Cell) -> subprocess.Popen:
+    """The cell's own process, which waits for its turn when it has loaded what it needs."""
     cell.folder.mkdir(parents=True, exist_ok=True)
-    (cell.folder / "result.json").unlink(missing_ok=True)
-    given = cell.folder / "given.json"
+    for old in ("result.json", TIMED):
+        (cell.folder / old).unlink(missing_ok=True)
+    given = cell.folder / GIVEN
     given.write_text(json.dumps({**cell.params, "out_dir": str(cell.folder.resolve())}))
+    environment = {**os.environ, "PLOTLY_RENDERER": "plotly_mimetype", TURN: str((cell.folder.parent / ".turn").resolve())}
     parent = os.getpid()
     with open(cell.folder / "notebook.log", "w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "vramlab.cell", str(notebook), str(cell.folder / "run.ipynb"),
-                                    str(given)], stdout=log, stderr=log, env={**os.environ, "PLOTLY_RENDERER": "plotly_mimetype"},
-                                   preexec_fn=lambda: die_with(parent))
-        try:
-            code = _wait(process)
-        except BaseException:
-            process.terminate()
+        return subprocess.Popen([sys.executable, "-m", "vramlab.cell", str(notebook), str(cell.folder / "run.ipynb"), str(given)],
+                                stdout=log, stderr=log, env=environment, preexec_fn=lambda: die_with(parent))
+
+
+def _run(notebook: Path, cell: Cell, process: subprocess.Popen, following: Cell | None) -> subprocess.Popen | None:
+    """One cell to its end; when it ends without a result, say here how it ended. Once nothing of it is timed any more, the
+    process of the one `following` is started, and returned."""
+    ahead, code = None, None
+    try:
+        while code is None:
             try:
-                process.wait(timeout=20)
+                code = process.wait(timeout=1)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            raise
-    given.unlink()
+                if _INTERRUPTED.is_set():  # an interruption that was swallowed on its way here still stops the sweep
+                    raise KeyboardInterrupt from None
+                if following and not ahead and (cell.folder / TIMED).exists():
+                    ahead = _start(notebook, following)
+    except BaseException:
+        for one in (process, ahead):
+            _stop(one)
+        raise
+    (cell.folder / GIVEN).unlink()
     if cell.outcome() is None:
         _write(cell.folder / "result.json", _ended(cell, code))
+    return ahead
 
 
-def _wait(process: subprocess.Popen) -> int:
-    """Its exit code. An interruption that was swallowed on its way here still stops the sweep."""
-    while True:
-        try:
-            return process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            if _INTERRUPTED.is_set():
-                raise KeyboardInterrupt from None
+def _stop(process: subprocess.Popen | None) -> None:
+    if process is None:
+        return
+    process.terminate()
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 _INTERRUPTED = threading.Event()
