@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
+# bytecode is made when something is first imported, and kept: pip would take half a minute for what nobody imports
+export PYTHONDONTWRITEBYTECODE :=
 # the environment's own kernel, whatever kernels the user has
 export JUPYTER_PREFER_ENV_PATH := 1
 
@@ -14,7 +16,6 @@ env: .venv/.done
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[torch,test]'
-	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true # on all cores, as pip does on one; some packages' templates are no Python
 	touch $@
 
 report: env
