@@ -128,7 +128,8 @@ def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path
     failed`) and raised; the files that are there are whole.
     """
     full = resolve(params)
-    take_turn()
+    if full["device"] != "cpu" or passes.spec_of(full).path:  # a card's memory, and published weights on the host, are one run's
+        take_turn()
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / "result.json", *folder.glob("*.part")):  # the second: of a run that was killed
@@ -168,6 +169,7 @@ def _passes(params: dict, folder: Path, progress: bool) -> dict:
     if params["checker"]:
         Checker.load(params["checker"])  # to fail now, if it does
     prepared = passes.prepare(params, progress)
+    take_turn()
     # a device with a limit: what does not fit is not trained either
     metered = passes.meter(prepared) if params["limit_mib"] else None
     sampler = Sampler(find(params["device"]))
