@@ -28,7 +28,7 @@ class Simulated:
     peak_reserved_event: int
     num_alloc_retries: int
     label: str
-    """Whether the settings were verified on a GPU."""
+    """Whether the settings' rules were verified on a GPU."""
     oom: Shortage | None
     """Why event number `len(allocated_bytes)` could not be served."""
 

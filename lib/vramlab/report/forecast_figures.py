@@ -160,7 +160,7 @@ def allocators(said: Forecasts) -> go.Figure:
     for (where, card), rows in frame.groupby([tokens, "card"], sort=False) if len(frame) else ():
         names = rows["cell"].str.split(", ", n=1).str[0]
         usual = rows.assign(name=names).drop_duplicates("name")
-        bars = [("default (verified)", usual["name"], usual["default_GiB"])]
+        bars = [("default (rules verified)", usual["name"], usual["default_GiB"])]
         bars += [(f"{setting} (not verified)", names[its.index], its["reserved_GiB"]) for setting, its in
                  rows.groupby("setting", sort=False)]
         for color, (label, x, y) in zip(SETTINGS, bars, strict=False):

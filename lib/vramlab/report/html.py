@@ -139,9 +139,9 @@ def forecast_sections(said: Forecasts) -> list[Section]:
         Section("The predicted timeline", "One step of the real model, in requested bytes; the strip is the phase, the dashed line "
                 "what the card has for the allocator. Pick a regime and a card. Reserved bytes are more: see the atlas." + only,
                 forecast_figures.timeline(cells, said.cards), forecasts.curve_table(said), device),
-        Section("Allocator what-if", "The same events under other settings of PyTorch's allocator. The default's arithmetic was "
-                "verified against recorded GPU snapshots; the others follow PyTorch's source, by which "
-                "`garbage_collection_threshold` does nothing unless `per_process_memory_fraction` is below 1." + only,
+        Section("Allocator what-if", "The same events under other settings of PyTorch's allocator. The default's rules reproduce "
+                "CUDA snapshots that others published (this project has recorded none yet); the others follow PyTorch's source, "
+                "by which `garbage_collection_threshold` does nothing unless `per_process_memory_fraction` is below 1." + only,
                 forecast_figures.allocators(said), forecasts.allocator_table(said), device,
                 [*(saved or ["In no cell here does a setting make a step fit that does not fit without it."]),
                  *forecasts.lost(said)]),
