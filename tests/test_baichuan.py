@@ -282,10 +282,8 @@ def test_initialisation_is_the_configs():
 
 FIRST_CALLS = """
 import os
-import sys
 import torch
-if sys.argv[1:] == ["ours"]:
-    import vramlab.baichuan
+import vramlab.baichuan
 torch.set_num_threads(2)
 x, wrong = torch.randn(200_000, generator=torch.Generator().manual_seed(0)), 0
 for _ in range(60):
@@ -302,5 +300,5 @@ print(wrong)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork: each try is a process that has called nothing yet")
 def test_the_first_call_of_a_function_is_as_exact_as_the_second():
     """With MKL, one first call in 10 to 30 is not, where threads share it; see `baichuan.first_calls`."""
-    said = subprocess.run([sys.executable, "-W", "ignore", "-c", FIRST_CALLS, "ours"], capture_output=True, text=True, check=True)
+    said = subprocess.run([sys.executable, "-W", "ignore", "-c", FIRST_CALLS], capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["0"]

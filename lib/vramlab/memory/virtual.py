@@ -117,8 +117,6 @@ class _Fake(FakeTensorMode, Watchable):
             self.watch = watch
 
     def dispatch(self, func, types, args=(), kwargs=None):
-        if func is _DEVICE:
-            return args[0].fake_device
         if func.namespace == "profiler":  # marks a region, about no tensor
             return func(*args, **(kwargs or {}))
         # waiting gives back the tensor itself, of which fake tensors would make another
