@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import gc
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
 from typing import Any
 
 
@@ -47,9 +49,21 @@ def side_by_side(does: Callable, asked: Sequence, jobs: int) -> Iterator[tuple[A
     dies is the error of every item that had not ended."""
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=worker, initargs=(os.getpid(),))
     try:
-        waiting = {pool.submit(does, item): item for item in asked}
+        waiting = {pool.submit(_do, does, item): item for item in asked}
         for future in as_completed(waiting):
             error = future.exception()
             yield waiting[future], None if error else future.result(), error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _do(does: Callable, item: Any) -> Any:
+    _leave_alone()
+    return does(item)
+
+
+@cache
+def _leave_alone() -> None:
+    """Once, when the libraries are there, which are half a million objects: the collector need not look at them again."""
+    gc.collect()
+    gc.freeze()

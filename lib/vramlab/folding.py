@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -55,7 +56,7 @@ def unfold(trace: Trace, seq: int, batch: int) -> Plan | None:
         return None
     if any((tokens > loop.cut.whole_up_to) != (loop.tokens > loop.cut.whole_up_to) for loop in trace.loops):
         return None
-    events = _Events(trace)
+    events = _events(trace)
     turns = [_turns(events, number, len(loop.cut.spans(tokens))) for number, loop in enumerate(trace.loops)]
     if any(found is None for found in turns):
         return None
@@ -131,6 +132,16 @@ class _Events:
         turn, left, by_all = self.turn[birth], self.had[self.loop[birth]] - self.turn[birth], self.by_all[birth]
         good = np.where(by_all, self.loop[self.outlive] < 0, (turn == 0) | (left <= 2))
         return bool((good | ~changed[self.loop[birth]]).all())
+
+
+_READ: WeakKeyDictionary[Trace, _Events] = WeakKeyDictionary()
+
+
+def _events(trace: Trace) -> _Events:
+    """Read once: a trace is asked for every size that may follow from it."""
+    if trace not in _READ:
+        _READ[trace] = _Events(trace)
+    return _READ[trace]
 
 
 def _turns(events: _Events, loop: int, count: int) -> np.ndarray | None:
@@ -239,7 +250,7 @@ class _Built:
 
 def births(trace: Trace) -> list[tuple[int, int]]:
     """For each event (loop, name): what is made in one turn and the like of it in another have the same."""
-    events = _Events(trace)
+    events = _events(trace)
     return list(zip(events.loop.tolist(), events.name.tolist(), strict=True))
 
 

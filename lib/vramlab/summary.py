@@ -125,6 +125,7 @@ def _curve(traced: Trace, rows: pd.DataFrame) -> dict:
     count = len(live)
     bins = np.arange(count) * POINTS // max(1, count)
     keep = pd.Series(live).groupby(bins).idxmax().to_numpy()
-    by_category = {name: np.where(rows["category"] == name, changes, 0).cumsum()[step][keep] for name in rows["category"].unique()}
+    code, names = pd.factorize(rows["category"])
+    by_category = {name: np.where(code == number, changes, 0).cumsum()[step][keep] for number, name in enumerate(names)}
     return {"share": [round(100 * int(at) / count, 2) for at in keep], "phase": rows["phase"].iloc[step].iloc[keep].tolist(),
             "bytes": {name: values.tolist() for name, values in by_category.items() if values.any()}}

@@ -11,8 +11,10 @@ Adapters, which add weights, are in `adapters`.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -235,16 +237,12 @@ class Chunks(_Moving):
         return [tuple(part) for part in parts if part]
 
 
-def _rows_by_chunk(param: nn.Parameter, before: int, total: int, count: int, grain: int):
+def _rows_by_chunk(param: nn.Parameter, before: int, total: int, count: int, grain: int) -> list[tuple[int, int, int]]:
     """(chunk, start, stop) runs of a parameter whose first byte is number `before` of `total`; a row, or `grain` rows
     that must stay together, belongs to the chunk in which its middle byte lies."""
     rows, row_bytes = param.shape[0], param.nbytes // param.shape[0]
-    start, current = 0, None
-    for row in range(0, rows, grain):
-        middle = before + row * row_bytes + grain * row_bytes // 2
-        chunk = min(middle * count // total, count - 1)
-        if chunk != current:
-            if current is not None:
-                yield current, start, row
-            start, current = row, chunk
-    yield current, start, rows
+    first = np.arange(0, rows, grain, np.int64)
+    middle = before + first * row_bytes + grain * row_bytes // 2
+    chunk = np.minimum(middle * count // total, count - 1)
+    starts = [0, *(1 + np.flatnonzero(np.diff(chunk))).tolist()]
+    return [(int(chunk[at]), at * grain, min(end * grain, rows)) for at, end in itertools.pairwise([*starts, len(first)])]

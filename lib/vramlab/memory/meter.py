@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -29,12 +30,16 @@ from .work import Work
 
 COLUMNS = ("t_s", "step", "event", "storage", "stream", "bytes", "live_bytes", "category", "phase", "module", "op",
            "source")
+TEXT = ("event", "category", "phase", "module", "op", "source")
+"""Of these, what is text: kept as Python's own strings, since what reads them goes row by row."""
 
 
 @dataclass
 class _Storage:
     """One storage's life. `span` counts stretches of one phase: born and freed in one is a temporary."""
 
+    number: int
+    """Of all storages."""
     serial: int
     bytes: int
     category: str
@@ -84,7 +89,8 @@ class Meter(GradientsToo):
     def __init__(self, device_type: str | None = None, workspaces: Workspaces | None = None, work: Work | None = None,
                  stream: Callable[[], int] = lambda: 0):
         super().__init__()
-        self._events: list[tuple[float, int, str, _Storage, int, str, int]] = []
+        self._events: list[tuple[float, int, str, int, int, str, int]] = []
+        self._storages: list[_Storage] = []
         self._alive: dict[int, _Storage] = {}
         self._deaths: dict[int, _Death] = {}
         self._names: dict = {}
@@ -189,8 +195,9 @@ class Meter(GradientsToo):
         return record
 
     def _born(self, size: int, category: str, op: str, host: bool) -> _Storage:
-        record = _Storage(len(self._events), size, category, self._now_in(), self._modules.current(), op, self._span, host,
-                          self._stream())
+        record = _Storage(len(self._storages), len(self._events), size, category, self._now_in(), self._modules.current(), op,
+                          self._span, host, self._stream())
+        self._storages.append(record)
         self._event("alloc", record, size)
         return record
 
@@ -208,7 +215,7 @@ class Meter(GradientsToo):
         self._event("free", record, -record.bytes)
 
     def _event(self, event: str, record: _Storage, change: int) -> None:
-        self._events.append((time.perf_counter() - self._began, self._step, event, record, change, self._now_in(),
+        self._events.append((time.perf_counter() - self._began, self._step, event, record.number, change, self._now_in(),
                              record.stream))
 
     # what came of it ------------------------------------------------------------------------------------------------
@@ -216,12 +223,19 @@ class Meter(GradientsToo):
     def frame(self) -> pd.DataFrame:
         """The timeline: one row an event, in order. Columns: `COLUMNS`. Bytes are integers; `live_bytes` is what lives on
         the device after the event; host storages are rows with category `host` that do not count in it."""
-        rows, live = [], 0
-        for t_s, step, event, record, change, phase, stream in self._events:
-            live += 0 if record.host else change
-            rows.append((t_s, step, event, record.serial, stream, abs(change), live,
-                         self._category(record), phase, record.module, record.op, "meter"))
-        return pd.DataFrame(rows, columns=COLUMNS)
+        t_s, step, event, number, change, phase, stream = zip(*self._events, strict=True) if self._events else [()] * 7
+        about, change = np.array(number, np.int64), np.array(change, np.int64)
+
+        def of_storage(told: Callable, dtype: type) -> np.ndarray:
+            return np.array([told(one) for one in self._storages], dtype)[about]
+
+        live = np.where(of_storage(lambda one: one.host, bool), 0, change).cumsum()
+        columns = {"t_s": t_s, "step": step, "event": event, "storage": of_storage(lambda one: one.serial, np.int64),
+                   "stream": stream, "bytes": abs(change), "live_bytes": live, "category": of_storage(self._category, object),
+                   "phase": phase, "module": of_storage(lambda one: one.module, object),
+                   "op": of_storage(lambda one: one.op, object), "source": ["meter"] * len(about)}
+        kinds = {"t_s": float, **dict.fromkeys(TEXT, object)}
+        return pd.DataFrame({name: pd.Series(columns[name], dtype=kinds.get(name, np.int64)) for name in COLUMNS})
 
     @staticmethod
     def _category(record: _Storage) -> str:
@@ -237,7 +251,7 @@ class Meter(GradientsToo):
 
     def work(self, step: int) -> dict[str, dict]:
         """phase -> what one step computed and moved, see `Work.of_step`; nothing without `work`."""
-        kept = {record.serial for _, _, _, record, *_ in self._events
+        kept = {record.serial for record in self._storages
                 if record.survived or self._category(record) not in ("activations", "temporaries", "workspace")}
         return {} if self._work is None else self._work.of_step(step, kept.__contains__)
 

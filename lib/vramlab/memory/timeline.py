@@ -36,11 +36,12 @@ def peak_event(frame: pd.DataFrame, step: int | None = None) -> int:
 
 def alive_after(frame: pd.DataFrame, event: int) -> Counter:
     """Device bytes alive after event number `event`, by (module, category, op)."""
-    rows = frame.iloc[: event + 1][on_device(frame)[: event + 1]]
+    rows = frame.iloc[: event + 1].drop_duplicates("storage", keep="last")  # alive is what was made last
+    rows = rows[(rows["event"].to_numpy() == "alloc") & on_device(rows) & (rows["bytes"].to_numpy() > 0)]
     alive: Counter = Counter()
-    for owner, change in zip(zip(rows["module"], rows["category"], rows["op"], strict=True), signed(rows).tolist(), strict=True):
-        alive[owner] += change
-    return Counter({owner: size for owner, size in alive.items() if size > 0})
+    for *owner, size in zip(*(rows[name].tolist() for name in ("module", "category", "op", "bytes")), strict=True):
+        alive[tuple(owner)] += size
+    return alive
 
 
 def peak(frame: pd.DataFrame, step: int | None = None) -> dict:
