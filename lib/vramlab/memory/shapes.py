@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 Made = tuple[torch.Size, tuple[int, ...], int, torch.dtype, torch.device]
@@ -37,8 +37,8 @@ class Shapes:
         kind = self._kinds.get(func)
         if kind is None:
             kind = self._kinds[func] = _kind(func)
-        key = _asked((func, args, kwargs)) if kind else _UNKNOWN
-        if key is _UNKNOWN:
+        key = _key((func, args, kwargs)) if kind else None
+        if key is None:
             return work_out()
         found = _KNOWN.get(key)
         if found is not None:
@@ -61,8 +61,7 @@ class Shapes:
     def _tensor(self, viewed: Tensor | None, shape, stride, offset: int, dtype: torch.dtype, device: torch.device) -> FakeTensor:
         bare = torch.empty_strided(shape if viewed is None else (0,) * len(shape), stride, dtype=dtype, device="meta")
         if viewed is not None:
-            with in_kernel_invocation_manager(self._mode):
-                bare.set_(viewed.untyped_storage(), viewed.storage_offset() + offset, shape, stride)
+            bare.set_(viewed.untyped_storage(), viewed.storage_offset() + offset, shape, stride)
         return self._fake(bare, device)
 
     def alias(self, of: FakeTensor) -> FakeTensor:
@@ -104,27 +103,37 @@ def _kind(func) -> str:
 _VIEWS = ("views", "views, some")
 _BY_PLACE = ("resize", "as_strided")
 """Names of operations that may ask where in its storage a tensor begins."""
-_UNKNOWN = object()
+
+
+class _Unknown(Exception):
+    pass
+
+
+def _key(given: tuple) -> tuple | None:
+    """What was given, as something that can be looked up; None where more may decide a shape."""
+    try:
+        return _asked(given)
+    except _Unknown:
+        return None
 
 
 def _asked(value):
-    """What decides the shape of what comes out, as something that can be looked up; `_UNKNOWN` where more may. Where in its storage
-    a tensor begins decides only where views of it begin, which are remembered from there on."""
+    """What decides the shape of what comes out, as something that can be looked up. Where in its storage a tensor begins decides
+    only where views of it begin, which are remembered from there on. Raises: _Unknown."""
     kind = type(value)
-    if kind in _PLAIN:
-        return kind, value
     if kind is FakeTensor:
         if value.constant is not None or value.layout is not torch.strided:
-            return _UNKNOWN
+            raise _Unknown
         return value.shape, value.stride(), value.dtype, value._fake_device
+    if kind in _PLAIN:
+        return kind, value
+    if kind is tuple or isinstance(value, list | tuple):
+        return tuple(map(_asked, value))
+    if kind is dict:
+        return _asked([*value.items()]) if value else None
     if kind is torch.Generator:
         return kind
-    if isinstance(value, list | tuple):
-        inner = tuple([_asked(one) for one in value])
-        return _UNKNOWN if _UNKNOWN in inner else inner
-    if isinstance(value, dict):
-        return _asked([*value.items()]) if value else None
-    return _UNKNOWN
+    raise _Unknown
 
 
 _PLAIN = {type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format,
@@ -135,7 +144,7 @@ def _description(kind: str, made, given: tuple, key: tuple) -> tuple[Made, ...] 
     """How to make the like of `made` again; None where it is not plain new memory or a plain view, or where what was written
     has another shape now."""
     if kind.startswith("writes"):
-        return () if _asked(given) == key else None
+        return () if _key(given) == key else None
     tensors = [made] if isinstance(made, Tensor) else list(made)
     before = {tensor.untyped_storage()._cdata for tensor in tree_leaves(given) if isinstance(tensor, Tensor)}
     start = 0
