@@ -12,8 +12,10 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+import fcntl  # noqa: E402
 import json  # noqa: E402
 import shutil  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
@@ -22,11 +24,20 @@ SMALL = {"recipe": "smoke", "steps": 4, "train_items": 64, "val_items": 40, "tes
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A folder of real small runs, and one cell that ran out of memory."""
+def finished(tmp_path_factory, worker_id):
+    """A folder of real small runs, and one cell that ran out of memory. Each worker has a copy of what the first one made."""
+    base = tmp_path_factory.getbasetemp()
+    made = (base if worker_id == "master" else base.parent) / "finished-by-the-first"
+    with open(f"{made}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            os.replace(_finish(tmp_path_factory.mktemp("finished")), made)
+    return Path(shutil.copytree(made, tmp_path_factory.mktemp("finished") / "runs"))
+
+
+def _finish(folder: Path) -> Path:
     from vramlab.run import execute
 
-    folder = tmp_path_factory.mktemp("finished")
     for regime in ("zero_shot", "full", "checkpoint"):
         execute({**SMALL, "regime": regime}, folder / f"{regime}-0", progress=False)
     lost = folder / "lora-0"

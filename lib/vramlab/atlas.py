@@ -39,6 +39,8 @@ from .regime import IllegalRegime, read_regimes
 from .scaling import ENOUGH, Sizes
 
 SCHEMA = 1
+WORTH = 8
+"""So many cells are worth a process of their own, which takes some seconds to begin."""
 
 
 @dataclass(frozen=True)
@@ -114,14 +116,15 @@ def read_atlas(path: Path | str) -> Atlas:
 
 def chart(atlas: Atlas, cache_dir: Path | None = CACHE, progress: bool = True, jobs: int | None = None) -> dict:
     """Every cell of the atlas, as the plain data that `forecast.json` holds. What is kept already is read; the rest is traced
-    by `jobs` processes (one a core)."""
+    by `jobs` processes (one a core, where there is enough for each)."""
     questions, keep = atlas.questions(), Keep(atlas.held_against(), atlas.allocators, cache_dir)
     found = {question: cell for question in questions if (cell := keep.read(question)) is not None}
     rows: dict[tuple, list[Question]] = {}
     for question in questions:
         rows.setdefault((question.model, question.regime, question.weights, question.world), []).append(question)
     due = sorted((row for row in rows.values() if not found.keys() >= set(row)), key=_long)
-    for cells in _all(partial(_row, keep=keep), due, len(found), len(questions), progress, jobs or os.cpu_count() or 1):
+    jobs = jobs or min(os.cpu_count() or 1, (len(questions) - len(found)) // WORTH)
+    for cells in _all(partial(_row, keep=keep), due, len(found), len(questions), progress, jobs):
         found |= cells
     cards = {key: {"name": card.name, "capacity_bytes": card.capacity_bytes, "context_bytes": card.context_bytes,
                    "compute_capability": list(card.compute_capability)} for key, card in atlas.held_against().items()}
