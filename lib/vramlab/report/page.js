@@ -14,7 +14,7 @@ const themed = (layout) => {
   const out = merge(structuredClone(layout), changes);
   if (!layout.yaxis2) delete out.yaxis2;
   delete out.title;  // the heading says it
-  out.margin = { ...out.margin, t: out.updatemenus ? 44 : 14 };
+  out.margin = { ...out.margin, t: out.updatemenus ? 72 : 14 };  // a menu stands below the buttons that appear over a figure
   if (innerWidth < 560) { out.margin = { ...out.margin, l: 40, r: 6 }; out.font = { ...out.font, size: 10 }; }
   return out;
 };
