@@ -86,9 +86,10 @@ def test_invented_documents_say_no_sentence_of_a_real_domain_and_a_claim_agrees_
         assert agrees[row, place - 1] == float(batch["input_ids"][row, place + 1] == yes) and agrees[row, place].isnan()
 
 
-def test_an_eighth_of_the_recipes_last_stage_already_tells_claims_apart(tmp_path):
-    """The one slow test, some two minutes of one core: the standard recipe, with 150 of the 1,200 steps of its last stage. Balanced
-    accuracy of likelihood on 500 items was .75 then, and .78 and .76 by seed with 300 steps. Answers in words come later: .51 with
-    300 steps, .66 with 600, by seed .71 or .80 with all, which the record of every base says and the report prints."""
-    _, _, record = base_model(model_spec("tiny"), tmp_path, Recipe(general_steps=150), progress=False)
-    assert record["general"]["likelihood"] > 0.70
+def test_half_the_recipe_still_reaches_its_score(tmp_path):
+    """The one slow test, some 180 seconds of one core: the standard recipe with half of its last stage. On 500 items it reached
+    likelihood .79 and yes/no .66, the whole recipe .79 and, by seed, .80 or .71. Thresholds lie .04 and, for what depends on the
+    seed, .08 under that. What the whole recipe reached is in its record, which the report prints."""
+    recipe = Recipe(general_steps=Recipe().general_steps // 2)
+    _, _, record = base_model(model_spec("tiny"), tmp_path, recipe, progress=False)
+    assert record["general"]["likelihood"] > 0.75 and record["general"]["yesno"] > 0.58

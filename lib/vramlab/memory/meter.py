@@ -38,8 +38,6 @@ TEXT = ("event", "category", "phase", "module", "op", "source")
 class _Storage:
     """One storage's life. `span` counts stretches of one phase: born and freed in one is a temporary."""
 
-    number: int
-    """Of all storages."""
     serial: int
     bytes: int
     category: str
@@ -195,8 +193,8 @@ class Meter(GradientsToo):
         return record
 
     def _born(self, size: int, category: str, op: str, host: bool) -> _Storage:
-        record = _Storage(len(self._storages), len(self._events), size, category, self._now_in(), self._modules.current(), op,
-                          self._span, host, self._stream())
+        record = _Storage(len(self._events), size, category, self._now_in(), self._modules.current(), op, self._span, host,
+                          self._stream())
         self._storages.append(record)
         self._event("alloc", record, size)
         return record
@@ -215,7 +213,7 @@ class Meter(GradientsToo):
         self._event("free", record, -record.bytes)
 
     def _event(self, event: str, record: _Storage, change: int) -> None:
-        self._events.append((time.perf_counter() - self._began, self._step, event, record.number, change, self._now_in(),
+        self._events.append((time.perf_counter() - self._began, self._step, event, record.serial, change, self._now_in(),
                              record.stream))
 
     # what came of it ------------------------------------------------------------------------------------------------
@@ -223,14 +221,14 @@ class Meter(GradientsToo):
     def frame(self) -> pd.DataFrame:
         """The timeline: one row an event, in order. Columns: `COLUMNS`. Bytes are integers; `live_bytes` is what lives on
         the device after the event; host storages are rows with category `host` that do not count in it."""
-        t_s, step, event, number, change, phase, stream = zip(*self._events, strict=True) if self._events else [()] * 7
-        about, change = np.array(number, np.int64), np.array(change, np.int64)
+        t_s, step, event, serial, change, phase, stream = zip(*self._events, strict=True) if self._events else [()] * 7
+        change, about = np.array(change, np.int64), np.searchsorted([one.serial for one in self._storages], serial)
 
         def of_storage(told: Callable, dtype: type) -> np.ndarray:
             return np.array([told(one) for one in self._storages], dtype)[about]
 
         live = np.where(of_storage(lambda one: one.host, bool), 0, change).cumsum()
-        columns = {"t_s": t_s, "step": step, "event": event, "storage": of_storage(lambda one: one.serial, np.int64),
+        columns = {"t_s": t_s, "step": step, "event": event, "storage": serial,
                    "stream": stream, "bytes": abs(change), "live_bytes": live, "category": of_storage(self._category, object),
                    "phase": phase, "module": of_storage(lambda one: one.module, object),
                    "op": of_storage(lambda one: one.op, object), "source": ["meter"] * len(about)}
