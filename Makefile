@@ -1,5 +1,5 @@
 # make report: the default sweep and its report. make test: the tests. Both make the environment first, and need
-# Python 3.11 or newer and nothing else. make lab: JupyterLab on the notebooks. make bench: speeds as
+# Python 3.11 or newer and nothing else. make test-slow: the tests that take minutes. make lab: JupyterLab on the notebooks. make bench: speeds as
 # ratios. make studies: every small study, its runs and verdicts. make check: style. make gpu-check: forecasts held against the GPU that is here. make clean: start over.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # the environment's own kernel, whatever kernels the user has
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: env report test lab studies bench check gpu-check clean
+.PHONY: env report test test-slow lab studies bench check gpu-check clean
 env: .venv/.done
 
 .venv/.done: pyproject.toml constraints.txt
@@ -23,6 +23,9 @@ report: env
 
 test: env
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-slow: env
+	$(BIN)/python -m pytest -n 2 --dist load -m slow
 
 lab: env
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.news_url=None notebooks/compare.ipynb
