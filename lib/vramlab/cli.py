@@ -153,6 +153,17 @@ def _predict(args) -> int:
     return 0
 
 
+def _base(args) -> int:
+    from . import base_record
+
+    if args.make:
+        described = base_record.make(args.model, args.recipe, args.seed, progress=not args.json)
+    else:
+        described = base_record.describe(args.model, args.recipe)
+    print(json.dumps(described, indent=1) if args.json else base_record.to_text(described))
+    return 0
+
+
 def _doctor(args) -> int:
     from . import doctor
 
@@ -221,6 +232,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--gallery", type=Path, help="folder for the thinned records, for example outputs/gallery")
     sub.add_argument("--jobs", type=int, default=0, help="cells side by side (default: one a core)")
     sub.add_argument("--dry-run", action="store_true", help="count the cells and what would run")
+    sub = command("base", _base, "The base model that runs start from: its recipe, scores and seeds; or trains it again.")
+    sub.add_argument("--model", default="tiny", help="a file of params/models, or the path of one (default: tiny)")
+    sub.add_argument("--recipe", default="standard", choices=("standard", "reading"), help="default: standard")
+    sub.add_argument("--make", action="store_true", help="train it again, some five minutes; it then ships in place of the old")
+    sub.add_argument("--seed", type=int, help="with --make: another seed, which adds a row to the table and ships nothing")
     command("doctor", _doctor, "What this machine can measure, what it cannot, and why.")
     sub = command("report", _report, "One self-contained HTML file from a folder of finished runs.")
     sub.add_argument("folder", type=Path, help="for example outputs/quick")

@@ -18,7 +18,7 @@ from .axes import rounding
 from .axes.adapters import link
 from .axes.place import Fsdp, alone
 from .baichuan import BaichuanTokenizer, ModelSpec, load_model, read_model_file
-from .base import Recipe, base_model, random_model
+from .base import base_model, random_model
 from .dataset import Dataset, dataset
 from .factcc.prompt import training_batches
 from .logits import LogitWatch
@@ -32,6 +32,7 @@ from .memory.sampler import Sampler
 from .observer import Observer, clock
 from .paths import CACHE, ROOT
 from .progress import bar
+from .recipe import Recipe
 from .regime import Regime, read_row, regime_row
 from .split import sides
 from .trainer import Batch, Schedule, Trainer

@@ -1,0 +1,94 @@
+"""The bases that ship with the project: trained again by one command, with a table of what other seeds and CPUs reach.
+
+A recipe is only good when what it reaches hangs neither on the seed nor on how a CPU sums. So beside the shipped weights
+stands one row for each (seed, CPU capability) that was tried; `ATEN_CPU_CAPABILITY=default` imitates a plain CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from .baichuan import ModelSpec
+from .base import write_base
+from .factcc.statistics import MODEL_SCORINGS
+from .files import intact, seal, write_whole
+from .passes import model_spec
+from .paths import BASES, CACHE
+from .recipe import Recipe
+
+SEEDS = "seeds.json"
+ROW = ("seed", "cpu_capability", "threads", "torch", "general", "intervals", "items", "made_in_s")
+
+
+def make(model: str, recipe_name: str, seed: int | None, progress: bool) -> dict:
+    """Train the base of `model` and add its row to the table; with the recipe's own seed (`seed` None) its weights are
+    shipped in place of the old. Returns what `describe` does. Raises: ValueError, for an unknown model or recipe."""
+    spec, recipe = model_spec(model), Recipe.named(recipe_name)
+    recipe = recipe if seed is None else replace(recipe, seed=seed)
+    folder = BASES / f"{spec.name}-{recipe_name}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
+        made = Path(partial, "made")
+        made.mkdir()
+        write_base(spec, recipe, CACHE, made, progress)
+        record = json.loads((made / "recipe.json").read_text())
+        rows = [row for row in _rows(folder, spec, recipe_name) if _key(row) != _key(_row(record))] + [_row(record)]
+        if seed is None:
+            seal(made)
+            shutil.rmtree(folder, ignore_errors=True)
+            made.rename(folder)
+    folder.mkdir(exist_ok=True)
+    write_whole(folder / SEEDS, json.dumps(sorted(rows, key=_key), indent=1))
+    return describe(model, recipe_name)
+
+
+def describe(model: str, recipe_name: str) -> dict:
+    """The shipped base as plain data: its record, whether its files are intact and its recipe is today's, and `seeds`, a
+    row for each (seed, CPU capability). Raises: FileNotFoundError, where none ships."""
+    spec = model_spec(model)
+    folder = BASES / f"{spec.name}-{recipe_name}"
+    if not (folder / "recipe.json").exists():
+        shipped = ", ".join(sorted(path.name for path in BASES.glob("*"))) or "none"
+        raise FileNotFoundError(f"no base of model {spec.name} by recipe {recipe_name} ships (there are: {shipped}): "
+                                "train it with --make")
+    record = json.loads((folder / "recipe.json").read_text())
+    current = record["hash"] == Recipe.named(recipe_name).hash(spec)
+    return {**record, "name": folder.name, "intact": intact(folder), "current": current,
+            "seeds": _rows(folder, spec, recipe_name)}
+
+
+def _rows(folder: Path, spec: ModelSpec, recipe_name: str) -> list[dict]:
+    """The table's rows that were made by today's recipe, whatever their seed."""
+    if not (folder / SEEDS).exists():
+        return []
+    recipe = Recipe.named(recipe_name)
+    return [row for row in json.loads((folder / SEEDS).read_text())
+            if row["hash"] == replace(recipe, seed=row["seed"]).hash(spec)]
+
+
+def _row(record: dict) -> dict:
+    seed = record["recipe"]["seed"]
+    return {"hash": record["hash"], "seed": seed, **{name: record[name] for name in ROW if name != "seed"}}
+
+
+def _key(row: dict) -> tuple:
+    return row["seed"], row["cpu_capability"]
+
+
+def to_text(described: dict) -> str:
+    """`describe`'s answer as lines for a terminal."""
+    state = "intact" if described["intact"] else "DAMAGED: git checkout brings it back"
+    recipe = "today's recipe" if described["current"] else "an older recipe than today's: vramlab base --make"
+    lines = [f"{described['name']}: {described['parameters']:,} parameters, {recipe}, hash {described['hash']}, {state}",
+             f"balanced accuracy on {described['items']:,} held-out claims of the general domain, 95 % interval over documents:",
+             f"{'seed':>4}  {'CPU':<8}" + "".join(f"{name:>22}" for name in MODEL_SCORINGS) + f"{'trained in':>13}"]
+    for row in described["seeds"]:
+        scores = (f"{row['general'][name]:.3f} [{row['intervals'][name][0]:.3f}, {row['intervals'][name][1]:.3f}]"
+                  for name in MODEL_SCORINGS)
+        lines.append(f"{row['seed']:>4}  {row['cpu_capability']:<8}" + "".join(f"{score:>22}" for score in scores)
+                     + f"{row['made_in_s']:>11.0f} s")
+    return "\n".join(lines)
