@@ -1,16 +1,17 @@
-"""Every test runs offline and on one thread: on shared cores a second one spends its time waiting for its turn."""
+"""Every test runs offline and, unless OMP_NUM_THREADS says otherwise, on one thread: on shared cores a second one spends its
+time waiting for its turn."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see vramlab, which is imported after torch here
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")
 
 import torch  # noqa: E402
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 import fcntl  # noqa: E402
 import json  # noqa: E402
