@@ -21,13 +21,13 @@ class Recipe:
     drill_batch: int = 32
     echo_steps: int = 300
     invented_steps: int = 300
-    general_steps: int = 1200
+    general_steps: int = 2600
     lr: float = 3e-3
     answer_weight: float = 1.0
     """With less than 1 for answers and agreement, the judging of claims, which is learned last, is cut off half-way: what a
     base then reaches hangs on its seed and on the CPU."""
     agrees_weight: float = 1.0
-    average_steps: int = 200
+    average_steps: int = 400
     """The base is the mean of the weights after each of the last stage's last so many steps; 0 is the last weights alone."""
     embedding_std: float = 0.4
     """Embeddings begin this wide: Adam moves every weight by its learning rate, and narrow ones would be new each step,
