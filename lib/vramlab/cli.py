@@ -58,13 +58,12 @@ def _items(args) -> int:
 def _replay(args) -> int:
     from .memory.replay import replay_file
 
-    found = replay_file(args.snapshot, args.device, args.max_mib << 20).as_dict()
+    outcome = replay_file(args.snapshot, args.device, args.max_mib << 20).as_dict(args.tolerance)
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(outcome, indent=1))
     else:
-        for key, value in found.items():
-            print(f"{key}: {json.dumps(value)}")
-    return 0
+        print("\n".join(value if key == "verdict" else f"{key}: {json.dumps(value)}" for key, value in outcome.items()))
+    return 0 if outcome["agrees"] else 1
 
 
 def _sweep(args) -> int:
@@ -203,6 +202,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("snapshot", type=Path, help="a pickle of torch.cuda.memory._dump_snapshot; none of it is run")
     sub.add_argument("--device", type=int, help="default: the only device with events")
     sub.add_argument("--max-mib", type=int, default=1024, help="largest file that is read (default: 1024 MiB)")
+    sub.add_argument("--tolerance", type=float, default=0.01, help="relative error of peak reserved bytes and of bytes allocated at "
+                     "the end that still counts as agreement (default: 0.01); beyond it the exit code is 1")
     sub = command("sweep", _sweep, "Every cell of a sweep through papermill, resumable, then the report.")
     sub.add_argument("path", type=Path, help="for example params/quick.yml")
     sub.add_argument("--out", type=Path, help="default: outputs/<name of the sweep>")

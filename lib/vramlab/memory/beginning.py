@@ -18,8 +18,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from .allocator import Allocator
-from .settings import SMALL_BYTES, SMALL_SEGMENT_BYTES, Settings
-from .snapshot import GROWS, SHRINKS, Event, Segment, Snapshot
+from .budget import in_time
+from .settings import BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYTES, Settings
+from .snapshot import DUMP, GROWS, SHRINKS, Event, Segment, Snapshot
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class _Used:
 
 
 def stream_of(item: Event | Segment) -> object:
-    """Streams and private pools have free blocks of their own; both names together are a stream of the simulator."""
-    return item.stream if item.pool_id in (None, (0, 0)) else (item.stream, item.pool_id)
+    """Streams and private pools have free blocks of their own; both names together are a stream of the simulator. They are a
+    string, because a file can choose pairs of numbers whose hashes are all the same."""
+    return item.stream if item.pool_id in (None, (0, 0)) else f"{item.stream} in pool {item.pool_id}"
 
 
 def adopt_beginning(allocator: Allocator, snapshot: Snapshot) -> None:
@@ -65,19 +67,28 @@ def adopt_beginning(allocator: Allocator, snapshot: Snapshot) -> None:
 
 
 def _ranges(snapshot: Snapshot) -> list[_Range]:
-    """Sorted by address."""
-    told = any(event.pool_id is not None for event in snapshot.events)  # old traces do not name pools: then no one does
-    ranges = sorted((_Range(s.address, s.address + s.bytes, stream_of(s) if told else s.stream, s.small)
-                     for s in snapshot.segments), key=lambda part: part.start)
-    for event in reversed(snapshot.events):
+    """Sorted by address, and apart. Raises: ValueError."""
+    names_pools = any(event.pool_id is not None for event in snapshot.events)  # old traces do not: then no one does
+    ranges: list[_Range] = []
+    for s in in_time(snapshot.segments):
+        _insert(ranges, _Range(s.address, s.address + s.bytes, stream_of(s) if names_pools else s.stream, s.small))
+    for event in in_time(snapshot.events[::-1]):
         end = event.address + event.bytes
         if event.action in GROWS:
             _subtract(ranges, event.address, end)
         elif event.action in SHRINKS:
             small = event.bytes == SMALL_SEGMENT_BYTES if event.action == "segment_free" else None
-            at = bisect_left(ranges, event.address, key=lambda part: part.start)
-            ranges.insert(at, _Range(event.address, end, stream_of(event), small))
+            _insert(ranges, _Range(event.address, end, stream_of(event), small))
     return ranges
+
+
+def _insert(ranges: list[_Range], part: _Range) -> None:
+    at = bisect_left(ranges, part.start, key=lambda other: other.start)
+    for other in ranges[max(at - 1, 0) : at + 1]:
+        if other.start < part.end and part.start < other.end:
+            raise ValueError(f"the memory at {max(part.start, other.start):#x} belongs to two segments at once: the trace lacks "
+                             f"segment_alloc entries; record it again with {DUMP}, without skip_actions")
+    ranges.insert(at, part)
 
 
 @dataclass(frozen=True)
@@ -174,7 +185,8 @@ def _fit_into(ranges: list[_Range], snapshot: Snapshot, settings: Settings) -> d
             if room - size < rest:
                 size = room
             else:  # blocks are cut from the front of a free one: the first that was shows where it began
-                near = later[bisect_right(later, address + size) : bisect_left(later, address + size + rest)]
+                first = bisect_right(later, address + size)  # blocks begin at multiples of BLOCK_BYTES
+                near = later[first : min(first + int(rest) // BLOCK_BYTES + 1, bisect_left(later, address + size + rest))]
                 size = next((front - address for front in near if first_allocated[front] < block.completed), size)
         placed[starts[at]].append((address, min(size, room), address))
     return placed

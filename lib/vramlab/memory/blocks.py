@@ -11,6 +11,8 @@ from collections.abc import Callable, Hashable, Iterator
 
 from .settings import SEGMENT_STEP_BYTES
 
+SLOTS, SLOT_BYTES = 1 << 20, 1 << 45  # more segments than a device can have, each smaller than a slot
+
 
 class Block:
     """A stretch of one segment. `active`: handed out, or freed and still awaited by another stream. `origin`: address from
@@ -78,8 +80,11 @@ class Pool:
 class Device:
     """What the driver has handed out. Units: bytes.
 
-    Not exact: a real driver chooses addresses and reuses freed ones; here they only grow. Addresses matter where two free
-    blocks are equally large. A capacity is all that is left for the allocator, and none of it is lost to fragmentation.
+    `recorded`: segments of a trace that come next, as (address, bytes); a new segment of that size gets that address. Where
+    nothing is recorded addresses are made up, because a real driver chooses them and reuses freed ones. This matters where two
+    free blocks are equally large: the allocator takes the one at the lower address. `stride`: with 1 each new segment lies
+    above all others; with another odd number the n-th lies in slot n * stride modulo `SLOTS`, another order of addresses.
+    Not exact: a capacity is all that is left for the allocator, and none of it is lost to fragmentation.
     """
 
     def __init__(self, capacity_bytes: int | None = None):
@@ -87,7 +92,10 @@ class Device:
         self.reserved_bytes = self.peak_reserved_bytes = 0
         self.tell: Callable[[str, int, int, Hashable], object] = lambda action, address, size, stream: None
         """Hears of every segment: (action as torch's history has it, address, bytes, stream)."""
-        self._next_address = SEGMENT_STEP_BYTES
+        self.recorded: list[tuple[int, int]] = []
+        self.stride = 1
+        self._occupied: list[tuple[int, int]] = []  # (start, end), sorted and apart
+        self._next_address, self._segments_placed = SEGMENT_STEP_BYTES, 0
 
     def take(self, size: int) -> bool:
         """Reserve, or say that there is no room."""
@@ -102,11 +110,25 @@ class Device:
         self.reserved_bytes -= size
 
     def place(self, size: int) -> int:
-        """An address range nobody has used."""
-        address = self._next_address
-        self.occupied_until(address + size)
+        """The address of a new segment: as recorded where that is free, else made up."""
+        recorded = (start for start, length in self.recorded if length == size and self._vacant(start, start + length))
+        address = next(recorded, None)
+        if address is None:
+            self._segments_placed += 1
+            slot = self._segments_placed * self.stride % SLOTS
+            address = self._next_address if self.stride == 1 else slot * SLOT_BYTES
+        self.occupy(address, size)
         return address
 
-    def occupied_until(self, address: int) -> None:
-        """Addresses below this one are taken."""
-        self._next_address = max(self._next_address, -(-address // SEGMENT_STEP_BYTES) * SEGMENT_STEP_BYTES)
+    def _vacant(self, start: int, end: int) -> bool:
+        at = bisect_left(self._occupied, (end,))
+        return at == 0 or self._occupied[at - 1][1] <= start
+
+    def occupy(self, address: int, size: int) -> None:
+        """These addresses are a segment's, until `vacate`."""
+        insort(self._occupied, (address, address + size))
+        self._next_address = max(self._next_address, -(-(address + size) // SEGMENT_STEP_BYTES) * SEGMENT_STEP_BYTES)
+
+    def vacate(self, address: int) -> None:
+        """The segment that begins at this address is gone."""
+        del self._occupied[bisect_left(self._occupied, (address,))]

@@ -100,7 +100,7 @@ class ExpandableSegments:
             block, rest = rest, rest.cut(size)
             blocks.append(block)
         self._leave_unmapped(rest)
-        self.device.occupied_until(end)
+        self.device.occupy(start, end - start)
         return blocks
 
     def shrink(self, pool: Pool) -> None:
@@ -137,6 +137,7 @@ class ExpandableSegments:
             self._leave_unmapped(block)
         else:
             self.heads.remove(block)
+            self.device.vacate(block.address)
 
     def release_oversize(self, pool: Pool, size: int) -> bool:
         """Expandable blocks are not returned one by one."""

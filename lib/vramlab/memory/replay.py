@@ -2,24 +2,30 @@
 
 From the trace the simulator is fed allocations and frees, and the moments at which cached memory was returned to the
 device, because no trace says who asked for it (the program, or the driver by refusing); an allocation for which the device
-was asked right then is taken to the device. Everything else, most of all when a new segment is needed and how large it is,
-it has to find by itself; the recorded segment events are the truth it is held against.
+was asked right then is taken to the device, and a segment that the simulator needs when the trace has one of that size gets
+the recorded address, because addresses decide which of several equally large free blocks is used. Everything else, most of
+all when a new segment is needed and how large it is, it has to find by itself; the recorded segment events are the truth it
+is held against.
 
-Not exact: what was there before recording began (`beginning`). Which of several equally large free blocks is used depends
-on addresses, which the driver chose. CUDA graphs' pools are kept apart but returned like others. An expandable segment
-never runs out of addresses. Garbage collection is not replayed: its trigger is in no snapshot.
+Not exact: what was there before recording began (`beginning`). CUDA graphs' pools are kept apart but returned like others.
+An expandable segment never runs out of addresses. Garbage collection is not replayed: its trigger is in no snapshot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 
 from .allocator import Allocator
 from .beginning import adopt_beginning, stream_of
+from .budget import in_time
 from .settings import Settings
-from .snapshot import GROWS, MAX_BYTES, SHRINKS, Event, Snapshot, read_snapshot
+from .snapshot import DUMP, GROWS, MAX_BYTES, SHRINKS, Event, Snapshot, read_snapshot
+
+TOLERANCE = 0.01
+"""Largest relative error of a replay that counts as agreement, unless the caller chooses another."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +37,77 @@ class Divergence:
     recorded_bytes: int
     simulated_bytes: int
 
+    @property
+    def cause(self) -> str:
+        """In words: what the simulator did and the recorded allocator did not."""
+        more = self.simulated_bytes > self.recorded_bytes
+        if self.action in SHRINKS:
+            return f"the simulator could return {'less' if more else 'more'} cached memory to the device than the trace returned"
+        if more:
+            return "the simulator had no cached block that fits and asked the device for more than the trace did"
+        return "the trace asked the device for more, where the simulator used a cached block or a smaller segment"
+
 
 @dataclass(frozen=True)
 class Replay:
-    """What a replay found. `max_error`: the largest difference of reserved bytes after any event, as a share of what was
-    recorded there (1.0 where nothing was). A segment event is held against the simulator after the allocation it serves."""
+    """The outcome of a replay. `max_error`: the largest difference of reserved bytes after any event, as a share of what was
+    recorded there (1.0 where nothing was). A segment event is held against the simulator after the allocation it serves.
+    Allocated bytes are in no trace; those at its end are the sum of the snapshot's blocks in use."""
 
     device: int
     events: int
     recorded_peak_bytes: int
     simulated_peak_bytes: int
+    recorded_allocated_bytes: int
+    simulated_allocated_bytes: int
     max_error: float
     first_divergence: Divergence | None
+    before_bytes: int
+    """Reserved when the recording began; which blocks lay there is reconstructed."""
+    missing_bytes: int
+    """What the snapshot's segments have more (or less, negative) than the entries of the trace leave at its end: 0, unless
+    segment entries were not recorded."""
+    growths: int
+    """Entries with which the trace asks the device for memory."""
 
-    def as_dict(self) -> dict:
-        found = self.first_divergence
-        return {"device": self.device, "events": self.events,
+    @property
+    def error(self) -> float:
+        """The larger relative error of peak reserved bytes and of bytes allocated at the end."""
+        return max(_relative(self.recorded_peak_bytes, self.simulated_peak_bytes),
+                   _relative(self.recorded_allocated_bytes, self.simulated_allocated_bytes))
+
+    def agrees(self, tolerance: float = TOLERANCE) -> bool:
+        """Whether `error` is at most `tolerance`, and the trace complete enough to say so."""
+        return self.error <= tolerance and not self.missing_bytes
+
+    def verdict(self, tolerance: float = TOLERANCE) -> str:
+        """One sentence."""
+        first, errors = self.first_divergence, f"peak reserved and final allocated bytes are off by at most {self.error:.2%}"
+        if self.missing_bytes:
+            return (f"cannot be judged: the segments at the end have {self.missing_bytes:+,} bytes against what the trace accounts "
+                    f"for, so segment entries are missing; record it again with {DUMP}, without skip_actions")
+        if first is None and not self.error:
+            checked = "" if self.growths else ("; the trace asks the device for nothing (it began late, or skip_actions left "
+                                               "segment_alloc out), so only cached memory was checked")
+            return f"exact: recorded and simulated reserved bytes agree after each of {self.events:,} events{checked}"
+        words = f"{'within' if self.agrees(tolerance) else 'beyond'} {tolerance:.2%}: {errors}"
+        if first is None:
+            return f"{words}; reserved bytes agree after every event"
+        late = "" if not self.before_bytes else (f"; {self.before_bytes:,} bytes were reserved before the recording began, and "
+                                                 "their blocks are reconstructed")
+        return (f"{words}; diverges at event {first.event} ({first.action}), {first.recorded_bytes:,} bytes reserved and "
+                f"{first.simulated_bytes:,} simulated, because {first.cause}{late}")
+
+    def as_dict(self, tolerance: float = TOLERANCE) -> dict:
+        """Plain data. Raises: ValueError, for a tolerance that is no share."""
+        if not 0 <= tolerance < inf:
+            raise ValueError(f"tolerance is {tolerance}: it must be a number from 0 on, 0.01 for one per cent")
+        first = self.first_divergence
+        return {"verdict": self.verdict(tolerance), "agrees": self.agrees(tolerance), "tolerance": tolerance, "error": self.error,
+                "device": self.device, "events": self.events,
                 "reserved_peak_bytes": {"recorded": self.recorded_peak_bytes, "simulated": self.simulated_peak_bytes},
-                "max_error": self.max_error, "first_divergence": None if found is None else asdict(found)}
+                "allocated_end_bytes": {"recorded": self.recorded_allocated_bytes, "simulated": self.simulated_allocated_bytes},
+                "max_error": self.max_error, "first_divergence": first and {**asdict(first), "cause": first.cause}}
 
 
 def replay_file(path: Path | str, device: int | None = None, max_bytes: int = MAX_BYTES) -> Replay:
@@ -57,21 +116,34 @@ def replay_file(path: Path | str, device: int | None = None, max_bytes: int = MA
     try:
         return replay(snapshot)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {error!s:.2000}") from None
 
 
 def replay(snapshot: Snapshot) -> Replay:
-    """Raises: ValueError, for settings that are not simulated."""
+    """Raises: ValueError, for settings that are not simulated, and a trace that allocates nothing or contradicts itself."""
+    events = snapshot.events
+    if not any(event.action == "alloc" and event.bytes for event in events):
+        raise ValueError(f"none of the {len(events)} entries of device {snapshot.device} allocates memory, so there is nothing to "
+                         f"replay: record it with {DUMP} around the program's work, without skip_actions")
     allocator = Allocator(_settings(snapshot))
     adopt_beginning(allocator, snapshot)
-    recorded_peak = simulated_peak = allocator.reserved_bytes
+    before = recorded_peak = simulated_peak = allocator.reserved_bytes
     max_error, first = 0.0, None
-    for event, recorded, simulated in _levels(allocator, snapshot.events):
+    for event, recorded, simulated in _levels(allocator, events):
         recorded_peak, simulated_peak = max(recorded_peak, recorded), max(simulated_peak, simulated)
         if recorded != simulated:
-            max_error = max(max_error, abs(simulated - recorded) / recorded if recorded > 0 else 1.0)
+            max_error = max(max_error, _relative(recorded, simulated))
             first = first or Divergence(event.number, event.action, recorded, simulated)
-    return Replay(snapshot.device, len(snapshot.events), recorded_peak, simulated_peak, max_error, first)
+    end = before + sum(event.bytes * ((event.action in GROWS) - (event.action in SHRINKS)) for event in events)
+    allocated = sum(piece.bytes for segment in snapshot.segments for piece in segment.pieces if piece.state == "active_allocated")
+    return Replay(snapshot.device, len(events), recorded_peak, simulated_peak, allocated, allocator.allocated_bytes, max_error,
+                  first, before, sum(segment.bytes for segment in snapshot.segments) - end,
+                  sum(event.action in GROWS for event in events))
+
+
+def _relative(recorded: int, simulated: int) -> float:
+    """The difference as a share of what was recorded; 1.0 where nothing was."""
+    return abs(simulated - recorded) / recorded if recorded > 0 else float(simulated != recorded)
 
 
 def allocated_bytes(snapshot: Snapshot) -> dict[int, int]:
@@ -92,18 +164,20 @@ def _settings(snapshot: Snapshot) -> Settings:
 def _levels(allocator: Allocator, events: tuple[Event, ...]) -> Iterator[tuple[Event, int, int]]:
     """Reserved bytes, recorded and simulated, after each event whose consequences are complete: growth is, when the
     allocation it serves has been made; a run of returns, with its last."""
-    recorded, alive = allocator.reserved_bytes, allocator.alive()
-    for index, event in enumerate(events):
+    recorded, alive, served = allocator.reserved_bytes, allocator.alive(), _served(events)
+    for index, event in enumerate(in_time(events)):
         if event.action in GROWS:
             recorded += event.bytes
+            allocator.device.recorded.append((event.address, event.bytes))
             continue
         if event.action in SHRINKS:
             recorded -= event.bytes
             if index + 1 < len(events) and events[index + 1].action in SHRINKS:
                 continue
-            _shrink(allocator, recorded, _served(events, index))
+            _shrink(allocator, recorded, served[index])
         else:
             _feed(allocator, event, alive, cached=not _retried(events, index))
+            allocator.device.recorded.clear()
         yield event, recorded, allocator.reserved_bytes
 
 
@@ -119,12 +193,15 @@ def _retried(events: tuple[Event, ...], index: int) -> bool:
     return True
 
 
-def _served(events: tuple[Event, ...], index: int) -> Event | None:
-    """The allocation for which memory was returned at `index`: the device was asked for more, or returned more, until it."""
-    for event in events[index + 1 :]:
+def _served(events: tuple[Event, ...]) -> list[Event | None]:
+    """(events,) the allocation for which an event returned memory, if it did: the device was asked for more, or returned more,
+    until it."""
+    served, following = [], None
+    for event in reversed(events):
+        served.append(following)
         if event.action not in (*GROWS, *SHRINKS, "free_completed"):
-            return event if event.action in ("alloc", "oom") else None
-    return None
+            following = event if event.action in ("alloc", "oom") else None
+    return served[::-1]
 
 
 def _shrink(allocator: Allocator, recorded: int, served: Event | None) -> None:

@@ -38,7 +38,7 @@ class FixedSegments:
         blocks = []
         for address, size in ranges:
             self.device.take(size)
-            self.device.occupied_until(address + size)
+            self.device.occupy(address, size)
             blocks.append(self._segment(pool, address, size))
         return blocks
 
@@ -46,6 +46,7 @@ class FixedSegments:
         block.pool.remove(block)
         self.heads.remove(block)
         self.device.give_back(block.bytes)
+        self.device.vacate(block.address)
         self.device.tell("segment_free", block.address, block.bytes, block.pool.stream)
 
     def shrink(self, pool: Pool) -> None:

@@ -34,8 +34,9 @@ class Simulated:
 
 
 def simulate(events, settings: Settings = Settings(), capacity_bytes: int | None = None,  # noqa: B008, frozen
-             device_bytes: int | None = None) -> Simulated:
-    """Run events through a new allocator, which has `capacity_bytes` of a device of `device_bytes`. `events`: (kind, key,
+             device_bytes: int | None = None, stride: int = 1) -> Simulated:
+    """Run events through a new allocator, which has `capacity_bytes` of a device of `device_bytes`, whose segments land as
+    `stride` says (`blocks.Device`). `events`: (kind, key,
     bytes, stream) each, with a kind of `KINDS`, or columns `event`, `storage`, `bytes` and if there are several streams
     `stream`, as a frame of `Meter` or a mapping of arrays.
     Rows of host storages are the caller's to drop. Bytes are requests, not rounded; a free's are not read.
@@ -45,6 +46,7 @@ def simulate(events, settings: Settings = Settings(), capacity_bytes: int | None
     allocator, allocated, reserved, oom = Allocator(settings, capacity_bytes, device_bytes), [], [], None
     does = {"free": allocator.free, "free_requested": allocator.free_requested, "free_completed": allocator.free_completed,
             "empty_cache": lambda _: allocator.empty_cache()}
+    allocator.device.stride = stride
     malloc, device, after_allocated, after_reserved = allocator.malloc, allocator.device, allocated.append, reserved.append
     try:
         for kind, key, size, stream in rows(events):

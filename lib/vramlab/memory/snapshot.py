@@ -1,37 +1,49 @@
 """Reading what `torch.cuda.memory._dump_snapshot` wrote, without trusting the file.
 
 A pickle is a program. Before it runs, its bytes are walked once: only the instructions that build a snapshot's plain data
-(dicts, lists, strings, numbers, pairs of numbers) are let through, and no length or memo index may point beyond the file.
-What then runs can name no global, and its memory is bounded by a multiple of the file's size.
+(dicts, lists, strings, numbers, pairs of numbers) are let through, no length or memo index may point beyond the file, and
+numbers are no wider than they must be: among wider ones, and pairs of wide ones, are so many with the same hash that a dict of
+them takes quadratic time. What then runs can name no global, and its memory is bounded by a small multiple of the file's size.
 """
 
 from __future__ import annotations
 
 import io
-import itertools
 import pickle
 import re
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 MAX_BYTES = 1 << 30
 GROWS, SHRINKS = ("segment_alloc", "segment_map"), ("segment_free", "segment_unmap")
 ACTIONS = (*GROWS, *SHRINKS, "alloc", "free_requested", "free_completed", "oom")
+STATES = ("active_allocated", "active_awaiting_free", "active_pending_free", "inactive")
+LARGEST_BYTES = 1 << 44  # of a block or segment: more than any device has
+ENTRY_BYTES = 16  # an event or a block takes at least so many bytes of a file: four fields of at least four
+CONTAINER_BYTES = 8  # and so many bytes are written, on average, for each list or dict
 DUMP = "torch.cuda.memory._record_memory_history(max_entries=200_000, stacks='python') and torch.cuda.memory._dump_snapshot"
 
-_WHOLE = rb"K.|M..|J.{4}|\x8a(?:\x01.|\x02..|\x03.{3}|\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}|\x09.{9})"
-# one instruction of fixed length, or a pair of numbers; longer tuples would be keys whose hash takes forever
-_PLAIN = re.compile(rb"(?s:(?:" + _WHOLE + rb"){2}\x86|h.|\x94|j.{4}|" + _WHOLE + rb"|[N()}\]aesu\x88\x89]|q.|G.{8}|\x95.{8})*+")
+_SHORT = rb"K.|M..|J.{4}"
+_WHOLE = _SHORT + rb"|\x8a(?:\x01.|\x02..|\x03.{3}|\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}|\x09.{8}\0)"  # below 2**64
+# one instruction of fixed length, or a pair of short numbers; longer tuples would be keys whose hash takes forever
+_PLAIN = re.compile(rb"(?s:(?:" + _SHORT + rb"){2}\x86|h.|\x94|j.{4}|" + _WHOLE + rb"|[N()}\]aesu\x88\x89]|q.|G.{8}|\x95.{8})*+")
 _STRINGS = {0x8c: 1, 0x58: 4, 0x8d: 8}  # instruction -> width of the length before its bytes
 _LONG_PUT, _STOP, _PROTOCOL = 0x72, 0x2e, 0x80
+_PADDING = (b"", b"\0", b"\0\0", b"\0\0\0")  # behind a pickle that was cut out of a page of memory_viz
+_OTHERS = {  # how files begin that are mistaken for snapshots
+    b"\x1f\x8b": "this is gzip: gunzip it first",
+    b"version https://git-lfs": "this is a Git LFS pointer, a note in place of the snapshot: fetch the file with git lfs pull",
+    b"<": "this is a web page, as memory_viz writes with a snapshot inside: replay the .pickle that the page was made from",
+    b"PK": "this is a zip archive, as torch.save writes: torch.load it and write it again with pickle.dump",
+    b"{": f"this is JSON, not a pickle: record one with {DUMP}",
+    b"[": f"this is JSON, not a pickle: record one with {DUMP}"}
 _LONGER, _LONGEST = b"KMJGhjqr\x8a\x95", 10  # instructions that a file can end in the middle of, and the bytes of the longest
 _PICKLE_RAISES = (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
                   MemoryError, RecursionError)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Event:
     """One entry of a trace. `bytes` of a block is what was requested, before rounding."""
 
@@ -49,16 +61,16 @@ class Event:
     """What `torch.cuda.memory._set_memory_metadata` had been told last."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """A block of a segment. `state` as PyTorch writes it: active_allocated, active_awaiting_free, inactive."""
+    """A block of a segment. `state` as PyTorch writes it, one of `STATES`."""
 
     address: int
     bytes: int
     state: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Segment:
     address: int
     bytes: int
@@ -84,10 +96,12 @@ def read_snapshot(path: Path | str, device: int | None = None, max_bytes: int = 
     what is wrong with it and the way out."""
     path = Path(path)
     try:
-        raw = _load(_bytes(path, max_bytes))
-        return _snapshot(raw, device, path.stat().st_size)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        data = _bytes(path, max_bytes)
+        return _snapshot(_load(data), device, len(data))
+    except (ValueError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path}: {error!s:.2000}") from None
 
 
 def parse_snapshot(raw: dict, device: int) -> Snapshot:
@@ -95,22 +109,27 @@ def parse_snapshot(raw: dict, device: int) -> Snapshot:
     not have been asked for anything. Raises: ValueError."""
     traces = _list(raw, "device_traces", "the snapshot")
     if device >= len(traces) or not traces[device]:
-        segments = (s for s in _list(raw, "segments", "the snapshot") if s.get("device", 0) == device)
-        return Snapshot(device, (), tuple(map(_segment, segments, itertools.count())), _settings(raw.get("allocator_settings")))
+        return Snapshot(device, (), _segments(_list(raw, "segments", "the snapshot"), device), _settings(raw))
     return _snapshot(raw, device, sys.maxsize)
 
 
 def _bytes(path: Path, max_bytes: int) -> bytes:
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no snapshot {path}: record one with {DUMP}")
+    if not path.is_file():
+        raise ValueError("not a file but a folder, a pipe or a device: name the file that _dump_snapshot wrote")
     if (size := path.stat().st_size) > max_bytes:
         raise ValueError(f"{size} bytes, more than the {max_bytes} that are read: record fewer entries (max_entries) with "
                          "shorter stacks (stacks='python'), or allow more with --max-mib")
-    data = path.read_bytes()
+    with path.open("rb") as file:
+        data = file.read(size)
     if not data:
         raise ValueError(f"the file is empty: its dump did not finish; record it again with {DUMP}")
-    if data[:2] == b"\x1f\x8b":
-        raise ValueError("this is gzip: gunzip it first")
+    if other := next((words for start, words in _OTHERS.items() if data[:64].lstrip().startswith(start)), None):
+        raise ValueError(other)
+    if data.count(b"]") + data.count(b"}") > 100 + len(data) // CONTAINER_BYTES:
+        raise ValueError(f"more lists and dicts than {len(data)} bytes of a snapshot have: this is not what _dump_snapshot writes; "
+                         f"record one with {DUMP}")
     return data
 
 
@@ -131,14 +150,14 @@ def _check(data: bytes) -> None:
     """Walk the instructions without running them. Raises: ValueError."""
     at = 2 if data[0] == _PROTOCOL else 0
     while True:
-        at = _PLAIN.match(data, at).end()
+        at = _PLAIN.match(data, min(at, len(data))).end()
         op = data[at] if at < len(data) else None
         if op in _STRINGS:
             width = _STRINGS[op]
             at += 1 + width + int.from_bytes(data[at + 1 : at + 1 + width], "little")
         elif op == _LONG_PUT and int.from_bytes(data[at + 1 : at + 5], "little") < len(data):
             at += 5
-        elif op == _STOP and at == len(data) - 1:
+        elif op == _STOP and data[at + 1 :] in _PADDING:
             return
         else:
             raise ValueError(_why_not(data, at, op))
@@ -155,15 +174,18 @@ def _why_not(data: bytes, at: int, op: int | None) -> str:
 
 
 def _snapshot(raw, device: int | None, file_bytes: int) -> Snapshot:
+    if isinstance(raw, list):
+        raise ValueError("this is a list of segments without a history, as torch.cuda.memory_snapshot() returns it: record a "
+                         f"history with {DUMP}")
     traces, segments = _list(raw, "device_traces", "the snapshot"), _list(raw, "segments", "the snapshot")
     device = _device(traces, device)
-    # a list may be named many times in a few bytes: what is read must have cost the file at least a byte each
-    if len(traces[device]) + sum(len(_list(s, "blocks", "a segment")) for s in segments) > file_bytes:
-        raise ValueError(f"more events and blocks than bytes: this is not what _dump_snapshot writes; record one with {DUMP}")
+    # an entry may be named many times in a few bytes
+    entries = len(traces[device]) + sum(1 + len(_list(s, "blocks", "a segment")) for s in segments)
+    if entries * ENTRY_BYTES > file_bytes:
+        raise ValueError(f"{entries} events, segments and blocks in {file_bytes} bytes, fewer than {ENTRY_BYTES} each: this is not "
+                         f"what _dump_snapshot writes; record one with {DUMP}")
     events = (_event(entry, number) for number, entry in enumerate(traces[device]))
-    return Snapshot(device, tuple(event for event in events if event is not None),
-                    tuple(_segment(s, number) for number, s in enumerate(segments) if s.get("device", 0) == device),
-                    _settings(raw.get("allocator_settings")))
+    return Snapshot(device, tuple(event for event in events if event is not None), _segments(segments, device), _settings(raw))
 
 
 def _device(traces: list, device: int | None) -> int:
@@ -188,7 +210,8 @@ def _event(entry, number: int) -> Event | None:
     if action not in ACTIONS:
         return None
     address = 0 if action == "oom" else _whole(entry, "addr", what)
-    return Event(number, action, address, _whole(entry, "size", what), _whole(entry, "stream", what),
+    size = _whole(entry, "size", what, least=action in (*GROWS, *SHRINKS), most=LARGEST_BYTES)
+    return Event(number, action, address, size, _whole(entry, "stream", what),
                  _pool_id(entry.get("pool_id")), *_told(entry))
 
 
@@ -197,27 +220,32 @@ def _told(entry: dict) -> tuple[int | None, str]:
     return time_us if isinstance(time_us, int) else None, metadata if isinstance(metadata, str) else ""
 
 
+def _segments(entries: list, device: int) -> tuple[Segment, ...]:
+    """Those of one device; old snapshots do not name it."""
+    return tuple(_segment(entry, number) for number, entry in enumerate(entries)
+                 if "device" not in entry or _whole(entry, "device", f"segment {number}") == device)
+
+
 def _segment(entry: dict, number: int) -> Segment:
     what = f"segment {number}"
     address, pieces = _whole(entry, "address", what), []
     end = address
-    for block in entry["blocks"]:  # old snapshots leave out a block's address: blocks tile their segment
-        size = _whole(block, "size", f"a block of {what}")
-        pieces.append(Piece(end, size, _get(block, "state", str, f"a block of {what}")))
+    for block in _list(entry, "blocks", what):  # old snapshots leave out a block's address: blocks tile their segment
+        size = _whole(block, "size", f"a block of {what}", least=1, most=LARGEST_BYTES)
+        pieces.append(Piece(end, size, _word(block, "state", STATES, f"a block of {what}")))
         end += size
     if end - address != (size := _whole(entry, "total_size", what)):
         raise ValueError(f"{what} has {size} bytes and its blocks {end - address}; record it again with {DUMP}")
-    kind = _get(entry, "segment_type", str, what)
+    kind = _word(entry, "segment_type", ("small", "large"), what)
     return Segment(address, size, _whole(entry, "stream", what), kind == "small", entry.get("is_expandable", False) is True,
                    _pool_id(entry.get("segment_pool_id")) or (0, 0), tuple(pieces))
 
 
-def _settings(told) -> str:
-    """What the allocator was told, in the syntax of PYTORCH_ALLOC_CONF; snapshots keep it under the old name."""
-    if not isinstance(told, Mapping):
-        return ""
-    text = told.get("PYTORCH_ALLOC_CONF", told.get("PYTORCH_CUDA_ALLOC_CONF"))
-    return text if isinstance(text, str) else ""
+def _settings(raw: dict) -> str:
+    """In the syntax of PYTORCH_ALLOC_CONF; snapshots keep it under the old name, and old snapshots not at all."""
+    settings = _get(raw, "allocator_settings", dict, "the snapshot") if "allocator_settings" in raw else {}
+    names = [name for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if name in settings]
+    return _get(settings, names[0], str, "allocator_settings") if names else ""
 
 
 def _list(entry, key: str, what: str) -> list:
@@ -225,16 +253,23 @@ def _list(entry, key: str, what: str) -> list:
 
 
 def _get(entry, key: str, kind: type, what: str):
-    if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+    if not isinstance(entry, dict) or type(entry.get(key)) is not kind:  # True is no number
         has = f"{key} as {type(entry.get(key)).__name__}, not {kind.__name__}" if isinstance(entry, dict) else "no fields"
         raise ValueError(f"{what} has {has}: this is not what _dump_snapshot writes; record one with {DUMP}")
     return entry[key]
 
 
-def _whole(entry, key: str, what: str) -> int:
+def _whole(entry, key: str, what: str, least: int = 0, most: int = (1 << 64) - 1) -> int:
     value = _get(entry, key, int, what)
-    if not 0 <= value < 1 << 64:
-        raise ValueError(f"{what} has {key} {value}, which no address or size can be; record it again with {DUMP}")
+    if not least <= value <= most:
+        raise ValueError(f"{what} has {key} {value}: it must be from {int(least)} to {most}; record it again with {DUMP}")
+    return value
+
+
+def _word(entry, key: str, words: tuple[str, ...], what: str) -> str:
+    value = _get(entry, key, str, what)
+    if value not in words:
+        raise ValueError(f"{what} has {key} {value[:80]!r}: it must be one of {', '.join(words)}; record it again with {DUMP}")
     return value
 
 
