@@ -148,7 +148,8 @@ def _predict(args) -> int:
         print(json.dumps(answer, indent=1) if args.json else f"largest {args.max} that fits on {held.name}: {value}")
         return 0
     found = forecast(question, held, settings)
-    print(json.dumps(found.to_json(), indent=1) if args.json else found.words())
+    answer = {**found.to_json(), "reserved_range_bytes": found.reserved_range_bytes}
+    print(json.dumps(answer, indent=1) if args.json else found.words())
     return 0
 
 
@@ -202,8 +203,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("snapshot", type=Path, help="a pickle of torch.cuda.memory._dump_snapshot; none of it is run")
     sub.add_argument("--device", type=int, help="default: the only device with events")
     sub.add_argument("--max-mib", type=int, default=1024, help="largest file that is read (default: 1024 MiB)")
-    sub.add_argument("--tolerance", type=float, default=0.01, help="relative error of peak reserved bytes and of bytes allocated at "
-                     "the end that still counts as agreement (default: 0.01); beyond it the exit code is 1")
+    sub.add_argument("--tolerance", type=float, default=0.01, help="relative error of peak reserved bytes and of bytes allocated "
+                     "at the end that still counts as agreement (default: 0.01); beyond it the exit code is 1")
     sub = command("sweep", _sweep, "Every cell of a sweep through papermill, resumable, then the report.")
     sub.add_argument("path", type=Path, help="for example params/quick.yml")
     sub.add_argument("--out", type=Path, help="default: outputs/<name of the sweep>")

@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from .forecast import Trace, trace
 from .memory.kernels import AMPERE, Architecture
 from .memory.meter import Loop
 from .memory.settings import Settings
-from .memory.simulation import Simulated, simulate
+from .memory.simulation import STRIDES, Simulated, rows, simulate
 from .memory.timeline import signed
 from .memory.work import floor_s
 from .passes import model_file, model_spec
@@ -136,6 +136,21 @@ class Forecast:
     """No step on this card can be faster; not an estimate of the time."""
     took_s: float
 
+    @cached_property
+    def reserved_range_bytes(self) -> tuple[int, int]:
+        """Least and most of `reserved_peak_bytes` over several orders of the segments' addresses, which the driver chooses; they
+        decide which of several equally large free blocks is used. Simulates the step once for each of `STRIDES`."""
+        collects = self.card and self.fits and self.settings.collects_above_bytes(self.card.total_bytes) is not None
+        limits = (self.card.capacity_bytes, self.card.total_bytes) if collects else (None, None)
+        events, stop = list(rows(self.trace.events)), self.trace.reported.stop
+        peaks = [int(simulate(events, self.settings, *limits, stride).reserved_bytes[:stop].max()) for stride in STRIDES]
+        return min(self.reserved_peak_bytes, *peaks), max(self.reserved_peak_bytes, *peaks)
+
+    def _reserved_range_words(self) -> str:
+        """Empty where the order of addresses changes nothing."""
+        least, most = (f"{size / 2**30:.2f}" for size in self.reserved_range_bytes)
+        return f"{least} to {most} GiB, depending on where the driver places segments" if least != most else ""
+
     def to_json(self) -> dict:
         """Plain data for `--json` and the report."""
         question, card = self.question, self.card
@@ -161,6 +176,7 @@ class Forecast:
                  f"{self.question.seq} tokens",
                  f"peak allocated  {self.allocated_peak_bytes / gib:8.2f} GiB  in {self.trace.phase}",
                  f"peak reserved   {self.reserved_peak_bytes / gib:8.2f} GiB  allocator: {self.simulated.label}",
+                 *([f"  between       {words}"] if (words := self._reserved_range_words()) else []),
                  f"host memory     {self.trace.host_bytes / gib:8.2f} GiB", "at the peak:"]
         lines += [f"  {name:<14}{size / gib:8.2f} GiB" for name, size in self.ledger.items()]
         lines += ["largest owners:"] + [f"  {size / gib:6.2f} GiB  {category} {module}"
@@ -177,12 +193,13 @@ class Forecast:
 
     def takeaway(self) -> str:
         """One number, in Markdown: what is left of the card."""
+        between = f" Reserved: {words}." if (words := self._reserved_range_words()) else ""
         if self.card is None:
-            return f"**{self.reserved_peak_bytes / 2**30:.1f} GiB** reserved at the peak, predicted."
+            return f"**{self.reserved_peak_bytes / 2**30:.1f} GiB** reserved at the peak, predicted.{between}"
         flushed = " after flushing its cache" if self.fits and self.retries else ""
         return (f"**{self.margin_bytes / 2**30:+.1f} GiB** is what {self.question.name} of {self.question.model}, "
                 f"{self.question.batch} x {self.question.seq} tokens, leaves of a {self.card.name}: it "
-                f"{'fits' if self.fits else 'does not fit'}{flushed}, predicted.")
+                f"{'fits' if self.fits else 'does not fit'}{flushed}, predicted.{between}")
 
     @property
     def weights(self) -> str:

@@ -86,17 +86,17 @@ class Replay:
         if self.missing_bytes:
             return (f"cannot be judged: the segments at the end have {self.missing_bytes:+,} bytes against what the trace accounts "
                     f"for, so segment entries are missing; record it again with {DUMP}, without skip_actions")
+        cached = "" if self.growths else ("; the trace asks the device for nothing (it began late, or skip_actions left "
+                                          "segment_alloc out), so this is about cached memory alone")
         if first is None and not self.error:
-            checked = "" if self.growths else ("; the trace asks the device for nothing (it began late, or skip_actions left "
-                                               "segment_alloc out), so only cached memory was checked")
-            return f"exact: recorded and simulated reserved bytes agree after each of {self.events:,} events{checked}"
+            return f"exact: recorded and simulated reserved bytes agree after each of {self.events:,} events{cached}"
         words = f"{'within' if self.agrees(tolerance) else 'beyond'} {tolerance:.2%}: {errors}"
         if first is None:
-            return f"{words}; reserved bytes agree after every event"
+            return f"{words}; reserved bytes agree after every event{cached}"
         late = "" if not self.before_bytes else (f"; {self.before_bytes:,} bytes were reserved before the recording began, and "
                                                  "their blocks are reconstructed")
         return (f"{words}; diverges at event {first.event} ({first.action}), {first.recorded_bytes:,} bytes reserved and "
-                f"{first.simulated_bytes:,} simulated, because {first.cause}{late}")
+                f"{first.simulated_bytes:,} simulated, because {first.cause}{late}{cached}")
 
     def as_dict(self, tolerance: float = TOLERANCE) -> dict:
         """Plain data. Raises: ValueError, for a tolerance that is no share."""

@@ -12,6 +12,9 @@ from .allocator import Allocator, OutOfMemory, Shortage
 from .settings import Settings
 from .timeline import on_device
 
+STRIDES = (-1, 618_033, 414_213, 259_921, 732_051)
+"""Orders in which a forecast's segments may land instead of each above the last (`blocks.Device`): each below the last, then
+scattered by odd numbers whose multiples spread over all slots."""
 KINDS = ("alloc", "free", "free_requested", "free_completed", "empty_cache")
 
 

@@ -254,9 +254,15 @@ def _list(entry, key: str, what: str) -> list:
 
 def _get(entry, key: str, kind: type, what: str):
     if not isinstance(entry, dict) or type(entry.get(key)) is not kind:  # True is no number
-        has = f"{key} as {type(entry.get(key)).__name__}, not {kind.__name__}" if isinstance(entry, dict) else "no fields"
+        has = f"{key} as {_words(entry.get(key))}, not {kind.__name__}" if isinstance(entry, dict) else "no fields"
         raise ValueError(f"{what} has {has}: this is not what _dump_snapshot writes; record one with {DUMP}")
     return entry[key]
+
+
+def _words(value) -> str:
+    """Type and value; of containers the type alone, because a small file can claim one without end."""
+    plain = f" {value[:80]!r}" if isinstance(value, str) else f" {value!r}" if isinstance(value, int | float) else ""
+    return type(value).__name__ + plain
 
 
 def _whole(entry, key: str, what: str, least: int = 0, most: int = (1 << 64) - 1) -> int:
