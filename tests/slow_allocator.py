@@ -9,20 +9,28 @@ from __future__ import annotations
 MIB = 1 << 20
 HUGE = 1 << 43
 
+# events whose peak depends on which of two segments lies lower, because each has a free block of 10 MiB at one time
+TIE = [("alloc", "both", 20 * MIB, 0), ("free", "both", 0, 0), ("alloc", "first half", 10 * MIB, 0),
+       ("alloc", "second half", 10 * MIB, 0), ("alloc", "other segment", 10 * MIB, 0),
+       ("free", "first half", 0, 0), ("free", "other segment", 0, 0),
+       ("alloc", "either", 10 * MIB, 0), ("free", "second half", 0, 0), ("alloc", "whole", 20 * MIB, 0)]
+
 
 class Full(Exception):
     """The device is full."""
 
 
 class SlowAllocator:
-    """`reuse`: the driver gives the lowest address that is free, as real ones may, instead of one never used."""
+    """`reuse`: the driver gives the lowest address that is free, as real ones may, instead of one never used. `places`: such a
+    one lies above all others ("up"), below them ("down"), or now above and now below ("both")."""
 
     def __init__(self, expandable=False, max_split=None, large=20 * MIB, divisions=0, collect=0.0, capacity=None, reuse=False,
-                 fraction=1.0):
+                 fraction=1.0, places="up"):
         self.expandable, self.max_split, self.large, self.divisions = expandable, max_split or 1 << 62, large, divisions
         self.collect, self.capacity, self.reuse, self.fraction = collect, capacity, reuse, fraction
         self.segments, self.trace, self.retries = [], [], 0
         self.next, self.clock, self.ages = 0x7F0000000000, 0, {}
+        self.places, self.below = places, 0x7F0000000000
 
     # sizes ----------------------------------------------------------------------------------------------------------
 
@@ -139,6 +147,9 @@ class SlowAllocator:
                     break
                 at = start + length
             return at
+        if self.places == "down" or (self.places == "both" and (self.next + self.below) // MIB % 4 < 2):
+            self.below -= size
+            return self.below
         at, self.next = self.next, self.next + size
         return at
 

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import settings as budget
 
 import micro
-from slow_allocator import Full, SlowAllocator
+from slow_allocator import TIE, Full, SlowAllocator
 from vramlab.memory.allocator import Allocator, OutOfMemory, Shortage
+from vramlab.memory.blocks import Device
 from vramlab.memory.meter import Meter
 from vramlab.memory.settings import Settings
-from vramlab.memory.simulation import simulate
+from vramlab.memory.simulation import STRIDES, simulate
 from vramlab.regime import read_row
 from vramlab.trainer import Schedule, Trainer
 
@@ -27,6 +28,8 @@ ROWS = {"native": {}, "full": {"capacity": 300 * MIB}, "max_split": {"max_split"
         "expandable_full": {"expandable": True, "capacity": 300 * MIB}, "divisions": {"divisions": 4},
         "large": {"large": 32 * MIB}, "collect": {"collect": 0.6, "capacity": 350 * MIB, "fraction": 0.95},
         "collect_alone": {"collect": 0.2, "capacity": 300 * MIB}, "fraction": {"capacity": 400 * MIB, "fraction": 0.7},
+        "down": {"places": "down"}, "both": {"places": "both", "capacity": 300 * MIB},
+        "reuse": {"reuse": True, "capacity": 300 * MIB},
         "expandable_fraction": {"expandable": True, "capacity": 400 * MIB, "fraction": 0.7, "collect": 0.5},
         "everything": {"expandable": True, "large": 30 * MIB, "divisions": 2, "max_split": 40 * MIB, "capacity": 400 * MIB}}
 
@@ -133,6 +136,67 @@ def test_empty_cache_returns_only_what_is_whole():
     assert allocator.inactive_split_bytes == 15 * MIB
     allocator.empty_cache()
     assert (allocator.reserved_bytes, allocator.allocated_bytes) == (20 * MIB, 5 * MIB)
+
+
+# addresses -----------------------------------------------------------------------------------------------------------
+
+
+def _mib(allocator):
+    """Blocks of each segment by address: (MiB, in use)."""
+    return [[(block.bytes / MIB, block.state == "allocated") for block in segment.blocks] for segment in allocator.segments()]
+
+
+@pytest.mark.parametrize(("used", "blocks"), [
+    ([(0, 20)], [(20, True)]),
+    ([(0, 8), (8, 12)], [(8, True), (12, True)]),  # no block of 0 bytes between, before or behind them
+    ([(0, 8)], [(8, True), (12, False)]),
+    ([(8, 4)], [(8, False), (4, True), (8, False)]),
+    ([(8, 12)], [(8, False), (12, True)]),
+    ([], [(20, False)]),
+])
+@pytest.mark.parametrize("text", ["", "expandable_segments:True"])
+def test_memory_that_was_there_before_is_cut_exactly_at_the_blocks_in_use(text, used, blocks):
+    allocator, base = Allocator(Settings.parse(text)), 1 << 40
+    allocator.adopt(0, False, [(base, 20 * MIB)], [(base + at * MIB, size * MIB, at) for at, size in used])
+    assert _mib(allocator) == [blocks]
+    assert (allocator.reserved_bytes, allocator.allocated_bytes) == (20 * MIB, sum(size for _, size in used) * MIB)
+    assert allocator.pool(0, False).free == sorted(allocator.pool(0, False).free, key=lambda free: free[:2])
+    assert sum(free[0] for free in allocator.pool(0, False).free) == 20 * MIB - allocator.allocated_bytes
+
+
+def test_a_new_segment_lies_where_the_trace_has_one_of_its_size_unless_that_is_taken():
+    allocator, base = Allocator(), 1 << 40
+    allocator.device.recorded = [(base + 2 * MIB, 40 * MIB), (base, 20 * MIB)]
+    for key in range(3):
+        allocator.malloc(key, 20 * MIB)
+    taken = allocator.address(0)
+    assert (taken, allocator.address(1), allocator.address(2)) == (base, base + 20 * MIB, base + 40 * MIB)
+    allocator.device.recorded = [(base - 30 * MIB, 30 * MIB + 2 * MIB), (base - 32 * MIB, 32 * MIB)]
+    allocator.malloc("below", 32 * MIB)  # the first would overlap, the second ends where a segment begins
+    assert allocator.address("below") == base - 32 * MIB
+    allocator.free(0)
+    allocator.empty_cache()
+    allocator.device.recorded = [(base, 20 * MIB)]
+    allocator.malloc("again", 20 * MIB)
+    assert allocator.address("again") == base
+
+
+@pytest.mark.parametrize(("stride", "peak_mib"), [(1, 50), (-1, 30), (3, 50), ((1 << 20) - 1, 30)])
+def test_the_lower_of_two_equally_large_blocks_is_taken(stride, peak_mib):
+    """Below the other, the half of the large segment is taken, which then is not whole when all of it is needed."""
+    found = simulate(TIE, stride=stride)
+    assert (found.peak_reserved_bytes, found.peak_allocated_bytes) == (peak_mib * MIB, 30 * MIB)
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_an_order_of_addresses_has_a_slot_for_every_segment(stride):
+    device = Device()
+    device.stride = stride
+    placed = [device.place(20 * MIB) for _ in range(1000)]
+    assert len(set(placed)) == 1000 and min(placed) >= 1 << 45 and all(address % (1 << 45) == 0 for address in placed)
+    assert placed != sorted(placed) and stride % 2 == 1
+    ups = sum(one < other for one, other in pairwise(placed))
+    assert ups == 0 if stride == -1 else 200 < ups < 800
 
 
 # a full device -------------------------------------------------------------------------------------------------------
@@ -423,16 +487,18 @@ STEPS = st.lists(st.tuples(st.sampled_from(["alloc"] * 5 + ["free"] * 3 + ["requ
 
 
 def _play(allocator, slow, steps):
-    """The same program in both; yields after every step."""
+    """The same program in both, and the segments of one at the addresses of the other; yields after every step."""
     live, waiting = {}, {}
     for key, (kind, size, stream, pick) in enumerate(steps):
         if kind == "alloc":
+            begin = len(slow.trace)
             try:
                 address = slow.malloc(size, stream)
             except Full:
                 with pytest.raises(OutOfMemory):
                     allocator.malloc(key, size, stream)
             else:
+                allocator.device.recorded = [(e["addr"], e["size"]) for e in slow.trace[begin:] if e["action"] == "segment_alloc"]
                 allocator.malloc(key, size, stream)
                 live[key] = address
             still = {block[0] for segment in slow.segments for block in segment["blocks"] if block[2] == "waits"}
@@ -488,6 +554,8 @@ def test_laws_of_any_program(row, steps):
     for live, waiting in _play(allocator, slow, steps):
         _check_laws(allocator, live, waiting)
         assert (allocator.reserved_bytes, allocator.allocated_bytes) == (slow.reserved, slow.allocated)
+        if not slow.expandable:  # else addresses count from where the segment begins
+            assert {name: allocator.address(name) for name in live} == live
         assert capacity is None or allocator.reserved_bytes <= capacity
         peak = max(peak, allocator.reserved_bytes)
     assert (allocator.num_alloc_retries, allocator.peak_reserved_bytes >= peak) == (slow.retries, True)

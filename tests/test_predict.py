@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from slow_allocator import MIB, TIE
 from vramlab import predict
 from vramlab.cards import card, read_cards
 from vramlab.cli import main
 from vramlab.memory.settings import Settings
+from vramlab.memory.simulation import simulate
 from vramlab.memory.work import floor_s
 from vramlab.predict import Question, assert_peak, forecast, largest, without
 from vramlab.regime import IllegalRegime
@@ -38,6 +41,32 @@ def test_the_ledger_is_what_the_driver_would_report(full):
     assert full.ledger["weights"] == 4 * sum(p.numel() for p in _model().parameters())
     assert full.ledger["rounding"] >= 0 and full.ledger["cached"] >= 0
     assert full.trace.peak_bytes <= full.allocated_peak_bytes <= full.reserved_peak_bytes
+
+
+def _with_events(made, events, peak_mib, **changes):
+    """The same forecast of another step: these events, all of them reported."""
+    step = SimpleNamespace(events=events, reported=slice(0, len(events)))
+    return dataclasses.replace(made, trace=step, reserved_peak_bytes=peak_mib * MIB, **changes)
+
+
+def test_the_range_of_reserved_bytes_is_over_orders_of_addresses(full):
+    one = _with_events(full, [("alloc", 1, 30 * MIB, 0), ("free", 1, 0, 0), ("alloc", 2, 20 * MIB, 0)], 30)
+    assert one.reserved_range_bytes == (30 * MIB, 30 * MIB) and one._reserved_range_words() == ""
+    either = _with_events(full, TIE, 50)
+    assert (simulate(TIE).peak_reserved_bytes, either.reserved_range_bytes) == (50 * MIB, (30 * MIB, 50 * MIB))
+    words = "0.03 to 0.05 GiB, depending on where the driver places segments"
+    assert either._reserved_range_words() == words and words in either.takeaway()
+    assert words in dataclasses.replace(either, card=None).takeaway()
+    expandable = _with_events(full, TIE, 40, settings=Settings.parse("expandable_segments:True"))
+    assert expandable.reserved_range_bytes == (40 * MIB, 40 * MIB)
+
+
+def test_the_range_of_a_step_that_collects_garbage_is_of_the_card(full):
+    settings = Settings.parse("garbage_collection_threshold:0.5,per_process_memory_fraction:0.99")
+    events = [("alloc", 1, 100 * MIB, 0), ("free", 1, 0, 0), ("alloc", 2, 120 * MIB, 0)]
+    on_card = _with_events(full, events, 120, card=_card(150), settings=settings, fits=True)
+    assert on_card.reserved_range_bytes == (120 * MIB, 120 * MIB)
+    assert dataclasses.replace(on_card, fits=False).reserved_range_bytes == (120 * MIB, 220 * MIB)  # as without end
 
 
 def _model():
@@ -148,6 +177,8 @@ def test_the_command_answers_in_words_and_in_json(capsys):
     assert main(["predict", "--model", "tiny", "--seq", "128", "--batch", "2", "--card", "rtx3090", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["kind"] == "predicted" and said["fits"] and sum(said["ledger"].values()) <= card("rtx3090").total_bytes
+    least, most = said["reserved_range_bytes"]
+    assert least <= said["peak_reserved_bytes"] <= most < 1.2 * least
     assert main(["predict", "--model", "tiny", "--seq", "128", "--batch", "2", "--card", "rtx3090"]) == 0
     assert "GeForce RTX 3090: fits" in capsys.readouterr().out
 

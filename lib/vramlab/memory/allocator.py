@@ -234,19 +234,21 @@ class Allocator:
         """Begin with memory that is reserved already: `ranges` of (address, bytes), and in them the allocated blocks in `used`,
         of (address, bytes, key). Both sorted by address; blocks lie inside a range and do not overlap. `lowest`: where an
         expandable segment begins, by default its first range."""
-        pool, used = self.pool(stream, small), used[::-1]
+        pool, used, free = self.pool(stream, small), used[::-1], []
         for block in self._segments.adopt(pool, ranges, lowest):
             end = block.address + block.bytes
             while used and used[-1][0] < end:
                 address, size, key = used.pop()
                 if address > block.address:
-                    free, block = block, block.cut(address - block.address)
-                    pool.add(free)
+                    before, block = block, block.cut(address - block.address)
+                    free.append(before)
                 rest = block.cut(size) if block.bytes > size else None
                 self._hand_out(block, key)
                 block = rest
             if block is not None:
-                pool.add(block)
+                free.append(block)
+        for block in sorted(free, key=lambda block: (block.bytes, block.address)):  # each is then the pool's last
+            pool.add(block)
 
     def address(self, key: Hashable) -> int | None:
         """Where an allocation lies that is handed out or awaited; None for one of 0 bytes."""
