@@ -1,0 +1,106 @@
+"""Files of settings that people write, read so that every fault names its file and its value, in bounded time and memory.
+
+    rows = read_mapping("params/regimes.yml")
+    check_type("beta1", rows["full"]["rule"]["adamw"]["beta1"], "float")
+
+A fault is a ValueError. What YAML or JSON would read as something else than was meant is a fault too: a key that stands twice,
+a key that is not text, a number that is not finite.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import reprlib
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LIMIT_BYTES = 1 << 18
+"""Largest file that is read: twenty times the longest one in `params`."""
+TYPES = {"int": (int, "a whole number"), "float": ((int, float), "a finite number, for example 1.0e-3"), "bool": (bool, "true or false"),
+         "str": (str, "text"), "tuple[str, ...]": ((list, tuple), "a list of text")}
+"""A field's annotation -> what a file may have for it."""
+MOST = 2**53
+"""Largest whole number: beyond it a float no longer tells two of them apart."""
+
+
+class _Strict(yaml.SafeLoader):
+    def compose_node(self, parent, index):
+        """Refuses aliases, with which a short file can hold millions of values."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(problem=f"alias *{event.anchor}: write the value out", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        keys = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.tag != "tag:yaml.org,2002:str":
+                raise yaml.MarkedYAMLError(problem=f"key {_short(key.value)} is not text: put it in quotes", problem_mark=key.start_mark)
+            if key.value in keys:
+                raise yaml.MarkedYAMLError(problem=f"key {_short(key.value)} stands twice: keep one", problem_mark=key.start_mark)
+            keys.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_mapping(path: Path | str) -> dict[str, Any]:
+    """The mapping that a YAML file holds, or a JSON file, by its suffix.
+
+    Raises: FileNotFoundError; ValueError, naming the file, and the line and the key where there is one.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path}")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    with open(path, "rb") as file:
+        content = file.read(LIMIT_BYTES + 1)
+    if len(content) > LIMIT_BYTES:
+        raise ValueError(f"{path} has more than {LIMIT_BYTES} bytes: it is no file of settings")
+    try:
+        content = _parse(content.decode("utf-8-sig"), path.suffix == ".json")
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a tag such as !!int x
+        raise ValueError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} {'is empty' if content is None else f'holds {_short(content)}'}: it takes keys with values")
+    return content
+
+
+def _parse(text: str, as_json: bool) -> Any:
+    return json.loads(text, object_pairs_hook=_pairs) if as_json else yaml.load(text, _Strict)  # noqa: S506, a SafeLoader
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {_short(next(name for name in names if names.count(name) > 1))} stands twice: keep one")
+    return found
+
+
+def check_type(name: str, value: Any, kind: str) -> None:
+    """Raises: ValueError, where `value` is none that a field annotated as `kind` takes; `kind` is a key of `TYPES`, with
+    " | None" where it may be missing."""
+    if value is None and kind.endswith(" | None"):
+        return
+    types, words = TYPES[kind.removesuffix(" | None")]
+    number = isinstance(value, int | float) and types is not bool
+    wrong = not isinstance(value, types) or (number and (isinstance(value, bool) or not abs(value) <= MOST or not math.isfinite(value)))
+    if wrong or (isinstance(value, list | tuple) and not all(isinstance(item, str) for item in value)):
+        raise ValueError(f"{name} is {_short(value)}: use {words}" + (f" of at most {MOST}" if number and types is not str else ""))
+
+
+def unknown(names: Iterable[str], known: Collection[str]) -> str:
+    """`names` as text, each with the nearest of `known` where one is near: "betta1 (beta1?)"."""
+    nearest = {name: difflib.get_close_matches(name[:100], known, 1) for name in sorted(names)}
+    return ", ".join(_short(name).strip("'\"") + (f" ({match[0]}?)" if match else "") for name, match in nearest.items())
+
+
+_short = reprlib.Repr(maxstring=100, maxother=100).repr
+"""A value as an error shows it: never longer than a line or two."""
