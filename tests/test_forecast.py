@@ -18,7 +18,7 @@ from vramlab.memory.meter import Meter
 from vramlab.memory.process import peak_window
 from vramlab.memory.shapes import Shapes
 from vramlab.memory.virtual import virtual_gpu
-from vramlab.passes import model_spec
+from vramlab.parameters import model_spec
 from vramlab.regime import read_regimes, read_row
 from vramlab.trainer import Schedule, Trainer
 

@@ -28,7 +28,7 @@ from vramlab.memory.ranks import Stream, pretended_ranks
 from vramlab.memory.simulation import simulate
 from vramlab.memory.virtual import virtual_gpu
 from vramlab.observer import CATEGORIES
-from vramlab.passes import model_spec
+from vramlab.parameters import model_spec
 from vramlab.regime import ImpossibleHere, read_row, regime
 from vramlab.report.figures import COLORS
 

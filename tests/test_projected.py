@@ -15,7 +15,7 @@ from vramlab.axes.projected import Apollo, GaLore
 from vramlab.axes.rowwise import Fit
 from vramlab.forecast import trace
 from vramlab.memory.virtual import virtual_gpu
-from vramlab.passes import model_spec
+from vramlab.parameters import model_spec
 from vramlab.regime import read_row
 
 SHAPES = {"layers.0.wide": (7, 12), "layers.0.tall": (33, 5), "layers.0.square": (9, 9), "layers.0.norm": (6,), "embed": (11, 4)}

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from vramlab import study
-from vramlab.passes import model_spec
+from vramlab.parameters import model_spec
 from vramlab.regime import read_regimes, read_row
 from vramlab.report import study_figures
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from vramlab.baichuan import BaichuanForCausalLM
-from vramlab.passes import model_spec
+from vramlab.parameters import model_spec
 from vramlab.studies import lomo, lomo_figures
 from vramlab.studies.lab import Lab
 from vramlab.studies.lomo_hooks import gradients_alive, scaled_updates

@@ -33,7 +33,7 @@ from .cards import Card, read_cards
 from .children import side_by_side
 from .files import write_whole
 from .memory.settings import Settings
-from .passes import model_spec
+from .parameters import model_spec
 from .predict import CACHE, Question, traced_step
 from .regime import IllegalRegime, read_regimes
 from .scaling import ENOUGH, Sizes

@@ -20,7 +20,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from .baichuan import BaichuanForCausalLM
 from .bench_head import head_rows
 from .memory.virtual import virtual_gpu
-from .passes import model_spec
+from .parameters import model_spec
 from .regime import regime
 from .trainer import Schedule, Trainer
 

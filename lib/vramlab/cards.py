@@ -27,6 +27,8 @@ class Card:
     fp32_tflops: float
     """Without TF32, which torch leaves off."""
     gb_per_s: float
+    host_gb_per_s: float
+    """Between the card and the host, in one direction."""
     source: Mapping[str, str]
 
     @property

@@ -18,11 +18,13 @@ from .memory.kernels import AMPERE
 from .memory.process import run_in_measured_process
 from .memory.settings import Settings
 from .predict import CACHE, Question, forecast
-from .regime import ImpossibleHere, regime_row
+from .regime import ImpossibleHere
 
 LADDER = (("mixed", ""), ("full", ""), ("master", ""), ("bf16", ""), ("adam8bit", "bf16"), ("galore", "bf16"), ("badam", "bf16"),
           ("lomo", "bf16"), ("lora_checkpoint", "bf16"), ("qlora", ""))
 """(row, storage type) from much memory to little: the next regime down is the first below one's own that fits."""
+WHAT_A_ROW_IS = ("weights", "trains", "grads", "until", "rule", "place")
+"""Axes whose answers tell the rows of `LADDER` apart."""
 
 
 def changes(question: Question, settings: Settings) -> Iterator[tuple[str, Question, Settings]]:
@@ -62,13 +64,15 @@ def what_fits(question: Question, card: Card, settings: Settings = Settings(),  
 
 
 def ladder(question: Question) -> list[Question]:
-    """The rows below the question's own, in the order of `LADDER`; all of them where it is not in it."""
-    def does(asked: Question) -> tuple[str, ...]:  # as full with bf16 is bf16
-        return tuple(asked.row.values[axis] for axis in ("weights", "trains", "until", "rule", "place"))
+    """The rows below the question's own, in the order of `LADDER`; all of them where it is not in it. What the question asks for
+    beside the answers that make a row what it is, such as its model's `config`, `acts` or `clip`, it asks of them too."""
+    def does(question: Question) -> tuple[str, ...]:  # as full with bf16 is bf16
+        return tuple(question.row.values[axis] for axis in WHAT_A_ROW_IS)
 
-    rungs = [dataclasses.replace(question, axes="", regime=regime, weights=weights) for regime, weights in LADDER]
-    own = [at for at, rung in enumerate(rungs) if does(rung) == does(question)]
-    return rungs[own[0] + 1 if own else 0 :]
+    kept = {axis: value for axis, value in json.loads(question.axes or "{}").items() if axis not in WHAT_A_ROW_IS}
+    plain = [dataclasses.replace(question, axes="", regime=regime, weights=weights) for regime, weights in LADDER]
+    own = [at for at, rung in enumerate(plain) if does(rung) == does(question)]
+    return [_with(rung, kept) if kept else rung for rung in plain[own[0] + 1 if own else 0 :]]
 
 
 def _answer(change: str, question: Question, settings: Settings, card: Card, cache_dir: Path | None) -> dict:
@@ -85,7 +89,7 @@ def _answer(change: str, question: Question, settings: Settings, card: Card, cac
 def limited(capacity_bytes: int, compute_capability: tuple[int, int] = AMPERE) -> Card:
     """A card of which nothing is known but its kind and the bytes it has for the allocator. Its rates are 1: no floor of
     seconds is meant by it."""
-    return Card("limit", "the memory limit", compute_capability, capacity_bytes / 2**30, 0.0, 1.0, 1.0, 1.0, {})
+    return Card("limit", "the memory limit", compute_capability, capacity_bytes / 2**30, 0.0, 1.0, 1.0, 1.0, 1.0, {})
 
 
 def evidence(params: Mapping, record: Mapping) -> dict:
@@ -93,9 +97,7 @@ def evidence(params: Mapping, record: Mapping) -> dict:
     that ran out has no capacity to hold them against."""
     if record["capacity_bytes"] is None:
         return {**record, "would_fit": []}
-    weights = "" if "weights" in regime_row(params["regime"]) else params["weights"]
-    asked = Question(params["model"], params["regime"], params["max_length"], params["batch_size"], weights)
-    return {**record, "would_fit": asked_apart(asked, record["capacity_bytes"])}
+    return {**record, "would_fit": asked_apart(Question.of_run(params), record["capacity_bytes"])}
 
 
 def asked_apart(question: Question, capacity_bytes: int, settings: str = "", timeout_s: float = 300.0) -> list[dict]:

@@ -13,8 +13,7 @@ from .axes.head import FusedLoss
 from .baichuan.model import NormHead
 from .forecast import trace
 from .memory.virtual import virtual_gpu
-from .passes import model_spec
-from .regime import read_row, regime_row
+from .parameters import model_spec, row_of
 
 HEADS = {"linear": (False, False), "linear, fused": (False, True), "NormHead": (True, False), "NormHead, fused": (True, True)}
 """name -> (rows normalised, fused)."""
@@ -54,8 +53,8 @@ def step_bytes(model: str, regime: str, seq: int, weights: str, batch: int = 1) 
     what of the peak the head's own tensors are, its stored weight included."""
     rows, spec = [], model_spec(model)
     for name, (norm, fused) in HEADS.items():
-        row = read_row(regime, {**regime_row(regime), "head": "fused" if fused else "plain", "weights": weights})
-        found = trace(spec if norm else spec.changed({"norm_head": False}), row, seq, batch)
+        row = row_of(regime, weights, {"head": "fused" if fused else "plain"})
+        found = trace(spec.changed({"norm_head": norm}), row, seq, batch)
         own = sum(size for (module, _, _), size in found.alive.items() if "lm_head" in module)
         rows.append({"head": name, "peak_bytes": found.peak_bytes, "phase": found.phase, "head_share": own / found.peak_bytes})
     return pd.DataFrame(rows)

@@ -9,7 +9,8 @@ import torch
 
 from .baichuan import BaichuanForCausalLM
 from .factcc.prompt import IGNORED
-from .passes import model_spec, prepare
+from .parameters import model_spec
+from .passes import prepare
 from .run import resolve
 
 

@@ -1,6 +1,6 @@
 """The one place that resolves what was asked: the model and the row that a run, a forecast, a what-if or a study means.
 
-    spec = spec_of("baichuan2-7b", {"norm_head": False})
+    spec = model_spec("baichuan2-7b", {"norm_head": False})
     row = row_of("lomo", weights="bf16", axes={"acts": "keep"})
 
 One precedence: what was asked for wins over the row, the row over the model file, the model file over the axis's default. Of what
@@ -26,7 +26,7 @@ def row_of(regime: str, weights: str = "", axes: Mapping[str, Any] | None = None
     return read_row(regime, {**regime_row(regime), **({"weights": weights} if weights else {}), **(axes or {})})
 
 
-def spec_of(model: str, config: Mapping[str, Any] | None = None) -> ModelSpec:
+def model_spec(model: str, config: Mapping[str, Any] | None = None) -> ModelSpec:
     """The model called `model`, with the fields in `config` in place of its own. Raises: ValueError."""
     spec = read_model_file(model_file(model))
     return spec.changed(config) if config else spec
@@ -52,4 +52,4 @@ def run_row(params: Mapping[str, Any]) -> Regime:
 
 def run_spec(params: Mapping[str, Any]) -> ModelSpec:
     """The model of a run with these parameters, its config as the run has it. Raises: ValueError."""
-    return spec_of(params["model"], params.get("config"))
+    return model_spec(params["model"], params.get("config"))

@@ -17,7 +17,7 @@ from torch import nn
 from .axes import rounding
 from .axes.adapters import link
 from .axes.place import Fsdp, alone
-from .baichuan import BaichuanTokenizer, ModelSpec, load_model, read_model_file
+from .baichuan import BaichuanTokenizer, load_model
 from .base import base_model, random_model
 from .dataset import Dataset, dataset
 from .factcc.prompt import training_batches
@@ -30,10 +30,12 @@ from .memory.process import peak_window
 from .memory.recorder import Recorder, watching
 from .memory.sampler import Sampler
 from .observer import Observer, clock
-from .paths import CACHE, ROOT
+from .parameters import model_spec as model_spec
+from .parameters import run_row, run_spec
+from .paths import CACHE
 from .progress import bar
 from .recipe import Recipe
-from .regime import Regime, read_row, regime_row
+from .regime import Regime
 from .split import sides
 from .trainer import Batch, Schedule, Trainer
 
@@ -83,38 +85,9 @@ class Metered:
     result: dict
 
 
-def model_file(name: str) -> Path:
-    """The file of the model called `name` in params/models, or the model file at that path.
-
-    Raises: ValueError, naming the models there are.
-    """
-    folder = ROOT / "params" / "models"
-    path = Path(name) if name.endswith(".yml") else folder / f"{name}.yml"
-    if not path.exists():
-        raise ValueError(f"no model {name!r}: params/models has {', '.join(sorted(p.stem for p in folder.glob('*.yml')))}")
-    return path
-
-
-def model_spec(name: str) -> ModelSpec:
-    """What `model_file(name)` says. Raises: ValueError."""
-    return read_model_file(model_file(name))
-
-
-def spec_of(params: Mapping) -> ModelSpec:
-    """The run's model, with its config as the run has it. Raises: ValueError."""
-    return model_spec(params["model"]).changed(params.get("config") or {})
-
-
-def row_of(params: Mapping) -> Regime:
-    """The run's row with its `axes` in place of the row's; where neither names a storage type, in the one asked for.
-    Raises: IllegalRegime."""
-    row = {**regime_row(params["regime"]), **params.get("axes", {})}
-    return read_row(params["regime"], {**({"weights": params["weights"]} if params.get("weights") else {}), **row})
-
-
 def prepare(params: Mapping, progress: bool) -> Prepared:
     """Load or pre-train the base, and make the data set."""
-    return Prepared(params, row_of(params), *base_of(params, progress), dataset(params))
+    return Prepared(params, run_row(params), *base_of(params, progress), dataset(params))
 
 
 def base_of(params: Mapping, progress: bool) -> tuple[nn.Module, BaichuanTokenizer, dict]:
@@ -123,7 +96,7 @@ def base_of(params: Mapping, progress: bool) -> tuple[nn.Module, BaichuanTokeniz
 
     Raises: ValueError, for a shape whose vocabulary only the published tokenizer has.
     """
-    spec = spec_of(params)
+    spec = run_spec(params)
     if spec.path:
         record = {"path": Path(spec.path).name, "recipe": "published weights"}
         return load_model(spec.path, config=params["config"]), BaichuanTokenizer.from_pretrained(spec.path), record

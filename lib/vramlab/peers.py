@@ -33,7 +33,7 @@ from .baichuan import BaichuanForCausalLM
 from .files import write_whole
 from .memory.meter import Meter
 from .observer import Observer
-from .passes import model_spec
+from .parameters import model_spec
 from .paths import ROOT
 from .peer_loops import Job, Loop, Seen, badam, hugging_face, ours, peft_lora
 from .progress import bar

@@ -33,10 +33,10 @@ from .memory.meter import Loop
 from .memory.settings import Settings
 from .memory.simulation import STRIDES, Simulated, rows, simulate
 from .memory.timeline import signed
-from .memory.work import floor_s
-from .passes import model_file, model_spec
+from .memory.work import Floor, roofline
+from .parameters import model_file, model_spec, row_of
 from .paths import FORECASTS as CACHE
-from .regime import REGIMES_FILE, Regime, read_row, regime_row
+from .regime import REGIMES_FILE, Regime
 from .split import sides
 
 CODE = ("axes", "baichuan", "memory", "forecast.py", "observer.py", "regime.py", "trainer.py")
@@ -45,7 +45,8 @@ CODE = ("axes", "baichuan", "memory", "forecast.py", "observer.py", "regime.py",
 
 @dataclass(frozen=True)
 class Question:
-    """One cell of the atlas. `weights` replaces the row's own storage type, for example "bf16"; empty keeps it."""
+    """One cell of the atlas, its row and model resolved by `parameters`. `weights` is a storage type in place of the row's own, for
+    example "bf16"; empty keeps it."""
 
     model: str
     regime: str
@@ -57,20 +58,29 @@ class Question:
     """Ranks the model is sharded over; the forecast is rank 0's."""
     axes: str = ""
     """Answers in place of the row's, as JSON, for example '{"acts": "checkpoint"}'."""
+    config: str = ""
+    """Fields of the model's config in place of its file's, as JSON, for example '{"norm_head": false}'."""
 
     def __post_init__(self):
         for name, value in (("seq", self.seq), ("batch", self.batch), ("world", self.world)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: a step needs 1 or more")
 
+    @classmethod
+    def of_run(cls, params: Mapping, seq: int = 0) -> Question:
+        """One step of the run with these parameters, on full rows of `seq` tokens, or of the longest that the run takes."""
+        axes, config = (json.dumps(params[name], sort_keys=True) if params.get(name) else "" for name in ("axes", "config"))
+        return cls(params["model"], params["regime"], seq or params["max_length"], params["batch_size"],
+                   params.get("weights", ""), axes=axes, config=config)
+
     @property
     def row(self) -> Regime:
-        """The regime, with the storage type asked for. Raises: IllegalRegime."""
+        """The regime, as `parameters.row_of` resolves it. Raises: IllegalRegime."""
         return _row(self.regime, self.weights, self.axes, REGIMES_FILE.stat().st_mtime_ns)
 
     @property
     def spec(self) -> ModelSpec:
-        return model_spec(self.model)
+        return model_spec(self.model, json.loads(self.config or "{}"))
 
     @property
     def name(self) -> str:
@@ -79,7 +89,7 @@ class Question:
     def key(self) -> str:
         """Hash of everything a trace depends on."""
         row = self.row
-        spec = _fingerprint(self.model, model_file(self.model).stat().st_mtime_ns)
+        spec = _fingerprint(self.model, self.config, model_file(self.model).stat().st_mtime_ns)
         content = {"spec": spec, "row": row.axes(), "accumulate": row.accumulate, "clip": row.clip,
                    "seq": self.seq, "batch": self.batch, "architecture": self.architecture, "world": self.world,
                    "torch": torch.__version__, "code": _code()}
@@ -87,15 +97,14 @@ class Question:
 
 
 @cache
-def _fingerprint(model: str, _changed_ns: int) -> dict:
-    return model_spec(model).fingerprint()
+def _fingerprint(model: str, config: str, _changed_ns: int) -> dict:
+    return model_spec(model, json.loads(config or "{}")).fingerprint()
 
 
 @cache
 def _row(regime: str, weights: str, axes: str, _changed_ns: int) -> Regime:
     """Read once for each version of the file: an atlas asks hundreds of times."""
-    row = {**regime_row(regime), **json.loads(axes or "{}")}
-    return read_row(regime, {**row, "weights": weights} if weights else row)
+    return row_of(regime, weights, json.loads(axes or "{}"))
 
 
 @cache
@@ -132,8 +141,8 @@ class Forecast:
     """How often it had to flush to fit."""
     margin_bytes: int | None
     """What the card has left at the reserved peak; negative: what it lacks, flushing aside."""
-    floor_s: float | None
-    """No step on this card can be faster; not an estimate of the time."""
+    floor: Floor | None
+    """No step on this card can be faster; not an estimate of the time. None without a card."""
     took_s: float
 
     @cached_property
@@ -163,7 +172,8 @@ class Forecast:
             "peak_requested_bytes": self.trace.peak_bytes, "phase": self.trace.phase, "ledger": dict(self.ledger),
             "owners": owners, "host_bytes": self.trace.host_bytes, "fits": self.fits, "margin_bytes": self.margin_bytes,
             "num_alloc_retries": self.retries, "work": {phase: dict(work) for phase, work in self.trace.work.items()},
-            "floor_s": self.floor_s, "took_s": round(self.took_s, 2), **({"sides": self.sides()} if self.trace.crossed else {})}
+            "floor_s": self.floor_s, "floor": self.floor and {**dataclasses.asdict(self.floor), "binds": self.floor.binds},
+            "took_s": round(self.took_s, 2), **({"sides": self.sides()} if self.trace.crossed else {})}
 
     def sides(self) -> dict[str, dict[str, int]]:
         """What client and server hold where the model is cut between them, in requested bytes, see `split.sides`."""
@@ -188,7 +198,8 @@ class Forecast:
             flushed = f", after flushing its cache {self.retries} times" if self.fits and self.retries else ""
             lines += [f"{self.card.name}: {verdict}{flushed}; margin {self.margin_bytes / gib:+.2f} GiB of "
                       f"{self.card.capacity_bytes / gib:.2f}",
-                      f"no step faster than {self.floor_s:.3f} s (roofline floor, not an estimate)"]
+                      f"no step faster than {self.floor.s:.3f} s, bound by {self.floor.binds} (roofline floor, not an estimate): "
+                      f"compute {self.floor.compute_s:.3f}, memory {self.floor.memory_s:.3f}, bus {self.floor.bus_s:.3f}"]
         return "\n".join([*lines, f"took {self.took_s:.1f} s"])
 
     def takeaway(self) -> str:
@@ -200,6 +211,10 @@ class Forecast:
         return (f"**{self.margin_bytes / 2**30:+.1f} GiB** is what {self.question.name} of {self.question.model}, "
                 f"{self.question.batch} x {self.question.seq} tokens, leaves of a {self.card.name}: it "
                 f"{'fits' if self.fits else 'does not fit'}{flushed}, predicted.{between}")
+
+    @property
+    def floor_s(self) -> float | None:
+        return self.floor and self.floor.s
 
     @property
     def weights(self) -> str:
@@ -226,7 +241,8 @@ def forecast(question: Question, card: Card | None = None, settings: Settings = 
     return Forecast(
         question, card, settings, traced, free, allocated, reserved, ledger,
         held and held.oom is None, held.num_alloc_retries if held else 0, card and card.capacity_bytes - reserved,
-        card and floor_s(traced.work, card.bf16_tflops, card.fp32_tflops, card.gb_per_s), time.perf_counter() - began)
+        card and roofline(traced.work, card.bf16_tflops, card.fp32_tflops, card.gb_per_s, card.host_gb_per_s),
+        time.perf_counter() - began)
 
 
 def _alive_at(traced: Trace, event: int) -> dict[str, int]:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
-import reprlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,13 @@ import yaml
 
 LIMIT_BYTES = 1 << 18
 """Largest file that is read: twenty times the longest one in `params`."""
-TYPES = {"int": (int, "a whole number"), "float": ((int, float), "a finite number, for example 1.0e-3"), "bool": (bool, "true or false"),
-         "str": (str, "text"), "tuple[str, ...]": ((list, tuple), "a list of text")}
-"""A field's annotation -> what a file may have for it."""
 MOST = 2**53
-"""Largest whole number: beyond it a float no longer tells two of them apart."""
+"""Largest number that is taken: beyond it a float no longer tells two whole numbers apart."""
+TYPES = {"int": (int, f"a whole number, at most {MOST}"), "float": ((int, float), f"a number such as 1.0e-3, at most {MOST}"),
+         "bool": (bool, "true or false"), "str": (str, "text"), "tuple[str, ...]": ((list, tuple), "a list of text")}
+"""A field's annotation -> what a file may have for it."""
+
+TEXT = "tag:yaml.org,2002:str"
 
 
 class _Strict(yaml.SafeLoader):
@@ -39,10 +39,9 @@ class _Strict(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         keys = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if key.tag != "tag:yaml.org,2002:str":
-                raise yaml.MarkedYAMLError(problem=f"key {_short(key.value)} is not text: put it in quotes", problem_mark=key.start_mark)
-            if key.value in keys:
-                raise yaml.MarkedYAMLError(problem=f"key {_short(key.value)} stands twice: keep one", problem_mark=key.start_mark)
+            fault = "is not text: put it in quotes" if key.tag != TEXT else "stands twice: keep one" if key.value in keys else ""
+            if fault:
+                raise yaml.MarkedYAMLError(problem=f"key {short(key.value)} {fault}", problem_mark=key.start_mark)
             keys.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -68,7 +67,7 @@ def read_mapping(path: Path | str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a tag such as !!int x
         raise ValueError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} {'is empty' if content is None else f'holds {_short(content)}'}: it takes keys with values")
+        raise ValueError(f"{path} {'is empty' if content is None else f'holds {short(content)}'}: it takes keys with values")
     return content
 
 
@@ -80,7 +79,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"key {_short(next(name for name in names if names.count(name) > 1))} stands twice: keep one")
+        raise ValueError(f"key {short(next(name for name in names if names.count(name) > 1))} stands twice: keep one")
     return found
 
 
@@ -90,17 +89,25 @@ def check_type(name: str, value: Any, kind: str) -> None:
     if value is None and kind.endswith(" | None"):
         return
     types, words = TYPES[kind.removesuffix(" | None")]
-    number = isinstance(value, int | float) and types is not bool
-    wrong = not isinstance(value, types) or (number and (isinstance(value, bool) or not abs(value) <= MOST or not math.isfinite(value)))
-    if wrong or (isinstance(value, list | tuple) and not all(isinstance(item, str) for item in value)):
-        raise ValueError(f"{name} is {_short(value)}: use {words}" + (f" of at most {MOST}" if number and types is not str else ""))
+    right = isinstance(value, types) and (types is bool or not isinstance(value, bool))
+    if right and isinstance(value, int | float):
+        right = abs(value) <= MOST  # which neither NaN nor infinity is
+    if right and isinstance(value, list | tuple):
+        right = all(isinstance(item, str) for item in value)
+    if not right:
+        raise ValueError(f"{name} is {short(value)}: use {words}")
 
 
 def unknown(names: Iterable[str], known: Collection[str]) -> str:
     """`names` as text, each with the nearest of `known` where one is near: "betta1 (beta1?)"."""
     nearest = {name: difflib.get_close_matches(name[:100], known, 1) for name in sorted(names)}
-    return ", ".join(_short(name).strip("'\"") + (f" ({match[0]}?)" if match else "") for name, match in nearest.items())
+    return ", ".join(short(name).strip("'\"") + (f" ({match[0]}?)" if match else "") for name, match in nearest.items())
 
 
-_short = reprlib.Repr(maxstring=100, maxother=100).repr
-"""A value as an error shows it: never longer than a line or two."""
+def short(value: Any) -> str:
+    """A value as an error shows it, never longer than a line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        text = f"a {type(value).__name__} too long to write"
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -29,6 +29,7 @@ from .memory.energy import per_tokens
 from .memory.nvml import find
 from .memory.process import MALLOC_ENV, run_in_measured_process
 from .memory.sampler import Sampler
+from .parameters import run_row, run_spec
 from .regime import check_machine
 
 SCHEMA = 1
@@ -71,10 +72,11 @@ KNOWN_PARAMETERS: dict[str, object] = {
 `test_shifts: ""`, of generated data, of none, mild and moderate; `config` sets fields of the model's config anew, for its base
 too, for example {"norm_head": false}; `threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes
 out; `watch_logits: true` adds the highest logit, and the cross-entropy without max-z, to each step's row; `limit_mib` is all the
-device has for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is; `weights` is the storage
-type of a row that names none, for example "bf16"; `axes` are answers in place of the row's, as a row says them, for example
-{"trains": {"chunks": {"count": 64}}, "clip": 1.0}; `generate` is how many test documents of each domain and shift the trained
-model writes a claim for, 0 leaves that out; `checker` is the folder of a published judge of those claims."""
+device has for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is; `weights` is a
+storage type in place of the row's own, for example "bf16"; `axes` are answers in place of the row's, as a row says them, for
+example {"trains": {"chunks": {"count": 64}}, "clip": 1.0}, and win over `weights`, see `parameters`; `generate` is how many
+test documents of each domain and shift the trained model writes a claim for, 0 leaves that out; `checker` is the folder of a
+published judge of those claims."""
 
 
 def resolve(params: Mapping) -> dict:
@@ -93,7 +95,7 @@ def resolve(params: Mapping) -> dict:
     if full["generate"] < 0 or (full["checker"] and not full["generate"]):
         raise ValueError(f"generate is {full['generate']} and checker {full['checker']!r}: a checker judges what is written, set "
                          "generate to a number of documents, or leave both out")
-    row = passes.row_of(full)
+    row = run_row(full)
     full["lr"] = float(full["lr"]) or row.lr
     return {**full, "regime_row": row.axes(), "accumulate": row.accumulate, "clip": row.clip}
 
@@ -104,7 +106,7 @@ def config_hash(params: Mapping) -> str:
     `SCHEMA`."""
     full = resolve(params)
     said = {name: value for name, value in full.items() if name not in KNOWN_PARAMETERS or value != KNOWN_PARAMETERS[name]}
-    content = {"schema": SCHEMA, "params": said, "model": passes.spec_of(full).fingerprint(),
+    content = {"schema": SCHEMA, "params": said, "model": run_spec(full).fingerprint(),
                "items": _files(full["items"])}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -128,7 +130,7 @@ def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path
     failed`) and raised; the files that are there are whole.
     """
     full = resolve(params)
-    if full["device"] != "cpu" or passes.spec_of(full).path:  # a card's memory, and published weights on the host, are one run's
+    if full["device"] != "cpu" or run_spec(full).path:  # a card's memory, and published weights on the host, are one run's
         take_turn()
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +146,7 @@ def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path
     result = {"schema": SCHEMA, "run_id": folder.name, "regime": full["regime"], "model": full["model"],
               "measured_on": env["device"]["kind"], "device": env["device"]["name"]}
     try:
-        with alone(passes.row_of(full).place), oom.watched(full["device"]):
+        with alone(run_row(full).place), oom.watched(full["device"]):
             result |= {"outcome": "ok", "reason": "", **_passes(full, folder, progress)}
     except Exception as error:  # an interruption is none: the run is simply not there
         short = out_of_memory(error)
@@ -165,7 +167,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _passes(params: dict, folder: Path, progress: bool) -> dict:
-    check_machine(passes.row_of(params), params["device"])  # before a base is made for nothing
+    check_machine(run_row(params), params["device"])  # before a base is made for nothing
     if params["checker"]:
         Checker.load(params["checker"])  # to fail now, if it does
     prepared = passes.prepare(params, progress)

@@ -20,7 +20,7 @@ import yaml
 from .atlas import Atlas, chart
 from .baichuan import BaichuanForCausalLM, ModelSpec
 from .observer import Clock
-from .passes import model_spec
+from .parameters import model_spec
 from .predict import CACHE
 from .progress import bar
 from .regime import REGIMES_FILE, Regime, read_regimes

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from . import study
-from .passes import model_spec
+from .parameters import model_spec
 from .progress import bar
 from .regime import read_regimes
 from .report import study_figures

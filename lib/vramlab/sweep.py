@@ -24,7 +24,8 @@ import yaml
 
 from .children import TURN, die_with
 from .files import write_whole
-from .passes import base_of, spec_of
+from .parameters import run_spec
+from .passes import base_of
 from .paths import ROOT
 from .run import KNOWN_PARAMETERS, SCHEMA, config_hash, run_id
 from .runs import KILLED, outcome
@@ -141,7 +142,7 @@ def _make_bases(due: list[Cell], quiet: bool) -> None:
     """Once and here, where progress shows, not inside the first cell that needs it."""
     bases = {(cell.full["model"], cell.full["recipe"], str(cell.full["config"])): cell.full for cell in due}
     for params in bases.values():
-        if not spec_of(params).path:
+        if not run_spec(params).path:
             try:
                 base_of(params, progress=not quiet)
             except Exception as error:  # its cells will fail of it, each with a row; others go on

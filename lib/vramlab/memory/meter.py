@@ -164,10 +164,7 @@ class Meter(GradientsToo):
         if self._workspaces is not None:
             self._take_workspace(func, args, op)
         if self._work is not None:
-            self._work.saw(self._step, phase, func, args, outputs, self._serial)
-
-    def _serial(self, tensor: Tensor) -> int:
-        return self._record(tensor, "found").serial
+            self._work.saw(self._step, phase, func, args, outputs, lambda tensor: self._record(tensor, "found"))
 
     def _take_workspace(self, func, args, op: str) -> None:
         """What the kernel that has just run took: for itself, or for good."""

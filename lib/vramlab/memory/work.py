@@ -3,13 +3,14 @@
 FLOPs: products and attention, by torch's own formulas; everything element-wise is left out, so they are a lower bound.
 Bytes moved: each operation reads its operands and writes its results, as if nothing stayed in a cache between two
 operations: what eager kernels ask for, more than what DRAM sees. Compulsory bytes: each storage that outlives the phase it
-is used in, once a phase: what DRAM has to see, but for what fits into the card's cache.
+is used in, once a phase: what DRAM has to see, but for what fits into the card's cache. Both are the device's memory only.
+Bus bytes: what copies bring up from the host, and take down to it, of two types the smaller.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,9 @@ IN_LISTS = frozenset({aten._fused_adamw_.default, aten._fused_adamw_.tensor_lr, 
                       aten._fused_sgd_.tensor_lr})
 """They return nothing: what they write is among their operands."""
 
+COPIES = frozenset({aten.copy_.default, aten._to_copy.default})
+"""Their first result is a copy of their last operand, perhaps on another device."""
+
 
 @dataclass
 class PhaseWork:
@@ -36,7 +40,9 @@ class PhaseWork:
     """dtype of the operands -> floating-point operations, a multiplication and an addition being two."""
     moved_bytes: int = 0
     touched: dict[int, int] = field(default_factory=dict)
-    """storage -> its bytes, for what operations read or wrote."""
+    """storage on the device -> its bytes, for what operations read or wrote."""
+    bus_bytes: Counter = field(default_factory=Counter)
+    """"up" (from the host) and "down" (to it) -> bytes."""
 
 
 class Work:
@@ -45,38 +51,69 @@ class Work:
     def __init__(self):
         self.seen: dict[tuple[int, str], PhaseWork] = defaultdict(PhaseWork)
 
-    def saw(self, step: int, phase: str, func, args, outputs, serial_of) -> None:
-        """An operation ran; `serial_of(tensor)` names the storage it lies in."""
+    def saw(self, step: int, phase: str, func, args, outputs, record_of: Callable) -> None:
+        """An operation ran; `record_of(tensor)` is what the meter keeps of its storage: `serial`, and whether on the `host`."""
         if func.is_view or func in NOTHING:
             return
         results = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
         if not results and func not in IN_LISTS and func.namespace != "bitsandbytes":  # asks, computes nothing
             return
         here, operands = self.seen[step, phase], [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        named = operands[1:] + results if func in ROWS_ONLY else operands + results
+        for tensor in named:
+            storage_bytes, record = tensor.untyped_storage().nbytes(), record_of(tensor)
+            if not record.host:
+                here.moved_bytes += min(tensor.nbytes, storage_bytes)
+                here.touched[record.serial] = storage_bytes
         count = flop_registry.get(func._overloadpacket)
-        if count is not None:
+        if count is not None and not record_of(results[0]).host:
             here.flops[str(operands[0].dtype).removeprefix("torch.")] += count(*args, out_val=outputs)
-        if func in ROWS_ONLY:
-            operands = operands[1:] + results
-        for tensor in (*operands, *results):
-            storage_bytes = tensor.untyped_storage().nbytes()
-            here.moved_bytes += min(tensor.nbytes, storage_bytes)
-            here.touched[serial_of(tensor)] = storage_bytes
+        if func in COPIES and record_of(operands[-1]).host != record_of(results[0]).host:
+            here.bus_bytes["down" if record_of(results[0]).host else "up"] += min(operands[-1].nbytes, results[0].nbytes)
 
     def of_step(self, step: int, outlives) -> dict[str, dict]:
-        """phase -> {flops {dtype: count}, moved_bytes, compulsory_bytes} of one step; `outlives(storage)` says whether a
-        storage lives longer than the phase that made it."""
-        return {phase: {"flops": dict(work.flops), "moved_bytes": work.moved_bytes,
+        """phase -> {flops {dtype: count}, moved_bytes, compulsory_bytes, bus_bytes {up, down}} of one step; `outlives(storage)`
+        says whether a storage lives longer than the phase that made it."""
+        return {phase: {"flops": dict(work.flops), "moved_bytes": work.moved_bytes, "bus_bytes": dict(work.bus_bytes),
                         "compulsory_bytes": sum(size for key, size in work.touched.items() if outlives(key))}
                 for (when, phase), work in self.seen.items() if when == step}
 
 
-def floor_s(work: Mapping[str, Mapping], bf16_tflops: float, fp32_tflops: float, gb_per_s: float) -> float:
-    """The roofline's floor of a step, in seconds: in each phase the longer of computing and moving, neither of which can be
-    faster than the card's peak. A floor, not an estimate: real steps take longer, small ones much longer."""
+@dataclass(frozen=True)
+class Floor:
+    """The roofline's floor of a step, in seconds, and its parts. A floor, not an estimate: real steps take longer, small ones much
+    longer.
+
+    The device takes its phases one after the other, and each takes the longer of computing and moving. Copies over the bus may run
+    beside that, up and down at once, and reach from one phase into the next: so the bus is held against the whole step. What the
+    host itself takes to read, compute and write is not in it."""
+
+    compute_s: float
+    """All phases' products and attention, at the card's peak rates."""
+    memory_s: float
+    """All phases' compulsory bytes, at the card's memory bandwidth."""
+    device_s: float
+    """The longer of the two in each phase, added up."""
+    bus_s: float
+    """Bytes up from the host, or down to it, whichever are more, at the rate of the card's host link in one direction."""
+
+    @property
+    def s(self) -> float:
+        return max(self.device_s, self.bus_s)
+
+    @property
+    def binds(self) -> str:
+        """What a faster step would need most: `compute`, `memory` or `bus`."""
+        if self.bus_s > self.device_s:
+            return "bus"
+        return "compute" if self.compute_s >= self.memory_s else "memory"
+
+
+def roofline(work: Mapping[str, Mapping], bf16_tflops: float, fp32_tflops: float, gb_per_s: float, host_gb_per_s: float) -> Floor:
+    """The floor of a step that does `work`, see `Work.of_step`, on a card with these peak rates."""
     peak = {"bfloat16": bf16_tflops, "float16": bf16_tflops, "float32": fp32_tflops}
-    total = 0.0
-    for phase in work.values():
-        computing = sum(count / (peak.get(dtype, fp32_tflops) * 1e12) for dtype, count in phase["flops"].items())
-        total += max(computing, phase["compulsory_bytes"] / (gb_per_s * 1e9))
-    return total
+    compute_s = [sum(count / (peak.get(dtype, fp32_tflops) * 1e12) for dtype, count in phase["flops"].items())
+                 for phase in work.values()]
+    memory_s = [phase["compulsory_bytes"] / (gb_per_s * 1e9) for phase in work.values()]
+    bus_bytes = [sum(phase["bus_bytes"].get(way, 0) for phase in work.values()) for way in ("up", "down")]
+    return Floor(sum(compute_s), sum(memory_s), sum(map(max, compute_s, memory_s)), max(bus_bytes) / (host_gb_per_s * 1e9))

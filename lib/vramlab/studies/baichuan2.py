@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 
-from ..passes import model_spec
+from ..parameters import model_spec
 from .evidence import Figure, by_seed, corrected, ratio_by_seed, share, two_level
 from .lab import Lab
 

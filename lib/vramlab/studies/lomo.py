@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from ..passes import model_spec
+from ..parameters import model_spec
 from .evidence import Figure, NotRun, by_seed, corrected, ratio_by_seed, there
 from .plan import Pair
 from .records import Records

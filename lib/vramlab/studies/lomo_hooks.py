@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..baichuan import BaichuanForCausalLM
 from ..memory.meter import Meter
 from ..memory.timeline import signed
-from ..passes import model_spec
+from ..parameters import model_spec
 from ..regime import read_row
 from ..trainer import Schedule, Trainer
 

@@ -13,9 +13,9 @@ from ..baichuan import BaichuanForCausalLM
 from ..cards import card as read_card
 from ..memory.meter import Meter
 from ..observer import Clock, Observer
-from ..passes import model_spec
+from ..parameters import model_spec, row_of
 from ..predict import Question, forecast
-from ..regime import Regime, read_row, regime_row
+from ..regime import Regime
 from ..study import updates
 from ..trainer import Batch, Schedule, Trainer
 
@@ -105,8 +105,7 @@ def _timed(model: str, row: Regime, seq: int, batch: int, steps: int) -> pd.Data
 
 
 def _row(said: Mapping) -> Regime:
-    row = {**regime_row(said["regime"]), **said.get("axes", {})}
-    return read_row(said["regime"], {**row, "weights": said["weights"]} if said.get("weights") else row)
+    return row_of(said["regime"], said.get("weights", ""), said.get("axes"))
 
 
 def _trainer(model: str, row: Regime, observer: Observer) -> Trainer:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ..children import side_by_side
 from ..files import write_table, write_whole
-from ..passes import base_of, spec_of
+from ..parameters import run_spec
+from ..passes import base_of
 from ..progress import bar
 from ..run import KNOWN_PARAMETERS, SCHEMA, execute
 from ..runs import outcome
@@ -52,7 +53,7 @@ def _make_bases(cells: Sequence[StudyCell], progress: bool) -> None:
     """Once and with all cores, before cells would each make one."""
     wanted = [{**KNOWN_PARAMETERS, **cell.params} for cell in cells if not cell.call or "recipe" in cell.params]
     for params in {(params["model"], params["recipe"], str(params["config"])): params for params in wanted}.values():
-        if not spec_of(params).path:
+        if not run_spec(params).path:
             base_of(params, progress)
 
 

@@ -20,6 +20,7 @@ from .. import passes
 from ..axes.leaves import ActiveLeaves
 from ..baichuan import BaichuanForCausalLM
 from ..observer import Observer
+from ..parameters import model_spec
 from ..regime import read_row
 from ..run import resolve
 
@@ -83,7 +84,7 @@ def sliced(count: int, model: str = "tiny", seq: int = 24, batch: int = 2) -> pd
     """The gradient of each of `count` chunks against the same rows of the whole gradient, fp64, random weights: `error`, the
     largest difference as a share of the largest gradient; `chunk_bytes`, the most gradient that a chunk has, and `dense_bytes`."""
     torch.manual_seed(0)
-    net = BaichuanForCausalLM(passes.model_spec(model).config).double()
+    net = BaichuanForCausalLM(model_spec(model).config).double()
     ids = torch.randint(3, net.config.vocab_size, (batch, seq))
     net(input_ids=ids, labels=ids).loss.backward()
     dense = {name: param.grad for name, param in net.named_parameters()}
