@@ -22,7 +22,8 @@ LIMIT_BYTES = 1 << 18
 MOST = 2**53
 """Largest number that is taken: beyond it a float no longer tells two whole numbers apart."""
 TYPES = {"int": (int, f"a whole number, at most {MOST}"), "float": ((int, float), f"a number such as 1.0e-3, at most {MOST}"),
-         "bool": (bool, "true or false"), "str": (str, "text"), "tuple[str, ...]": ((list, tuple), "a list of text")}
+         "bool": (bool, "true or false"), "str": (str, "text"), "tuple[str, ...]": ((list, tuple), "a list of text"),
+         "dict": (dict, "keys with values")}
 """A field's annotation -> what a file may have for it."""
 
 TEXT = "tag:yaml.org,2002:str"
@@ -85,8 +86,8 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict:
 
 def check_type(name: str, value: Any, kind: str) -> None:
     """Raises: ValueError, where `value` is none that a field annotated as `kind` takes; `kind` is a key of `TYPES`, with
-    " | None" where it may be missing."""
-    if value is None and kind.endswith(" | None"):
+    " | None" where it may be missing. A field of any other kind takes everything."""
+    if kind.removesuffix(" | None") not in TYPES or (value is None and kind.endswith(" | None")):
         return
     types, words = TYPES[kind.removesuffix(" | None")]
     right = isinstance(value, types) and (types is bool or not isinstance(value, bool))

@@ -182,7 +182,7 @@ class _Head:
                        or (rounding.active() and options.dtype in rounding.HALVES))
         self.row_spans = spans(len(weight), ROWS)
         self.norm = self._norms() if norm is None and options.norm else norm
-        self.length = weight.new_ones(len(weight), dtype=self.wide) if self.norm is None else self.norm.clamp_min(EPS)
+        self.length = self.hidden.new_ones(len(weight), dtype=self.wide) if self.norm is None else self.norm.clamp_min(EPS)
         self.labelled = labels != IGNORED
         self.count = self.labelled.sum()
 

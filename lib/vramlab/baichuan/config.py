@@ -7,11 +7,18 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import yaml
 from transformers import PreTrainedConfig
 
+from ..reading import check_type, read_mapping, unknown
+from .features import check_config, unsupported
+
 POSITIONS = ("rope", "alibi")
+LIMITS = {"vocab_size": (1, 2**24), "hidden_size": (1, 2**20), "intermediate_size": (1, 2**22), "num_hidden_layers": (1, 1000),
+          "num_attention_heads": (1, 2**14), "max_position_embeddings": (1, 2**30), "model_max_length": (1, 2**30),
+          "initializer_range": (0, 1000), "rms_norm_eps": (0, 1), "z_loss_weight": (0, 1000), "rope_theta": (1, 2**40)}
+"""Field -> the least and the most that it may be: far beyond any published model, and still a shape that can be laid out."""
 
 
 class BaichuanConfig(PreTrainedConfig):
@@ -20,7 +27,7 @@ class BaichuanConfig(PreTrainedConfig):
     The published files do not say which design they are: the same architecture name stands for rotary positions (7B)
     and for ALiBi (13B). `position` says it; where it is missing it follows from the published shapes.
     `norm_head: false` leaves the head's rows as long as they are, as the paper's appendix B does to compare.
-    Raises: ValueError, when it cannot be told, or the sizes do not fit together.
+    Raises: ValueError, when it cannot be told, the sizes do not fit together, or a key asks for a feature that this model lacks.
     """
 
     model_type = "baichuan"
@@ -50,6 +57,8 @@ class BaichuanConfig(PreTrainedConfig):
         self.use_cache = use_cache
         self.position = position or _published_position(hidden_size, num_hidden_layers)
         self._check()
+        if missing := unsupported({**kwargs, "tie_word_embeddings": tie_word_embeddings}, vars(self)):
+            raise ValueError("; ".join(missing))
         super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id,
                          tie_word_embeddings=tie_word_embeddings, **kwargs)
 
@@ -58,11 +67,19 @@ class BaichuanConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     def _check(self) -> None:
+        for name, (least, most) in LIMITS.items():
+            value = getattr(self, name)
+            check_type(name, value, "float")
+            if not least <= value <= most:
+                raise ValueError(f"{name} is {value}: use {least} to {most}")
         if self.position not in POSITIONS:
             raise ValueError(f"position is {self.position!r}: use one of {', '.join(POSITIONS)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                              f"{self.num_attention_heads}")
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} over num_attention_heads {self.num_attention_heads} is odd: rotary "
+                             "positions turn pairs of numbers of a head")
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act is {self.hidden_act!r}: Baichuan-2 uses silu")
         if self.vocab_size == 64000:
@@ -78,6 +95,13 @@ def _published_position(hidden_size: int, layers: int) -> str:
     return known[hidden_size, layers]
 
 
+_FIELDS = {name: field for name, field in inspect.signature(BaichuanConfig).parameters.items() if name != "kwargs"}
+KINDS = {name: field.annotation for name, field in _FIELDS.items()}
+DEFAULTS = {name: field.default for name, field in _FIELDS.items()}
+FILE = {"name": "str", "path": "str | None", "config": "dict"}
+"""Key of a model file -> what it takes."""
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """A model file of `params/models`: a shape, and where published weights lie, if they do."""
@@ -88,9 +112,7 @@ class ModelSpec:
 
     def changed(self, config: Mapping) -> ModelSpec:
         """The same with some fields of its config set anew. Raises: ValueError, for a field that there is not."""
-        known = list(inspect.signature(BaichuanConfig).parameters)[:-1]
-        if wrong := sorted(set(config) - set(known)):
-            raise ValueError(f"config has {', '.join(wrong)}: a Baichuan-2 has {', '.join(known)}")
+        check_config(config, KINDS, vars(self.config))
         new = copy.deepcopy(self.config)
         for name, value in config.items():
             setattr(new, name, value)
@@ -106,9 +128,21 @@ class ModelSpec:
 
 
 def read_model_file(path: Path | str) -> ModelSpec:
-    """`params/models/*.yml` -> ModelSpec. Raises ValueError for keys it does not know."""
-    content = yaml.safe_load(Path(path).read_text())
-    unknown = set(content) - {"name", "path", "config"}
-    if unknown:
-        raise ValueError(f"{Path(path).name}: unknown {', '.join(sorted(unknown))}; a model file has name, path, config")
-    return ModelSpec(content["name"], BaichuanConfig(**content["config"]), content.get("path"))
+    """`params/models/*.yml` -> ModelSpec. Raises: FileNotFoundError; ValueError, naming the file, the key and the value."""
+    content = read_mapping(path)
+    try:
+        if wrong := {"name", "config"} - {*content}:
+            raise ValueError(f"it has no {', '.join(sorted(wrong))}")
+        if wrong := {*content} - {*FILE}:
+            raise ValueError(f"it has {unknown(wrong, FILE)}: a model file has {', '.join(FILE)}")
+        for name, kind in FILE.items():
+            check_type(name, content.get(name), kind)
+        return ModelSpec(content["name"], config_of(content["config"]), content.get("path"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def config_of(content: Mapping[str, Any]) -> BaichuanConfig:
+    """The config that a file's keys and values make. Raises: ValueError, with every reason."""
+    check_config(content, KINDS, DEFAULTS)
+    return BaichuanConfig.from_dict({name: value for name, value in content.items() if name not in ("auto_map", "_from_model_config")})

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import BaichuanConfig
+from ..reading import read_mapping
+from .config import BaichuanConfig, config_of
 from .model import BaichuanForCausalLM
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -48,12 +49,14 @@ def _config(folder: Path, changes: Mapping) -> BaichuanConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise BadCheckpoint(f"{folder} has no config.json: give the folder of a downloaded Baichuan-2 checkpoint")
-    content = json.loads(file.read_text())
-    if content.get("model_type") != "baichuan" or content.get("vocab_size") == 64000:
-        raise BadCheckpoint(f"{file} is model_type {content.get('model_type')!r} with vocab_size {content.get('vocab_size')}: "
-                            "Baichuan-1 (64000) and other models have another head; use a Baichuan-2 checkpoint")
-    kept = {k: v for k, v in content.items() if k not in ("auto_map", "_from_model_config")}
-    return BaichuanConfig.from_dict({**kept, **changes})
+    try:
+        content = read_mapping(file)
+        if content.get("model_type") != "baichuan" or content.get("vocab_size") == 64000:
+            raise ValueError(f"model_type {content.get('model_type')!r} with vocab_size {content.get('vocab_size')}: "
+                             "Baichuan-1 (64000) and other models have another head; use a Baichuan-2 checkpoint")
+        return config_of({**content, **changes})
+    except ValueError as error:
+        raise BadCheckpoint(f"{file}: {error}") from None
 
 
 def _files(folder: Path) -> list[Path]:

@@ -164,7 +164,13 @@ class Meter(GradientsToo):
         if self._workspaces is not None:
             self._take_workspace(func, args, op)
         if self._work is not None:
-            self._work.saw(self._step, phase, func, args, outputs, lambda tensor: self._record(tensor, "found"))
+            self._work.saw(self._step, phase, func, args, outputs, self._serial, self._on_host)
+
+    def _serial(self, tensor: Tensor) -> int:
+        return self._record(tensor, "found").serial
+
+    def _on_host(self, tensor: Tensor) -> bool:
+        return self._record(tensor, "found").host
 
     def _take_workspace(self, func, args, op: str) -> None:
         """What the kernel that has just run took: for itself, or for good."""

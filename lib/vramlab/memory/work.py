@@ -51,8 +51,8 @@ class Work:
     def __init__(self):
         self.seen: dict[tuple[int, str], PhaseWork] = defaultdict(PhaseWork)
 
-    def saw(self, step: int, phase: str, func, args, outputs, record_of: Callable) -> None:
-        """An operation ran; `record_of(tensor)` is what the meter keeps of its storage: `serial`, and whether on the `host`."""
+    def saw(self, step: int, phase: str, func, args, outputs, serial_of: Callable, on_host: Callable = lambda tensor: False) -> None:
+        """An operation ran; `serial_of(tensor)` names the storage it lies in, `on_host(tensor)` says whether that is the host's."""
         if func.is_view or func in NOTHING:
             return
         results = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
@@ -61,15 +61,15 @@ class Work:
         here, operands = self.seen[step, phase], [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         named = operands[1:] + results if func in ROWS_ONLY else operands + results
         for tensor in named:
-            storage_bytes, record = tensor.untyped_storage().nbytes(), record_of(tensor)
-            if not record.host:
+            serial, storage_bytes = serial_of(tensor), tensor.untyped_storage().nbytes()
+            if not on_host(tensor):
                 here.moved_bytes += min(tensor.nbytes, storage_bytes)
-                here.touched[record.serial] = storage_bytes
+                here.touched[serial] = storage_bytes
         count = flop_registry.get(func._overloadpacket)
-        if count is not None and not record_of(results[0]).host:
+        if count is not None and not on_host(results[0]):
             here.flops[str(operands[0].dtype).removeprefix("torch.")] += count(*args, out_val=outputs)
-        if func in COPIES and record_of(operands[-1]).host != record_of(results[0]).host:
-            here.bus_bytes["down" if record_of(results[0]).host else "up"] += min(operands[-1].nbytes, results[0].nbytes)
+        if func in COPIES and on_host(operands[-1]) != on_host(results[0]):
+            here.bus_bytes["down" if on_host(results[0]) else "up"] += min(operands[-1].nbytes, results[0].nbytes)
 
     def of_step(self, step: int, outlives) -> dict[str, dict]:
         """phase -> {flops {dtype: count}, moved_bytes, compulsory_bytes, bus_bytes {up, down}} of one step; `outlives(storage)`
@@ -115,5 +115,5 @@ def roofline(work: Mapping[str, Mapping], bf16_tflops: float, fp32_tflops: float
     compute_s = [sum(count / (peak.get(dtype, fp32_tflops) * 1e12) for dtype, count in phase["flops"].items())
                  for phase in work.values()]
     memory_s = [phase["compulsory_bytes"] / (gb_per_s * 1e9) for phase in work.values()]
-    bus_bytes = [sum(phase["bus_bytes"].get(way, 0) for phase in work.values()) for way in ("up", "down")]
+    bus_bytes = [sum(phase.get("bus_bytes", {}).get(way, 0) for phase in work.values()) for way in ("up", "down")]
     return Floor(sum(compute_s), sum(memory_s), sum(map(max, compute_s, memory_s)), max(bus_bytes) / (host_gb_per_s * 1e9))
