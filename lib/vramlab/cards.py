@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import yaml
+from .reading import check_type, read_mapping, short, unknown
 
 CARDS_FILE = Path(__file__).parents[2] / "params" / "cards.yml"
 
@@ -46,20 +46,37 @@ class Card:
 
 
 def read_cards(path: Path = CARDS_FILE) -> dict[str, Card]:
-    """Every card of the file, by key, smallest first. Raises: ValueError, for a missing or unknown field."""
-    cards = {}
-    for key, row in yaml.safe_load(Path(path).read_text()).items():
-        wanted = {field.name for field in fields(Card)} - {"key"}
-        if set(row) != wanted:
-            raise ValueError(f"{Path(path).name}: {key} has {', '.join(sorted(set(row) ^ wanted))} too much or too little; a card "
-                             f"has {', '.join(sorted(wanted))}")
-        cards[key] = Card(key, **{**row, "compute_capability": tuple(row["compute_capability"])})
+    """Every card of the file, by key, smallest first. Raises: FileNotFoundError; ValueError, naming file, card, field and value."""
+    try:
+        cards = {key: _card(key, row) for key, row in read_mapping(path).items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return dict(sorted(cards.items(), key=lambda item: item[1].total_gib))
+
+
+def _card(key: str, row: Mapping) -> Card:
+    check_type(key, row, "dict")
+    kinds = {field.name: str(field.type) for field in fields(Card) if field.name != "key"}
+    if wrong := set(row) ^ set(kinds):
+        raise ValueError(f"{key}: {unknown(wrong, kinds)} is missing or unknown; a card has {', '.join(kinds)}")
+    for name, value in row.items():
+        check_type(f"{key}: {name}", value, "dict" if name == "source" else kinds[name])
+        if isinstance(value, int | float) and (value < 0 or (value == 0 and name != "context_mib")):
+            raise ValueError(f"{key}: {name} is {value}: use more than 0")
+    for name, text in row["source"].items():
+        check_type(f"{key}: source.{name}", text, "str")
+    capability = row["compute_capability"]
+    if not isinstance(capability, list) or len(capability) != 2 or not all(type(part) is int and 0 <= part < 99 for part in capability):
+        raise ValueError(f"{key}: compute_capability is {short(capability)}: use two whole numbers, such as [8, 9]")
+    found = Card(key, **{**row, "compute_capability": tuple(capability)})
+    if not 0 < found.capacity_bytes < 2**50:
+        raise ValueError(f"{key}: total_gib is {found.total_gib} and context_mib {found.context_mib}: the card needs room for both")
+    return found
 
 
 def card(key: str, path: Path = CARDS_FILE) -> Card:
     """The card called `key`. Raises: ValueError, naming the cards there are."""
     cards = read_cards(path)
     if key not in cards:
-        raise ValueError(f"no card {key!r} in {Path(path).name}; it has: {', '.join(cards)}")
+        raise ValueError(f"no card {unknown([key], cards)} in {Path(path).name}; it has: {', '.join(cards)}")
     return cards[key]

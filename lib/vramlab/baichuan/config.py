@@ -98,6 +98,8 @@ def _published_position(hidden_size: int, layers: int) -> str:
 _FIELDS = {name: field for name, field in inspect.signature(BaichuanConfig).parameters.items() if name != "kwargs"}
 KINDS = {name: field.annotation for name, field in _FIELDS.items()}
 DEFAULTS = {name: field.default for name, field in _FIELDS.items()}
+CODE = ("auto_map", "_from_model_config")
+"""Keys of `config.json` that point at published code, which is not run."""
 FILE = {"name": "str", "path": "str | None", "config": "dict"}
 """Key of a model file -> what it takes."""
 
@@ -145,4 +147,4 @@ def read_model_file(path: Path | str) -> ModelSpec:
 def config_of(content: Mapping[str, Any]) -> BaichuanConfig:
     """The config that a file's keys and values make. Raises: ValueError, with every reason."""
     check_config(content, KINDS, DEFAULTS)
-    return BaichuanConfig.from_dict({name: value for name, value in content.items() if name not in ("auto_map", "_from_model_config")})
+    return BaichuanConfig.from_dict({name: value for name, value in content.items() if name not in CODE})

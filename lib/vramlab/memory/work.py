@@ -51,7 +51,7 @@ class Work:
     def __init__(self):
         self.seen: dict[tuple[int, str], PhaseWork] = defaultdict(PhaseWork)
 
-    def saw(self, step: int, phase: str, func, args, outputs, serial_of: Callable, on_host: Callable = lambda tensor: False) -> None:
+    def saw(self, step: int, phase: str, func, args, outputs, serial_of: Callable, on_host: Callable = lambda _: False) -> None:
         """An operation ran; `serial_of(tensor)` names the storage it lies in, `on_host(tensor)` says whether that is the host's."""
         if func.is_view or func in NOTHING:
             return
