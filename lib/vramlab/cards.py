@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from .reading import check_type, read_mapping, short, unknown
+from .reading import nearest, read_yaml, typed
 
 CARDS_FILE = Path(__file__).parents[2] / "params" / "cards.yml"
 
@@ -31,6 +31,13 @@ class Card:
     """Between the card and the host, in one direction."""
     source: Mapping[str, str]
 
+    def __post_init__(self):
+        positive = ("total_gib", "bf16_tflops", "fp32_tflops", "gb_per_s", "host_gb_per_s")
+        wrong = [f"{name} is {getattr(self, name)}" for name in positive if not 1e-3 <= getattr(self, name) <= 1e9]
+        if wrong or not 0 <= self.context_mib < self.total_gib * 1024:
+            raise ValueError(f"card {self.key}: {'; '.join(wrong) or f'context_mib is {self.context_mib}'}: rates and sizes are "
+                             "0.001 to a billion, and the context leaves something of the card")
+
     @property
     def total_bytes(self) -> int:
         return int(self.total_gib * 2**30)
@@ -46,37 +53,15 @@ class Card:
 
 
 def read_cards(path: Path = CARDS_FILE) -> dict[str, Card]:
-    """Every card of the file, by key, smallest first. Raises: FileNotFoundError; ValueError, naming file, card, field and value."""
-    try:
-        cards = {key: _card(key, row) for key, row in read_mapping(path).items()}
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    """Every card of the file, by key, smallest first. Raises: BadFile, for a field that is missing, unknown or
+    of another type."""
+    cards = {key: typed(Card, row, f"{path}: {key}", key=key) for key, row in read_yaml(path).items()}
     return dict(sorted(cards.items(), key=lambda item: item[1].total_gib))
-
-
-def _card(key: str, row: Mapping) -> Card:
-    check_type(key, row, "dict")
-    kinds = {field.name: str(field.type) for field in fields(Card) if field.name != "key"}
-    if wrong := set(row) ^ set(kinds):
-        raise ValueError(f"{key}: {unknown(wrong, kinds)} is missing or unknown; a card has {', '.join(kinds)}")
-    for name, value in row.items():
-        check_type(f"{key}: {name}", value, "dict" if name == "source" else kinds[name])
-        if isinstance(value, int | float) and (value < 0 or (value == 0 and name != "context_mib")):
-            raise ValueError(f"{key}: {name} is {value}: use more than 0")
-    for name, text in row["source"].items():
-        check_type(f"{key}: source.{name}", text, "str")
-    capability = row["compute_capability"]
-    if not isinstance(capability, list) or len(capability) != 2 or not all(type(part) is int and 0 <= part < 99 for part in capability):
-        raise ValueError(f"{key}: compute_capability is {short(capability)}: use two whole numbers, such as [8, 9]")
-    found = Card(key, **{**row, "compute_capability": tuple(capability)})
-    if not 0 < found.capacity_bytes < 2**50:
-        raise ValueError(f"{key}: total_gib is {found.total_gib} and context_mib {found.context_mib}: the card needs room for both")
-    return found
 
 
 def card(key: str, path: Path = CARDS_FILE) -> Card:
     """The card called `key`. Raises: ValueError, naming the cards there are."""
     cards = read_cards(path)
     if key not in cards:
-        raise ValueError(f"no card {unknown([key], cards)} in {Path(path).name}; it has: {', '.join(cards)}")
+        raise ValueError(f"no card {key!r} in {Path(path).name}{nearest(key, cards)}; it has: {', '.join(cards)}")
     return cards[key]

@@ -15,7 +15,7 @@ from typing import Any
 
 from .baichuan import ModelSpec, read_model_file
 from .paths import ROOT
-from .reading import unknown
+from .reading import nearest
 from .regime import Regime, read_row, regime_row
 
 
@@ -41,7 +41,7 @@ def model_file(name: str) -> Path:
     path = Path(name) if name.endswith(".yml") else folder / f"{name}.yml"
     if not path.exists():
         known = sorted(file.stem for file in folder.glob("*.yml"))
-        raise ValueError(f"no model {unknown([name], known)}: params/models has {', '.join(known)}")
+        raise ValueError(f"no model {name!r}{nearest(name, known)}: params/models has {', '.join(known)}")
     return path
 
 

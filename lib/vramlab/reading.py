@@ -1,114 +1,163 @@
-"""Files of settings that people write, read so that every fault names its file and its value, in bounded time and memory.
+"""Files that others wrote, read within bounds or refused by name.
 
-    rows = read_mapping("params/regimes.yml")
-    check_type("beta1", rows["full"]["rule"]["adamw"]["beta1"], "float")
+Every reader here ends in the content or in one error that begins with the file's path: `BadFile`, or Python's own `OSError` where
+there is no such file or no permission. Pipes, devices and folders are refused before they are opened, since reading one may never
+end; sizes are bounded, and so is what a YAML file grows to once its aliases are written out.
 
-A fault is a ValueError. What YAML or JSON would read as something else than was meant is a fault too: a key that stands twice,
-a key that is not text, a number that is not finite.
+A type is an annotation (`int`, `Mapping[str, Any]`, `tuple[str, ...]`), or as data {field: type} of a mapping that has at least
+these fields, [type] of a list, and a tuple of the values that there are.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Iterable
+import math
+import reprlib
+import stat
+import types
+import typing
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pyarrow
 import yaml
 
-LIMIT_BYTES = 1 << 18
-"""Largest file that is read: twenty times the longest one in `params`."""
-MOST = 2**53
-"""Largest number that is taken: beyond it a float no longer tells two whole numbers apart."""
-TYPES = {"int": (int, f"a whole number, at most {MOST}"), "float": ((int, float), f"a number such as 1.0e-3, at most {MOST}"),
-         "bool": (bool, "true or false"), "str": (str, "text"), "tuple[str, ...]": ((list, tuple), "a list of text"),
-         "dict": (dict, "keys with values")}
-"""A field's annotation -> what a file may have for it."""
-
-TEXT = "tag:yaml.org,2002:str"
+MOST_TEXT_BYTES, MOST_YAML_BYTES, MOST_YAML_VALUES = 1 << 28, 1 << 19, 100_000
 
 
-class _Strict(yaml.SafeLoader):
-    def compose_node(self, parent, index):
-        """Refuses aliases, with which a short file can hold millions of values."""
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.MarkedYAMLError(problem=f"alias *{event.anchor}: write the value out", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        keys = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            fault = "is not text: put it in quotes" if key.tag != TEXT else "stands twice: keep one" if key.value in keys else ""
-            if fault:
-                raise yaml.MarkedYAMLError(problem=f"key {short(key.value)} {fault}", problem_mark=key.start_mark)
-            keys.add(key.value)
-        return super().construct_mapping(node, deep)
+class BadFile(ValueError):
+    """A file that cannot be what it is read as. The message names the file, the cause and, where there is one, the way out."""
 
 
-def read_mapping(path: Path | str) -> dict[str, Any]:
-    """The mapping that a YAML file holds, or a JSON file, by its suffix.
-
-    Raises: FileNotFoundError; ValueError, naming the file, and the line and the key where there is one.
-    """
+def regular_file(path: Path | str) -> Path:
+    """The path, where a plain file is. Raises: OSError, where nothing can be read; BadFile, for a folder, a pipe or a device."""
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no file {path}")
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
-    with open(path, "rb") as file:
-        content = file.read(LIMIT_BYTES + 1)
-    if len(content) > LIMIT_BYTES:
-        raise ValueError(f"{path} has more than {LIMIT_BYTES} bytes: it is no file of settings")
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+        raise BadFile(f"{path} is {kind}: give a file")
+    return path
+
+
+def read_text(path: Path | str, most_bytes: int = MOST_TEXT_BYTES) -> str:
+    """A file's text, without a byte order mark. Raises: OSError; BadFile, for one that is too large or not UTF-8, with the line."""
+    if (size := regular_file(path).stat().st_size) > most_bytes:
+        raise BadFile(f"{path} has {size:,} bytes: at most {most_bytes:,} are read")
+    content = Path(path).read_bytes()
     try:
-        content = _parse(content.decode("utf-8-sig"), path.suffix == ".json")
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a tag such as !!int x
-        raise ValueError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} {'is empty' if content is None else f'holds {short(content)}'}: it takes keys with values")
-    return content
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise BadFile(f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8 text") from None
 
 
-def _parse(text: str, as_json: bool) -> Any:
-    return json.loads(text, object_pairs_hook=_pairs) if as_json else yaml.load(text, _Strict)  # noqa: S506, a SafeLoader
-
-
-def _pairs(pairs: list[tuple[str, Any]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {short(next(name for name in names if names.count(name) > 1))} stands twice: keep one")
-    return found
-
-
-def check_type(name: str, value: Any, kind: str) -> None:
-    """Raises: ValueError, where `value` is none that a field annotated as `kind` takes; `kind` is a key of `TYPES`, with
-    " | None" where it may be missing. A field of any other kind takes everything."""
-    if kind.removesuffix(" | None") not in TYPES or (value is None and kind.endswith(" | None")):
-        return
-    types, words = TYPES[kind.removesuffix(" | None")]
-    right = isinstance(value, types) and (types is bool or not isinstance(value, bool))
-    if right and isinstance(value, int | float):
-        right = abs(value) <= MOST  # which neither NaN nor infinity is
-    if right and isinstance(value, list | tuple):
-        right = all(isinstance(item, str) for item in value)
-    if not right:
-        raise ValueError(f"{name} is {short(value)}: use {words}")
-
-
-def unknown(names: Iterable[str], known: Collection[str]) -> str:
-    """`names` as text, each with the nearest of `known` where one is near: "betta1 (beta1?)"."""
-    nearest = {name: difflib.get_close_matches(name[:100], known, 1) for name in sorted(names)}
-    return ", ".join(short(name).strip("'\"") + (f" ({match[0]}?)" if match else "") for name, match in nearest.items())
-
-
-def short(value: Any) -> str:
-    """A value as an error shows it, never longer than a line."""
+def read_json(path: Path | str) -> dict:
+    """The object in a JSON file. Raises: OSError; BadFile."""
     try:
-        text = repr(value)
-    except ValueError:  # Python writes no whole number of more than 4,300 digits
-        text = f"a {type(value).__name__} too long to write"
-    return text if len(text) <= 100 else f"{text[:97]}..."
+        content = json.loads(read_text(path))
+    except BadFile:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError too
+        raise BadFile(f"{path} is not JSON: {error}") from None
+    return checked(content, {}, str(path), others=True)
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        counts = Counter(key.value for key, _ in node.value)
+        if twice := [key for key, _ in node.value if counts[key.value] > 1]:
+            raise yaml.MarkedYAMLError(problem=f"{twice[-1].value!r:.80} stands twice", problem_mark=twice[-1].start_mark)
+        return node
+
+
+def read_yaml(path: Path | str) -> dict:
+    """The mapping in a YAML file, of plain data. Raises: OSError; BadFile, also for a key that stands twice, with its line."""
+    text = read_text(path, MOST_YAML_BYTES)
+    try:
+        content = yaml.load(text, _Loader)
+        _check_plain(content, [MOST_YAML_VALUES])
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:  # KeyError: `!!bool 3`
+        mark = getattr(error, "problem_mark", None)
+        where, why = (f", line {mark.line + 1}", error.problem) if mark else ("", str(error).split("\n")[0])
+        raise BadFile(f"{path}{where} is not YAML of plain data: {why}") from None
+    return checked(content, {}, str(path), others=True)
+
+
+def _check_plain(value: Any, left: list[int]) -> None:
+    """Raises: ValueError, for a date, a set or bytes, for keys that are not text or whole numbers, and for too many values, each
+    alias written out: a few lines of aliases of aliases are billions."""
+    left[0] -= 1
+    if left[0] < 0:
+        raise ValueError(f"more than {MOST_YAML_VALUES:,} values once its aliases are written out")
+    keys = [key for key in value if type(key) not in (str, int)] if isinstance(value, dict) else []
+    if keys or not isinstance(value, str | int | float | dict | list | None):
+        raise ValueError(f"{reprlib.repr(keys[0] if keys else value)} is neither text nor a number: put it in quotes")
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_plain(part, left)
+
+
+def read_table(path: Path | str) -> pd.DataFrame:
+    """A parquet file, its checksums compared. Raises: OSError, where nothing can be read; BadFile."""
+    regular_file(path)
+    try:
+        return pd.read_parquet(path, page_checksum_verification=True)
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadFile(f"{path} is not a whole parquet file: {error}") from None
+
+
+def typed(kind: type, content: Any, where: str, **more) -> Any:
+    """The dataclass `kind` from plain data, lists as tuples. `more`: fields that `content` does not hold. Raises: as `checked`."""
+    known = {field.name: field for field in fields(kind) if field.name not in more}
+    needed = [name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
+    hints = {name: hint for name, hint in typing.get_type_hints(kind).items() if name in known}
+    content = checked(content, hints, where, needed)
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}, **more)
+
+
+def checked(content: Any, hints: Mapping[str, Any], where: str, needed: Sequence[str] = (), others: bool = False) -> dict:
+    """`content`, when it is a mapping whose fields are of the types in `hints`.
+
+    Raises: BadFile, with every field that is needed and missing, of another type or, unless there may be `others`, unknown.
+    """
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise BadFile(f"{where}: its whole content is {reprlib.repr(content)}: a mapping from names was expected")
+    wrong = [f"no {name}" for name in needed if name not in content]
+    wrong += [f"unknown {name}{nearest(name, hints)}" for name in content if not others and name not in hints]
+    wrong += [f"{name} {reprlib.repr(content[name])}, where it takes {getattr(hint, '__name__', hint)}"
+              for name, hint in hints.items() if name in content and not matches(content[name], hint)]
+    if wrong:
+        raise BadFile(f"{where} has {'; '.join(wrong)}" + ("" if others else f": it may have {', '.join(hints)}"))
+    return dict(content)
+
+
+def matches(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the type `hint`."""
+    origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if isinstance(hint, dict):
+        return isinstance(value, Mapping) and all(name in value and matches(value[name], one) for name, one in hint.items())
+    if isinstance(hint, tuple):
+        return value in hint
+    if isinstance(hint, list) or origin in (tuple, Sequence):
+        kinds = (args or hint)[:1] * len(value) if isinstance(value, list | tuple) else ()
+        fixed = origin is tuple and args[-1] is not ...
+        return isinstance(value, list | tuple) and (not fixed or len(value) == len(args)) and all(map(matches, value, kinds))
+    if origin in (types.UnionType, typing.Union):
+        return any(matches(value, one) for one in args)
+    if origin is Mapping or is_dataclass(origin):  # a dataclass's fields are checked when it is made
+        return isinstance(value, Mapping) and all(
+            matches(key, args[0]) and matches(part, args[1]) for key, part in value.items() if args)
+    if origin in (int, float):
+        return isinstance(value, int | origin) and not isinstance(value, bool) and -math.inf < value < math.inf
+    return hint is Any or isinstance(value, origin)
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """` (did you mean lora?)`, or nothing where no known name is near: for errors about one name out of a set."""
+    near = difflib.get_close_matches(str(name), list(known), 1)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -19,7 +19,7 @@ from .axes.rowwise import Fit
 from .axes.rule import Rule
 from .axes.weights import Bf16, Mixed
 from .illegal import ILLEGAL
-from .reading import read_mapping
+from .reading import read_yaml
 
 REGIMES_FILE = Path(__file__).parents[2] / "params" / "regimes.yml"
 
@@ -105,9 +105,9 @@ def read_row(name: str, row: Mapping[str, Any]) -> Regime:
 
 
 def read_regimes(path: Path = REGIMES_FILE) -> dict[str, Regime]:
-    """Every row of the file, by name. Raises: FileNotFoundError; ValueError, naming the file that cannot be read; IllegalRegime at
-    the first row that is wrong."""
-    return {name: read_row(name, row) for name, row in read_mapping(path).items()}
+    """Every row of the file, by name. Raises IllegalRegime at the first row that is wrong."""
+    rows = read_yaml(path)
+    return {name: read_row(name, row) for name, row in rows.items()}
 
 
 def regime_row(name: str, path: Path = REGIMES_FILE) -> dict:
@@ -121,7 +121,7 @@ def regime_row(name: str, path: Path = REGIMES_FILE) -> dict:
 @cache
 def _rows(path: Path, _changed_ns: int) -> dict[str, dict]:
     """Read once for each version of the file: a study asks for a row at every name of a run."""
-    return read_mapping(path)
+    return read_yaml(path)
 
 
 def regime(name: str, path: Path = REGIMES_FILE) -> Regime:

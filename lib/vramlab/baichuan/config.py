@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..reading import check_type, read_mapping, unknown
-from .features import check_config, unsupported
+from ..reading import checked, nearest, read_yaml
+from .features import HARMLESS, UNSUPPORTED
 
+CODE = ("auto_map", "_from_model_config")
+"""Keys of `config.json` that point at published code, which is not run."""
 POSITIONS = ("rope", "alibi")
 LIMITS = {"vocab_size": (1, 2**24), "hidden_size": (1, 2**20), "intermediate_size": (1, 2**22), "num_hidden_layers": (1, 1000),
           "num_attention_heads": (1, 2**14), "max_position_embeddings": (1, 2**30), "model_max_length": (1, 2**30),
@@ -55,10 +56,10 @@ class BaichuanConfig(PreTrainedConfig):
         self.norm_head = norm_head
         self.rope_theta = rope_theta
         self.use_cache = use_cache
+        self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
+        self.tie_word_embeddings = tie_word_embeddings
         self.position = position or _published_position(hidden_size, num_hidden_layers)
-        self._check()
-        if missing := unsupported({**kwargs, "tie_word_embeddings": tie_word_embeddings}, vars(self)):
-            raise ValueError("; ".join(missing))
+        self._check(kwargs)
         super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id,
                          tie_word_embeddings=tie_word_embeddings, **kwargs)
 
@@ -66,12 +67,19 @@ class BaichuanConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
-    def _check(self) -> None:
+    def _check(self, others: Mapping[str, Any]) -> None:
+        checked(vars(self), HINTS, "config", others=True)
         for name, (least, most) in LIMITS.items():
-            value = getattr(self, name)
-            check_type(name, value, "float")
-            if not least <= value <= most:
-                raise ValueError(f"{name} is {value}: use {least} to {most}")
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}: use {least} to {most}")
+        has = {"model_type": self.model_type, "num_key_value_heads": self.num_attention_heads, "head_dim": self.head_dim,
+               "rope_ratio": 1, "partial_rotary_factor": 1, "pretraining_tp": 1}
+        lacks = [f"{name} is {value!r:.80}, {UNSUPPORTED[name]}" for name, value in {**others, **vars(self)}.items()
+                 if name in UNSUPPORTED and value and value != has.get(name)]
+        if lacks:
+            raise ValueError(f"{'; '.join(lacks)}: a Baichuan-2 has none, so this would be another model")
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id is {self.pad_token_id}: use 0 to {self.vocab_size - 1}")
         if self.position not in POSITIONS:
             raise ValueError(f"position is {self.position!r}: use one of {', '.join(POSITIONS)}")
         if self.hidden_size % self.num_attention_heads:
@@ -95,13 +103,9 @@ def _published_position(hidden_size: int, layers: int) -> str:
     return known[hidden_size, layers]
 
 
-_FIELDS = {name: field for name, field in inspect.signature(BaichuanConfig).parameters.items() if name != "kwargs"}
-KINDS = {name: field.annotation for name, field in _FIELDS.items()}
-DEFAULTS = {name: field.default for name, field in _FIELDS.items()}
-CODE = ("auto_map", "_from_model_config")
-"""Keys of `config.json` that point at published code, which is not run."""
-FILE = {"name": "str", "path": "str | None", "config": "dict"}
-"""Key of a model file -> what it takes."""
+HINTS = typing.get_type_hints(BaichuanConfig.__init__)
+"""Field -> its type."""
+DTYPES = (None, "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -114,12 +118,7 @@ class ModelSpec:
 
     def changed(self, config: Mapping) -> ModelSpec:
         """The same with some fields of its config set anew. Raises: ValueError, for a field that there is not."""
-        check_config(config, KINDS, vars(self.config))
-        new = copy.deepcopy(self.config)
-        for name, value in config.items():
-            setattr(new, name, value)
-        new._check()
-        return replace(self, config=new)
+        return replace(self, config=config_of({**self.config.to_dict(), **config}))
 
     def fingerprint(self) -> dict:
         """What of the file decides numbers, as plain data."""
@@ -130,21 +129,18 @@ class ModelSpec:
 
 
 def read_model_file(path: Path | str) -> ModelSpec:
-    """`params/models/*.yml` -> ModelSpec. Raises: FileNotFoundError; ValueError, naming the file, the key and the value."""
-    content = read_mapping(path)
+    """`params/models/*.yml` -> ModelSpec. Raises: OSError; ValueError, naming the file, the key and the value."""
+    content = checked(read_yaml(path), {"name": str, "path": str | None, "config": Mapping}, str(path), ("name", "config"))
+    return ModelSpec(content["name"], config_of(content["config"], f"{path}: config"), content.get("path"))
+
+
+def config_of(content: Mapping[str, Any], where: str = "config") -> BaichuanConfig:
+    """The config that a file's keys and values make. Raises: ValueError, naming the key and the value, beginning with `where`."""
+    known = {**HINTS, **dict.fromkeys((*HARMLESS, *UNSUPPORTED), Any), "dtype": DTYPES, "torch_dtype": DTYPES}
     try:
-        if wrong := {"name", "config"} - {*content}:
-            raise ValueError(f"it has no {', '.join(sorted(wrong))}")
-        if wrong := {*content} - {*FILE}:
-            raise ValueError(f"it has {unknown(wrong, FILE)}: a model file has {', '.join(FILE)}")
-        for name, kind in FILE.items():
-            check_type(name, content.get(name), kind)
-        return ModelSpec(content["name"], config_of(content["config"]), content.get("path"))
+        if wrong := [f"{name!r:.80}{nearest(name, known)}" for name in content if name not in known]:
+            raise ValueError(f"unknown {', '.join(wrong)}; a Baichuan-2 has {', '.join(HINTS)}")
+        checked(content, known, "config", others=True)
+        return BaichuanConfig.from_dict({name: value for name, value in content.items() if name not in CODE})
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def config_of(content: Mapping[str, Any]) -> BaichuanConfig:
-    """The config that a file's keys and values make. Raises: ValueError, with every reason."""
-    check_config(content, KINDS, DEFAULTS)
-    return BaichuanConfig.from_dict({name: value for name, value in content.items() if name not in CODE})
+        raise ValueError(f"{where}: {error}") from None

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..reading import read_mapping
+from ..reading import read_json
 from .config import BaichuanConfig, config_of
 from .model import BaichuanForCausalLM
 
@@ -50,11 +50,11 @@ def _config(folder: Path, changes: Mapping) -> BaichuanConfig:
     if not file.is_file():
         raise BadCheckpoint(f"{folder} has no config.json: give the folder of a downloaded Baichuan-2 checkpoint")
     try:
-        content = read_mapping(file)
+        content = read_json(file)
         if content.get("model_type") != "baichuan" or content.get("vocab_size") == 64000:
             raise ValueError(f"model_type {content.get('model_type')!r} with vocab_size {content.get('vocab_size')}: "
                              "Baichuan-1 (64000) and other models have another head; use a Baichuan-2 checkpoint")
-        return config_of({**content, **changes})
+        return config_of({**content, **changes}, "config")
     except ValueError as error:
         raise BadCheckpoint(f"{file}: {error}") from None
 
