@@ -41,7 +41,7 @@ def test_on_a_fake_cpu_the_peak_is_the_cpus(name):
         with meter:
             for _ in range(said.step + 1):
                 ids = torch.zeros(3, 11, dtype=torch.long)
-                trainer.step([{"input_ids": ids, "labels": ids.clone()}])
+                trainer.step([{"input_ids": ids, "labels": ids.clone()}], [1.0])
     assert (said.peak_bytes, said.phase, dict(said.ledger)) == tuple(meter.peak(said.step)[key] for key in
                                                                       ("peak_bytes", "phase", "categories"))
     assert said.host_bytes == meter.host_peak_bytes

@@ -44,7 +44,7 @@ def _run(regime, shape, gpu=None, position="rope", steps=2):
         with meter:
             for _ in range(steps):
                 ids = torch.zeros(rows, tokens, dtype=torch.long)
-                trainer.step([{"input_ids": ids, "labels": ids.clone()}])
+                trainer.step([{"input_ids": ids, "labels": ids.clone()}], [1.0])
     return meter, trainer
 
 

@@ -13,11 +13,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .axes.leaves import ActiveLeaves
 from .axes.trains import Part
 from .axes.until import Updater
+from .baichuan.model import next_labels
 from .observer import Observer
 from .regime import Regime, check_machine
 
@@ -92,21 +95,23 @@ class Trainer:
     def step(self, batches: Sequence[Batch], shares: Sequence[float] | None = None) -> Tensor:
         """One update from `regime.accumulate` micro-batches. Returns the loss: the mean over all their labelled tokens,
         a detached 0-d tensor on the device (reading it is the caller's synchronization, not ours). `shares` are the
-        micro-batches' shares of those tokens, for a caller that knows them; else they are read from the labels. Where there
-        are ranks, each gives its own micro-batches, of the same number; tokens and loss are then all ranks' together.
+        micro-batches' shares of those tokens, for a caller that knows them, or whose labels are on the device and should not be
+        waited for; else they are counted. A micro-batch without a label contributes nothing. Where there are ranks, each gives
+        its own micro-batches, of the same number; tokens and loss are then all ranks' together.
 
-        Raises: ValueError, when the number of micro-batches is not what the regime accumulates.
+        Raises: ValueError, before any weight changes, when the number of micro-batches is not what the regime accumulates, or
+        no token of the step is labelled.
         """
         if len(batches) != self.regime.accumulate:
             raise ValueError(f"{len(batches)} micro-batches for accumulate: {self.regime.accumulate}: "
                              f"give step() exactly {self.regime.accumulate}")
+        shares = self._shares(batches) if shares is None else shares
         self.observer.begin_step(self.steps_done)
         self._take_turns()
         self.model.train(bool(self.parts))
-        shares = self._shares(batches) if shares is None else shares
         total = torch.zeros((), device=self.device)
         with self.regime.weights.compute(self.device.type):
-            for batch, share in zip(batches, shares, strict=True):
+            for batch, share in self._labelled(batches, shares):
                 for run in range(self._runs):
                     with self._run(run):
                         loss = self._forward(batch)
@@ -123,16 +128,35 @@ class Trainer:
         return self.regime.place.mean(total)
 
     def _shares(self, batches: Sequence[Batch]) -> list[float]:
-        """Each micro-batch's share of the labelled tokens, so that the sum of gradients is the large batch's gradient, and so
-        is its mean over ranks. Read on the host, before anything goes to the device. The first label of a row is never
-        predicted."""
-        if len(batches) == 1 and self.regime.place.ranks == 1:
-            return [1.0]
-        counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
-        whole = float(self.regime.place.mean(torch.tensor(sum(counts), dtype=torch.float64, device=self.device)))
+        """Each micro-batch's share of the tokens that the loss counts, so that the sum of gradients is the large batch's
+        gradient, and so is its mean over ranks. Counted where the labels are, unseen by whoever watches the step."""
+        with _disable_current_modes():
+            counts = [self._count(batch) for batch in batches]
+        whole = float(sum(counts))
+        if self.regime.place.ranks > 1:
+            whole = float(self.regime.place.mean(torch.tensor(whole, dtype=torch.float64, device=self.device)))
         if not whole:
-            raise ValueError("no token of this step is labelled: every label is -100")
+            raise ValueError(f"no token of step {self.steps_done} is labelled, in none of its {len(batches)} micro-batches: every "
+                             "label is -100, or the first of its document, which nothing predicts: leave such a step out, or "
+                             "put its rows together with labelled ones")
         return [count / whole for count in counts]
+
+    def _count(self, batch: Batch) -> int:
+        """The labels of the batch that the loss counts, as the model sees it: behind a trained prompt, where there is one."""
+        before, labels, mask = self.regime.trains.tokens_before, batch["labels"], batch.get("attention_mask")
+        if before:
+            labels = F.pad(labels, (before, 0), value=-100)
+            mask = None if mask is None else F.pad(mask, (before, 0), value=1)
+        return int((next_labels(labels, mask) != -100).sum())
+
+    def _labelled(self, batches: Sequence[Batch], shares: Sequence[float]) -> Iterator[tuple[Batch, float]]:
+        """Those micro-batches that contribute. A rank runs the others too, since all ranks gather together: with made-up labels,
+        of which the share takes nothing."""
+        for batch, share in zip(batches, shares, strict=True):
+            if share:
+                yield batch, share
+            elif self.regime.place.ranks > 1:
+                yield {**batch, "labels": torch.zeros_like(batch["labels"])}, share
 
     def _forward(self, batch: Batch) -> Tensor:
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}

@@ -164,11 +164,17 @@ class Prompt(All):
     def parts(self, model: nn.Module) -> list[Part]:
         return [tuple(whole(name, p) for name, p in model.named_parameters() if name.startswith("prompt_encoder."))]
 
+    @property
+    def tokens_before(self) -> int:
+        return self.tokens
+
 
 @dataclass(frozen=True)
 class Prefix(Prompt):
     """`tokens` trained keys and values stand before every block's own, through the key-value cache. Li 2021,
     arXiv:2101.00190, without its reparametrisation by a network."""
+
+    tokens_before = 0
 
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         from peft import PrefixTuningConfig, TaskType, get_peft_model

@@ -184,7 +184,7 @@ class _Head:
         self.norm = self._norms() if norm is None and options.norm else norm
         self.length = self.hidden.new_ones(len(weight), dtype=self.wide) if self.norm is None else self.norm.clamp_min(EPS)
         self.labelled = labels != IGNORED
-        self.count = self.labelled.sum()
+        self.count = self.labelled.sum().clamp_(min=1)  # of no labels the loss is 0, and so is every gradient
 
     def _norms(self) -> Tensor:
         return torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=self.wide) for _, _, rows in self._rows(self.row_spans)])

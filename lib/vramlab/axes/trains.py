@@ -39,6 +39,8 @@ class All:
     """Every parameter, every step."""
 
     state = "device"
+    tokens_before = 0
+    """How many trained tokens stand before every row; behind one a row's first token is predicted too."""
 
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         return model

@@ -222,16 +222,16 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         if labels is None:
             logits = self.lm_head(hidden)
         else:
-            loss, logits = self.lm_head(hidden, _next_labels(labels, attention_mask), self.config.z_loss_weight)
+            loss, logits = self.lm_head(hidden, next_labels(labels, attention_mask), self.config.z_loss_weight)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: getattr(output, CACHE)})
 
 
-def _next_labels(labels: Tensor, mask: Tensor | None) -> Tensor:
-    """Label of the next token at each position; nothing is predicted across a document's edge. Moving the labels
-    instead of the logits saves a copy of the logits."""
+def next_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Label of the next token at each position (b, t); nothing is predicted across a document's edge, so these, and not the
+    labels that were given, are what the loss counts. Moving the labels instead of the logits saves a copy of the logits."""
     moved = F.pad(labels[:, 1:], (0, 1), value=-100)
-    if mask is not None:
-        mask = mask[:, -labels.shape[1]:]  # a mask covers what is cached too
+    if attention_mask is not None:
+        mask = attention_mask[:, -labels.shape[1]:]  # a mask covers what is cached too
         edge = mask[:, 1:] != mask[:, :-1]
         moved[:, :-1].masked_fill_(edge, -100)
     return moved
@@ -242,12 +242,12 @@ def causal_loss(logits: Tensor, labels: Tensor, z_loss_weight: float = 0.0) -> T
 
     Shapes: logits (b, t, V), labels (b, t), already moved. In fp32 whatever the logits are. At weight 0, as released, the
     max-z term is not built: it would hold one more copy of the logits' size in backward. Not exact: the released code
-    averages the term over padding too.
+    averages the term over padding too. Where nothing is labelled the loss is nan, as torch's is, and every gradient 0.
     """
     flat, wanted = logits.flatten(0, -2), labels.flatten()
     loss = F.cross_entropy(flat.float(), wanted, ignore_index=-100)
     if z_loss_weight:
         labelled = wanted != -100
         highest = flat.float().amax(-1).pow(2)
-        loss = loss + z_loss_weight * (highest * labelled).sum() / labelled.sum()
+        loss = loss + z_loss_weight * (highest * labelled).sum() / labelled.sum().clamp_(min=1)
     return loss
