@@ -13,19 +13,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .axes.leaves import ActiveLeaves
 from .axes.trains import Part
 from .axes.until import Updater
-from .baichuan.model import next_labels
 from .observer import Observer
 from .regime import Regime, check_machine
 
 Batch = Mapping[str, Tensor]
-"""input_ids, attention_mask, labels: each (batch, tokens), integers; labels are -100 where nothing is to be learned."""
+"""input_ids, labels, and where wanted attention_mask and position_ids: each (batch, tokens), integers; labels are -100 where
+nothing is to be learned."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ class Trainer:
         """Each micro-batch's share of the tokens that the loss counts, so that the sum of gradients is the large batch's
         gradient, and so is its mean over ranks. Counted where the labels are, unseen by whoever watches the step."""
         with _disable_current_modes():
-            counts = [self._count(batch) for batch in batches]
+            counts = [int((self.regime.trains.predicted(batch) != -100).sum()) for batch in batches]
         whole = float(sum(counts))
         if self.regime.place.ranks > 1:
             whole = float(self.regime.place.mean(torch.tensor(whole, dtype=torch.float64, device=self.device)))
@@ -140,14 +139,6 @@ class Trainer:
                              "label is -100, or the first of its document, which nothing predicts: leave such a step out, or "
                              "put its rows together with labelled ones")
         return [count / whole for count in counts]
-
-    def _count(self, batch: Batch) -> int:
-        """The labels of the batch that the loss counts, as the model sees it: behind a trained prompt, where there is one."""
-        before, labels, mask = self.regime.trains.tokens_before, batch["labels"], batch.get("attention_mask")
-        if before:
-            labels = F.pad(labels, (before, 0), value=-100)
-            mask = None if mask is None else F.pad(mask, (before, 0), value=1)
-        return int((next_labels(labels, mask) != -100).sum())
 
     def _labelled(self, batches: Sequence[Batch], shares: Sequence[float]) -> Iterator[tuple[Batch, float]]:
         """Those micro-batches that contribute. A rank runs the others too, since all ranks gather together: with made-up labels,

@@ -9,13 +9,15 @@ a bf16 x is kept once more in fp32 for each adapted matrix.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..baichuan.model import next_labels
 from ..observer import recomputing
 from .acts import decoder
 from .trains import All, Part, whole
@@ -164,9 +166,11 @@ class Prompt(All):
     def parts(self, model: nn.Module) -> list[Part]:
         return [tuple(whole(name, p) for name, p in model.named_parameters() if name.startswith("prompt_encoder."))]
 
-    @property
-    def tokens_before(self) -> int:
-        return self.tokens
+    def predicted(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Behind a prompt a row's first token is predicted too; peft drops position_ids."""
+        labels, mask = batch["labels"], batch.get("attention_mask")
+        mask = None if mask is None else F.pad(mask, (self.tokens, 0), value=1)
+        return next_labels(F.pad(labels, (self.tokens, 0), value=-100), mask)
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,8 @@ class Prefix(Prompt):
     """`tokens` trained keys and values stand before every block's own, through the key-value cache. Li 2021,
     arXiv:2101.00190, without its reparametrisation by a network."""
 
-    tokens_before = 0
+    def predicted(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return next_labels(batch["labels"], batch.get("attention_mask"))
 
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         from peft import PrefixTuningConfig, TaskType, get_peft_model

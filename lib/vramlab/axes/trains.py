@@ -12,13 +12,14 @@ Adapters, which add weights, are in `adapters`.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..baichuan.model import BaichuanRMSNorm
+from ..baichuan.model import BaichuanRMSNorm, next_labels
 from .acts import decoder
 from .leaves import Leaf, divisible
 
@@ -39,8 +40,6 @@ class All:
     """Every parameter, every step."""
 
     state = "device"
-    tokens_before = 0
-    """How many trained tokens stand before every row; behind one a row's first token is predicted too."""
 
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         return model
@@ -59,6 +58,10 @@ class All:
     def lr_step(self, step: int, count: int) -> int:
         """The step whose learning rate `step` uses."""
         return step
+
+    def predicted(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The labels of a batch that the loss counts, each where it is predicted; -100 everywhere else."""
+        return next_labels(batch["labels"], batch.get("attention_mask"), batch.get("position_ids"))
 
 
 @dataclass(frozen=True)

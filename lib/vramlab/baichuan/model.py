@@ -222,18 +222,21 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         if labels is None:
             logits = self.lm_head(hidden)
         else:
-            loss, logits = self.lm_head(hidden, next_labels(labels, attention_mask), self.config.z_loss_weight)
+            loss, logits = self.lm_head(hidden, next_labels(labels, attention_mask, position_ids), self.config.z_loss_weight)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: getattr(output, CACHE)})
 
 
-def next_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Label of the next token at each position (b, t); nothing is predicted across a document's edge, so these, and not the
-    labels that were given, are what the loss counts. Moving the labels instead of the logits saves a copy of the logits."""
+def next_labels(labels: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+    """Label of the next token at each position (b, t). Nothing is predicted across a document's edge, which is where the mask
+    changes or positions do not grow: so these, and not the labels that were given, are what the loss counts. Moving the labels
+    instead of the logits saves a copy of the logits."""
     moved = F.pad(labels[:, 1:], (0, 1), value=-100)
     if attention_mask is not None:
         mask = attention_mask[:, -labels.shape[1]:]  # a mask covers what is cached too
         edge = mask[:, 1:] != mask[:, :-1]
         moved[:, :-1].masked_fill_(edge, -100)
+    if position_ids is not None:
+        moved[:, :-1].masked_fill_(position_ids[:, 1:] <= position_ids[:, :-1], -100)
     return moved
 
 
