@@ -284,11 +284,11 @@ REFUSED = [
     ({"trains": "update_head", "grads": "amortised", "place": "fsdp"}, "place: device"),
     (predicted("learned", every=0), "every: 8"),
     (predicted("oracle"), "learned, identity, random"),
-    (predicted("learned", depth=0), "1 or more"),
-    (predicted("learned", probe=-1), "0 (never)"),
+    (predicted("learned", depth=0), "1 to 100"),
+    (predicted("learned", probe=-1), "0 or more"),
     ({"trains": {"writers": {"targets": ["W_pack"]}}}, "trains: lora"),
-    ({"trains": {"update_head": {"depth": 0}}}, "1 or more"),
-    ({"trains": "update_head", "grads": {"amortised": {"probe": -1}}}, "0 (never)"),
+    ({"trains": {"update_head": {"depth": 0}}}, "1 to 100"),
+    ({"trains": "update_head", "grads": {"amortised": {"probe": -1}}}, "0 or more"),
 ]
 
 

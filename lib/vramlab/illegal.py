@@ -53,14 +53,6 @@ def _clips_inside(regime: Any) -> bool:
 
 ILLEGAL: list[Prohibition] = [
     Prohibition(
-        lambda r: r.accumulate < 1,
-        "accumulate counts micro-batches: use 1 or more",
-        {"accumulate": 0}),
-    Prohibition(
-        lambda r: r.clip < 0,
-        "clip is a norm: use a positive number, or 0 to leave gradients alone",
-        {"clip": -1.0}),
-    Prohibition(
         lambda r: _nothing(r) and not _no_rule(r),
         "nothing trains, so there is nothing to update: use rule: none",
         {"trains": "none"}),

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from .axes import AXES
+from .axes import AXES, fields
+from .axes.fields import Count, IllegalRegime, Limit, Range
 from .axes.host import FsdpOffload
 from .axes.place import Fsdp
 from .axes.rowwise import Fit
@@ -22,10 +23,6 @@ from .illegal import ILLEGAL
 from .reading import read_yaml
 
 REGIMES_FILE = Path(__file__).parents[2] / "params" / "regimes.yml"
-
-
-class IllegalRegime(ValueError):
-    """The row cannot mean anything; the message lists every reason with the way out."""
 
 
 class ImpossibleHere(RuntimeError):
@@ -45,11 +42,11 @@ class Regime:
     acts: Any
     head: Any
     place: Any
-    accumulate: int = 1
+    accumulate: Count = 1
     """Micro-batches whose gradients are added before one update; the sum equals the large batch's gradient."""
-    clip: float = 0.0
+    clip: Limit = 0.0
     """Largest norm of the gradient of the active leaves; 0 leaves it alone."""
-    lr: float = 1e-3
+    lr: Annotated[float, Range(0, 100)] = 1e-3
     """Default learning rate of the row; a sweep may set another."""
     says: str = ""
     source: str = ""
@@ -71,55 +68,74 @@ class Regime:
         return {axis: {"value": self.values[axis], **dataclasses.asdict(getattr(self, axis))} for axis in AXES}
 
 
-def _value(regime: str, axis: str, cell: Any) -> tuple[str, Any]:
-    """One cell of the row: `name` or `{name: {field: value}}`."""
+SCALARS = ("accumulate", "clip", "lr", "says", "source")
+"""What a row may have beside a value for each axis."""
+
+
+def _value(axis: str, cell: Any) -> tuple[str, Any]:
+    """One cell of a row, `name` or `{name: {field: value}}`, as its name and its value. Raises: ValueError, a reason a line."""
     known = AXES[axis]
-    name, fields = (cell, {}) if isinstance(cell, str) else next(iter(cell.items()), ("", {}))
-    if name not in known or (not isinstance(cell, str) and len(cell) != 1):
-        raise IllegalRegime(f"regime {regime!r}: {axis} is {cell!r}; known values: {', '.join(known)}")
-    names = [f.name for f in dataclasses.fields(known[name])]
-    unknown = set(fields or {}) - set(names)
-    if unknown:
-        raise IllegalRegime(f"regime {regime!r}: {axis}.{name} has no {', '.join(sorted(unknown))}; "
-                            f"it has: {', '.join(names) or 'no fields'}")
-    try:
-        return name, known[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in (fields or {}).items()})
-    except ValueError as error:
-        raise IllegalRegime(f"regime {regime!r}: {error}") from None
+    name, given = next(iter(cell.items())) if isinstance(cell, Mapping) and len(cell) == 1 else (cell, {})
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{axis} is {fields.quoted(cell)}: use one of {', '.join(known)}")
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{axis}.{name} is {fields.quoted(given)}: use {{{name}: {{field: value}}}}")
+    given = {field: tuple(value) if isinstance(value, list) else value for field, value in given.items()}
+    owned = [field.name for field in dataclasses.fields(known[name])]
+    reasons = fields.unknown(given, owned, f"{axis}.{name}") or fields.faults(known[name], given, f"{axis}.{name}.")
+    if reasons:
+        raise ValueError("\n".join(reasons))
+    return name, known[name](**given)
 
 
 def read_row(name: str, row: Mapping[str, Any]) -> Regime:
     """A row as plain data -> a `Regime`. Axes left out take their first value.
 
-    Raises: IllegalRegime, for an unknown key, value or field, and for answers that exclude each other.
+    Raises: IllegalRegime, with every reason: unknown keys, values and fields, values that a field cannot hold; and where there
+    is none, answers that exclude each other.
     """
-    scalars = ("accumulate", "clip", "lr", "says", "source")
-    unknown = set(row) - set(AXES) - set(scalars)
-    if unknown:
-        raise IllegalRegime(f"regime {name!r}: unknown {', '.join(sorted(unknown))}; "
-                            f"a row may have: {', '.join((*AXES, *scalars))}")
-    cells = {axis: _value(name, axis, row.get(axis, next(iter(known)))) for axis, known in AXES.items()}
-    return Regime(name, **{axis: value for axis, (_, value) in cells.items()},
-                  **{key: row[key] for key in scalars if key in row},
+    if not isinstance(row, Mapping):
+        raise IllegalRegime(f"regime {name!r} is {fields.quoted(row)}: use a mapping, such as {{acts: checkpoint}}")
+    scalars = {key: row[key] for key in SCALARS if key in row}
+    reasons, cells = fields.unknown(row, (*AXES, *SCALARS), "a row") + fields.faults(Regime, scalars), {}
+    for axis, known in AXES.items():
+        try:
+            cells[axis] = _value(axis, row.get(axis, next(iter(known))))
+        except ValueError as error:
+            reasons += str(error).splitlines()
+    if reasons:
+        raise IllegalRegime("\n  - ".join((f"regime {name!r} cannot be read:", *reasons)))
+    return Regime(name, **{axis: value for axis, (_, value) in cells.items()}, **scalars,
                   values={axis: label for axis, (label, _) in cells.items()})
 
 
 def read_regimes(path: Path = REGIMES_FILE) -> dict[str, Regime]:
     """Every row of the file, by name. Raises IllegalRegime at the first row that is wrong."""
-    rows = read_yaml(path)
-    return {name: read_row(name, row) for name, row in rows.items()}
+    return {name: read_row(name, row) for name, row in _file(path).items()}
 
 
 def regime_row(name: str, path: Path = REGIMES_FILE) -> dict:
     """The row called `name` as it is written. Raises: IllegalRegime, naming the rows there are."""
-    rows = _rows(Path(path), Path(path).stat().st_mtime_ns)
+    rows = _file(path)
     if name not in rows:
         raise IllegalRegime(f"no regime {name!r} in {Path(path).name}; it has: {', '.join(rows)}")
     return copy.deepcopy(rows[name])
 
 
+def _file(path: Path) -> dict[str, Any]:
+    """The rows as they are written. Raises: IllegalRegime, naming the file."""
+    try:
+        rows = _rows(Path(path), Path(path).stat().st_mtime_ns)
+    except (OSError, ValueError) as error:
+        raise IllegalRegime(f"{path} cannot be read ({error}): use a file of rows, as params/regimes.yml is") from None
+    if not isinstance(rows, dict) or not all(isinstance(name, str) for name in rows):
+        raise IllegalRegime(f"{path} is {fields.quoted(rows)}: use a mapping of names to rows, as params/regimes.yml is")
+    return rows
+
+
 @cache
-def _rows(path: Path, _changed_ns: int) -> dict[str, dict]:
+def _rows(path: Path, _changed_ns: int) -> Any:
     """Read once for each version of the file: a study asks for a row at every name of a run."""
     return read_yaml(path)
 

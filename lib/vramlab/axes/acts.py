@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ..observer import Observer, recomputing
 from .bus import Bus
+from .fields import Count, CountOrNone
 
 aten = torch.ops.aten
 
@@ -36,14 +37,10 @@ class Checkpoint(Keep):
     """Only the input of a block is kept; the rest is formed again in backward, at the price of one more forward.
     Chen 2016, arXiv:1604.06174. Exact: same operations on the same values."""
 
-    every: int = 1
+    every: Count = 1
     """Checkpoint one block in `every`: 1 is all of them, 2 every other one."""
     offload: bool = False
     """Whether blocks' inputs wait on the host, as `Offload` has it; what is kept outside of blocks stays."""
-
-    def __post_init__(self):
-        if self.every < 1:
-            raise ValueError(f"checkpoint.every is {self.every}: it counts blocks, use 1 or more")
 
     def prepare(self, model: nn.Module) -> nn.Module:
         return _checkpointed(model, _told, self.every, _offloaded if self.offload else checkpoint)
@@ -125,7 +122,7 @@ class Offload(Keep):
     Rhu 2016 (vDNN), arXiv:1602.08124; the mechanism of `torch.autograd.graph.save_on_cpu`, without the parameters, each tensor
     once however often it is saved, and beside the computing on the way down. On the way up backward waits for it."""
 
-    min_bytes: int = 1024
+    min_bytes: CountOrNone = 1024
     """Smaller tensors stay: moving them costs more than they hold."""
 
     @contextmanager

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 from ..baichuan.model import next_labels
 from ..observer import recomputing
 from .acts import decoder
+from .fields import Count, IllegalRegime, Width
 from .trains import All, Part, whole
 
 ADAPTERS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LINEARS = ("W_pack", "o_proj", "gate_proj", "up_proj", "down_proj")
+Linear = Literal["W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """The matrices of a block. The packed projection is one, so its adapter serves query, key and value together."""
+LINEARS = get_args(Linear)
 
 
 @contextmanager
@@ -41,10 +44,10 @@ class Lora(All):
     """W x + (alpha / rank) B A x with W frozen, A (rank, in) and B (out, rank) trained, B starting at 0, so that the
     first forward is the base model's. Hu 2021, arXiv:2106.09685."""
 
-    rank: int = 8
-    alpha: int = 16
-    targets: tuple[str, ...] = LINEARS
-    adapters: str = "fp32"
+    rank: Width = 8
+    alpha: Width = 16
+    targets: tuple[Linear, ...] = LINEARS
+    adapters: Literal["fp32", "bf16"] = "fp32"
     """Their type, `fp32` or `bf16`: 4 or 2 bytes a number, its gradient and each moment."""
     dora: bool = False
     """m (W + B A) / |W + B A| with row norms m trained too. The norm is formed from the whole matrix in each forward and is not
@@ -52,12 +55,6 @@ class Lora(All):
     frozen_a: bool = False
     """LoRA-FA: A stays as it was drawn, so that rank numbers a token, A x, are kept in place of x. Zhang 2023,
     arXiv:2308.03303. The paper's algorithm: a later version, in peft, also corrects the gradient of B by (A A^T)^-1."""
-
-    def __post_init__(self):
-        if self.adapters not in ADAPTERS:
-            raise ValueError(f"trains.lora.adapters is {self.adapters!r}: use one of {', '.join(ADAPTERS)}")
-        if self.rank < 1:
-            raise ValueError(f"trains.lora.rank is {self.rank}: use 1 or more")
 
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         from peft import LoraConfig, get_peft_model
@@ -126,20 +123,15 @@ class SplitLora(Lora):
     arXiv:2407.00952. One client, in one process: it trains as LoRA does, saves no byte of the sum, and what a client has
     to hold is told apart, see `split`. Not here: several clients, and the averaging of their adapters."""
 
-    cut: int = 1
+    cut: Count = 1
     """Number of the client's blocks."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.cut < 1:
-            raise ValueError(f"trains.split_lora.cut is {self.cut}: it counts the client's blocks, use 1 or more")
 
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         model = super().prepare(model, seed)
         stack = decoder(model)
         if self.cut >= len(stack.layers):
-            raise ValueError(f"trains.split_lora.cut is {self.cut}: of {len(stack.layers)} blocks the server needs one at "
-                             f"least, use 1 to {len(stack.layers) - 1}")
+            raise IllegalRegime(f"trains.split_lora.cut is {self.cut}: of {len(stack.layers)} blocks the server needs one at "
+                                f"least, use 1 to {len(stack.layers) - 1}")
         stack.link = Link()
         stack.layers[self.cut].register_forward_pre_hook(stack.link.carry)
         return model
@@ -150,11 +142,7 @@ class Prompt(All):
     """`tokens` trained vectors stand before every sequence, as many tokens longer it becomes; they start as embeddings of
     words drawn from the vocabulary. Lester 2021, arXiv:2104.08691."""
 
-    tokens: int = 20
-
-    def __post_init__(self):
-        if self.tokens < 1:
-            raise ValueError(f"trains.{type(self).__name__.lower()}.tokens is {self.tokens}: use 1 or more")
+    tokens: Count = 20
 
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model

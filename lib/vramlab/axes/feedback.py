@@ -27,6 +27,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from ..observer import Observer, recomputing
 from .acts import decoder
 from .adapters import Lora
+from .fields import Count, CountOrNone, Depth, Width
 from .grads import Exact
 from .guesses import GUESSES
 from .leaves import Leaf
@@ -66,28 +68,22 @@ class Writers(Lora):
 class Predicted(Exact):
     """Only the head is differentiated; below it gradients are guessed, except at anchors. Zhu 2024, as in `feedback`."""
 
-    by: str = "learned"
+    by: Literal["learned", "identity", "random"] = "learned"
     """What guesses: learned (G), identity (G = 0) or random."""
-    every: int = 8
+    every: CountOrNone = 8
     """Steps from anchor to anchor, the first step being one; 1 is every step, 0 is never."""
-    depth: int = 1
+    depth: Depth = 1
     """Layers of G, of which all but the first follow a nonlinearity."""
-    rank: int = 16
+    rank: Width = 16
     """k, the width of G."""
-    tokens: int = 256
+    tokens: Count = 256
     """Most tokens of an anchor's micro-batch that G learns from, evenly spaced: the rest of their gradients is not kept."""
-    probe: int = 0
+    probe: CountOrNone = 0
     """Steps between true backwards for measurement alone, which the update does not use; 0 leaves it to the anchors."""
     drop: bool = False
     """Whether a probe also measures how far the loss falls along the guess: three forwards more."""
 
     def __post_init__(self):
-        if self.by not in GUESSES:
-            raise ValueError(f"grads.predicted.by is {self.by!r}: use one of {', '.join(GUESSES)}")
-        if min(self.every, self.probe) < 0:
-            raise ValueError(f"grads.predicted has every {self.every}, probe {self.probe}: they count steps, use 0 (never) or more")
-        if min(self.depth, self.rank, self.tokens) < 1:
-            raise ValueError(f"grads.predicted has depth {self.depth}, rank {self.rank}, tokens {self.tokens}: use 1 or more")
         if self.by == "learned" and not self.every:
             raise ValueError("grads.predicted.every is 0, but what is learned is learned at anchors: use every: 8, or by: identity")
 

@@ -26,12 +26,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..observer import Observer
+from .fields import CountOrNone, Range, Seed
 from .noise import generator, normal
 from .storage import random_bits, round_up_or_down
 from .until import Updater
@@ -72,14 +73,10 @@ class ZerothOrder(Exact):
     """g z from two forwards, see above. No state at all."""
 
     backward: ClassVar[bool] = False
-    eps: float = 1e-3
-    seed: int = 0
-    parked_bytes: int = 256 << 20
+    eps: Annotated[float, Range(1e-12, 1)] = 1e-3
+    seed: Seed = 0
+    parked_bytes: CountOrNone = 256 << 20
     """A leaf with more bytes waits on the host, not on the device, while it is moved."""
-
-    def __post_init__(self):
-        if not self.eps > 0:
-            raise ValueError(f"grads.eps is {self.eps}: it is how far weights are moved, use a positive number, such as 1e-3")
 
     def updater(self, place, until, rule, model: nn.Module, named: Mapping[str, nn.Parameter], lr: float,
                 observer: Observer) -> Updater:

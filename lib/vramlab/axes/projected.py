@@ -27,11 +27,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from .fields import Count, Limit, Range, Seed
 from .noise import generator, normal
 from .rows import spans
 from .rowwise import Fit, restore_types
@@ -39,7 +40,6 @@ from .rule import AdamW, _AdamW
 
 ROWS_BYTES = 16 << 20
 """Most bytes in fp32 of the rows that APOLLO updates at a time."""
-INNER = ("adamw", "sgd")
 
 
 def is_projected(leaf: Tensor, names: Mapping[int, str]) -> bool:
@@ -100,16 +100,11 @@ class LowRank(AdamW):
 
     row_wise: ClassVar[bool] = False
     pieces: ClassVar[bool] = False
-    rank: int = 128
+    rank: Count = 128
     """Never more than the matrix's shorter side."""
-    gap: int = 200
+    gap: Count = 200
     """Updates between two projections."""
-    scale: float = 1.0
-
-    def __post_init__(self):
-        for name in ("rank", "gap"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"rule.{name} is {getattr(self, name)}: use 1 or more")
+    scale: Limit = 1.0
 
     def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
         return _Projected(params, lr, self, fit.names)
@@ -133,14 +128,9 @@ class GaLore(LowRank):
     weight's type. Zhao 2024, arXiv:2403.03507. Moments are kept when P changes, as published. Every `gap`-th update stalls for
     the SVDs. In bf16 an update below 2^-9 of a weight is lost, as published."""
 
-    scale: float = 0.25
-    inner: str = "adamw"
+    scale: Limit = 0.25
+    inner: Literal["adamw", "sgd"] = "adamw"
     """What runs on the projected gradient: "sgd" remembers nothing."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.inner not in INNER:
-            raise ValueError(f"rule.inner is {self.inner!r}: use one of {', '.join(INNER)}")
 
     def update(self, name: str, matrix: Tensor, grad: Tensor, state: dict, lr: float) -> None:
         if state["step"] % self.gap == 0:
@@ -163,11 +153,11 @@ class Apollo(LowRank):
     and 4 for the last update's norm. Zhu 2024, arXiv:2412.05270, written from the paper. `per_tensor`, with rank 1 and scale
     128, is APOLLO-Mini: one factor for the whole matrix. Numbers are drawn on the device: another kind of device draws others."""
 
-    rank: int = 256
+    rank: Count = 256
     per_tensor: bool = False
-    growth: float = 1.01
+    growth: Annotated[float, Range(1, 1000)] = 1.01
     """Most that the norm of a matrix's update grows from one update to the next."""
-    seed: int = 0
+    seed: Seed = 0
 
     def update(self, name: str, matrix: Tensor, grad: Tensor, state: dict, lr: float) -> None:
         short, long, rank = _sides(grad, self.rank)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from . import adam_mini, factored, moment_codes
+from .fields import Decay, Eps, Range, WeightDecay
 from .place import is_sharded, local
 from .rowwise import Fit, RowAdamW, RowSgd
 from .storage import Nearest
@@ -135,10 +136,10 @@ class AdamW(RowRule):
     """m and v beside every trained weight, in the weight's type (fp32 where there is a master), and one fp32 step count a
     tensor. Loshchilov 2019, arXiv:1711.05101. torch's fused kernel: no list-sized temporaries."""
 
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
+    eps: Eps = 1e-8
+    weight_decay: WeightDecay = 0.0
 
     def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
         if _torch_stores(fit):
@@ -178,9 +179,9 @@ class Adafactor(RowRule):
     1/sqrt(t) of it, see `factored`. Shazeer 2018, arXiv:1804.04235, as torch has it for fp32."""
 
     pieces = False
-    decay: float = -0.8
-    least_rms: float = 1e-3
-    most_rms: float = 1.0
+    decay: Annotated[float, Range(-10, 0)] = -0.8
+    least_rms: Annotated[float, Range(0, 1000)] = 1e-3
+    most_rms: Annotated[float, Range(1e-6, 1e6)] = 1.0
 
     def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
         eps = torch.finfo(torch.float32).eps
@@ -233,10 +234,10 @@ class Adam8bit(Rule):
     """AdamW with both moments in 8 bits, by bitsandbytes, see `moment_codes`. Dettmers 2021, arXiv:2110.02861."""
 
     pieces = False
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
+    eps: Eps = 1e-8
+    weight_decay: WeightDecay = 0.0
 
     def load(self) -> None:
         moment_codes.library()

@@ -32,6 +32,7 @@ from ..observer import Observer, recomputing
 from .acts import decoder
 from .bus import Bus
 from .head import FusedLoss
+from .fields import Count
 from .host import HostEmbedding, HostUpdater, move_all_but, own_on_host
 from .place import Device
 from .rows import Spans, spans
@@ -194,12 +195,8 @@ class StreamedHead(NormHead):
 class HostWeights(Device):
     """Everything that lasts longer than a step is in host memory."""
 
-    head_rows: int = 8192
+    head_rows: Count = 8192
     """Rows of a plain head on the device at one time; two such pieces are there. A fused head has its own sizes."""
-
-    def __post_init__(self):
-        if self.head_rows < 1:
-            raise ValueError(f"host_weights.head_rows is {self.head_rows}: it counts rows of the head, use 1 or more")
 
     def on_host(self, name: str) -> bool:
         return True

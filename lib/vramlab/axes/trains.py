@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -21,13 +22,11 @@ from torch import Tensor, nn
 
 from ..baichuan.model import BaichuanRMSNorm, next_labels
 from .acts import decoder
+from .fields import Count, CountOrNone, IllegalRegime, Range, Seed
 from .leaves import Leaf, divisible
 
 Part = tuple[Leaf, ...]
 
-ORDERS = ("ascending", "descending", "random", "shuffled")
-FATES = ("reset", "host", "device")
-ENDS = ("rest", "units", "always")
 
 
 def whole(name: str, param: nn.Parameter) -> Leaf:
@@ -86,11 +85,7 @@ class Top(All):
     """The top `share` of the blocks, at least one; all below, embeddings and head are frozen, and backward stops there: a
     lower block keeps nothing. Howard 2018, arXiv:1801.06146, without the gradual unfreezing."""
 
-    share: float = 0.25
-
-    def __post_init__(self):
-        if not 0 < self.share <= 1:
-            raise ValueError(f"trains.top.share is {self.share}: it is a share of the blocks, use more than 0 and at most 1")
+    share: Annotated[float, Range(0.001, 1)] = 0.25
 
     def parts(self, model: nn.Module) -> list[Part]:
         stack = decoder(model).layers
@@ -106,20 +101,13 @@ class _Moving(All):
     `order`: ascending is from the embeddings up; random is drawn anew every cycle, shuffled once for all.
     """
 
-    interval: int = 1
-    order: str = "ascending"
-    state: str = "reset"
-    seed: int = 0
+    interval: Count = 1
+    order: Literal["ascending", "descending", "random", "shuffled"] = "ascending"
+    state: Literal["reset", "host", "device"] = "reset"
+    seed: Seed = 0
     delayed_lr: bool = False
     """Whether the learning rate advances only when every part has had its turn (HiFT): it stands still within a cycle, so
     that no part is trained at a higher rate than another."""
-
-    def __post_init__(self):
-        for name, value, known in (("order", self.order, ORDERS), ("state", self.state, FATES)):
-            if value not in known:
-                raise ValueError(f"trains.{name} is {value!r}: use one of {', '.join(known)}")
-        if self.interval < 1:
-            raise ValueError(f"trains.interval is {self.interval}: it counts updates, use 1 or more")
 
     def active(self, step: int, count: int) -> tuple[int, ...]:
         cycle, position = divmod(step // self.interval, count)
@@ -153,22 +141,17 @@ class Blocks(_Moving):
     twice in a row keeps its state.
     """
 
-    interval: int = 50
-    order: str = "random"
-    count: int = 0
+    interval: Count = 50
+    order: Literal["ascending", "descending", "random", "shuffled"] = "random"
+    count: CountOrNone = 0
     """Number of groups of equal length; 0 is one group a block."""
-    ends: str = "rest"
+    ends: Literal["rest", "units", "always"] = "rest"
     """What embeddings, and final norm and head, do: `rest`, take part as the first and the last unit (`units`), or train
     at every step, with a state that lasts (`always`)."""
-    sample: int = 0
+    sample: CountOrNone = 0
     """How many groups each turn draws, uniformly and without replacement; 0 is one after the other."""
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.ends not in ENDS:
-            raise ValueError(f"trains.blocks.ends is {self.ends!r}: use one of {', '.join(ENDS)}")
-        if self.sample < 0:
-            raise ValueError(f"trains.blocks.sample is {self.sample}: use the number of groups a turn draws, or 0")
         if self.sample and (self.order != "random" or self.delayed_lr):
             raise ValueError(f"trains.blocks.sample is {self.sample}, and what is drawn has no order and no cycle: use order: "
                              "random and delayed_lr: false, or sample: 0")
@@ -183,7 +166,7 @@ class Blocks(_Moving):
         params = dict(model.named_parameters())
         groups = [[name for unit in units[a:b] for name in unit] for a, b in _cuts(len(units), self.count or len(units))]
         if self.sample > len(groups):
-            raise ValueError(f"trains.blocks.sample is {self.sample}: there are {len(groups)} groups, use 1 to {len(groups)}")
+            raise IllegalRegime(f"trains.blocks.sample is {self.sample}: there are {len(groups)} groups, use 1 to {len(groups)}")
         always = [[*ends[0], *ends[1]]] if self.ends == "always" else []
         return [tuple(whole(name, params[name]) for name in group) for group in groups + always]
 
@@ -207,7 +190,7 @@ def _stem(units: list[list[str]]) -> str:
 
 def _cuts(total: int, count: int) -> list[tuple[int, int]]:
     if not 1 <= count <= total:
-        raise ValueError(f"trains.blocks.count is {count}: there are {total} units, use 1 to {total} (or 0)")
+        raise IllegalRegime(f"trains.blocks.count is {count}: there are {total} units, use 1 to {total} (or 0)")
     edges = [total * i // count for i in range(count + 1)]
     return list(zip(edges, edges[1:], strict=False))
 
@@ -218,15 +201,10 @@ class Chunks(_Moving):
     matrices and at most two cut ones. Embeddings and head included; each chunk has its own step count. ChunkFT (2026);
     there a Linear is cut along its input features, here along its rows, which are contiguous in memory."""
 
-    interval: int = 1
-    state: str = "host"
-    count: int = field(default=8, kw_only=True)
+    interval: Count = 1
+    state: Literal["reset", "host", "device"] = "host"
+    count: Annotated[int, Range(1, 1_000_000)] = field(default=8, kw_only=True)
     """K of the paper; 1 is plain training."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.count < 1:
-            raise ValueError(f"trains.chunks.count is {self.count}: use 1 or more")
 
     def parts(self, model: nn.Module) -> list[Part]:
         params = dict(model.named_parameters())

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..observer import Observer
 from .clipping import ByValue, LastNorm, NormOfAll, ScaledNorm, Unclipped
+from .fields import Limit, Range
 from .place import is_sharded, local
 from .rows import TakesRows
 
@@ -165,21 +167,16 @@ class Backward:
     published code keeps the first graph for the second backward; here it is formed again, for one more forward: then each
     activation goes when backward has used it, and the peak is that of one run. Other ways are in `clipping`."""
 
-    clip_norm: float = 0.0
+    clip_norm: Limit = 0.0
     """Largest norm of the gradient of the active leaves; 0 leaves it alone."""
-    norm: str = "this"
+    norm: Literal["this", "last"] = "this"
     """Whose norm `clip_norm` is held against: `this` step's, for which it is formed twice, or the `last` one's."""
-    clip_value: float = 0.0
+    clip_value: Limit = 0.0
     """Largest absolute value of a number of a gradient; 0 leaves it alone."""
-    loss_scale: float = 0.0
+    loss_scale: Annotated[float, Range(0, 2.0**40)] = 0.0
     """What a loss is multiplied by at first, for gradients in fp16; then dynamic, see `clipping`. 0 leaves it alone."""
 
     def __post_init__(self):
-        for name in ("clip_norm", "clip_value", "loss_scale"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"until.{name} is {getattr(self, name)}: use a positive number, or 0 for none")
-        if self.norm not in ("this", "last"):
-            raise ValueError(f"until.norm is {self.norm!r}: it is this step's norm or the last one's, use this or last")
         if self.clip_norm and self.clip_value:
             raise ValueError("until has clip_norm and clip_value: use one of them, the other would clip what is clipped")
         if self.loss_scale and not (self.clip_norm and self.norm == "this"):

@@ -18,12 +18,14 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from ..observer import Observer
 from .acts import decoder
+from .fields import CountOrNone, Depth, Range, Width
 from .grads import Exact
 from .leaves import Leaf
 from .probes import Again, Probes, drop_ratio
@@ -35,17 +37,13 @@ from .until import Updater
 class UpdateHead(All):
     """The code, its projection and the module that updates it for each token; starts as the identity. Zhu 2024."""
 
-    depth: int = 3
+    depth: Depth = 3
     """Layers of G."""
-    code: int = 64
+    code: Width = 64
     """p, numbers of theta."""
-    width: int = 256
+    width: Width = 256
     """w, of G's inner layers."""
-    eta: float = 1.0
-
-    def __post_init__(self):
-        if min(self.depth, self.code, self.width) < 1:
-            raise ValueError(f"trains.update_head has depth {self.depth}, code {self.code}, width {self.width}: use 1 or more")
+    eta: Annotated[float, Range(0, 1000)] = 1.0
 
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         stack = decoder(model)
@@ -89,14 +87,10 @@ class Amortised(Exact):
     loss at theta, which is to be updated (site `all`), and at theta' (site `updated`). The second goes to zero in the mean as G
     learns, whatever it has learnt, and tells only that it has; the first tells whether g is a gradient."""
 
-    probe: int = 0
+    probe: CountOrNone = 0
     """Steps from probe to probe, the first step being one; 0 is never. A probe is two forwards and the head's backward twice."""
     drop: bool = False
     """Whether a probe also measures how far the loss falls along the guess: three forwards more."""
-
-    def __post_init__(self):
-        if self.probe < 0:
-            raise ValueError(f"grads.amortised.probe is {self.probe}: it counts steps, use 0 (never) or more")
 
     @property
     def cycle(self) -> int:

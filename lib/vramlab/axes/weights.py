@@ -12,6 +12,7 @@ from torch import nn
 
 from . import rounding
 from .acts import decoder
+from .fields import Seed
 from .storage import Master, Nearest, Stochastic
 from .weight_codes import Int8Linear, Nf4Linear, Quantized, quantize_blocks
 
@@ -89,7 +90,7 @@ class Bf16Stochastic(Bf16):
     """Every parameter in bf16, 2 bytes each; an update is rounded up or down at random, so that on the mean none is lost.
     Random numbers are a function of seed, leaf and step. Gupta 2015, arXiv:1502.02551."""
 
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def storage(self) -> Nearest:
