@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pynvml
 import pytest
@@ -40,6 +41,55 @@ def test_what_an_architecture_does_not_know_is_na_with_a_reason_and_the_rest_is_
     assert {name: reader.sample()[name] for name in told if name not in missing} == {
         name: value for name, value in told.items() if name not in missing}
     assert len(reader.said) == len(missing - {"reserved_bytes"})  # nothing is said twice
+
+
+@pytest.mark.parametrize(("seconds", "watts", "joules"), [(1234.56, 300.0, 370_350.0), (0.05, 300.0, 0.0), (1000.05, 71.234, 71_234.0)])
+def test_the_drivers_thousandths_are_joules_and_watts_exactly(monkeypatch, seconds, watts, joules):
+    """The stand-in counts millijoules in steps of 100 ms from its own zero."""
+    install(monkeypatch, Card(watts=watts, others=1, reserved=3, total=1001))
+    monkeypatch.setattr(fake_nvml, "time", SimpleNamespace(perf_counter=lambda: seconds))
+    reader = find("cuda:0")
+    row = reader.sample()
+    assert (row["energy_j"], row["power_w"]) == (joules, watts)
+    assert (row["used_bytes"], row["reserved_bytes"], reader.total_bytes) == (1, 3, 1001)
+
+
+@pytest.mark.parametrize(("change_before", "change_after", "known"), [(0, 0, True), (1, 0, False), (0, 1, False), (-1, -1, True)])
+def test_a_process_rises_and_falls_by_a_block_to_the_byte_or_is_not_ours(monkeypatch, change_before, change_after, known):
+    card = Card(processes={7: 512, 8: 2 * GIB})
+
+    @contextmanager
+    def block(device):
+        card.processes[7] += nvml_process.PROBE_BYTES - change_before
+        yield
+        card.processes[7] -= nvml_process.PROBE_BYTES - change_after
+
+    monkeypatch.setattr(nvml_process, "block", block)
+    install(monkeypatch, card, host=False)
+    reader = find("cuda:0")
+    assert reader.sample()["process_bytes"] == (512 - change_before + change_after if known else None)
+    assert nvml_process.PROBE_BYTES == 2**28
+
+
+def test_a_process_that_comes_with_the_block_counts_from_nothing(monkeypatch):
+    card = Card(processes={7: GIB, 8: GIB})
+
+    @contextmanager
+    def block(device):
+        card.processes[9] = nvml_process.PROBE_BYTES
+        yield
+        del card.processes[9]
+
+    monkeypatch.setattr(nvml_process, "block", block)
+    install(monkeypatch, card, host=False)
+    assert "rose and fell" in find("cuda:0").process_method
+
+
+@pytest.mark.parametrize(("inode", "host"), [(4026531836, True), (4026531837, False), (4026532281, False)])
+def test_a_kernels_first_namespace_has_a_fixed_number(monkeypatch, inode, host):
+    real = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **rest: SimpleNamespace(st_ino=inode) if path == "/proc/self/ns/pid" else real(path))
+    assert nvml_process.in_host_namespace() == host
 
 
 def test_every_architecture_of_the_stand_in_is_tested():

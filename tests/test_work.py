@@ -1,0 +1,68 @@
+"""Work by value: FLOPs by torch's formulas, bytes as each operation reads and writes them, and the floor a card's rates give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vramlab.memory.work import PhaseWork, Work, floor_s
+
+aten = torch.ops.aten
+
+
+def counted(func, *args) -> PhaseWork:
+    """What one operation is counted as; a storage is named by its address."""
+    work = Work()
+    out = func(*args)
+    work.saw(3, "forward", func, args, out, lambda tensor: tensor.untyped_storage().data_ptr())
+    return work.seen[3, "forward"] if work.seen else PhaseWork()
+
+
+A, B, C = torch.ones(2, 3), torch.ones(3, 5), torch.ones(2, 5)
+HALF = torch.ones(4, 4, dtype=torch.bfloat16)
+TABLE, IDS = torch.ones(100, 8), torch.tensor([3, 1, 4])
+
+
+@pytest.mark.parametrize(("func", "args", "flops", "moved", "touched"), [
+    (aten.mm.default, (A, B), {"float32": 2 * 2 * 3 * 5}, 4 * (6 + 15 + 10), 4 * (6 + 15 + 10)),
+    (aten.addmm.default, (C, A, B), {"float32": 60}, 4 * (10 + 6 + 15 + 10), 4 * (10 + 6 + 15 + 10)),
+    (aten.mm.default, (HALF, HALF), {"bfloat16": 2 * 4**3}, 2 * 3 * 16, 2 * 2 * 16),  # one operand twice: read twice, one storage
+    (aten.add.Tensor, (A, A), {}, 4 * 3 * 6, 4 * 2 * 6),
+    (aten.embedding.default, (TABLE, IDS), {}, 8 * 3 + 2 * 4 * 3 * 8, 8 * 3 + 4 * 3 * 8),  # the rows it returns, read and written
+    (aten.add.Tensor, (TABLE[:2], 1.0), {}, 2 * 4 * 16, 4 * 800 + 4 * 16),  # reads a part, touches a whole storage
+    (aten.add.Tensor, (A[:1].expand(50, 3), 1.0), {}, 24 + 600, 24 + 600),  # no more than the storage holds
+    (aten.t.default, (A,), {}, 0, 0), (aten.empty_like.default, (A,), {}, 0, 0),
+    (aten._local_scalar_dense.default, (A[0, 0],), {}, 0, 0)])
+def test_an_operation_by_hand(func, args, flops, moved, touched):
+    found = counted(func, *args)
+    assert (dict(found.flops), found.moved_bytes, sum(found.touched.values())) == (flops, moved, touched)
+
+
+def test_an_update_in_lists_returns_nothing_and_moves_its_operands():
+    lists = [[torch.ones(7)] for _ in range(4)]
+    found = Work()
+    args = (*lists, [], [torch.tensor(1.0)])
+    found.saw(0, "update", aten._fused_adamw_.default, args, None, id)
+    assert found.seen[0, "update"].moved_bytes == 4 * 4 * 7 + 4
+
+
+def test_compulsory_bytes_are_of_storages_that_outlive_their_phase_in_that_step_only():
+    work = Work()
+    for step, phase, size in ((1, "forward", 4), (1, "update", 2), (2, "forward", 9)):
+        value = torch.ones(size)
+        work.saw(step, phase, aten.add.Tensor, (value, 1.0), value + 1, lambda tensor, value=value: "kept" if tensor is value else "gone")
+    found = work.of_step(1, lambda storage: storage == "kept")
+    assert {phase: (each["moved_bytes"], each["compulsory_bytes"], each["flops"]) for phase, each in found.items()} == {
+        "forward": (32, 16, {}), "update": (16, 8, {})}
+
+
+@pytest.mark.parametrize(("phase", "seconds"), [
+    ({"flops": {"bfloat16": 6e12}, "compulsory_bytes": 0}, 3.0), ({"flops": {"float16": 6e12}, "compulsory_bytes": 0}, 3.0),
+    ({"flops": {"float32": 6e12}, "compulsory_bytes": 0}, 12.0), ({"flops": {"float64": 6e12}, "compulsory_bytes": 0}, 12.0),
+    ({"flops": {"bfloat16": 2e12, "float32": 1e12}, "compulsory_bytes": 28e9}, 3.0),
+    ({"flops": {"bfloat16": 2e12, "float32": 1e12}, "compulsory_bytes": 32e9}, 3.2)])
+def test_a_phases_floor_by_hand(phase, seconds):
+    rates = {"bf16_tflops": 2.0, "fp32_tflops": 0.5, "gb_per_s": 10.0}
+    assert floor_s({"forward": phase}, **rates) == pytest.approx(seconds, rel=1e-12)
+    assert floor_s({"forward": phase, "backward": phase}, **rates) == pytest.approx(2 * seconds, rel=1e-12)
+    assert floor_s({}, **rates) == 0
