@@ -1,11 +1,11 @@
-"""Work by value: FLOPs by torch's formulas, bytes as each operation reads and writes them, and the floor a card's rates give."""
+"""Work by value: FLOPs by torch's formulas, bytes as each operation reads and writes them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from vramlab.memory.work import PhaseWork, Work, floor_s
+from vramlab.memory.work import PhaseWork, Work
 
 aten = torch.ops.aten
 
@@ -54,15 +54,3 @@ def test_compulsory_bytes_are_of_storages_that_outlive_their_phase_in_that_step_
     found = work.of_step(1, lambda storage: storage == "kept")
     assert {phase: (each["moved_bytes"], each["compulsory_bytes"], each["flops"]) for phase, each in found.items()} == {
         "forward": (32, 16, {}), "update": (16, 8, {})}
-
-
-@pytest.mark.parametrize(("phase", "seconds"), [
-    ({"flops": {"bfloat16": 6e12}, "compulsory_bytes": 0}, 3.0), ({"flops": {"float16": 6e12}, "compulsory_bytes": 0}, 3.0),
-    ({"flops": {"float32": 6e12}, "compulsory_bytes": 0}, 12.0), ({"flops": {"float64": 6e12}, "compulsory_bytes": 0}, 12.0),
-    ({"flops": {"bfloat16": 2e12, "float32": 1e12}, "compulsory_bytes": 28e9}, 3.0),
-    ({"flops": {"bfloat16": 2e12, "float32": 1e12}, "compulsory_bytes": 32e9}, 3.2)])
-def test_a_phases_floor_by_hand(phase, seconds):
-    rates = {"bf16_tflops": 2.0, "fp32_tflops": 0.5, "gb_per_s": 10.0}
-    assert floor_s({"forward": phase}, **rates) == pytest.approx(seconds, rel=1e-12)
-    assert floor_s({"forward": phase, "backward": phase}, **rates) == pytest.approx(2 * seconds, rel=1e-12)
-    assert floor_s({}, **rates) == 0

@@ -1,0 +1,144 @@
+"""Figures in sentences: what a reader is told in GiB, MiB and per cent is the number behind it, in that unit."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from vramlab import gpu_table
+from vramlab.gpu_plan import Cell
+from vramlab.memory.oom import evidence_words, words
+from vramlab.predict import Forecast, Question
+from vramlab.report import tables
+
+GIB, MIB = 1 << 30, 1 << 20
+
+
+def forecast(**changes) -> SimpleNamespace:
+    """What `Forecast`'s sentences read, every figure another."""
+    trace = SimpleNamespace(device="a device", phase="backward", host_bytes=5 * GIB // 4, crossed={},
+                            owners=lambda count: [("weights", "lm_head", 3 * GIB), ("gradients", "mlp", GIB // 2)][:count])
+    floor = SimpleNamespace(s=1.25, binds="memory", compute_s=1.0, memory_s=1.25, bus_s=0.5)
+    made = {"question": Question("tiny", "full", 128, 2), "trace": trace, "allocated_peak_bytes": 7 * GIB, "floor": floor,
+            "reserved_peak_bytes": 15 * GIB // 2, "simulated": SimpleNamespace(label="verified"), "floor_s": 1.25, "took_s": 2.5,
+            "ledger": {"weights": 4 * GIB, "cached": GIB // 4}, "fits": True, "retries": 0, "margin_bytes": GIB // 2,
+            "card": SimpleNamespace(name="a card", capacity_bytes=8 * GIB), "weights": "fp32"}
+    return SimpleNamespace(**{**made, **changes}, sides=dict)
+
+
+def test_a_forecast_in_words_by_value():
+    lines = [" ".join(line.split()) for line in Forecast.words(forecast()).splitlines()]
+    for line in ("peak allocated 7.00 GiB in backward", "peak reserved 7.50 GiB allocator: verified", "host memory 1.25 GiB",
+                 "weights 4.00 GiB", "cached 0.25 GiB", "3.00 GiB weights lm_head", "0.50 GiB gradients mlp", "took 2.5 s"):
+        assert line in lines
+    assert any("2 x 128 tokens" in line for line in lines)
+    assert any("fits; margin +0.50 GiB of 8.00" in line for line in lines) and any("1.250 s" in line for line in lines)
+    small = Forecast.words(forecast(fits=False, margin_bytes=-3 * GIB // 2, retries=4))
+    assert "does not fit; margin -1.50 GiB of 8.00" in small and "flushing" not in small
+    assert "fits, after flushing its cache 3 times;" in Forecast.words(forecast(retries=3))
+    assert "fit" not in Forecast.words(forecast(card=None))
+
+
+@pytest.mark.parametrize(("changes", "parts"), [
+    ({}, ["**+0.5 GiB**", "2 x 128 tokens", "a card: it fits, predicted"]), ({"retries": 1}, ["it fits after flushing its cache, "]),
+    ({"fits": False, "retries": 1, "margin_bytes": -GIB}, ["**-1.0 GiB**", "it does not fit, predicted"]),
+    ({"card": None}, ["**7.5 GiB** reserved at the peak"])])
+def test_a_takeaway_by_value(changes, parts):
+    assert all(part in Forecast.takeaway(forecast(**changes)) for part in parts)
+
+
+def test_evidence_in_words_by_value():
+    record = {"phase": "backward", "asked_bytes": 31 * MIB, "free_bytes": MIB // 2, "capacity_bytes": 2048 * MIB, "source": "torch",
+              "reserved_bytes": 1500 * MIB, "allocated_bytes": 1400 * MIB, "largest_free_block_bytes": None, "said": "a note",
+              "owners": [{"category": "weights", "module": "lm_head", "bytes": 1000 * MIB}]}
+    assert evidence_words(record) == [
+        "out of memory in backward: asked for 31.0 MiB, 0.5 MiB free of 2,048.0 MiB; 1,500.0 MiB reserved, 1,400.0 MiB allocated, "
+        "largest free block N/A (torch)", "     1,000.0 MiB  weights lm_head", "  a note"]
+    changes = [{"change": "half", "reason": "", "peak_reserved_bytes": 900 * MIB, "fits": True},
+               {"change": "less", "reason": "", "peak_reserved_bytes": 2500 * MIB, "fits": False},
+               {"change": "other", "reason": "it cannot", "fits": None}]
+    assert words({**record, "said": "", "phase": None, "would_fit": changes}).splitlines()[2:] == [
+        "  with half: 900.0 MiB reserved, fits, predicted", "  with less: 2,500.0 MiB reserved, does not fit, predicted",
+        "  with other: it cannot"]
+
+
+@pytest.mark.parametrize(("name", "value", "text"), [
+    ("measured_bytes", 3 * GIB // 2, "1.500"), ("reserved_error", -0.0123, "-1.23%"), ("reserved_error", 0.1, "+10.00%"),
+    ("mfu", 0.4567, "45.7%"), ("tokens_per_s", 1234.5, "1,234"), ("tokens_per_s", 99.994, "99.99"), ("tokens_per_s", 100.0, "100"),
+    ("mfu", None, ""), ("mfu", float("nan"), "")])
+def test_a_cell_of_the_check_by_value(name, value, text):
+    assert gpu_table._cell(name, value) == text
+
+
+def test_a_row_of_the_check_by_value():
+    question, card = Question("tiny", "full", 64, 1), SimpleNamespace(context_bytes=300, bf16_tflops=2.0)
+    told = {"allocated_peak_bytes": 900, "reserved_peak_bytes": 1200, "fits": True, "flops": {"forward": 1e12, "backward": 2e12,
+                                                                                            "update": 7e12}}
+    kept = {"outcome": "ok", "reason": "", "allocated_peak_bytes": 1000, "reserved_peak_bytes": 1000, "nvml_used_bytes": 2000,
+            "step_s_median": 3.0, "tokens_per_s": 90.0, "energy": {"j": 0.0}, "window_tokens": 500, "num_alloc_retries": 2}
+    rows = gpu_table.table([(Cell("measure", question, told), kept), (Cell("peer", question, told), {**kept, "tokens_per_s": 60.0})],
+                           card)
+    ours, theirs = rows.to_dict("records")
+    assert (ours["allocated_error"], ours["reserved_error"]) == pytest.approx((-0.1, 0.2)) and ours["over_trainer"] == 1.5
+    assert (ours["predicted_nvml_bytes"], ours["measured_nvml_bytes"], ours["nvml_error"]) == (1500, 2000, -0.25)
+    assert ours["mfu"] == pytest.approx(0.5) and ours["j_per_1000_tokens"] == 0 and ours["num_alloc_retries"] == 2
+    assert pd.isna(theirs["predicted_allocated_bytes"]) and pd.isna(theirs["over_trainer"]) and theirs["mfu"] == pytest.approx(0.5)
+    bare = gpu_table.table([(Cell("measure", question, told), {"outcome": "oom", "reason": "no room"})], None).iloc[0]
+    assert all(bare[name] is None for name in ("predicted_nvml_bytes", "nvml_error", "mfu", "j_per_1000_tokens", "allocated_error"))
+    assert gpu_table.line(Cell("measure", question), {**kept, "took_s": 7.6}).split()[1:] == ["ok", "8", "s", "90", "tokens/s"]
+    assert gpu_table.line(Cell("measure", question), {"outcome": "oom", "reason": "no room"}).split()[1:] == ["oom", "0", "s", "no", "room"]
+
+
+def run(**changes) -> SimpleNamespace:
+    """A finished run as the report's tables read it."""
+    accuracy = pd.DataFrame([{"domain": domain, "shift": shift, "scoring": scoring, "metric": metric, "value": value, "low": value - .1,
+                              "high": value + .1, "threshold": 0.5, "n": 9}
+                             for domain, shift, scoring, metric, value in (
+                                 ("news", "none", "yesno", "balanced_accuracy", .7), ("news", "none", "likelihood", "balanced_accuracy", .8),
+                                 ("news", "mild", "yesno", "balanced_accuracy", .6), ("law", "none", "yesno", "balanced_accuracy", .5),
+                                 ("news", "none", "yesno", "auc", .9))])
+    speed = {"tokens_per_s": 1000.0, "step_s_median": 0.2, "step_s_q25": 0.1, "step_s_q75": 0.4, "forward_s": 0.05,
+             "backward_s": 0.08, "update_s": 0.01}
+    result = {"outcome": "ok", "reason": "", "speed": speed, "peak_bytes": {"meter": 3 * MIB // 2, "process": 64 * MIB},
+              "peak": {"phase": "backward"}, "host_bytes": MIB // 4, "optimizer_state_bytes": 2 * MIB, "trainable_parameters": 77,
+              "loss_first": 4.0, "loss_last": 2.0, "memory_ledger": {"weights": MIB, "gradients": MIB // 2}}
+    return SimpleNamespace(**{"name": "full", "ok": True, "has_timeline": True, "result": result, "accuracy": accuracy,
+                              "params": {"train_domain": "news"}, **changes})
+
+
+def test_a_summary_of_runs_by_value():
+    (row,) = tables.summary([run()]).to_dict("records")
+    assert row == {
+        "regime": "full", "outcome": "ok", "reason": "", "peak_mib": 1.5, "process_peak_mib": 64.0, "phase": "backward", "host_mib": 0.25,
+        "optimizer_state_mib": 2.0, "trainable_parameters": 77, "tokens_per_s": 1000.0, "step_ms": 200.0, "step_ms_q25": 100.0,
+        "step_ms_q75": 400.0, "forward_ms": 50.0, "backward_ms": 80.0, "update_ms": 10.0, "loss_first": 4.0, "loss_last": 2.0,
+        "yesno": .7, "yesno_low": pytest.approx(.6), "yesno_high": pytest.approx(.8), "likelihood": .8,
+        "likelihood_low": pytest.approx(.7), "likelihood_high": pytest.approx(.9)}
+    assert tables.ledger([run(), run(ok=False), run(has_timeline=False)]).to_dict("records") == [
+        {"regime": "full", "category": "weights", "mib": 1.0}, {"regime": "full", "category": "gradients", "mib": 0.5}]
+    assert [tables.place(*where) for where in (("news", "none", "news"), ("news", "mild", "news"), ("law", "severe", "news"))] == [
+        "news", "news, mild", "law"]
+
+
+@pytest.mark.parametrize(("points", "kept"), [(500, [0, 1, 2, 3]), (2, [1, 2]), (1, [2])])
+def test_a_thinned_curve_keeps_the_highest_event_of_each_bin_in_mib(points, kept):
+    frame = pd.DataFrame({"event": ["alloc", "alloc", "alloc", "free"], "bytes": [2 * MIB, 8 * MIB, MIB, 2 * MIB], "step": [0, 0, 1, 1],
+                          "category": ["weights", "host", "activations", "weights"], "phase": ["init", "init", "forward", "update"],
+                          "live_bytes": [2 * MIB, 2 * MIB + 1, 3 * MIB, MIB]})
+    found = tables.curve(SimpleNamespace(timeline=frame), points)
+    assert found["event"].tolist() == kept and "host" not in found
+    assert found["weights"].tolist() == [[2.0, 2.0, 2.0, 0.0][at] for at in kept]
+    assert found["activations"].tolist() == [[0.0, 0.0, 1.0, 1.0][at] for at in kept]
+    assert found["live"].tolist() == (frame["live_bytes"] / MIB)[kept].tolist() and found["step"].tolist() == frame["step"][kept].tolist()
+
+
+def test_shares_judged_right_are_by_transformation_at_the_validations_threshold():
+    scores = pd.DataFrame({"split": ["val", *["test"] * 6], "domain": ["news"] * 6 + ["law"], "shift": "none",
+                           "transform": ["", "", "", "negation", "negation+noise", "entity", "entity"],
+                           "yesno": [9.0, 0.6, 0.5, 0.6, 0.4, 0.5, 0.1], "label": [1, 1, 1, 0, 0, 0, 0]})
+    found = tables.recalls([run(scores=scores)])
+    assert found[["transform", "right", "n"]].to_dict("records") == [
+        {"transform": "entity", "right": 1.0, "n": 1}, {"transform": "negation", "right": 0.5, "n": 2},
+        {"transform": "unchanged", "right": 0.5, "n": 2}]
