@@ -11,8 +11,8 @@ import torch
 
 import micro
 from vramlab import base
-from vramlab.base import Recipe
 from vramlab.baichuan.tokenizer import ASSISTANT_ID
+from vramlab.base import Recipe
 from vramlab.factcc.prompt import IGNORED
 from vramlab.lessons import copies, echoes
 
@@ -88,8 +88,8 @@ def test_a_drills_loss_is_the_plain_mean_over_its_labels_whatever_the_weights(mo
     assert found == pytest.approx(sum(terms) / len(terms), rel=1e-4)
 
 
-ODD = Recipe(copy_steps=11, copy_until=0.25, copy_lr=0.5, drill_batch=3, echo_steps=13, invented_steps=17, general_steps=19, lr=0.125,
-             batch=5, seed=23, documents=31)
+ODD = Recipe(copy_steps=11, copy_until=0.25, copy_lr=0.5, drill_batch=3, echo_steps=13, invented_steps=17, general_steps=19,
+             lr=0.125, batch=5, seed=23, documents=31)
 """Every number another."""
 
 

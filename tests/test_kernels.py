@@ -40,7 +40,8 @@ def test_the_kernel_by_head_size_with_a_mask(dtype, architecture, sizes):
     assert {size: attention_kernel(dtype, size, True, architecture) for size in sizes} == sizes
 
 
-@pytest.mark.parametrize(("architecture", "size"), [((7, 5), 8_519_680), ((8, 9), 8_519_680), ((9, 0), 33_554_432), ((10, 0), 8_519_680)])
+@pytest.mark.parametrize(("architecture", "size"), [
+    ((7, 5), 8_519_680), ((8, 9), 8_519_680), ((9, 0), 33_554_432), ((10, 0), 8_519_680)])
 def test_a_handles_workspace(architecture, size):
     assert matrix_workspace_bytes(architecture) == size
 
@@ -76,7 +77,8 @@ def test_a_mask_is_a_number_to_add_in_rows_of_sixteen(keys, row_bytes):
 def test_the_stand_in_computes_what_torch_computes(shape, mask):
     torch.manual_seed(0)
     query, key, value = (torch.randn(shape) for _ in range(3))
-    bias = torch.zeros(shape[2], shape[2]).masked_fill(torch.ones(shape[2], shape[2]).triu(1).bool(), float("-inf")) if mask else None
+    later = torch.ones(shape[2], shape[2]).triu(1).bool()
+    bias = torch.zeros(later.shape).masked_fill(later, float("-inf")) if mask else None
     plain = torch.nn.functional.scaled_dot_product_attention(query, key, value, bias, is_causal=not mask)
     found = Attention((4, 0))(query, key, value, bias, is_causal=not mask)  # too old for any kernel but the plain one
     torch.testing.assert_close(found, plain)

@@ -43,7 +43,8 @@ def test_what_an_architecture_does_not_know_is_na_with_a_reason_and_the_rest_is_
     assert len(reader.said) == len(missing - {"reserved_bytes"})  # nothing is said twice
 
 
-@pytest.mark.parametrize(("seconds", "watts", "joules"), [(1234.56, 300.0, 370_350.0), (0.05, 300.0, 0.0), (1000.05, 71.234, 71_234.0)])
+@pytest.mark.parametrize(("seconds", "watts", "joules"), [
+    (1234.56, 300.0, 370_350.0), (0.05, 300.0, 0.0), (1000.05, 71.234, 71_234.0)])
 def test_the_drivers_thousandths_are_joules_and_watts_exactly(monkeypatch, seconds, watts, joules):
     """The stand-in counts millijoules in steps of 100 ms from its own zero."""
     install(monkeypatch, Card(watts=watts, others=1, reserved=3, total=1001))
@@ -88,7 +89,8 @@ def test_a_process_that_comes_with_the_block_counts_from_nothing(monkeypatch):
 @pytest.mark.parametrize(("inode", "host"), [(4026531836, True), (4026531837, False), (4026532281, False)])
 def test_a_kernels_first_namespace_has_a_fixed_number(monkeypatch, inode, host):
     real = os.stat
-    monkeypatch.setattr(os, "stat", lambda path, **rest: SimpleNamespace(st_ino=inode) if path == "/proc/self/ns/pid" else real(path))
+    own = "/proc/self/ns/pid"
+    monkeypatch.setattr(os, "stat", lambda path, **rest: SimpleNamespace(st_ino=inode) if path == own else real(path, **rest))
     assert nvml_process.in_host_namespace() == host
 
 

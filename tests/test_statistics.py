@@ -103,8 +103,9 @@ def test_a_summary_has_each_scorings_metrics_at_the_validations_threshold():
     rows = summarise(pd.concat([val, test])).set_index(["scoring", "metric"])
     assert rows["threshold"].dropna().unique().tolist() == [2.5, 0.0, -2.5, 1.0]
     assert rows["value"].to_dict() == pytest.approx({
-        ("yesno", "balanced_accuracy"): (1 / 2 + 1) / 2, ("yesno", "auc"): 5.5 / 6, ("yesno", "balanced_accuracy_at_0"): (1 + 1 / 3) / 2,
-        ("yesno", "accuracy"): 3 / 5, ("likelihood", "balanced_accuracy"): (1 + 2 / 3) / 2, ("likelihood", "auc"): 4 / 6,
+        ("yesno", "balanced_accuracy"): (1 / 2 + 1) / 2, ("yesno", "auc"): 5.5 / 6, ("yesno", "accuracy"): 3 / 5,
+        ("yesno", "balanced_accuracy_at_0"): (1 + 1 / 3) / 2, ("likelihood", "balanced_accuracy"): (1 + 2 / 3) / 2,
+        ("likelihood", "auc"): 4 / 6,
         ("majority", "balanced_accuracy"): 1 / 2, ("majority", "auc"): 1 / 2, ("majority", "accuracy"): 2 / 5})
     assert (rows["n"] == 5).all() and (rows["n_consistent"] == 2).all() and (rows["low"] <= rows["high"]).all()
 

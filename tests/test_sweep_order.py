@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vramlab import sweep
+from vramlab.runs import KILLED
 from vramlab.sweep import Cell, combinations
 
 
@@ -59,15 +60,17 @@ def test_an_interrupted_sweep_says_how_many_are_finished(monkeypatch, tmp_path, 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "read_sweep", lambda path, out: (tmp_path / "cells.ipynb", tmp_path, cells(tmp_path, "ok", None, "oom")))
+    made = cells(tmp_path, "ok", None, "oom")
+    monkeypatch.setattr(sweep, "read_sweep", lambda path, out: (tmp_path / "cells.ipynb", tmp_path, made))
     monkeypatch.setattr(sweep, "_run_all", interrupted)
     assert sweep.sweep("any.yml", json=True) == 130 and "2 of 3 cells are finished" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("log", "code", "outcome", "reason"), [
     ("", 3, "failed", "papermill ended with code 3"), ("one\nlast words", 1, "failed", "last words"),
-    ("ValueError: first\nKernelDied: the notebook's process was killed by signal 9\nafter", 1, "oom", "KernelDied: the notebook's process was killed by signal 9"),
-    ("x\nCellTimeout: 60 s\nmore", 1, "failed", "CellTimeout: 60 s"), ("ValueError: a\nKeyError: b\n  at the end", 1, "failed", "KeyError: b")])
+    (f"ValueError: first\nKernelDied: {KILLED}\nafter", 1, "oom", f"KernelDied: {KILLED}"),
+    ("x\nCellTimeout: 60 s\nmore", 1, "failed", "CellTimeout: 60 s"),
+    ("ValueError: a\nKeyError: b\n  at the end", 1, "failed", "KeyError: b")])
 def test_a_cell_that_wrote_no_result_gets_one_from_its_log(tmp_path, log, code, outcome, reason):
     (cell,) = cells(tmp_path, None)
     (cell.folder / "notebook.log").write_text(log)

@@ -34,7 +34,8 @@ def test_a_forecast_in_words_by_value():
                  "weights 4.00 GiB", "cached 0.25 GiB", "3.00 GiB weights lm_head", "0.50 GiB gradients mlp", "took 2.5 s"):
         assert line in lines
     assert any("2 x 128 tokens" in line for line in lines)
-    assert any("fits; margin +0.50 GiB of 8.00" in line for line in lines) and any("1.250 s" in line for line in lines)
+    assert any("fits; margin +0.50 GiB of 8.00" in line for line in lines)
+    assert any("1.250 s" in line for line in lines)
     small = Forecast.words(forecast(fits=False, margin_bytes=-3 * GIB // 2, retries=4))
     assert "does not fit; margin -1.50 GiB of 8.00" in small and "flushing" not in small
     assert "fits, after flushing its cache 3 times;" in Forecast.words(forecast(retries=3))
@@ -42,7 +43,8 @@ def test_a_forecast_in_words_by_value():
 
 
 @pytest.mark.parametrize(("changes", "parts"), [
-    ({}, ["**+0.5 GiB**", "2 x 128 tokens", "a card: it fits, predicted"]), ({"retries": 1}, ["it fits after flushing its cache, "]),
+    ({}, ["**+0.5 GiB**", "2 x 128 tokens", "a card: it fits, predicted"]),
+    ({"retries": 1}, ["it fits after flushing its cache, "]),
     ({"fits": False, "retries": 1, "margin_bytes": -GIB}, ["**-1.0 GiB**", "it does not fit, predicted"]),
     ({"card": None}, ["**7.5 GiB** reserved at the peak"])])
 def test_a_takeaway_by_value(changes, parts):
@@ -74,13 +76,12 @@ def test_a_cell_of_the_check_by_value(name, value, text):
 
 def test_a_row_of_the_check_by_value():
     question, card = Question("tiny", "full", 64, 1), SimpleNamespace(context_bytes=300, bf16_tflops=2.0)
-    told = {"allocated_peak_bytes": 900, "reserved_peak_bytes": 1200, "fits": True, "flops": {"forward": 1e12, "backward": 2e12,
-                                                                                            "update": 7e12}}
+    told = {"allocated_peak_bytes": 900, "reserved_peak_bytes": 1200, "fits": True,
+            "flops": {"forward": 1e12, "backward": 2e12, "update": 7e12}}
     kept = {"outcome": "ok", "reason": "", "allocated_peak_bytes": 1000, "reserved_peak_bytes": 1000, "nvml_used_bytes": 2000,
             "step_s_median": 3.0, "tokens_per_s": 90.0, "energy": {"j": 0.0}, "window_tokens": 500, "num_alloc_retries": 2}
-    rows = gpu_table.table([(Cell("measure", question, told), kept), (Cell("peer", question, told), {**kept, "tokens_per_s": 60.0})],
-                           card)
-    ours, theirs = rows.to_dict("records")
+    peer = (Cell("peer", question, told), {**kept, "tokens_per_s": 60.0})
+    ours, theirs = gpu_table.table([(Cell("measure", question, told), kept), peer], card).to_dict("records")
     assert (ours["allocated_error"], ours["reserved_error"]) == pytest.approx((-0.1, 0.2)) and ours["over_trainer"] == 1.5
     assert (ours["predicted_nvml_bytes"], ours["measured_nvml_bytes"], ours["nvml_error"]) == (1500, 2000, -0.25)
     assert ours["mfu"] == pytest.approx(0.5) and ours["j_per_1000_tokens"] == 0 and ours["num_alloc_retries"] == 2
@@ -88,17 +89,17 @@ def test_a_row_of_the_check_by_value():
     bare = gpu_table.table([(Cell("measure", question, told), {"outcome": "oom", "reason": "no room"})], None).iloc[0]
     assert all(bare[name] is None for name in ("predicted_nvml_bytes", "nvml_error", "mfu", "j_per_1000_tokens", "allocated_error"))
     assert gpu_table.line(Cell("measure", question), {**kept, "took_s": 7.6}).split()[1:] == ["ok", "8", "s", "90", "tokens/s"]
-    assert gpu_table.line(Cell("measure", question), {"outcome": "oom", "reason": "no room"}).split()[1:] == ["oom", "0", "s", "no", "room"]
+    assert gpu_table.line(Cell("measure", question), {"outcome": "oom", "reason": "no room"}).split()[1:] == ["oom", "0", "s", "no",
+                                                                                                  "room"]
 
 
 def run(**changes) -> SimpleNamespace:
     """A finished run as the report's tables read it."""
-    accuracy = pd.DataFrame([{"domain": domain, "shift": shift, "scoring": scoring, "metric": metric, "value": value, "low": value - .1,
-                              "high": value + .1, "threshold": 0.5, "n": 9}
-                             for domain, shift, scoring, metric, value in (
-                                 ("news", "none", "yesno", "balanced_accuracy", .7), ("news", "none", "likelihood", "balanced_accuracy", .8),
-                                 ("news", "mild", "yesno", "balanced_accuracy", .6), ("law", "none", "yesno", "balanced_accuracy", .5),
-                                 ("news", "none", "yesno", "auc", .9))])
+    cells = (("news", "none", "yesno", "balanced_accuracy", .7), ("news", "none", "likelihood", "balanced_accuracy", .8),
+             ("news", "mild", "yesno", "balanced_accuracy", .6), ("law", "none", "yesno", "balanced_accuracy", .5),
+             ("news", "none", "yesno", "auc", .9))
+    accuracy = pd.DataFrame(cells, columns=["domain", "shift", "scoring", "metric", "value"])
+    accuracy = accuracy.assign(low=accuracy["value"] - .1, high=accuracy["value"] + .1, threshold=0.5, n=9)
     speed = {"tokens_per_s": 1000.0, "step_s_median": 0.2, "step_s_q25": 0.1, "step_s_q75": 0.4, "forward_s": 0.05,
              "backward_s": 0.08, "update_s": 0.01}
     result = {"outcome": "ok", "reason": "", "speed": speed, "peak_bytes": {"meter": 3 * MIB // 2, "process": 64 * MIB},
@@ -111,9 +112,9 @@ def run(**changes) -> SimpleNamespace:
 def test_a_summary_of_runs_by_value():
     (row,) = tables.summary([run()]).to_dict("records")
     assert row == {
-        "regime": "full", "outcome": "ok", "reason": "", "peak_mib": 1.5, "process_peak_mib": 64.0, "phase": "backward", "host_mib": 0.25,
-        "optimizer_state_mib": 2.0, "trainable_parameters": 77, "tokens_per_s": 1000.0, "step_ms": 200.0, "step_ms_q25": 100.0,
-        "step_ms_q75": 400.0, "forward_ms": 50.0, "backward_ms": 80.0, "update_ms": 10.0, "loss_first": 4.0, "loss_last": 2.0,
+        "regime": "full", "outcome": "ok", "reason": "", "peak_mib": 1.5, "process_peak_mib": 64.0, "phase": "backward",
+        "host_mib": 0.25, "optimizer_state_mib": 2.0, "trainable_parameters": 77, "tokens_per_s": 1000.0,
+        "step_ms": 200.0, "step_ms_q25": 100.0, "step_ms_q75": 400.0, "forward_ms": 50.0, "backward_ms": 80.0, "update_ms": 10.0, "loss_first": 4.0, "loss_last": 2.0,
         "yesno": .7, "yesno_low": pytest.approx(.6), "yesno_high": pytest.approx(.8), "likelihood": .8,
         "likelihood_low": pytest.approx(.7), "likelihood_high": pytest.approx(.9)}
     assert tables.ledger([run(), run(ok=False), run(has_timeline=False)]).to_dict("records") == [
@@ -124,14 +125,15 @@ def test_a_summary_of_runs_by_value():
 
 @pytest.mark.parametrize(("points", "kept"), [(500, [0, 1, 2, 3]), (2, [1, 2]), (1, [2])])
 def test_a_thinned_curve_keeps_the_highest_event_of_each_bin_in_mib(points, kept):
-    frame = pd.DataFrame({"event": ["alloc", "alloc", "alloc", "free"], "bytes": [2 * MIB, 8 * MIB, MIB, 2 * MIB], "step": [0, 0, 1, 1],
-                          "category": ["weights", "host", "activations", "weights"], "phase": ["init", "init", "forward", "update"],
-                          "live_bytes": [2 * MIB, 2 * MIB + 1, 3 * MIB, MIB]})
+    frame = pd.DataFrame({"event": ["alloc", "alloc", "alloc", "free"], "bytes": [2 * MIB, 8 * MIB, MIB, 2 * MIB],
+                          "step": [0, 0, 1, 1], "category": ["weights", "host", "activations", "weights"],
+                          "phase": ["init", "init", "forward", "update"], "live_bytes": [2 * MIB, 2 * MIB + 1, 3 * MIB, MIB]})
     found = tables.curve(SimpleNamespace(timeline=frame), points)
     assert found["event"].tolist() == kept and "host" not in found
     assert found["weights"].tolist() == [[2.0, 2.0, 2.0, 0.0][at] for at in kept]
     assert found["activations"].tolist() == [[0.0, 0.0, 1.0, 1.0][at] for at in kept]
-    assert found["live"].tolist() == (frame["live_bytes"] / MIB)[kept].tolist() and found["step"].tolist() == frame["step"][kept].tolist()
+    assert found["live"].tolist() == (frame["live_bytes"] / MIB)[kept].tolist()
+    assert found["step"].tolist() == frame["step"][kept].tolist()
 
 
 def test_shares_judged_right_are_by_transformation_at_the_validations_threshold():

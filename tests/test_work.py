@@ -50,7 +50,8 @@ def test_compulsory_bytes_are_of_storages_that_outlive_their_phase_in_that_step_
     work = Work()
     for step, phase, size in ((1, "forward", 4), (1, "update", 2), (2, "forward", 9)):
         value = torch.ones(size)
-        work.saw(step, phase, aten.add.Tensor, (value, 1.0), value + 1, lambda tensor, value=value: "kept" if tensor is value else "gone")
+        names = {id(value): "kept", id(result := value + 1): "gone"}
+        work.saw(step, phase, aten.add.Tensor, (value, 1.0), result, lambda tensor, names=names: names[id(tensor)])
     found = work.of_step(1, lambda storage: storage == "kept")
     assert {phase: (each["moved_bytes"], each["compulsory_bytes"], each["flops"]) for phase, each in found.items()} == {
         "forward": (32, 16, {}), "update": (16, 8, {})}
