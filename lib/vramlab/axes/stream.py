@@ -31,8 +31,8 @@ from ..baichuan.model import NormHead
 from ..observer import Observer, recomputing
 from .acts import decoder
 from .bus import Bus
-from .head import FusedLoss
 from .fields import Count
+from .head import FusedLoss
 from .host import HostEmbedding, HostUpdater, move_all_but, own_on_host
 from .place import Device
 from .rows import Spans, spans
