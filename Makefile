@@ -34,8 +34,8 @@ studies: env
 	$(BIN)/vramlab studies --gallery outputs/gallery
 
 bench: env
-	$(BIN)/python -m vramlab.bench
-	$(BIN)/python -m vramlab.peers
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.meter
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers
 
 check: env
 	$(BIN)/ruff check lib tests

@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from vramlab import peers
+from benchmarks import peers
+from benchmarks.peers import PAIRS, Settings, bench, main, table
 from vramlab.paths import ROOT
-from vramlab.peers import PAIRS, Settings, bench, main, table
 from vramlab.regime import read_row, regime_row
 
 MICRO = {"position": "rope", "vocab_size": 61, "hidden_size": 20, "intermediate_size": 33, "num_hidden_layers": 3,

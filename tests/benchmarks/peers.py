@@ -1,13 +1,15 @@
 """Our rows against what a user would run instead: same model, batches, steps and threads, in one process, as ratios.
 
-    python -m vramlab.peers [--json] [--only full,lomo] [--repeats 5]     measures, writes outputs/bench/peers.json
-    python -m vramlab.peers --table                                       that file as a Markdown table
+    python -m benchmarks.peers [--json] [--only full,lomo] [--repeats 5]    measures, writes outputs/bench/peers.json
+    python -m benchmarks.peers --table                                      that file as a Markdown table
+
+with `tests` on the module search path, as `make bench` has it.
 
 Three passes, as a run has them. Bytes: each side once under the event meter, weights included; this is also the warm-up.
 Losses: of that pass' first steps, so that a ratio compares the same work. Speed: nothing watches; whole runs of both sides take
 turns, and who begins alternates; a repetition gives one ratio, the table their median and quartiles. First steps, which make
 optimizer state, are not timed. What the operating system saw is measured apart, in one process whose allocator returns memory.
-Peers: `peer_loops`.
+Peers: `vramlab.peer_loops`.
 """
 
 from __future__ import annotations
@@ -28,16 +30,16 @@ from pathlib import Path
 
 import torch
 
-from . import environment
-from .baichuan import BaichuanForCausalLM
-from .files import write_whole
-from .memory.meter import Meter
-from .observer import Observer
-from .parameters import model_spec
-from .paths import ROOT
-from .peer_loops import Job, Loop, Seen, badam, hugging_face, ours, peft_lora
-from .progress import bar
-from .regime import IllegalRegime, Regime, read_row, regime_row
+from vramlab import environment
+from vramlab.baichuan import BaichuanForCausalLM
+from vramlab.files import write_whole
+from vramlab.memory.meter import Meter
+from vramlab.observer import Observer
+from vramlab.parameters import model_spec
+from vramlab.paths import ROOT
+from vramlab.peer_loops import Job, Loop, Seen, badam, hugging_face, ours, peft_lora
+from vramlab.progress import bar
+from vramlab.regime import IllegalRegime, Regime, read_row, regime_row
 
 SCHEMA = 1
 RESULT = ROOT / "outputs" / "bench" / "peers.json"
@@ -263,7 +265,7 @@ def _cells(row: Mapping) -> tuple[str, str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, keep and print; or print what was kept."""
-    parser = argparse.ArgumentParser(prog="python -m vramlab.peers", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--table", action="store_true", help="print the kept result; measure nothing")
     parser.add_argument("--only", default="", help="names of pairs, separated by commas")

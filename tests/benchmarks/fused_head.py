@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from .axes.head import FusedLoss
-from .axes.rule import Sgd
-from .baichuan.model import NormHead
+from vramlab.axes.head import FusedLoss
+from vramlab.axes.rule import Sgd
+from vramlab.baichuan.model import NormHead
 
 KINDS = ("frozen", "trained", "taken in rows")
 TOKENS, HIDDEN, VOCABULARY = 512, 1024, 16_000

@@ -1,10 +1,10 @@
-"""The event meter against MemTracker, as a ratio in one run: `python -m vramlab.bench`, the first part of `make bench`.
+"""The event meter against MemTracker, as a ratio in one run: the first part of `make bench`.
 
 The tracker: one step of the 7B (fp32, AdamW, 1 x 1,024 tokens) on fake tensors, watched by our event meter and by
 `torch.distributed._tools.MemTracker`, the only other tool that watches every tensor of a step without a GPU. Both on the
 fake CPU, which MemTracker knows; building the model is not counted.
 
-The head: fused against plain, see `bench_head`.
+The head: fused against plain, see `fused_head`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import warnings
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from .baichuan import BaichuanForCausalLM
-from .bench_head import head_rows
-from .memory.virtual import virtual_gpu
-from .parameters import model_spec
-from .regime import regime
-from .trainer import Schedule, Trainer
+from benchmarks.fused_head import head_rows
+from vramlab.baichuan import BaichuanForCausalLM
+from vramlab.memory.virtual import virtual_gpu
+from vramlab.parameters import model_spec
+from vramlab.regime import regime
+from vramlab.trainer import Schedule, Trainer
 
 MODEL, SEQ = "baichuan2-7b", 1024
 
