@@ -117,7 +117,7 @@ def test_a_wrong_parameter_is_refused_by_name(wrong, words):
 @pytest.mark.parametrize(("wrong", "words"), [({"train_domain": "sports"}, "general, news, law, medicine"),
                                               ({"items": "nowhere"}, "does not exist"),
                                               ({"recipe": "quick"}, "standard, reading, smoke"),
-                                              ({"objective": "all"}, "answer"),
+                                              ({"objective": "all"}, "objective is 'all': use one of answer"),
                                               ({"config": {"norm": 1}}, "config has norm: a Baichuan-2 has vocab_size")])
 def test_a_run_that_cannot_be_prepared_says_why(tmp_path, wrong, words):
     with pytest.raises(ValueError, match=words):

@@ -209,7 +209,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("path", type=Path, help="for example params/quick.yml")
     sub.add_argument("--out", type=Path, help="default: outputs/<name of the sweep>")
     sub.add_argument("--force", action="store_true", help="run finished cells again")
-    sub.add_argument("--retry", choices=("failed", "oom", "all"), help="run again the cells that ended so")
+    sub.add_argument("--retry", choices=("failed", "oom", "diverged", "all"), help="run again the cells that ended so")
     sub.add_argument("--dry-run", action="store_true", help="list the cells and what would run")
     sub.add_argument("--no-report", action="store_true")
     sub.add_argument("--no-forecast", action="store_true", help="leave out the atlas beside the sweep, params/atlas-<sweep>.yml")

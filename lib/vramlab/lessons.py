@@ -18,7 +18,7 @@ from .baichuan import BaichuanTokenizer
 from .factcc.generator import GeneratorConfig, document_items
 from .factcc.grammar import DATES, NUMBERS, PRONOUNS, Grammar
 from .factcc.items import Item
-from .factcc.prompt import IGNORED, Encoded, batch_encoded, encode_document, sequences
+from .factcc.prompt import IGNORED, Encoded, batch_encoded, check_items, encode_document, sequences
 from .factcc.transforms import ATTITUDE_SLOTS, EVENT_SLOTS
 
 SHARED = {*DATES, *NUMBERS, *(n.capitalize() for n in NUMBERS), *PRONOUNS, *(p.capitalize() for p in PRONOUNS), "not", "."}
@@ -77,7 +77,8 @@ def _invented_grammar(words: Sequence[str], rng: random.Random) -> Grammar:
 
 def checked_batches(tokenizer: BaichuanTokenizer, items: Sequence[Item], batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """`training_batches`, with `agrees` (batch, tokens): 1 at a claim's token while the claim still agrees with the document,
-    0 from its first wrong word on, nan where that is not known and outside claims."""
+    0 from its first wrong word on, nan where that is not known and outside claims. Raises: ValueError, when no batch is full."""
+    check_items(items, batch_size)
     rng = random.Random(seed)
     while True:
         groups = sequences(items, rng)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from .axes.place import Fsdp, alone
 from .baichuan import BaichuanTokenizer, load_model
 from .base import base_model, random_model
 from .dataset import Dataset, dataset
-from .factcc.prompt import training_batches
+from .factcc.prompt import HALF, check_items, check_room, sequences, training_batches
 from .logits import LogitWatch
 from .memory import timeline
 from .memory.ceiling import Ceiling
@@ -86,8 +87,13 @@ class Metered:
 
 
 def prepare(params: Mapping, progress: bool) -> Prepared:
-    """Load or pre-train the base, and make the data set."""
-    return Prepared(params, run_row(params), *base_of(params, progress), dataset(params))
+    """Make the data set, and load or pre-train the base. Raises: ValueError, for items that the run would fail on later."""
+    data = dataset(params)  # first: a base may take minutes, and what is wrong with the data is known without
+    check_items(data.train, params["batch_size"], HALF)
+    base = base_of(params, progress)
+    groups = [*sequences(data.train, random.Random(params["seed"])), *([item] for item in data.val + data.test)]
+    check_room(base[1], groups, params["max_length"])
+    return Prepared(params, run_row(params), *base, data)
 
 
 def base_of(params: Mapping, progress: bool) -> tuple[nn.Module, BaichuanTokenizer, dict]:
@@ -109,7 +115,7 @@ def base_of(params: Mapping, progress: bool) -> tuple[nn.Module, BaichuanTokeniz
 
 
 def learn(prepared: Prepared, progress: bool) -> tuple[Learned, nn.Module]:
-    """Train for `steps` steps with only a clock watching. Returns what was seen and the trained model."""
+    """Train for `steps` steps with only a clock watching. Returns what was seen and the trained model. Raises: Diverged."""
     device = prepared.params["device"]
     watch = clock(device)
     if device.startswith("cuda"):
@@ -120,7 +126,7 @@ def learn(prepared: Prepared, progress: bool) -> tuple[Learned, nn.Module]:
     logits, seen = LogitWatch(trainer.model, prepared.model.config.z_loss_weight) if prepared.params["watch_logits"] else None, []
     with bar(f"train {prepared.regime.name}", steps, progress) as shown:
         for step, batches in enumerate(itertools.islice(prepared.batches(), steps)):
-            loss = float(trainer.step(batches))
+            loss = trainer.check(trainer.step(batches))
             tokens = sum(int(batch["attention_mask"].count_nonzero()) for batch in batches)
             seen.append({"loss": loss, "tokens": tokens, "lr": trainer.lr(step), **(logits.take() if logits else {})})
             shown.update(1)

@@ -22,7 +22,7 @@ from . import environment, exam, fitting, passes
 from .axes.place import alone
 from .children import take_turn
 from .factcc.checker import Checker
-from .factcc.statistics import summarise
+from .factcc.statistics import MODEL_SCORINGS, summarise
 from .files import write_table, write_whole
 from .memory import oom
 from .memory.energy import per_tokens
@@ -31,70 +31,22 @@ from .memory.process import MALLOC_ENV, run_in_measured_process
 from .memory.sampler import Sampler
 from .parameters import run_row, run_spec
 from .regime import check_machine
+from .run_parameters import KNOWN_PARAMETERS, faults
+from .trainer import Diverged
 
 SCHEMA = 1
 RESERVED_BYTES = 64 << 10
 """Of a run's folder for its result from the start: a disk may be full when it ends."""
 
-KNOWN_PARAMETERS: dict[str, object] = {
-    "regime": "full",
-    "model": "tiny",
-    "config": {},
-    "train_domain": "news",
-    "test_domains": "",
-    "test_shifts": "",
-    "items": "",
-    "task": "claims",
-    "records": 2,
-    "steps": 150,
-    "batch_size": 16,
-    "max_length": 256,
-    "lr": 0.0,
-    "objective": "answer+claim",
-    "seed": 0,
-    "data_seed": 0,
-    "train_items": 4000,
-    "val_items": 300,
-    "test_items": 500,
-    "recipe": "standard",
-    "device": "cpu",
-    "threads": 0,
-    "measure": True,
-    "watch_logits": False,
-    "limit_mib": 0.0,
-    "weights": "",
-    "axes": {},
-    "generate": 0,
-    "checker": "",
-}
-"""Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data: claims or questions, as
-`task` says, on documents of `records` records; `test_domains: ""` is all, of generated data beside the training domain, and so is
-`test_shifts: ""`, of generated data, of none, mild and moderate; `config` sets fields of the model's config anew, for its base
-too, for example {"norm_head": false}; `threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes
-out; `watch_logits: true` adds the highest logit, and the cross-entropy without max-z, to each step's row; `limit_mib` is all the
-device has for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is; `weights` is a
-storage type in place of the row's own, for example "bf16"; `axes` are answers in place of the row's, as a row says them, for
-example {"trains": {"chunks": {"count": 64}}, "clip": 1.0}, and win over `weights`, see `parameters`; `generate` is how many
-test documents of each domain and shift the trained model writes a claim for, 0 leaves that out; `checker` is the folder of a
-published judge of those claims."""
-
-
 def resolve(params: Mapping) -> dict:
     """`params` over the defaults, with the regime's row and learning rate filled in.
 
-    Raises: ValueError, for a name that no run has or a value of another type; IllegalRegime.
+    Raises: ValueError, naming every parameter that cannot work, its value and what it may be.
     """
-    unknown = sorted(set(params) - set(KNOWN_PARAMETERS))
-    if unknown:
-        raise ValueError(f"unknown parameter {', '.join(unknown)}; known: {', '.join(KNOWN_PARAMETERS)}")
     full = {**KNOWN_PARAMETERS, **params}
-    for name, default in KNOWN_PARAMETERS.items():
-        kinds = (int, float) if isinstance(default, float) else type(default)
-        if not isinstance(full[name], kinds) or (isinstance(full[name], bool) and not isinstance(default, bool)):
-            raise ValueError(f"{name} is {full[name]!r}: it takes {type(default).__name__}, for example {default!r}")
-    if full["generate"] < 0 or (full["checker"] and not full["generate"]):
-        raise ValueError(f"generate is {full['generate']} and checker {full['checker']!r}: a checker judges what is written, set "
-                         "generate to a number of documents, or leave both out")
+    if wrong := faults(full):
+        several = f"{len(wrong)} parameters cannot work:\n  - " if len(wrong) > 1 else ""
+        raise ValueError(several + "\n  - ".join(wrong.values()))
     row = run_row(full)
     full["lr"] = float(full["lr"]) or row.lr
     return {**full, "regime_row": row.axes(), "accumulate": row.accumulate, "clip": row.clip}
@@ -126,8 +78,9 @@ def run_id(params: Mapping) -> str:
 def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path:
     """Do the run and write its folder. Returns the folder; `result.json`, written last, says how it ended.
 
-    Running out of memory is a result (`outcome: oom`). Any other error, a lost card or a full disk too, is recorded (`outcome:
-    failed`) and raised; the files that are there are whole.
+    Running out of memory is a result (`outcome: oom`), and so is a loss, weight or score that is not finite (`diverged`, with the
+    step): nothing of such a run is scored. Any other error, a lost card or a full disk too, is recorded (`outcome: failed`) and
+    raised; the files that are there are whole.
     """
     full = resolve(params)
     if full["device"] != "cpu" or run_spec(full).path:  # a card's memory, and published weights on the host, are one run's
@@ -149,11 +102,12 @@ def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path
         with alone(run_row(full).place), oom.watched(full["device"]):
             result |= {"outcome": "ok", "reason": "", **_passes(full, folder, progress)}
     except Exception as error:  # an interruption is none: the run is simply not there
-        short = out_of_memory(error)
-        result |= {"outcome": "oom" if short else "failed", "reason": f"{type(error).__name__}: {error}"}
-        if not short:
+        ended = "oom" if out_of_memory(error) else "diverged" if isinstance(error, Diverged) else "failed"
+        result |= {"outcome": ended, "reason": f"{type(error).__name__}: {error}"}
+        if ended == "failed":
             raise
-        result["oom"] = fitting.evidence(full, oom.record_of(error))
+        result[ended] = (fitting.evidence(full, oom.record_of(error)) if ended == "oom" else
+                         {"step": error.step, "what": error.what})
     finally:
         if "outcome" in result:
             _write_reserved(folder / "result.json", json.dumps(result, indent=1))
@@ -187,6 +141,8 @@ def _passes(params: dict, folder: Path, progress: bool) -> dict:
     with ThreadPoolExecutor(1) as beside:
         measured = beside.submit(_measured, params) if params["measure"] else None
         scores = exam.score(trained, prepared, progress)
+        if not torch.tensor(scores[[*MODEL_SCORINGS]].to_numpy()).isfinite().all():
+            raise Diverged(params["steps"] - 1, "scores", "the trained model's scores are not finite, though every loss was")
         written = exam.write(trained, prepared, progress) if params["generate"] else None
         weights_hash = environment.weights_hash(trained)
         del trained

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-OUTCOMES = ("ok", "oom", "failed")
+OUTCOMES = ("ok", "oom", "diverged", "failed")
 KILLED = "the notebook's process was killed by signal 9"
 """The reason that stands for running out of memory when nobody lived to say so."""
 

@@ -34,7 +34,7 @@ KEYS = {"name", "notebook", "defaults", "grid"}
 SEVERAL = "with"
 TIMED, GIVEN = "steps.parquet", "given.json"
 """What a cell writes once nothing of it is timed any more; and what it is given, while it runs."""
-RETRY = {"failed": {"failed"}, "oom": {"oom"}, "all": {"failed", "oom"}}
+RETRY = {"failed": {"failed"}, "oom": {"oom"}, "diverged": {"diverged"}, "all": {"failed", "oom", "diverged"}}
 
 
 @dataclass(frozen=True)

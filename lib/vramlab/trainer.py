@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .axes.leaves import ActiveLeaves
+from .axes.place import local
 from .axes.trains import Part
 from .axes.until import Updater
 from .observer import Observer
@@ -25,6 +26,15 @@ from .regime import Regime, check_machine
 Batch = Mapping[str, Tensor]
 """input_ids, labels, and where wanted attention_mask and position_ids: each (batch, tokens), integers; labels are -100 where
 nothing is to be learned."""
+
+
+class Diverged(ArithmeticError):
+    """A number of the training is infinite or nan: `what` of step `step`, counted from 0, which is `loss`, `weights` or, after the
+    last step, `scores`."""
+
+    def __init__(self, step: int, what: str, words: str):
+        super().__init__(f"{words}: use a lower lr, or clip gradients")
+        self.step, self.what = step, what
 
 
 @dataclass(frozen=True)
@@ -108,9 +118,12 @@ class Trainer:
         self.observer.begin_step(self.steps_done)
         self._take_turns()
         self.model.train(bool(self.parts))
+        # a rank runs what is not labelled too, since all gather together: with made-up labels, at a share of 0
+        counted = [(batch if share else {**batch, "labels": torch.zeros_like(batch["labels"])}, share)
+                   for batch, share in zip(batches, shares, strict=True) if share or self.regime.place.ranks > 1]
         total = torch.zeros((), device=self.device)
         with self.regime.weights.compute(self.device.type):
-            for batch, share in self._labelled(batches, shares):
+            for batch, share in counted:
                 for run in range(self._runs):
                     with self._run(run):
                         loss = self._forward(batch)
@@ -126,28 +139,38 @@ class Trainer:
         self.steps_done += 1
         return self.regime.place.mean(total)
 
+    def check(self, loss: Tensor) -> float:
+        """The loss that the last step returned, as a number; waits for the device. Then each weight that the step trained is read
+        once, of which the loss says nothing yet: a gradient that is not finite shows in them, unless `clip_value` cut it or
+        `loss_scale` left its step out. All ranks find the same.
+
+        Raises: Diverged, when the loss or a weight is not finite.
+        """
+        step, number = self.steps_done - 1, float(loss)
+        if not math.isfinite(number):
+            raise Diverged(step, "loss", f"the loss of step {step} is {number}")
+        ends = [end for leaf in self.active.values() if local(leaf).numel() for end in local(leaf.detach()).aminmax()]
+        if self._mean_of_ranks(sum(not end.isfinite() for end in ends)):
+            raise Diverged(step, "weights", f"step {step} left weights that are not finite though its loss of {number:.3g} is: a "
+                                            "gradient was not finite, or its update too large")
+        return number
+
     def _shares(self, batches: Sequence[Batch]) -> list[float]:
         """Each micro-batch's share of the tokens that the loss counts, so that the sum of gradients is the large batch's
         gradient, and so is its mean over ranks. Counted where the labels are, unseen by whoever watches the step."""
         with _disable_current_modes():
             counts = [int((self.regime.trains.predicted(batch) != -100).sum()) for batch in batches]
-        whole = float(sum(counts))
-        if self.regime.place.ranks > 1:
-            whole = float(self.regime.place.mean(torch.tensor(whole, dtype=torch.float64, device=self.device)))
+        whole = self._mean_of_ranks(sum(counts))
         if not whole:
             raise ValueError(f"no token of step {self.steps_done} is labelled, in none of its {len(batches)} micro-batches: every "
                              "label is -100, or the first of its document, which nothing predicts: leave such a step out, or "
                              "put its rows together with labelled ones")
         return [count / whole for count in counts]
 
-    def _labelled(self, batches: Sequence[Batch], shares: Sequence[float]) -> Iterator[tuple[Batch, float]]:
-        """Those micro-batches that contribute. A rank runs the others too, since all ranks gather together: with made-up labels,
-        of which the share takes nothing."""
-        for batch, share in zip(batches, shares, strict=True):
-            if share:
-                yield batch, share
-            elif self.regime.place.ranks > 1:
-                yield {**batch, "labels": torch.zeros_like(batch["labels"])}, share
+    def _mean_of_ranks(self, number: float) -> float:
+        if self.regime.place.ranks == 1:
+            return number
+        return float(self.regime.place.mean(torch.tensor(float(number), dtype=torch.float64, device=self.device)))
 
     def _forward(self, batch: Batch) -> Tensor:
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}

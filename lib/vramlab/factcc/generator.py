@@ -53,8 +53,7 @@ def generate_items(domain: str, split: str, n: int, seed: int, shift: str = "non
     config = config or GeneratorConfig()
     check(domain, split, shift)
     grammar = shifted(GRAMMARS[domain], shift)
-    most = min(len(pools(grammar.names, grammar.places)[slot]) for slot in "SPND")
-    if not 2 <= config.records <= most:
+    if not 2 <= config.records <= (most := most_records(domain, shift)):
         raise ValueError(f"records is {config.records}: a wrong value comes from another record and no two share a name, place or "
                          f"day, use 2 to {most} for claims of {domain} at shift {shift}; questions take any number from 2")
     config = replace(config, paraphrase=1.0) if shift == "moderate" else config
@@ -64,6 +63,12 @@ def generate_items(domain: str, split: str, n: int, seed: int, shift: str = "non
         group = f"{domain}-{split}-{seed}-{shift}-{len(items) // config.claims}"
         items += document_items(grammar, domain, split, shift, group, config, rng)
     return items[:n]
+
+
+def most_records(domain: str, shift: str) -> int:
+    """How many records of a document can differ in name, number, place and day."""
+    grammar = shifted(GRAMMARS[domain], shift)
+    return min(len(pools(grammar.names, grammar.places)[slot]) for slot in "SPND")
 
 
 def check(domain: str, split: str, shift: str) -> None:

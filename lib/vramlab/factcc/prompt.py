@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ OBJECTIVES = ("answer", "answer+claim", "lm")
 claim: a model that learns to write those learns to hedge its copying. `lm` is pre-training: every token that follows another."""
 IGNORED = -100
 CLAIMS_PER_SEQUENCE = 4
+HALF = 2
+"""Of a batch that is enough at the end of an epoch: one of so many."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ def batch_encoded(encoded: Sequence[Encoded], objective: str = "answer+claim") -
 
 def training_batches(tokenizer: BaichuanTokenizer, items: Sequence[Item], batch_size: int, max_length: int, seed: int,
                      objective: str = "answer+claim") -> Iterator[dict[str, Tensor]]:
-    """Batches for ever: `batch_size` sequences each, claims of one document together, reshuffled every epoch by `seed`."""
+    """Batches for ever: `batch_size` sequences each, claims of one document together, reshuffled every epoch by `seed`. The last
+    of an epoch may have half as many. Raises: ValueError, when there are fewer."""
+    check_items(items, batch_size, HALF)
     rng = random.Random(seed)
     while True:
         waiting: list[Encoded] = []
@@ -143,8 +147,21 @@ def training_batches(tokenizer: BaichuanTokenizer, items: Sequence[Item], batch_
             if len(waiting) == batch_size:
                 yield batch_encoded(waiting, objective)
                 waiting = []
-        if waiting and len(waiting) * 2 >= batch_size:
+        if waiting and len(waiting) * HALF >= batch_size:
             yield batch_encoded(waiting, objective)
+
+
+def check_items(items: Sequence[Item], batch_size: int, share: int = 1) -> None:
+    """Raises: ValueError, when the items never make a batch, or a `share`-th of one where that is enough."""
+    if (count := len(sequences(items, random.Random(0)))) * share < batch_size:
+        raise ValueError(f"batch_size is {batch_size}, and the {len(items)} items to train on make {count} sequences: use a "
+                         f"batch_size of {count * share} at most, or more train_items")
+
+
+def check_room(tokenizer: BaichuanTokenizer, groups: Sequence[Sequence[Item]], max_length: int) -> None:
+    """Raises: ValueError, when what is asked about a document, which is each group of items, leaves it no room in `max_length`."""
+    for group in groups:
+        encode_document(tokenizer, [replace(item, doc="") for item in group], max_length)
 
 
 def sequences(items: Sequence[Item], rng: random.Random) -> list[list[Item]]:

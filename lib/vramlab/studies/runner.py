@@ -20,6 +20,7 @@ from ..passes import base_of
 from ..progress import bar
 from ..run import KNOWN_PARAMETERS, SCHEMA, execute
 from ..runs import outcome
+from ..trainer import Diverged
 from .plan import StudyCell
 
 
@@ -72,8 +73,9 @@ def one(folder: Path, cell: StudyCell) -> str:
     except Exception as error:  # recorded, so that the others go on
         reason = f"{type(error).__name__}: {error}"
         if outcome(target) is None:
+            ended = "diverged" if isinstance(error, Diverged) else "failed"
             target.mkdir(parents=True, exist_ok=True)
-            write_whole(target / "result.json", json.dumps({"schema": SCHEMA, "outcome": "failed", "reason": reason}))
+            write_whole(target / "result.json", json.dumps({"schema": SCHEMA, "outcome": ended, "reason": reason}))
         return reason
     return ""
 

@@ -52,7 +52,7 @@ def _path(params: Mapping, at: Sequence[float]) -> list[Weights]:
     due = [max(1, round(share * steps)) for share in at]
     seen = [_weights(prepared.model)]
     for done, batches in enumerate(itertools.islice(prepared.batches(), steps), 1):
-        trainer.step(batches)
+        trainer.check(trainer.step(batches))
         seen += [_weights(trainer.model)] * due.count(done)
     return seen
 
