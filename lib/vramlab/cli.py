@@ -17,7 +17,8 @@ def _regimes(args) -> int:
     rows = read_regimes(args.file) if args.file else read_regimes()
     if args.json:
         print(json.dumps({name: {**row.axes(), "accumulate": row.accumulate, "clip": row.clip, "lr": row.lr,
-                                 "says": row.says, "source": row.source} for name, row in rows.items()}, indent=1))
+                                 "says": row.says, "source": row.source, "differs": row.differs}
+                          for name, row in rows.items()}, indent=1))
     else:
         print(table(rows))
     return 0

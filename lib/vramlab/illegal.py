@@ -1,4 +1,5 @@
-"""What excludes what: answers of different axes that cannot mean anything together, each with its reason and the way out.
+"""What excludes what: answers of different axes, or fields of one, that cannot mean anything together, each with its reason and
+the way out. What one field can hold is in `axes.fields`.
 
 A new value adds what it excludes here, with a row that nothing else forbids: the tests try each.
 """
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 from .axes.acts import Checkpoint, Selective
 from .axes.adapters import Lora, Prefix, Prompt, SplitLora
-from .axes.feedback import Predicted, Writers
+from .axes.feedback import WRITERS, Predicted, Writers
 from .axes.grads import Exact, ZerothOrder
 from .axes.head import Fused
 from .axes.host import HostEmbed, HostState
@@ -52,6 +53,33 @@ def _clips_inside(regime: Any) -> bool:
 
 
 ILLEGAL: list[Prohibition] = [
+    Prohibition(
+        lambda r: getattr(r.trains, "sample", 0) > 0 and (r.trains.order != "random" or r.trains.delayed_lr),
+        "trains.blocks.sample draws blocks, and what is drawn has no order and no cycle: use order: random and delayed_lr: "
+        "false, or sample: 0",
+        {"trains": {"blocks": {"sample": 2, "order": "ascending"}}}),
+    Prohibition(
+        lambda r: getattr(r.trains, "norm", "head") == "own" and r.trains.ends != "units",
+        "trains.blocks.norm is own, and the norm is a unit only where embeddings and head are: use ends: units, or norm: head",
+        {"trains": {"blocks": {"norm": "own"}}}),
+    Prohibition(
+        lambda r: isinstance(r.trains, Writers) and set(r.trains.targets) != set(WRITERS),
+        "trains.writers are the two matrices that write to the residual stream, and targets names others: leave it out, or "
+        "use trains: lora",
+        {"trains": {"writers": {"targets": ["W_pack"]}}}),
+    Prohibition(
+        lambda r: _predicted(r) and r.grads.by == "learned" and not r.grads.every,
+        "grads.predicted.every is 0, but what is learned is learned at anchors: use every: 8, or by: identity",
+        {"trains": "writers", "grads": {"predicted": {"every": 0}}}),
+    Prohibition(
+        lambda r: _in_backward(r) and r.until.clip_norm > 0 and r.until.clip_value > 0,
+        "until.backward has clip_norm and clip_value, and one would clip what the other has clipped: use one of them",
+        {"until": {"backward": {"clip_norm": 1.0, "clip_value": 1.0}}}),
+    Prohibition(
+        lambda r: _in_backward(r) and r.until.loss_scale > 0 and not (r.until.clip_norm > 0 and r.until.norm == "this"),
+        "until.backward.loss_scale needs a norm of this step, which alone tells an overflow before half of it is applied: use "
+        "clip_norm, with norm: this, or loss_scale: 0",
+        {"until": {"backward": {"loss_scale": 8.0}}, "rule": "sgd"}),
     Prohibition(
         lambda r: _nothing(r) and not _no_rule(r),
         "nothing trains, so there is nothing to update: use rule: none",
@@ -125,6 +153,16 @@ ILLEGAL: list[Prohibition] = [
         "head: fused rounds the logits' gradient before a loss scale reaches it, and in weights: fp16 most of it is then gone: use "
         "head: plain, or weights: bf16",
         {"weights": "fp16", "rule": "sgd", "head": "fused"}),
+    Prohibition(
+        lambda r: (_guessed(r) or getattr(r.until, "loss_scale", 0) > 0) and getattr(r.rule, "weight_decay", 0) > 0,
+        "grads: zeroth_order forms its own updates, and until.backward.loss_scale divides each step's lr, so weights would not "
+        "decay as the rule has it: use weight_decay: 0",
+        {**GUESSED, "rule": {"sgd": {"weight_decay": 0.1}}}),
+    Prohibition(
+        lambda r: getattr(r.until, "loss_scale", 0) > 0 and not isinstance(r.rule, Sgd),
+        "until.backward.loss_scale divides the step's lr, and only an update in proportion to its gradient takes that for a "
+        "division of the gradient: use rule: sgd, or loss_scale: 0",
+        {"until": {"backward": {"clip_norm": 1.0, "loss_scale": 8.0}}}),
     Prohibition(
         lambda r: _fsdp(r) and _guessed(r),
         "grads: zeroth_order moves a weight while its module runs, and place: fsdp has gathered it before: use place: "

@@ -50,6 +50,8 @@ class Regime:
     """Default learning rate of the row; a sweep may set another."""
     says: str = ""
     source: str = ""
+    differs: str = ""
+    """How the published code differs from its paper, which of the two the row is, and the field that gives the other."""
     values: Mapping[str, str] = field(default_factory=dict)
     """axis -> the name of its value, as written in the row."""
 
@@ -68,7 +70,7 @@ class Regime:
         return {axis: {"value": self.values[axis], **dataclasses.asdict(getattr(self, axis))} for axis in AXES}
 
 
-SCALARS = ("accumulate", "clip", "lr", "says", "source")
+SCALARS = ("accumulate", "clip", "lr", "says", "source", "differs")
 """What a row may have beside a value for each axis."""
 
 
@@ -81,12 +83,11 @@ def _value(axis: str, cell: Any) -> tuple[str, Any]:
     given = {} if given is None else given
     if not isinstance(given, Mapping):
         raise ValueError(f"{axis}.{name} is {fields.quoted(given)}: use {{{name}: {{field: value}}}}")
-    given = {field: tuple(value) if isinstance(value, list) else value for field, value in given.items()}
     owned = [field.name for field in dataclasses.fields(known[name])]
     reasons = fields.unknown(given, owned, f"{axis}.{name}") or fields.faults(known[name], given, f"{axis}.{name}.")
     if reasons:
         raise ValueError("\n".join(reasons))
-    return name, known[name](**given)
+    return name, known[name](**fields.read(known[name], given))
 
 
 def read_row(name: str, row: Mapping[str, Any]) -> Regime:
@@ -106,7 +107,7 @@ def read_row(name: str, row: Mapping[str, Any]) -> Regime:
             reasons += str(error).splitlines()
     if reasons:
         raise IllegalRegime("\n  - ".join((f"regime {name!r} cannot be read:", *reasons)))
-    return Regime(name, **{axis: value for axis, (_, value) in cells.items()}, **scalars,
+    return Regime(name, **{axis: value for axis, (_, value) in cells.items()}, **fields.read(Regime, scalars),
                   values={axis: label for axis, (label, _) in cells.items()})
 
 

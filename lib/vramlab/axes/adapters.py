@@ -142,7 +142,7 @@ class Prompt(All):
     """`tokens` trained vectors stand before every sequence, as many tokens longer it becomes; they start as embeddings of
     words drawn from the vocabulary. Lester 2021, arXiv:2104.08691."""
 
-    tokens: Count = 20
+    tokens: Width = 20
 
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model

@@ -23,7 +23,7 @@ from .rowwise import RowWise
 class Factored(RowWise):
     """Options: `decay`; `added` to each squared gradient; `least_mean` of r, below which the mean of all is not believed;
     `most_root`, the bound of 1 / sqrt(v); `least_rms` of a weight; `most_rms` of an update; `relative`, whether lr is at most
-    1 / sqrt(t)."""
+    1 / sqrt(t), and `weight_decay` of lr alone."""
 
     sweeps = 3
 
@@ -64,10 +64,14 @@ class Factored(RowWise):
             # summed in fp32 as it is read: no fp32 copy of the weight
             weight_rms = torch.linalg.vector_norm(self.exact(leaf), dtype=torch.float32).div_(leaf.numel() ** 0.5)
             update_rms = (scratch["update_square"] / leaf.numel()).sqrt_()
-            scratch["factor"] = lr * weight_rms.clamp_(min=options["least_rms"]) / (update_rms / options["most_rms"]).clamp_(min=1)
+            scratch["lr"] = lr * weight_rms.clamp_(min=options["least_rms"])
+            scratch["factor"] = scratch["lr"] / (update_rms / options["most_rms"]).clamp_(min=1)
 
     def update(self, leaf: Tensor, rows: slice, gradient: Tensor, wide: Tensor) -> None:
-        wide.sub_(self._direction(leaf, rows, gradient).mul_(self._scratch[leaf]["factor"]))
+        options, scratch = self.options, self._scratch[leaf]
+        if options["weight_decay"]:
+            wide.mul_(1 - options["weight_decay"] * (options["lr"] if options["relative"] else scratch["lr"]))
+        wide.sub_(self._direction(leaf, rows, gradient).mul_(scratch["factor"]))
 
     def _direction(self, leaf: Tensor, rows: slice, gradient: Tensor) -> Tensor:
         """g / sqrt(v) of one slice. Two roots multiplied: the product of r and c could underflow."""

@@ -27,7 +27,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from ..observer import Observer, recomputing
 from .acts import decoder
 from .adapters import Lora
-from .fields import Count, CountOrNone, Depth, Width
+from .fields import Count, CountOrNone, Range, Width
 from .grads import Exact
 from .guesses import GUESSES
 from .leaves import Leaf
@@ -55,10 +55,6 @@ class Writers(Lora):
 
     targets: tuple[str, ...] = WRITERS
 
-    def __post_init__(self):
-        if set(self.targets) != set(WRITERS):
-            raise ValueError(f"trains.writers.targets is {', '.join(self.targets)}: leave it out, or use trains: lora")
-
     def parts(self, model: nn.Module) -> list[Part]:
         return [tuple(Leaf(name, 0, len(param), len(param)) for name, param in model.named_parameters()
                       if ".lora_B." in name or name.startswith(f"{GUESS}."))]
@@ -72,7 +68,7 @@ class Predicted(Exact):
     """What guesses: learned (G), identity (G = 0) or random."""
     every: CountOrNone = 8
     """Steps from anchor to anchor, the first step being one; 1 is every step, 0 is never."""
-    depth: Depth = 1
+    depth: Annotated[int, Range(1, 100)] = 1
     """Layers of G, of which all but the first follow a nonlinearity."""
     rank: Width = 16
     """k, the width of G."""
@@ -82,10 +78,6 @@ class Predicted(Exact):
     """Steps between true backwards for measurement alone, which the update does not use; 0 leaves it to the anchors."""
     drop: bool = False
     """Whether a probe also measures how far the loss falls along the guess: three forwards more."""
-
-    def __post_init__(self):
-        if self.by == "learned" and not self.every:
-            raise ValueError("grads.predicted.every is 0, but what is learned is learned at anchors: use every: 8, or by: identity")
 
     def anchor(self, step: int) -> bool:
         """Whether the step uses the true gradient."""

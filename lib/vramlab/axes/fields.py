@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import reprlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -41,8 +41,6 @@ CountOrNone = Annotated[int, Range(0)]
 """0 where there is none, or never."""
 Width = Annotated[int, Range(1, 1 << 16)]
 """A side of a matrix that the field makes: a larger one is a slip, and would only run out of memory."""
-Depth = Annotated[int, Range(1, 100)]
-"""Layers of a network that the field makes."""
 Limit = Annotated[float, Range(0, 1e6)]
 Seed = Annotated[int, Range(0, (1 << 32) - 1)]
 Decay = Annotated[float, Range(0, 0.999999)]
@@ -65,10 +63,8 @@ def fits(value: Any, annotation: Any) -> bool:
     if origin is Literal:
         return isinstance(value, str) and value in arguments
     if origin is tuple:
-        return isinstance(value, tuple) and bool(value) and all(fits(item, arguments[0]) for item in value)
-    if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    return isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool))
+        return isinstance(value, list | tuple) and bool(value) and all(fits(item, arguments[0]) for item in value)
+    return isinstance(value, int | float if annotation is float else annotation) and isinstance(value, bool) is (annotation is bool)
 
 
 def usable(annotation: Any) -> str:
@@ -89,15 +85,19 @@ def quoted(value: Any) -> str:
         return "a number of thousands of digits"
 
 
-def unknown(given: Iterable[Any], known: Iterable[str], owner: str) -> list[str]:
+def unknown(given: Iterable[Any], known: Sequence[str], owner: str) -> list[str]:
     """One sentence for each name in `given` that `owner` does not have, with the nearest one that it has."""
-    known = list(known)
-    return [f"{owner} has no {quoted(name)}: use {', '.join(get_close_matches(str(name)[:80], known, 1) or known) or 'no field'}"
+    return [f"{owner} has no {quoted(name)}: use {', '.join(get_close_matches(str(name)[:80], known, 1) or known) or 'no fields'}"
             for name in given if name not in known]
 
 
 def faults(kind: type, given: Mapping[str, Any], prefix: str = "") -> list[str]:
     """One sentence for each field of `kind` in `given` that cannot hold its value."""
-    known = annotations(kind)
-    return [f"{prefix}{name} is {quoted(value)}: use {usable(known[name])}" for name, value in given.items()
-            if not fits(value, known[name])]
+    return [f"{prefix}{name} is {quoted(value)}: use {usable(annotations(kind)[name])}" for name, value in given.items()
+            if not fits(value, annotations(kind)[name])]
+
+
+def read(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of fields that can hold them, as `kind` takes them: a list as a tuple, and of a number's field a number."""
+    return {name: float(value) if float in get_args(annotations(kind)[name]) else tuple(value) if isinstance(value, list) else value
+            for name, value in given.items()}

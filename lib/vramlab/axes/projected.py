@@ -16,6 +16,16 @@ What is projected: every matrix of the blocks, which are all Linears; W_pack, wh
 times the rows. Norms, embeddings and NormHead get plain AdamW, with moments in the weight's type: together 4 bytes of state
 for each of their weights in bf16, which at 7B (1.03e9 of them) is more than all the rest. An adapter's matrices are projected too.
 
+The published packages, galore-torch 1.0 and apollo-torch 1.0.3, differ from the papers and from torch. `follows: package` is
+
+    eps       added to sqrt(v) before v's bias is corrected, which makes it eps / sqrt(1 - beta2^t); their default is 1e-6
+    decay     of weights, after the update
+    moments   in the gradient's type: 2 bytes in bf16
+    limit     APOLLO's, on the growth of the update before the moments' biases are corrected; its norms get 1e-8 where they divide
+    the rest  norms, embeddings and head by the same AdamW, not fused: temporaries of a leaf's size
+
+and differs from them in what APOLLO draws (another stream, and P is not stored) and in where a gradient may come in rows.
+
 In bytes: moments in fp32. GaLore's P is in the weight's type, and products with it are formed in that type, as in the
 published code; there all state is. APOLLO's P is never stored: it is drawn again from its seed at each update, which costs
 its S r numbers as a temporary. GaLore's update adds a product in place, APOLLO's a few rows at a time, so that neither has a
@@ -34,7 +44,7 @@ from torch import Tensor
 
 from .fields import Count, Limit, Range, Seed
 from .noise import generator, normal
-from .rows import spans
+from .rows import feed, spans
 from .rowwise import Fit, restore_types
 from .rule import AdamW, _AdamW
 
@@ -65,12 +75,13 @@ def leading(grad: Tensor, rank: int) -> Tensor:
 
 
 class _Projected(_AdamW):
-    """AdamW, except for the matrices, which `rule.update` updates. Their step count is an int: it decides what runs."""
+    """AdamW, except for the matrices, which `rule.update` updates, and where `rule` follows its package. There a step count is an
+    int: it decides what runs."""
 
     def __init__(self, params: list[Tensor], lr: float, rule: LowRank, names: Mapping[int, str]):
         super().__init__(params, lr=lr, betas=(rule.beta1, rule.beta2), eps=rule.eps, weight_decay=rule.weight_decay, fused=True)
-        self._rule, self._matrices = rule, {p: names[id(p)] for p in params if is_projected(p, names)}
-        self._others = len(self._matrices) < len(params)
+        self._rule, self._package, self._names = rule, rule.follows == "package", names
+        self._own = [p for p in params if self._package or is_projected(p, names)]
 
     def __setstate__(self, state) -> None:
         torch.optim.Optimizer.__setstate__(self, state)  # AdamW's makes tensors of step counts, for checkpoints of old
@@ -81,17 +92,40 @@ class _Projected(_AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        lr = self.param_groups[0]["lr"]
-        for matrix, name in self._matrices.items():
-            if matrix.grad is not None:
-                state = self.state[matrix]
+        for leaf in (leaf for leaf in self._own if leaf.grad is not None):
+            if is_projected(leaf, self._names):
+                state = self.state[leaf]
                 state.setdefault("step", 0)
-                if self._rule.weight_decay:
-                    matrix.mul_(1 - lr * self._rule.weight_decay)
-                self._rule.update(name, matrix, matrix.grad, state, lr)
+                self._rule.update(self._names[id(leaf)], leaf, leaf.grad, state, self._decay(leaf))
                 state["step"] += 1
-                matrix.grad = None
-        return super().step(closure) if self._others else None  # inside backward a leaf has an optimizer to itself
+            else:
+                feed(self, leaf, [(0, len(leaf))], lambda *_, leaf=leaf: leaf.grad)
+            leaf.grad = None
+        if len(self._own) < len(self.param_groups[0]["params"]):  # inside backward a leaf has an optimizer to itself
+            super().step(closure)
+
+    def _decay(self, weight: Tensor) -> float:
+        """Shrinks the weight; the learning rate of its update. A decay after an update, which is a package's, is one before it and
+        a lower rate: kept (w - lr u) = kept w - lr kept u."""
+        lr = self.param_groups[0]["lr"]
+        kept = 1 - lr * self._rule.weight_decay
+        if kept != 1:
+            weight.mul_(kept)
+        return lr * kept if self._package else lr
+
+    def begin_rows(self, leaf: Tensor) -> None:
+        if self._package and not self.state[leaf]:
+            self.state[leaf].update(step=0, exp_avg=torch.zeros_like(leaf), exp_avg_sq=torch.zeros_like(leaf))
+        super().begin_rows(leaf)
+
+    @torch.no_grad()
+    def rows(self, leaf: Tensor, start: int, stop: int, grad: Tensor, sweep: int) -> None:
+        if not self._package:
+            return super().rows(leaf, start, stop, grad, sweep)
+        weight, state = leaf[start:stop], self.state[leaf]
+        direction, correction = self._rule.adam(grad, {"step": state["step"], "exp_avg": state["exp_avg"][start:stop],
+                                                       "exp_avg_sq": state["exp_avg_sq"][start:stop]})
+        weight.add_(direction, alpha=-self._decay(weight) * correction)
 
 
 @dataclass(frozen=True)
@@ -105,28 +139,38 @@ class LowRank(AdamW):
     gap: Count = 200
     """Updates between two projections."""
     scale: Limit = 1.0
+    follows: Literal["paper", "package"] = "paper"
+    """What is computed where the two differ, see above."""
 
     def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
         return _Projected(params, lr, self, fit.names)
 
     def leaf_bytes(self, leaf: Tensor, fit: Fit) -> int:
-        return self._matrix_bytes(leaf) if is_projected(leaf, fit.names) else super().leaf_bytes(leaf, fit)
+        if is_projected(leaf, fit.names):
+            return self._matrix_bytes(leaf)
+        return super().leaf_bytes(leaf, fit) - 4 * (self.follows == "package")
 
-    def _adam(self, low: Tensor, state: dict) -> Tensor:
-        """Adam's direction for the projected gradient, which is fp32; the moments are made at the first update."""
+    def moments_dtype(self, weight: Tensor) -> torch.dtype:
+        return weight.dtype if self.follows == "package" else torch.float32
+
+    def adam(self, grad: Tensor, state: dict) -> tuple[Tensor, float]:
+        """Adam's direction for a gradient in the type of its moments, which are made at the first update, and what of the biases'
+        correction is still to be multiplied."""
         if "exp_avg" not in state:
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(low), torch.zeros_like(low)
-        count = state["step"] + 1
-        mean = state["exp_avg"].lerp_(low, 1 - self.beta1)
-        square = state["exp_avg_sq"].mul_(self.beta2).addcmul_(low, low, value=1 - self.beta2)
-        return mean / square.div(1 - self.beta2**count).sqrt_().add_(self.eps).mul_(1 - self.beta1**count)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
+        mean = state["exp_avg"].lerp_(grad, 1 - self.beta1)
+        square = state["exp_avg_sq"].mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
+        bias1, bias2 = (1 - beta ** (state["step"] + 1) for beta in (self.beta1, self.beta2))
+        if self.follows == "package":
+            return mean / square.sqrt().add_(self.eps), bias2**0.5 / bias1
+        return mean / square.div(bias2).sqrt_().add_(self.eps).mul_(bias1), 1.0
 
 
 @dataclass(frozen=True)
 class GaLore(LowRank):
     """Adam in the span of the gradient's leading singular vectors. State for each matrix: 2 x 4 bytes a number of R, and P in the
     weight's type. Zhao 2024, arXiv:2403.03507. Moments are kept when P changes, as published. Every `gap`-th update stalls for
-    the SVDs. In bf16 an update below 2^-9 of a weight is lost, as published."""
+    the SVDs. In bf16 an update below 2^-9 of a weight is lost, as published. `follows: package` is galore-torch 1.0, see above."""
 
     scale: Limit = 0.25
     inner: Literal["adamw", "sgd"] = "adamw"
@@ -138,20 +182,24 @@ class GaLore(LowRank):
             state["projection"] = leading(grad, _sides(grad, self.rank)[2])
         basis = state["projection"]
         across = grad.shape[0] < grad.shape[1]
-        low = (basis.mT @ grad if across else grad @ basis).float()
-        low = (self._adam(low, state) if self.inner == "adamw" else low).to(matrix.dtype)
-        torch.addmm(matrix, *((basis, low) if across else (low, basis.mT)), alpha=-lr * self.scale, out=matrix)
+        low = (basis.mT @ grad if across else grad @ basis).to(self.moments_dtype(grad))
+        direction, correction = self.adam(low, state) if self.inner == "adamw" else (low, 1.0)
+        low = direction.to(matrix.dtype)
+        del direction
+        torch.addmm(matrix, *((basis, low) if across else (low, basis.mT)), alpha=-lr * self.scale * correction, out=matrix)
 
     def _matrix_bytes(self, matrix: Tensor) -> int:
         short, long, rank = _sides(matrix, self.rank)
-        return rank * (short * matrix.element_size() + (2 * 4 * long if self.inner == "adamw" else 0))
+        moments = 2 * self.moments_dtype(matrix).itemsize * long if self.inner == "adamw" else 0
+        return rank * (short * matrix.element_size() + moments)
 
 
 @dataclass(frozen=True)
 class Apollo(LowRank):
     """The gradient, each channel scaled as Adam scales its random projection. State for each matrix: 2 x 4 bytes a number of R,
     and 4 for the last update's norm. Zhu 2024, arXiv:2412.05270, written from the paper. `per_tensor`, with rank 1 and scale
-    128, is APOLLO-Mini: one factor for the whole matrix. Numbers are drawn on the device: another kind of device draws others."""
+    128, is APOLLO-Mini: one factor for the whole matrix. Numbers are drawn on the device: another kind of device draws others.
+    `growth` bounds the update that is made; with `follows: package`, which is apollo-torch 1.0.3, that before bias correction."""
 
     rank: Count = 256
     per_tensor: bool = False
@@ -164,30 +212,35 @@ class Apollo(LowRank):
         dim = 0 if grad.shape[0] < grad.shape[1] else 1  # of the shorter side; channels are what lies along the other
         stream = generator(grad.device, self.seed, name, state["step"] // self.gap)
         drawn = normal((short, rank), stream).div_(rank**0.5).to(grad.dtype)
-        low = (drawn.mT @ grad if dim == 0 else grad @ drawn).float()
+        low = (drawn.mT @ grad if dim == 0 else grad @ drawn).to(self.moments_dtype(grad))
         del drawn
+        direction, correction = self.adam(low, state)
+        least = 1e-8 if self.follows == "package" else 0.0
         over = (0, 1) if self.per_tensor else dim
         # a channel without gradient has no direction to scale: 0 / 0 becomes 0
-        factor = (torch.linalg.vector_norm(self._adam(low, state), dim=over, keepdim=True)
-                  / torch.linalg.vector_norm(low, dim=over, keepdim=True)).nan_to_num_(0.0, 0.0)
+        factor = torch.linalg.vector_norm(direction, dim=over, keepdim=True)
+        del direction
+        norms = torch.linalg.vector_norm(low, dim=over, keepdim=True)
+        factor = (factor / (norms.add_(least) if least else norms)).nan_to_num_(0.0, 0.0)
+        del norms
         factor = factor.mul_(self.scale**0.5).expand(*((1, long) if dim == 0 else (long, 1)))
-        channels = torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=torch.float32)
-        factor = factor * self._limit(torch.linalg.vector_norm(factor * channels), state)
+        channels = torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=low.dtype)
+        factor = factor * self._limit(torch.linalg.vector_norm(factor * channels), least * self.scale**0.5, state)
         for rows in _row_slices(matrix):
-            matrix[rows].addcmul_(grad[rows], factor if dim == 0 else factor[rows], value=-lr)
+            matrix[rows].addcmul_(grad[rows], factor if dim == 0 else factor[rows], value=-lr * correction)
 
-    def _limit(self, norm: Tensor, state: dict) -> Tensor:
+    def _limit(self, norm: Tensor, least: float, state: dict) -> Tensor:
         """What the update, of norm `norm` (0-d), has to be multiplied by; remembers the norm it has then. Without a look at it."""
         limit = torch.ones_like(norm)
         if state["step"]:
-            most = self.growth * state["norm"]
+            most = self.growth * (state["norm"] + least if least else state["norm"])
             limit = torch.where((norm > most) & (most > 0), most / norm, limit)
         state["norm"] = norm * limit
         return limit
 
     def _matrix_bytes(self, matrix: Tensor) -> int:
         _, long, rank = _sides(matrix, self.rank)
-        return 2 * 4 * rank * long + 4
+        return self.moments_dtype(matrix).itemsize * (2 * rank * long + 1)
 
 
 def _row_slices(matrix: Tensor) -> Iterator[slice]:

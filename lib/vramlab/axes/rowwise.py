@@ -163,9 +163,11 @@ class RowWise(Walking):
 
 
 class RowSgd(RowWise):
-    """w <- w - lr g, formed in fp32."""
+    """w <- (1 - lr weight_decay) w - lr g, formed in fp32."""
 
     def update(self, leaf: Tensor, rows: slice, gradient: Tensor, wide: Tensor) -> None:
+        if self.options["weight_decay"]:
+            wide.mul_(1 - self.options["lr"] * self.options["weight_decay"])
         wide.add_(gradient, alpha=-self.options["lr"])
 
 

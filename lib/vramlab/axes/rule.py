@@ -104,14 +104,17 @@ class _Sgd(torch.optim.SGD):
             return super().step(closure)
         (leaf,) = group["params"]
         if leaf.grad is not None:
-            leaf.add_(leaf.grad, alpha=-group["lr"])
+            self.rows(leaf, 0, len(leaf), leaf.grad, 0)
 
     def begin_rows(self, leaf: Tensor) -> None:
         pass
 
     @torch.no_grad()
     def rows(self, leaf: Tensor, start: int, stop: int, grad: Tensor, sweep: int) -> None:
-        leaf[start:stop].add_(grad, alpha=-self.param_groups[0]["lr"])
+        (group,) = self.param_groups
+        if group["weight_decay"]:
+            leaf[start:stop].mul_(1 - group["lr"] * group["weight_decay"])
+        leaf[start:stop].add_(grad, alpha=-group["lr"])
 
     def end_rows(self, leaf: Tensor) -> None:
         pass
@@ -157,13 +160,18 @@ class AdamW(RowRule):
 class Sgd(RowRule):
     """w <- w - lr * g, formed in fp32, remembering nothing: no state at all. torch's fused kernel where it has one that is
     right: not for sharded weights, and not for bf16, of which its CPU kernel skips all but the last few (pytorch issue 191763,
-    up to 2.13). There tensor by tensor, in place too."""
+    up to 2.13). There tensor by tensor, in place too.
+
+    With `weight_decay` a weight shrinks by lr * weight_decay of itself before its update, as in lomo-optim, whose default is 0
+    too; the paper has none. Inside backward that is LOMO's, and what clipping leaves of a gradient does not change it."""
+
+    weight_decay: WeightDecay = 0.0
 
     def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
         if _torch_stores(fit):
             fused = all(p.dtype == torch.float32 and not is_sharded(p) for p in params)
-            return _Sgd(params, lr=lr, fused=fused, foreach=False)
-        return RowSgd(params, lr, fit)
+            return _Sgd(params, lr=lr, weight_decay=self.weight_decay, fused=fused, foreach=False)
+        return RowSgd(params, lr, fit, **vars(self))
 
     def leaf_bytes(self, leaf: Tensor, fit: Fit) -> int:
         return 0
@@ -176,16 +184,19 @@ def _torch_stores(fit: Fit) -> bool:
 @dataclass(frozen=True)
 class Adafactor(RowRule):
     """fp32 row and column means of the squared gradient; the step is relative to the weight's RMS, at most lr and at most
-    1/sqrt(t) of it, see `factored`. Shazeer 2018, arXiv:1804.04235, as torch has it for fp32."""
+    1/sqrt(t) of it, see `factored`. Shazeer 2018, arXiv:1804.04235, as torch has it for fp32: the paper, and transformers,
+    add 1e-30 to each square and take 1e-2 for lr. `weight_decay` is of lr as it is given, whatever the weight's size."""
 
     pieces = False
+    bounds: ClassVar[dict] = {"added": 0.0, "least_mean": 2.0**-23, "most_root": 2.0**23, "relative": True}
+    """2^-23 is fp32's eps."""
     decay: Annotated[float, Range(-10, 0)] = -0.8
     least_rms: Annotated[float, Range(0, 1000)] = 1e-3
     most_rms: Annotated[float, Range(1e-6, 1e6)] = 1.0
+    weight_decay: WeightDecay = 0.0
 
     def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
-        eps = torch.finfo(torch.float32).eps
-        return factored.Factored(params, lr, fit, **vars(self), added=0.0, least_mean=eps, most_root=1 / eps, relative=True)
+        return factored.Factored(params, lr, fit, **vars(self), **self.bounds)
 
     def leaf_bytes(self, leaf: Tensor, fit: Fit) -> int:
         return factored.state_bytes(local(leaf))
@@ -194,12 +205,10 @@ class Adafactor(RowRule):
 @dataclass(frozen=True)
 class AdaLomo(Adafactor):
     """Adafactor with lr as it is given, and 1e-30 added to each square in place of other bounds, see `factored`. Lv 2023,
-    arXiv:2310.10195; its memory needs until: backward."""
+    arXiv:2310.10195; its memory needs until: backward. As lomo-optim computes it, but for its loss scale of 2^10, a power of two
+    that changes nothing; its `weight_decay`, too, is of lr times the weight's size."""
 
-    def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
-        tiny = torch.finfo(torch.float32).tiny
-        return factored.Factored(params, lr, fit, **vars(self), added=1e-30, least_mean=tiny, most_root=float("inf"),
-                                 relative=False)
+    bounds = {"added": 1e-30, "least_mean": torch.finfo(torch.float32).tiny, "most_root": float("inf"), "relative": False}
 
 
 @dataclass(frozen=True)

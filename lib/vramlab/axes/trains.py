@@ -135,10 +135,13 @@ class Blocks(_Moving):
 
     BAdam, Luo 2024, arXiv:2404.02827: one block at a time, order random, state reset, ends at rest. Not exact: a block that
     two cycles' edge gives two turns in a row keeps its state, where BAdam resets it.
-    HiFT, Liu 2024, arXiv:2401.15207: interval 1, state host, ends as units, delayed_lr; its random order is `shuffled`.
+    badam 1.4 leaves out the first block's last step, too.
+    HiFT, Liu 2024, arXiv:2401.15207: interval 1, state host, ends as units, delayed_lr; its random order is `shuffled`. The
+    published code trains the final norm as a unit between the last block and the head: `norm: own`.
     LISA, Pan 2024, arXiv:2403.17919: `sample` blocks drawn each turn, state reset, ends always. Backward then runs to the
     embeddings at every step: blocks at rest save nothing for their own weights, but it passes through them. A block drawn
-    twice in a row keeps its state.
+    twice in a row keeps its state. The published code (LMFlow) has one optimizer, which never drops a state: `state: device`,
+    whose bytes grow to full AdamW's as blocks are drawn.
     """
 
     interval: Count = 50
@@ -148,13 +151,10 @@ class Blocks(_Moving):
     ends: Literal["rest", "units", "always"] = "rest"
     """What embeddings, and final norm and head, do: `rest`, take part as the first and the last unit (`units`), or train
     at every step, with a state that lasts (`always`)."""
+    norm: Literal["head", "own"] = "head"
+    """With ends: units, whether the final norm trains with the head or is a unit of its own."""
     sample: CountOrNone = 0
     """How many groups each turn draws, uniformly and without replacement; 0 is one after the other."""
-
-    def __post_init__(self):
-        if self.sample and (self.order != "random" or self.delayed_lr):
-            raise ValueError(f"trains.blocks.sample is {self.sample}, and what is drawn has no order and no cycle: use order: "
-                             "random and delayed_lr: false, or sample: 0")
 
     def parts(self, model: nn.Module) -> list[Part]:
         names = {id(param): name for name, param in model.named_parameters()}
@@ -162,7 +162,7 @@ class Blocks(_Moving):
         below = list(names.values()).index(f"{_stem(units)}norm.weight")
         ends = [list(names.values())[:below], list(names.values())[below:]]
         if self.ends == "units":
-            units = [ends[0], *units, ends[1]]
+            units = [ends[0], *units, *([[name] for name in ends[1]] if self.norm == "own" else [ends[1]])]
         params = dict(model.named_parameters())
         groups = [[name for unit in units[a:b] for name in unit] for a, b in _cuts(len(units), self.count or len(units))]
         if self.sample > len(groups):

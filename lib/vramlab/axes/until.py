@@ -160,8 +160,8 @@ class Step:
 class Backward:
     """Each gradient updates its weight the moment it is formed, and is dropped: one gradient alive at a time, of embeddings
     and a fused head only some rows of it.
-    With `rule: sgd` this is LOMO, Lv 2024, arXiv:2306.09782 (there the update of one tensor waits for the next
-    tensor's hook, so that two gradients live; here none waits).
+    With `rule: sgd` this is LOMO, Lv 2024, arXiv:2306.09782. In lomo-optim the update of one tensor waits for the next
+    tensor's hook, so that two gradients live; here none waits. Its weight decay is `rule: {sgd: {weight_decay: ...}}`.
 
     `clip_norm` is LOMO's clipping: forward and backward are run twice, the first only for the norm of all gradients. The
     published code keeps the first graph for the second backward; here it is formed again, for one more forward: then each
@@ -175,13 +175,6 @@ class Backward:
     """Largest absolute value of a number of a gradient; 0 leaves it alone."""
     loss_scale: Annotated[float, Range(0, 2.0**40)] = 0.0
     """What a loss is multiplied by at first, for gradients in fp16; then dynamic, see `clipping`. 0 leaves it alone."""
-
-    def __post_init__(self):
-        if self.clip_norm and self.clip_value:
-            raise ValueError("until has clip_norm and clip_value: use one of them, the other would clip what is clipped")
-        if self.loss_scale and not (self.clip_norm and self.norm == "this"):
-            raise ValueError(f"until.loss_scale is {self.loss_scale}, and only this step's norm tells an overflow before half of "
-                             "it is applied: use clip_norm too, with norm: this")
 
     def updater(self, rule, params: list[nn.Parameter], lr: float) -> Updater:
         kind = _Scaled if self.loss_scale else _InBackward

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..observer import Observer
 from .acts import decoder
-from .fields import CountOrNone, Depth, Range, Width
+from .fields import CountOrNone, Range, Width
 from .grads import Exact
 from .leaves import Leaf
 from .probes import Again, Probes, drop_ratio
@@ -37,7 +37,7 @@ from .until import Updater
 class UpdateHead(All):
     """The code, its projection and the module that updates it for each token; starts as the identity. Zhu 2024."""
 
-    depth: Depth = 3
+    depth: Annotated[int, Range(1, 100)] = 3
     """Layers of G."""
     code: Width = 64
     """p, numbers of theta."""
