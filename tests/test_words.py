@@ -114,7 +114,8 @@ def test_a_summary_of_runs_by_value():
     assert row == {
         "regime": "full", "outcome": "ok", "reason": "", "peak_mib": 1.5, "process_peak_mib": 64.0, "phase": "backward",
         "host_mib": 0.25, "optimizer_state_mib": 2.0, "trainable_parameters": 77, "tokens_per_s": 1000.0,
-        "step_ms": 200.0, "step_ms_q25": 100.0, "step_ms_q75": 400.0, "forward_ms": 50.0, "backward_ms": 80.0, "update_ms": 10.0, "loss_first": 4.0, "loss_last": 2.0,
+        "step_ms": 200.0, "step_ms_q25": 100.0, "step_ms_q75": 400.0, "forward_ms": 50.0, "backward_ms": 80.0, "update_ms": 10.0,
+        "loss_first": 4.0, "loss_last": 2.0,
         "yesno": .7, "yesno_low": pytest.approx(.6), "yesno_high": pytest.approx(.8), "likelihood": .8,
         "likelihood_low": pytest.approx(.7), "likelihood_high": pytest.approx(.9)}
     assert tables.ledger([run(), run(ok=False), run(has_timeline=False)]).to_dict("records") == [
