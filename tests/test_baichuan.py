@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 import micro
 from vramlab.baichuan import BaichuanForCausalLM, read_model_file
-from vramlab.baichuan.attention import alibi_slopes
+from vramlab.baichuan.attention import alibi_slopes, documents
+from vramlab.baichuan.model import CACHE
 from vramlab.paths import ROOT
 
 IDS = torch.randint(3, 61, (2, 13), generator=torch.Generator().manual_seed(0))
@@ -144,6 +145,61 @@ def test_padding_changes_nothing(position, side):
     kept = padded[:, 4:] if side == "left" else padded[:, :-4]
     torch.testing.assert_close(kept, model(IDS).logits, rtol=1e-4, atol=1e-5)
     assert padded.isfinite().all()
+
+
+@pytest.mark.parametrize("position", DESIGNS)
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 13, dtype=torch.long), torch.ones(1, 13, dtype=torch.bool)])
+def test_position_ids_that_begin_again_mark_documents(position, mask):
+    model = _model(position).eval()
+    ids = torch.tensor([[*range(5), *range(8)]])
+    numbers = torch.tensor([[1] * 5 + [2] * 8])
+    packed = model(IDS[:1], attention_mask=mask, position_ids=ids, labels=IDS[:1], seq_idx=numbers - 1)
+    wanted = model(IDS[:1], attention_mask=numbers, labels=IDS[:1])
+    torch.testing.assert_close(packed.logits, wanted.logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(packed.loss, wanted.loss, rtol=1e-6, atol=1e-6)
+    whole = model(IDS[:1], attention_mask=mask, position_ids=torch.arange(13)[None]).logits
+    torch.testing.assert_close(whole, model(IDS[:1]).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_documents_marked_by_positions_begin_within_those_that_a_mask_numbers_and_padding_begins_none():
+    ids = torch.tensor([[1, 1, 0, 1, 2, 0, 1, 0, 1, 0]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 2, 2, 0]])
+    joined = documents(mask, ids)
+    assert joined.ne(0).equal(mask.ne(0)) and [len(joined[joined == n]) for n in joined[0].unique()[1:]] == [3, 2, 2]
+    left = torch.tensor([[0, 0, 1, 1, 1]])
+    assert documents(left, torch.tensor([[1, 1, 0, 1, 2]])) is left and documents(None, None) is None
+
+
+@pytest.mark.parametrize("arguments, name", [
+    ({"attention_mask": torch.ones(2, 1, 13, 13)}, r"attention_mask is \(2, 1, 13, 13\): use \(batch, 13\)"),
+    ({"attention_mask": torch.ones(2, 12)}, r"attention_mask is \(2, 12\)"), ({"output_attentions": True}, "output_attentions"),
+    ({"shift_labels": IDS}, "shift_labels"), ({"cu_seq_lens_q": torch.tensor([0, 5, 13])}, "cu_seq_lens_q.*position_ids"),
+    ({"token_type_ids": IDS}, "token_type_ids")])
+def test_what_would_have_to_be_ignored_is_refused_by_name(arguments, name):
+    with pytest.raises(ValueError, match=name):
+        _model()(IDS, **arguments)
+    _model()(IDS, output_attentions=False, return_dict=None, token_type_ids=None)
+
+
+def test_packed_documents_after_a_cache_are_refused():
+    model = _model().eval()
+    cache = model(IDS[:1], use_cache=True)
+    with pytest.raises(ValueError, match="after 13 cached tokens"):
+        model(IDS[:1], cache=getattr(cache, CACHE), position_ids=torch.tensor([[*range(5), *range(8)]]))
+
+
+def test_hidden_states_and_tuples_as_transformers_has_them():
+    model = _model().eval()
+    output = model(IDS, output_hidden_states=True)
+    llama = _as_llama(model).eval()(IDS, output_hidden_states=True)
+    assert len(output.hidden_states) == 4 and model(IDS).hidden_states is None
+    for ours, theirs in zip(output.hidden_states, llama.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    loss, logits, *_ = model(IDS, labels=IDS, return_dict=False)
+    assert torch.equal(logits, output.logits) and torch.equal(loss, model(IDS, labels=IDS).loss)
+    model.config.return_dict, model.config.output_hidden_states = False, True
+    logits, _, states = model(IDS)
+    assert torch.equal(logits, output.logits) and len(states) == 4
 
 
 def test_no_dense_mask_is_built_when_rows_are_right_padded(monkeypatch):

@@ -3,6 +3,8 @@
 import logging
 import os
 
+from . import auto_classes  # noqa: F401, lets transformers find the model
+
 # before torch loads OpenMP: threads that wait go to sleep early. On idle cores a step takes as long; on cores that others use
 # too it takes a twentieth, because nobody spins on the core that the one they wait for needs.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")

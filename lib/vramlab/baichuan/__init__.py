@@ -1,4 +1,5 @@
-"""Baichuan-2 as a proper transformers model; importing this registers it for the Auto classes under `baichuan`."""
+"""Baichuan-2 as a proper transformers model; importing this registers it for the Auto classes under `baichuan`, and
+importing `vramlab` lets them find it."""
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -13,6 +13,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def checked_mask(mask: Tensor | None, keys: int) -> Tensor | None:
+    """A mask (b, k) of integers. Raises: ValueError, for one of another shape, such as the 4-D masks that other models take."""
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape[1] != keys:
+        raise ValueError(f"attention_mask is {tuple(mask.shape)}: use (batch, {keys}), cached and new tokens, with 0 for padding "
+                         "and 1 or a document's number elsewhere; generation needs the dynamic cache, which sends no 4-D mask")
+    return mask.long() if mask.dtype == torch.bool else mask
+
+
+def documents(mask: Tensor | None, position_ids: Tensor | None, cached: int = 0) -> Tensor | None:
+    """The mask, with a document's number where `position_ids` (b or 1, q) do not grow from one real token to the next, as
+    packing without a mask marks its documents. Reads the data if there are position_ids.
+    Raises: ValueError, where `cached` tokens went before: whose document they are part of is not said."""
+    if position_ids is None or (queries := position_ids.shape[1]) == 1:
+        return mask
+    own = torch.ones_like(position_ids) if mask is None else mask[:, -queries:]
+    edges = own[:, 1:] != own[:, :-1]
+    begins = (position_ids[:, 1:] <= position_ids[:, :-1]) & ~edges & (own[:, 1:] != 0)
+    if not begins.any():
+        return mask
+    if cached:
+        raise ValueError(f"position_ids begin again after {cached} cached tokens: run packed documents without a cache")
+    return F.pad(edges | begins, (1, 0)).cumsum(1).add(1) * (own != 0)
+
+
 def right_padded(mask: Tensor) -> bool:
     """Whether a 0/1 mask (b, k) has its padding at the right only. Then causal attention never sees it from a real
     token, and no mask is needed. Reads the data, so call it where that is free: on the host."""

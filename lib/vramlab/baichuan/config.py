@@ -40,8 +40,9 @@ class BaichuanConfig(PreTrainedConfig):
                  rms_norm_eps: float = 1e-6, z_loss_weight: float = 0.0, norm_head: bool = True,
                  position: str | None = None, rope_theta: float = 10000.0, use_cache: bool = True, pad_token_id: int = 0,
                  bos_token_id: int = 1, eos_token_id: int = 2, tie_word_embeddings: bool = False, **kwargs):
-        # the published 13B file sets this to a one-element tuple, which is true: checkpointing is on only when asked for
-        kwargs.pop("gradient_checkpointing", None)
+        # the published 13B file sets gradient_checkpointing to a one-element tuple, which is true: it is on only when asked for;
+        # auto_map names remote code, which a folder saved from this model does not hold
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("gradient_checkpointing", "auto_map")}
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size

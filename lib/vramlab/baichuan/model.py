@@ -19,12 +19,26 @@ from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
-from .attention import RotaryEmbedding, alibi_slopes, attend, attention_bias, positions, right_padded, rotate
+from .attention import (
+    RotaryEmbedding,
+    alibi_slopes,
+    attend,
+    attention_bias,
+    checked_mask,
+    documents,
+    positions,
+    right_padded,
+    rotate,
+)
 from .config import BaichuanConfig
 
 # transformers 5.24 calls past_key_values `cache`; both names are taken in, and the one of the installed version comes out
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+
+REPEATED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "cache_position")
+"""Arguments of other models that say again what `position_ids` says, as data collators and generation pass them."""
 
 
 class BaichuanRMSNorm(nn.Module):
@@ -54,6 +68,7 @@ class NormHead(nn.Module):
         self.norm = norm
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self.applied = AppliedHead(self)
 
     def rows(self, weight: Tensor) -> Tensor:
         """Rows of the weight, or all, as hidden states are multiplied with them."""
@@ -70,6 +85,30 @@ class NormHead(nn.Module):
             return self.fused(hidden, self.weight, labels, z_loss_weight, self.norm), None
         logits = self.logits(hidden)
         return causal_loss(logits, labels, z_loss_weight), logits
+
+
+class AppliedHead(nn.Module):
+    """What libraries that multiply with the head's weight by themselves (TRL's losses, peft, assisted generation) get as the
+    output embeddings: `weight` (V, H) is the rows as `NormHead` multiplies them, normalised anew at each access, and
+    gradient flows to the stored weight. It has no parameters of its own, and equals the head: so peft, which looks for the
+    module that equals the output embeddings, saves the head's parameter."""
+
+    bias = None
+    __hash__ = nn.Module.__hash__
+
+    def __init__(self, head: NormHead):
+        super().__init__()
+        object.__setattr__(self, "head", head)  # not as a submodule: the head is the parent
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is self.head
+
+    @property
+    def weight(self) -> Tensor:
+        return self.head.rows(self.head.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.head.logits(hidden)
 
 
 class Attention(nn.Module):
@@ -158,32 +197,43 @@ class BaichuanModel(BaichuanPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, past_key_values: Cache | None = None,
                 inputs_embeds: Tensor | None = None, use_cache: bool | None = None, cache: Cache | None = None,
-                **_) -> BaseModelOutputWithPast:
-        """input_ids (b, t); attention_mask (b, cached + t), see `attention`; -> last_hidden_state (b, t, H)."""
+                output_hidden_states: bool | None = None, **others) -> BaseModelOutputWithPast:
+        """input_ids (b, t); attention_mask (b, cached + t), see `attention`; position_ids (b or 1, t): a new document begins
+        where they do not grow; -> last_hidden_state (b, t, H), and with `output_hidden_states` what each block was given and
+        the last one. Raises: ValueError, for an argument that it would have to ignore."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
+        wrong = [name for name, value in others.items() if value is not None and value is not False
+                 and (name not in REPEATED or position_ids is None and name != "cache_position")]
+        if wrong:
+            raise ValueError(f"Baichuan-2 does not take {', '.join(wrong)}: leave it out; packed documents are marked by "
+                             "position_ids that begin again at 0, or by their number in a 2-D attention_mask")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         past = cache.get_seq_length() if cache is not None else 0
         queries = hidden.shape[1]
+        attention_mask = documents(checked_mask(attention_mask, past + queries), position_ids, past)
         # looking is free on the host; elsewhere the caller drops the mask it knows to be idle
         if attention_mask is not None and attention_mask.device.type == "cpu" and right_padded(attention_mask):
             attention_mask = None
         bias = self._bias(attention_mask, queries, past + queries, hidden)
         rotary = self._rotary(attention_mask, position_ids, past, queries, hidden)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = ()
         for layer in self.layers:
+            states += (hidden,) if wanted else ()
             hidden = layer(hidden, bias, rotary, cache=cache)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **{CACHE: cache})
+        last = self.norm(hidden)
+        return BaseModelOutputWithPast(last_hidden_state=last, hidden_states=(*states, last) if wanted else None, **{CACHE: cache})
 
     def _bias(self, mask: Tensor | None, queries: int, keys: int, hidden: Tensor) -> Tensor | None:
         slopes = alibi_slopes(self.config.num_attention_heads).to(hidden.device) if self.config.position == "alibi" else None
-        if mask is not None and mask.shape[-1] != keys:
-            raise ValueError(f"attention_mask covers {mask.shape[-1]} tokens, but {keys} are there (cached and new)")
         return attention_bias(self.config, mask, queries, keys, hidden.dtype, hidden.device, slopes)
 
     def _rotary(self, mask, position_ids, past: int, queries: int, hidden: Tensor):
@@ -199,6 +249,9 @@ class BaichuanModel(BaichuanPreTrainedModel):
 class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
     """Baichuan-2 with its language-model head."""
 
+    accepts_loss_kwargs = True
+    """transformers' Trainer hands `num_items_in_batch` to forward."""
+
     def __init__(self, config: BaichuanConfig):
         super().__init__(config)
         self.model = BaichuanModel(config)
@@ -206,24 +259,42 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+        return getattr(self.lm_head, "applied", self.lm_head)
 
+    def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True) -> nn.Embedding:
+        """Embedding and stored head, resized in place as transformers resizes an embedding and a linear head."""
+        embedding = self.model._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        plain = nn.Linear(*reversed(self.lm_head.weight.shape), bias=False, device="meta")
+        plain.weight = self.lm_head.weight
+        plain = self._get_resized_lm_head(plain, len(embedding.weight), mean_resizing=mean_resizing)
+        self.lm_head.weight.data = plain.weight.data
+        return embedding
+
+    @can_return_tuple
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, past_key_values: Cache | None = None,
                 inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
-                logits_to_keep: int | Tensor = 0, cache: Cache | None = None, **_) -> CausalLMOutputWithPast:
+                logits_to_keep: int | Tensor = 0, cache: Cache | None = None, output_hidden_states: bool | None = None,
+                num_items_in_batch: Tensor | int | None = None, **others) -> CausalLMOutputWithPast:
         """-> logits (b, kept, V), and the loss when labels (b, t) are given: -100 where nothing is to be predicted. A fused
-        head forms the loss without logits, which are None then."""
+        head forms the loss without logits, which are None then. The loss is the mean over the labels that are predicted; with
+        `num_items_in_batch` their sum divided by it, so that the losses of several micro-batches add up to the loss of all."""
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        output = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache)
+        output = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache,
+                            output_hidden_states, return_dict=True, **others)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden, loss = output.last_hidden_state[:, kept], None
         if labels is None:
             logits = self.lm_head(hidden)
         else:
-            loss, logits = self.lm_head(hidden, next_labels(labels, attention_mask, position_ids), self.config.z_loss_weight)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: getattr(output, CACHE)})
+            targets = next_labels(labels, attention_mask, position_ids)[:, kept]
+            loss, logits = self.lm_head(hidden, targets, self.config.z_loss_weight)
+            if num_items_in_batch is not None:
+                share = (targets != -100).sum() / num_items_in_batch
+                loss = torch.where(share > 0, loss * share, 0.0)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=output.hidden_states,
+                                      **{CACHE: getattr(output, CACHE)})
 
 
 def next_labels(labels: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:

@@ -40,15 +40,15 @@ class Checker:
         if not (folder / "config.json").is_file():
             raise ValueError(f"checker is {str(path)!r}, where there is no config.json: give the folder of a downloaded "
                              "sequence-classification checkpoint, or leave it empty")
-        labels = AutoConfig.from_pretrained(folder, local_files_only=True).id2label
+        labels = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).id2label
         consistent = consistent_id(labels, folder.name)
         logging.disable_progress_bar()
-        model, info = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True, dtype=torch.float32,
-                                                                         output_loading_info=True)
+        model, info = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True, trust_remote_code=False,
+                                                                         dtype=torch.float32, output_loading_info=True)
         if info["missing_keys"]:
             raise ValueError(f"checker {folder.name} lacks {', '.join(sorted(info['missing_keys']))}: its judgements would be "
                              "random; give a checkpoint that was trained to classify")
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
         return cls(folder.name, model.eval().to(device), tokenizer, dict(labels), consistent, limit)
 
