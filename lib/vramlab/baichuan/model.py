@@ -222,7 +222,8 @@ class BaichuanModel(BaichuanPreTrainedModel):
         # looking is free on the host; elsewhere the caller drops the mask it knows to be idle
         if attention_mask is not None and attention_mask.device.type == "cpu" and right_padded(attention_mask):
             attention_mask = None
-        bias = self._bias(attention_mask, queries, past + queries, hidden)
+        slopes = alibi_slopes(self.config.num_attention_heads).to(hidden.device) if self.config.position == "alibi" else None
+        bias = attention_bias(self.config, attention_mask, queries, past + queries, hidden.dtype, hidden.device, slopes)
         rotary = self._rotary(attention_mask, position_ids, past, queries, hidden)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = ()
@@ -231,10 +232,6 @@ class BaichuanModel(BaichuanPreTrainedModel):
             hidden = layer(hidden, bias, rotary, cache=cache)
         last = self.norm(hidden)
         return BaseModelOutputWithPast(last_hidden_state=last, hidden_states=(*states, last) if wanted else None, **{CACHE: cache})
-
-    def _bias(self, mask: Tensor | None, queries: int, keys: int, hidden: Tensor) -> Tensor | None:
-        slopes = alibi_slopes(self.config.num_attention_heads).to(hidden.device) if self.config.position == "alibi" else None
-        return attention_bias(self.config, mask, queries, keys, hidden.dtype, hidden.device, slopes)
 
     def _rotary(self, mask, position_ids, past: int, queries: int, hidden: Tensor):
         if self.rotary_emb is None:
