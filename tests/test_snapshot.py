@@ -78,7 +78,7 @@ def test_replay_is_exact_on_what_an_independent_allocator_recorded(tmp_path, row
     found = replay_file(_dumped(tmp_path, snapshot))
     assert (found.max_error, found.first_divergence, found.events) == (0.0, None, len(snapshot["device_traces"][0]))
     assert found.recorded_peak_bytes == found.simulated_peak_bytes == _peak(snapshot) > 0
-    assert found.recorded_allocated_bytes == found.simulated_allocated_bytes and (found.missing_bytes, found.before_bytes) == (0, 0)
+    assert found.recorded_allocated_bytes == found.simulated_allocated_bytes and (found.missing_bytes, found.note) == (0, "")
     assert found.verdict() == f"exact: recorded and simulated reserved bytes agree after each of {found.events:,} events"
 
 
@@ -213,16 +213,16 @@ def test_a_divergence_has_a_cause_in_words(action, simulated):
 
 
 def test_a_verdict_says_what_was_not_checked():
-    whole = Replay(0, 10, 100, 100, 50, 50, 0.0, None, 0, 0, 3)
+    whole = Replay(0, 10, 100, 100, 50, 50, 0.0, None, 0, "")
     assert whole.agrees(0) and whole.verdict(0).endswith("after each of 10 events")
-    assert "(it began late, or skip_actions left segment_alloc out)" in replace(whole, growths=0).verdict()
+    assert replace(whole, note="but not why").verdict().endswith("each of 10 events; but not why")
     assert replace(whole, missing_bytes=-512).verdict().startswith("cannot be judged: the segments at the end have -512 bytes")
     assert not replace(whole, missing_bytes=-512).agrees(1)
     allocated = replace(whole, simulated_allocated_bytes=49)
     assert allocated.error == 0.02 and not allocated.agrees() and allocated.agrees(0.02)
-    assert allocated.verdict(0.02).endswith("off by at most 2.00%; reserved bytes agree after every event")
-    late = replace(whole, simulated_peak_bytes=99, first_divergence=Divergence(7, "alloc", 100, 99), before_bytes=1_000)
-    assert late.verdict().endswith("; 1,000 bytes were reserved before the recording began, and their blocks are reconstructed")
+    assert allocated.verdict(0.02) == (
+        "within 2.00%: peak reserved and final allocated bytes are off by at most 2.00%; recorded and simulated reserved bytes "
+        "agree after each of 10 events")
     assert replace(whole, recorded_allocated_bytes=0).error == 1.0
 
 
@@ -255,7 +255,17 @@ def test_a_trace_without_returned_segments_is_not_called_exact(tmp_path, capsys)
 
 def test_a_trace_without_any_segment_entry_says_what_the_verdict_is_about(tmp_path):
     found = replay_file(_dumped(tmp_path, _skipping("segment_alloc", "segment_free")))
-    assert not found.agrees() and "skip_actions left segment_alloc out" in found.verdict()
+    assert not found.agrees() and "skip_actions left segment_alloc out), so this is about cached memory alone" in found.verdict()
+
+
+def test_a_late_recording_says_what_was_reserved_before(tmp_path):
+    slow = SlowAllocator()
+    slow.malloc(30 * MIB)
+    begin = len(slow.trace)
+    slow.malloc(12 * MIB)
+    found = replay_file(_dumped(tmp_path, slow.dump(begin)))
+    assert found.note == "31,457,280 bytes were reserved before the recording began, and their blocks are reconstructed"
+    assert found.verdict() == f"exact: recorded and simulated reserved bytes agree after each of 2 events; {found.note}"
 
 
 def test_a_trace_of_entries_that_move_nothing_is_refused(tmp_path):
@@ -389,12 +399,13 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
     (b"", "the file is empty: its dump did not finish"),
     (gzip.compress(b"any"), "this is gzip: gunzip it first"),
     (b'{"segments": []}', "this is JSON, not a pickle: record one with"),
+    (b" [1]", "this is JSON, not a pickle: record one with"),
     (b"zip", "byte 0 is 0x7a, which no snapshot has"),
     (pickle.dumps({}) + b"more", "byte .* is 0x2e"),
     (b"\x80\x04.", r"the pickle is damaged \(UnpicklingError"),
     (b"\x80\x04}]K\x05s.", r"the pickle is damaged \(TypeError"),  # a list as a key
     (b"\x80\x04h\x07.", r"the pickle is damaged"),  # names what was never put
-], ids=["empty", "gzip", "json", "text", "trailing", "bare", "unhashable", "memo"])
+], ids=["empty", "gzip", "json", "list", "text", "trailing", "bare", "unhashable", "memo"])
 def test_files_that_are_no_pickle_say_so(tmp_path, data, says):
     path = tmp_path / "wrong.pickle"
     path.write_bytes(data)
@@ -446,26 +457,29 @@ SEGMENT = {"address": BASE, "total_size": 512, "stream": 0, "segment_type": "sma
 @pytest.mark.parametrize(("snapshot", "says"), [
     ([SEGMENT], r"this is a list of segments without a history, as torch.cuda.memory_snapshot\(\) returns it"),
     ("text", "the snapshot has no fields"),
-    ({"segments": []}, "the snapshot has device_traces as NoneType, not list"),
-    ({"segments": {}, "device_traces": [[EVENT]]}, "the snapshot has segments as dict, not list"),
+    ({"segments": []}, "the snapshot has device_traces None, and needs device_traces as list: this"),
+    ({"segments": {}, "device_traces": [[EVENT]]}, "the snapshot has segments {}, and needs segments as list"),
     ({"segments": [], "device_traces": []}, "no device has events: history was not recorded; record it with"),
     ({"segments": [], "device_traces": [[], []]}, "no device has events"),
     ({"segments": [], "device_traces": [5]}, "device_traces must be one list a device"),
     ({"segments": [], "device_traces": [["alloc"]]}, "event 0 has no fields"),
-    ({"segments": [], "device_traces": [[EVENT, {**EVENT, "size": "512"}]]}, "event 1 has size as str '512', not int"),
-    ({"segments": [], "device_traces": [[{**EVENT, "size": True}]]}, "event 0 has size as bool True, not int"),
-    ({"segments": [], "device_traces": [[{**EVENT, "action": "segment_free", "size": 0}]]}, "event 0 has size 0: it must be"),
+    ({"segments": [], "device_traces": [[EVENT, {**EVENT, "size": "512"}]]}, "event 1 has size '512', and needs size as int"),
+    ({"segments": [], "device_traces": [[{**EVENT, "size": True}]]}, "event 0 has size True, and needs size as int"),
+    ({"segments": [], "device_traces": [[{**EVENT, "action": "segment_free", "size": 0}]]},
+     "event 0 has size 0, and needs size as int in range.1,"),
     ({"segments": [], "device_traces": [[{**EVENT, "addr": -1}]]}, "event 0 has addr -1"),
-    ({"segments": [], "device_traces": [[{**EVENT, "size": (1 << 44) + 1}]]}, "event 0 has size 17592186044417: it must be from 0"),
+    ({"segments": [], "device_traces": [[{**EVENT, "size": (1 << 44) + 1}]]}, "event 0 has size 17592186044417, and needs"),
     ({"segments": [], "device_traces": [[{**EVENT, "size": 1 << 64}]]}, "byte .* is 0x8a, which no snapshot has"),
-    ({"segments": [{**SEGMENT, "segment_type": "huge"}], "device_traces": [[EVENT]]}, "has segment_type 'huge': it must be one"),
-    ({"segments": [{**SEGMENT, "device": "0"}], "device_traces": [[EVENT]]}, "segment 0 has device as str '0', not int"),
+    ({"segments": [{**SEGMENT, "segment_type": "huge"}], "device_traces": [[EVENT]]},
+     "segment 0 has segment_type 'huge', and needs segment_type as str in .'small'"),
+    ({"segments": [{**SEGMENT, "device": "0"}], "device_traces": [[EVENT]]}, "segment 0 has device '0', and needs device as int"),
     ({"segments": [{**SEGMENT, "blocks": [{"size": 512, "state": "free"}]}], "device_traces": [[EVENT]]},
-     "a block of segment 0 has state 'free': it must be one of active_allocated"),
+     "a block of segment 0 has state 'free', and needs state as str in .'active_allocated'"),
     ({"segments": [SEGMENT, SEGMENT], "device_traces": [[EVENT]]}, "0x7f0000000000 belongs to two segments at once"),
-    ({"segments": [SEGMENT], "device_traces": [[EVENT]], "allocator_settings": []}, "the snapshot has allocator_settings as list"),
+    ({"segments": [SEGMENT], "device_traces": [[EVENT]], "allocator_settings": []},
+     "the snapshot has allocator_settings .., and needs"),
     ({"segments": [SEGMENT], "device_traces": [[EVENT]], "allocator_settings": {"PYTORCH_ALLOC_CONF": 5}},
-     "allocator_settings has PYTORCH_ALLOC_CONF as int 5, not str"),
+     "allocator_settings has PYTORCH_ALLOC_CONF 5, and needs PYTORCH_ALLOC_CONF as str"),
     ({"segments": [{**SEGMENT, "blocks": [7]}], "device_traces": [[EVENT]]}, "a block of segment 0 has no fields"),
     ({"segments": [{**SEGMENT, "total_size": 1024}], "device_traces": [[EVENT]]}, "segment 0 has 1024 bytes and its blocks 512"),
     ({"segments": [SEGMENT], "device_traces": [[EVENT]], "allocator_settings": {"PYTORCH_CUDA_ALLOC_CONF": "what:1"}},

@@ -21,7 +21,7 @@ import pytest
 
 from slow_allocator import MIB, Full, SlowAllocator
 from vramlab.cli import main
-from vramlab.memory import budget
+from vramlab.memory import beginning
 from vramlab.memory.replay import Replay, replay_file
 
 BYTES, VALUES = 400, 500
@@ -235,8 +235,8 @@ def _costly(entries):
 
 
 def test_a_replay_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "LEAST_S", 0.3)
-    monkeypatch.setattr(budget, "EVENT_S", 0.0)
+    monkeypatch.setattr(beginning, "LEAST_S", 0.3)
+    monkeypatch.setattr(beginning, "EVENT_S", 0.0)
     path = tmp_path / "costly.pickle"
     path.write_bytes(pickle.dumps(_costly(2_000), protocol=4))
     began = time.process_time()

@@ -151,9 +151,9 @@ class Forecast:
         decide which of several equally large free blocks is used. Simulates the step once for each of `STRIDES`."""
         collects = self.card and self.fits and self.settings.collects_above_bytes(self.card.total_bytes) is not None
         limits = (self.card.capacity_bytes, self.card.total_bytes) if collects else (None, None)
-        events, stop = list(rows(self.trace.events)), self.trace.reported.stop
-        peaks = [int(simulate(events, self.settings, *limits, stride).reserved_bytes[:stop].max()) for stride in STRIDES]
-        return min(self.reserved_peak_bytes, *peaks), max(self.reserved_peak_bytes, *peaks)
+        events, before = list(rows(self.trace.events)), slice(self.trace.reported.stop)
+        peaks = [simulate(events, self.settings, *limits, stride).reserved_bytes[before].max() for stride in STRIDES]
+        return int(min(self.reserved_peak_bytes, *peaks)), int(max(self.reserved_peak_bytes, *peaks))
 
     def _reserved_range_words(self) -> str:
         """Empty where the order of addresses changes nothing."""

@@ -12,15 +12,30 @@ or where that says nothing from the nearest address of its stream that is known.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .allocator import Allocator
-from .budget import in_time
 from .settings import BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYTES, Settings
 from .snapshot import DUMP, GROWS, SHRINKS, Event, Segment, Snapshot
+
+LEAST_S, EVENT_S = 10.0, 0.2e-3
+"""CPU seconds that any replay may take, and how many more an event: over ten times what recorded programs need."""
+
+
+def in_time(items: Sequence) -> Iterator:
+    """The items one by one. What PyTorch records costs the simulator some microseconds an entry; but a file can claim a million
+    free blocks, or gaps, and that each entry walks through all. Raises: ValueError, once the work takes longer than so many
+    entries may."""
+    began, allowed_s = time.process_time(), LEAST_S + EVENT_S * len(items)
+    for number, item in enumerate(items):
+        if time.process_time() - began > allowed_s:
+            raise ValueError(f"replaying {number} of {len(items)} entries took over {allowed_s:.0f} s of CPU, many times what a "
+                             "recorded program needs: record fewer entries (max_entries), or check where the file is from")
+        yield item
 
 
 @dataclass(frozen=True)
@@ -185,8 +200,8 @@ def _fit_into(ranges: list[_Range], snapshot: Snapshot, settings: Settings) -> d
             if room - size < rest:
                 size = room
             else:  # blocks are cut from the front of a free one: the first that was shows where it began
-                first = bisect_right(later, address + size)  # blocks begin at multiples of BLOCK_BYTES
-                near = later[first : min(first + int(rest) // BLOCK_BYTES + 1, bisect_left(later, address + size + rest))]
-                size = next((front - address for front in near if first_allocated[front] < block.completed), size)
+                near = later[(first := bisect_right(later, address + size)) : first + int(rest) // BLOCK_BYTES + 1]
+                size = next((front - address for front in near
+                             if front < address + size + rest and first_allocated[front] < block.completed), size)
         placed[starts[at]].append((address, min(size, room), address))
     return placed

@@ -106,8 +106,11 @@ class Device:
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, reserved)
         return True
 
-    def give_back(self, size: int) -> None:
+    def give_back(self, size: int, segment: int | None = None) -> None:
+        """`segment`: the address of a segment that is thereby gone."""
         self.reserved_bytes -= size
+        if segment is not None:
+            del self._occupied[bisect_left(self._occupied, (segment,))]
 
     def place(self, size: int) -> int:
         """The address of a new segment: as recorded where that is free, else made up."""
@@ -115,8 +118,7 @@ class Device:
         address = next(recorded, None)
         if address is None:
             self._segments_placed += 1
-            slot = self._segments_placed * self.stride % SLOTS
-            address = self._next_address if self.stride == 1 else slot * SLOT_BYTES
+            address = self._next_address if self.stride == 1 else self._segments_placed * self.stride % SLOTS * SLOT_BYTES
         self.occupy(address, size)
         return address
 
@@ -125,10 +127,6 @@ class Device:
         return at == 0 or self._occupied[at - 1][1] <= start
 
     def occupy(self, address: int, size: int) -> None:
-        """These addresses are a segment's, until `vacate`."""
+        """These addresses are a segment's."""
         insort(self._occupied, (address, address + size))
         self._next_address = max(self._next_address, -(-(address + size) // SEGMENT_STEP_BYTES) * SEGMENT_STEP_BYTES)
-
-    def vacate(self, address: int) -> None:
-        """The segment that begins at this address is gone."""
-        del self._occupied[bisect_left(self._occupied, (address,))]

@@ -137,7 +137,6 @@ class ExpandableSegments:
             self._leave_unmapped(block)
         else:
             self.heads.remove(block)
-            self.device.vacate(block.address)
 
     def release_oversize(self, pool: Pool, size: int) -> bool:
         """Expandable blocks are not returned one by one."""

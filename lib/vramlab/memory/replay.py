@@ -19,13 +19,17 @@ from math import inf
 from pathlib import Path
 
 from .allocator import Allocator
-from .beginning import adopt_beginning, stream_of
-from .budget import in_time
+from .beginning import adopt_beginning, in_time, stream_of
 from .settings import Settings
 from .snapshot import DUMP, GROWS, MAX_BYTES, SHRINKS, Event, Snapshot, read_snapshot
 
 TOLERANCE = 0.01
 """Largest relative error of a replay that counts as agreement, unless the caller chooses another."""
+_CAUSES = {  # (memory was returned?, more is simulated than recorded?)
+    (True, True): "the simulator could return less cached memory to the device than the trace returned",
+    (True, False): "the simulator could return more cached memory to the device than the trace returned",
+    (False, True): "the simulator had no cached block that fits and asked the device for more than the trace did",
+    (False, False): "the trace asked the device for more, where the simulator used a cached block or a smaller segment"}
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,7 @@ class Divergence:
     @property
     def cause(self) -> str:
         """In words: what the simulator did and the recorded allocator did not."""
-        more = self.simulated_bytes > self.recorded_bytes
-        if self.action in SHRINKS:
-            return f"the simulator could return {'less' if more else 'more'} cached memory to the device than the trace returned"
-        if more:
-            return "the simulator had no cached block that fits and asked the device for more than the trace did"
-        return "the trace asked the device for more, where the simulator used a cached block or a smaller segment"
+        return _CAUSES[self.action in SHRINKS, self.simulated_bytes > self.recorded_bytes]
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,11 @@ class Replay:
     simulated_allocated_bytes: int
     max_error: float
     first_divergence: Divergence | None
-    before_bytes: int
-    """Reserved when the recording began; which blocks lay there is reconstructed."""
     missing_bytes: int
     """What the snapshot's segments have more (or less, negative) than the entries of the trace leave at its end: 0, unless
     segment entries were not recorded."""
-    growths: int
-    """Entries with which the trace asks the device for memory."""
+    note: str
+    """What the replay could not know, in words; empty where the trace has everything."""
 
     @property
     def error(self) -> float:
@@ -82,32 +79,26 @@ class Replay:
 
     def verdict(self, tolerance: float = TOLERANCE) -> str:
         """One sentence."""
-        first, errors = self.first_divergence, f"peak reserved and final allocated bytes are off by at most {self.error:.2%}"
+        first, word = self.first_divergence, "within" if self.agrees(tolerance) else "beyond"
         if self.missing_bytes:
             return (f"cannot be judged: the segments at the end have {self.missing_bytes:+,} bytes against what the trace accounts "
                     f"for, so segment entries are missing; record it again with {DUMP}, without skip_actions")
-        cached = "" if self.growths else ("; the trace asks the device for nothing (it began late, or skip_actions left "
-                                          "segment_alloc out), so this is about cached memory alone")
-        if first is None and not self.error:
-            return f"exact: recorded and simulated reserved bytes agree after each of {self.events:,} events{cached}"
-        words = f"{'within' if self.agrees(tolerance) else 'beyond'} {tolerance:.2%}: {errors}"
-        if first is None:
-            return f"{words}; reserved bytes agree after every event{cached}"
-        late = "" if not self.before_bytes else (f"; {self.before_bytes:,} bytes were reserved before the recording began, and "
-                                                 "their blocks are reconstructed")
-        return (f"{words}; diverges at event {first.event} ({first.action}), {first.recorded_bytes:,} bytes reserved and "
-                f"{first.simulated_bytes:,} simulated, because {first.cause}{late}{cached}")
+        errors = f"{word} {tolerance:.2%}: peak reserved and final allocated bytes are off by at most {self.error:.2%}; "
+        where = f"recorded and simulated reserved bytes agree after each of {self.events:,} events" if first is None else (
+            f"diverges at event {first.event} ({first.action}), {first.recorded_bytes:,} bytes reserved and "
+            f"{first.simulated_bytes:,} simulated, because {first.cause}")
+        return ("exact: " if first is None and not self.error else errors) + where + (self.note and f"; {self.note}")
 
     def as_dict(self, tolerance: float = TOLERANCE) -> dict:
         """Plain data. Raises: ValueError, for a tolerance that is no share."""
         if not 0 <= tolerance < inf:
             raise ValueError(f"tolerance is {tolerance}: it must be a number from 0 on, 0.01 for one per cent")
-        first = self.first_divergence
         return {"verdict": self.verdict(tolerance), "agrees": self.agrees(tolerance), "tolerance": tolerance, "error": self.error,
                 "device": self.device, "events": self.events,
                 "reserved_peak_bytes": {"recorded": self.recorded_peak_bytes, "simulated": self.simulated_peak_bytes},
                 "allocated_end_bytes": {"recorded": self.recorded_allocated_bytes, "simulated": self.simulated_allocated_bytes},
-                "max_error": self.max_error, "first_divergence": first and {**asdict(first), "cause": first.cause}}
+                "max_error": self.max_error, "first_divergence":
+                self.first_divergence and {**asdict(self.first_divergence), "cause": self.first_divergence.cause}}
 
 
 def replay_file(path: Path | str, device: int | None = None, max_bytes: int = MAX_BYTES) -> Replay:
@@ -136,9 +127,12 @@ def replay(snapshot: Snapshot) -> Replay:
             first = first or Divergence(event.number, event.action, recorded, simulated)
     end = before + sum(event.bytes * ((event.action in GROWS) - (event.action in SHRINKS)) for event in events)
     allocated = sum(piece.bytes for segment in snapshot.segments for piece in segment.pieces if piece.state == "active_allocated")
+    notes = {f"{before:,} bytes were reserved before the recording began, and their blocks are reconstructed": before,
+             "the trace asks the device for nothing (it began late, or skip_actions left segment_alloc out), so this is about "
+             "cached memory alone": not any(event.action in GROWS for event in events)}
     return Replay(snapshot.device, len(events), recorded_peak, simulated_peak, allocated, allocator.allocated_bytes, max_error,
-                  first, before, sum(segment.bytes for segment in snapshot.segments) - end,
-                  sum(event.action in GROWS for event in events))
+                  first, sum(segment.bytes for segment in snapshot.segments) - end,
+                  "; ".join(words for words, applies in notes.items() if applies))
 
 
 def _relative(recorded: int, simulated: int) -> float:
@@ -165,32 +159,22 @@ def _levels(allocator: Allocator, events: tuple[Event, ...]) -> Iterator[tuple[E
     """Reserved bytes, recorded and simulated, after each event whose consequences are complete: growth is, when the
     allocation it serves has been made; a run of returns, with its last."""
     recorded, alive, served = allocator.reserved_bytes, allocator.alive(), _served(events)
+    returned = retried = False  # a retry returns cached memory, asks the device and does not look at what is cached again
     for index, event in enumerate(in_time(events)):
         if event.action in GROWS:
-            recorded += event.bytes
+            recorded, retried = recorded + event.bytes, returned
             allocator.device.recorded.append((event.address, event.bytes))
             continue
         if event.action in SHRINKS:
-            recorded -= event.bytes
+            recorded, returned, retried = recorded - event.bytes, True, False
             if index + 1 < len(events) and events[index + 1].action in SHRINKS:
                 continue
             _shrink(allocator, recorded, served[index])
         else:
-            _feed(allocator, event, alive, cached=not _retried(events, index))
+            _feed(allocator, event, alive, cached=not retried)
+            returned = retried = False
             allocator.device.recorded.clear()
         yield event, recorded, allocator.reserved_bytes
-
-
-def _retried(events: tuple[Event, ...], index: int) -> bool:
-    """Whether cached memory was returned and the device asked just before: the retry does so, and does not look at what is
-    cached again."""
-    for actions in (GROWS, SHRINKS):
-        before = index
-        while index and events[index - 1].action in actions:
-            index -= 1
-        if index == before:
-            return False
-    return True
 
 
 def _served(events: tuple[Event, ...]) -> list[Event | None]:

@@ -45,8 +45,7 @@ class FixedSegments:
     def _release(self, block: Block) -> None:
         block.pool.remove(block)
         self.heads.remove(block)
-        self.device.give_back(block.bytes)
-        self.device.vacate(block.address)
+        self.device.give_back(block.bytes, block.address)
         self.device.tell("segment_free", block.address, block.bytes, block.pool.stream)
 
     def shrink(self, pool: Pool) -> None:

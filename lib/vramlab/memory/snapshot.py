@@ -9,9 +9,12 @@ them takes quadratic time. What then runs can name no global, and its memory is 
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import re
+import reprlib
 import sys
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +22,7 @@ MAX_BYTES = 1 << 30
 GROWS, SHRINKS = ("segment_alloc", "segment_map"), ("segment_free", "segment_unmap")
 ACTIONS = (*GROWS, *SHRINKS, "alloc", "free_requested", "free_completed", "oom")
 STATES = ("active_allocated", "active_awaiting_free", "active_pending_free", "inactive")
-LARGEST_BYTES = 1 << 44  # of a block or segment: more than any device has
+ADDRESSES, SIZES_BYTES = range(1 << 64), range(1, 1 << 44)  # no block or segment is larger than any device
 ENTRY_BYTES = 16  # an event or a block takes at least so many bytes of a file: four fields of at least four
 CONTAINER_BYTES = 8  # and so many bytes are written, on average, for each list or dict
 DUMP = "torch.cuda.memory._record_memory_history(max_entries=200_000, stacks='python') and torch.cuda.memory._dump_snapshot"
@@ -32,12 +35,11 @@ _STRINGS = {0x8c: 1, 0x58: 4, 0x8d: 8}  # instruction -> width of the length bef
 _LONG_PUT, _STOP, _PROTOCOL = 0x72, 0x2e, 0x80
 _PADDING = (b"", b"\0", b"\0\0", b"\0\0\0")  # behind a pickle that was cut out of a page of memory_viz
 _OTHERS = {  # how files begin that are mistaken for snapshots
-    b"\x1f\x8b": "this is gzip: gunzip it first",
-    b"version https://git-lfs": "this is a Git LFS pointer, a note in place of the snapshot: fetch the file with git lfs pull",
-    b"<": "this is a web page, as memory_viz writes with a snapshot inside: replay the .pickle that the page was made from",
-    b"PK": "this is a zip archive, as torch.save writes: torch.load it and write it again with pickle.dump",
-    b"{": f"this is JSON, not a pickle: record one with {DUMP}",
-    b"[": f"this is JSON, not a pickle: record one with {DUMP}"}
+    "this is gzip: gunzip it first": b"\x1f\x8b",
+    "this is a Git LFS pointer, a note in place of the snapshot: fetch the file with git lfs pull": b"version https://git-lfs",
+    "this is a web page, as memory_viz writes with a snapshot inside: replay the .pickle that the page was made from": b"<",
+    "this is a zip archive, as torch.save writes: torch.load it and write it again with pickle.dump": b"PK",
+    f"this is JSON, not a pickle: record one with {DUMP}": (b"{", b"[")}
 _LONGER, _LONGEST = b"KMJGhjqr\x8a\x95", 10  # instructions that a file can end in the middle of, and the bytes of the longest
 _PICKLE_RAISES = (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
                   MemoryError, RecursionError)
@@ -95,41 +97,37 @@ def read_snapshot(path: Path | str, device: int | None = None, max_bytes: int = 
     """One device of a snapshot; by default the only one with events. Raises: FileNotFoundError; ValueError, naming the file,
     what is wrong with it and the way out."""
     path = Path(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no snapshot {path}: record one with {DUMP}")
     try:
         data = _bytes(path, max_bytes)
         return _snapshot(_load(data), device, len(data))
     except (ValueError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
         raise ValueError(f"{path}: {error!s:.2000}") from None
 
 
 def parse_snapshot(raw: dict, device: int) -> Snapshot:
     """One device of what `torch.cuda.memory._snapshot` returned in this process. No event at all is no error here: a device may
     not have been asked for anything. Raises: ValueError."""
-    traces = _list(raw, "device_traces", "the snapshot")
+    traces = _get(raw, "device_traces", list, "the snapshot")
     if device >= len(traces) or not traces[device]:
-        return Snapshot(device, (), _segments(_list(raw, "segments", "the snapshot"), device), _settings(raw))
+        return Snapshot(device, (), _segments(_get(raw, "segments", list, "the snapshot"), device), _settings(raw))
     return _snapshot(raw, device, sys.maxsize)
 
 
 def _bytes(path: Path, max_bytes: int) -> bytes:
-    if not path.exists():
-        raise FileNotFoundError(f"no snapshot {path}: record one with {DUMP}")
     if not path.is_file():
         raise ValueError("not a file but a folder, a pipe or a device: name the file that _dump_snapshot wrote")
     if (size := path.stat().st_size) > max_bytes:
         raise ValueError(f"{size} bytes, more than the {max_bytes} that are read: record fewer entries (max_entries) with "
                          "shorter stacks (stacks='python'), or allow more with --max-mib")
-    with path.open("rb") as file:
-        data = file.read(size)
-    if not data:
-        raise ValueError(f"the file is empty: its dump did not finish; record it again with {DUMP}")
-    if other := next((words for start, words in _OTHERS.items() if data[:64].lstrip().startswith(start)), None):
-        raise ValueError(other)
-    if data.count(b"]") + data.count(b"}") > 100 + len(data) // CONTAINER_BYTES:
-        raise ValueError(f"more lists and dicts than {len(data)} bytes of a snapshot have: this is not what _dump_snapshot writes; "
-                         f"record one with {DUMP}")
+    data = path.read_bytes()
+    wrong = {f"the file is empty: its dump did not finish; record it again with {DUMP}": not data,
+             f"more lists and dicts than {len(data)} bytes of a snapshot have: this is not what _dump_snapshot writes; record one "
+             f"with {DUMP}": data.count(b"]") + data.count(b"}") > 100 + len(data) // CONTAINER_BYTES,
+             **{words: data[:64].lstrip().startswith(start) for words, start in _OTHERS.items()}}
+    if any(wrong.values()):
+        raise ValueError(next(words for words, applies in wrong.items() if applies))
     return data
 
 
@@ -177,10 +175,10 @@ def _snapshot(raw, device: int | None, file_bytes: int) -> Snapshot:
     if isinstance(raw, list):
         raise ValueError("this is a list of segments without a history, as torch.cuda.memory_snapshot() returns it: record a "
                          f"history with {DUMP}")
-    traces, segments = _list(raw, "device_traces", "the snapshot"), _list(raw, "segments", "the snapshot")
+    traces, segments = _get(raw, "device_traces", list, "the snapshot"), _get(raw, "segments", list, "the snapshot")
     device = _device(traces, device)
     # an entry may be named many times in a few bytes
-    entries = len(traces[device]) + sum(1 + len(_list(s, "blocks", "a segment")) for s in segments)
+    entries = len(traces[device]) + sum(1 + len(_get(s, "blocks", list, "a segment")) for s in segments)
     if entries * ENTRY_BYTES > file_bytes:
         raise ValueError(f"{entries} events, segments and blocks in {file_bytes} bytes, fewer than {ENTRY_BYTES} each: this is not "
                          f"what _dump_snapshot writes; record one with {DUMP}")
@@ -209,36 +207,33 @@ def _event(entry, number: int) -> Event | None:
     action = _get(entry, "action", str, what)
     if action not in ACTIONS:
         return None
-    address = 0 if action == "oom" else _whole(entry, "addr", what)
-    size = _whole(entry, "size", what, least=action in (*GROWS, *SHRINKS), most=LARGEST_BYTES)
-    return Event(number, action, address, size, _whole(entry, "stream", what),
-                 _pool_id(entry.get("pool_id")), *_told(entry))
-
-
-def _told(entry: dict) -> tuple[int | None, str]:
     time_us, metadata = entry.get("time_us"), entry.get("user_metadata")
-    return time_us if isinstance(time_us, int) else None, metadata if isinstance(metadata, str) else ""
+    address = 0 if action == "oom" else _get(entry, "addr", int, what, ADDRESSES)
+    size = _get(entry, "size", int, what, SIZES_BYTES if action in (*GROWS, *SHRINKS) else range(SIZES_BYTES.stop))
+    return Event(number, action, address, size, _get(entry, "stream", int, what, ADDRESSES),
+                 _pool_id(entry.get("pool_id")), time_us if isinstance(time_us, int) else None,
+                 metadata if isinstance(metadata, str) else "")
 
 
 def _segments(entries: list, device: int) -> tuple[Segment, ...]:
     """Those of one device; old snapshots do not name it."""
     return tuple(_segment(entry, number) for number, entry in enumerate(entries)
-                 if "device" not in entry or _whole(entry, "device", f"segment {number}") == device)
+                 if "device" not in entry or _get(entry, "device", int, f"segment {number}", ADDRESSES) == device)
 
 
 def _segment(entry: dict, number: int) -> Segment:
     what = f"segment {number}"
-    address, pieces = _whole(entry, "address", what), []
+    address, pieces = _get(entry, "address", int, what, ADDRESSES), []
     end = address
-    for block in _list(entry, "blocks", what):  # old snapshots leave out a block's address: blocks tile their segment
-        size = _whole(block, "size", f"a block of {what}", least=1, most=LARGEST_BYTES)
-        pieces.append(Piece(end, size, _word(block, "state", STATES, f"a block of {what}")))
+    for block in _get(entry, "blocks", list, what):  # old snapshots leave out a block's address: blocks tile their segment
+        size = _get(block, "size", int, f"a block of {what}", SIZES_BYTES)
+        pieces.append(Piece(end, size, _get(block, "state", str, f"a block of {what}", STATES)))
         end += size
-    if end - address != (size := _whole(entry, "total_size", what)):
+    if end - address != (size := _get(entry, "total_size", int, what, ADDRESSES)):
         raise ValueError(f"{what} has {size} bytes and its blocks {end - address}; record it again with {DUMP}")
-    kind = _word(entry, "segment_type", ("small", "large"), what)
-    return Segment(address, size, _whole(entry, "stream", what), kind == "small", entry.get("is_expandable", False) is True,
-                   _pool_id(entry.get("segment_pool_id")) or (0, 0), tuple(pieces))
+    kind = _get(entry, "segment_type", str, what, ("small", "large"))
+    return Segment(address, size, _get(entry, "stream", int, what, ADDRESSES), kind == "small",
+                   entry.get("is_expandable", False) is True, _pool_id(entry.get("segment_pool_id")) or (0, 0), tuple(pieces))
 
 
 def _settings(raw: dict) -> str:
@@ -248,34 +243,14 @@ def _settings(raw: dict) -> str:
     return _get(settings, names[0], str, "allocator_settings") if names else ""
 
 
-def _list(entry, key: str, what: str) -> list:
-    return _get(entry, key, list, what)
-
-
-def _get(entry, key: str, kind: type, what: str):
-    if not isinstance(entry, dict) or type(entry.get(key)) is not kind:  # True is no number
-        has = f"{key} as {_words(entry.get(key))}, not {kind.__name__}" if isinstance(entry, dict) else "no fields"
-        raise ValueError(f"{what} has {has}: this is not what _dump_snapshot writes; record one with {DUMP}")
-    return entry[key]
-
-
-def _words(value) -> str:
-    """Type and value; of containers the type alone, because a small file can claim one without end."""
-    plain = f" {value[:80]!r}" if isinstance(value, str) else f" {value!r}" if isinstance(value, int | float) else ""
-    return type(value).__name__ + plain
-
-
-def _whole(entry, key: str, what: str, least: int = 0, most: int = (1 << 64) - 1) -> int:
-    value = _get(entry, key, int, what)
-    if not least <= value <= most:
-        raise ValueError(f"{what} has {key} {value}: it must be from {int(least)} to {most}; record it again with {DUMP}")
-    return value
-
-
-def _word(entry, key: str, words: tuple[str, ...], what: str) -> str:
-    value = _get(entry, key, str, what)
-    if value not in words:
-        raise ValueError(f"{what} has {key} {value[:80]!r}: it must be one of {', '.join(words)}; record it again with {DUMP}")
+def _get(entry, key: str, kind: type, what: str, allowed: Container | None = None):
+    """`entry[key]`. Raises: ValueError, for another type (True is no number) and for what is not `allowed`."""
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if type(value) is not kind or not (allowed is None or value in allowed):
+        has = f"{key} {reprlib.repr(value)}" if isinstance(entry, dict) else "no fields"
+        must = f"{kind.__name__}" + ("" if allowed is None else f" in {allowed}")
+        raise ValueError(f"{what} has {has}, and needs {key} as {must}: this is not what _dump_snapshot writes; record one with "
+                         f"{DUMP}")
     return value
 
 
