@@ -171,7 +171,8 @@ def test_state_bytes_of_one_packed_projection():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rule", [GaLore(rank=3, gap=4), Apollo(rank=3, gap=4)], ids=["galore", "apollo"])
+@pytest.mark.parametrize("rule", [GaLore(rank=3, gap=4), Apollo(rank=3, gap=4), Apollo(rank=3, gap=4, follows="package")],
+                         ids=["galore", "apollo", "apollo as packaged"])
 def test_a_run_stopped_between_two_projections_goes_on_as_if_it_had_not(rule, dtype):
     whole, halves = _params(dtype), _params(dtype)
     _ours(rule, whole, steps=7)

@@ -32,7 +32,8 @@ def batch(seed: int) -> dict:
 
 def _params(dtype=torch.float64) -> dict[str, nn.Parameter]:
     draws = torch.Generator().manual_seed(0)
-    return {name: nn.Parameter(torch.randn(shape, generator=draws, dtype=torch.float64).to(dtype)) for name, shape in SHAPES.items()}
+    numbers = {name: torch.randn(shape, generator=draws, dtype=torch.float64) for name, shape in SHAPES.items()}
+    return {name: nn.Parameter(tensor.to(dtype)) for name, tensor in numbers.items()}
 
 
 def _gradients(step: int) -> dict[str, torch.Tensor]:

@@ -6,14 +6,16 @@ import collections
 import dataclasses
 import math
 import random
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
+import yaml
 
 from micro import batch, model, ranks
 from vramlab.axes import AXES, fields
 from vramlab.axes.place import local
-from vramlab.regime import IllegalRegime, ImpossibleHere, read_row
+from vramlab.regime import IllegalRegime, ImpossibleHere, read_regimes, read_row, regime_row
 from vramlab.trainer import Schedule, Trainer
 
 WRONG = (None, True, -1, 0, 0.5, -0.5, 1e308, 10**30, -(10**30), 10**400, 1 << 20_000, math.nan, math.inf, -math.inf, "", "8",
@@ -81,11 +83,13 @@ def outcome(row: Any) -> str:
     return "trained"
 
 
-def outcomes(first: int, count: int) -> collections.Counter:
-    """How often each outcome came of rows `first` on. Raises: AssertionError, with the rows that failed."""
+def outcomes(first: int, count: int, wanted: Callable[[Any], bool] = lambda row: True) -> collections.Counter:
+    """How often each outcome came of the `wanted` of `count` rows. Raises: AssertionError, with the rows that failed."""
     seen, failed = collections.Counter(), []
     for number in range(first, first + count):
         row = random_row(random.Random(number))
+        if not wanted(row):
+            continue
         try:
             seen[outcome(row)] += 1
         except Exception as error:  # whatever it is, it is the fault that is looked for
@@ -95,10 +99,94 @@ def outcomes(first: int, count: int) -> collections.Counter:
 
 
 def test_a_random_row_is_refused_by_name_or_trains():
-    seen = outcomes(0, 1200)
-    assert min(seen[name] for name in ("unreadable", "illegal", "trained")) > 100, seen
+    """At 55 ms a row that trains. Of `weights: nf4` there are none here: its library compiles for seconds when it is first used."""
+    seen = outcomes(0, 160, lambda row: not isinstance(row, dict) or row.get("weights") != "nf4")
+    assert min(seen[name] for name in ("unreadable", "illegal", "trained")) > 15, seen
 
 
 @pytest.mark.slow
 def test_many_random_rows_are_refused_by_name_or_train():
-    print(outcomes(10_000, 20_000))
+    seen = outcomes(10_000, 3000)
+    assert min(seen[name] for name in ("unreadable", "illegal", "not here", "trained")) > 10, seen
+
+
+KINDS = [(axis, name) for axis, known in AXES.items() for name in known]
+
+
+def companions(axis: str, name: str) -> dict:
+    """A legal row with this value, of few others."""
+    chance = random.Random(0)
+    for _ in range(2000):
+        row = {other: chance.choice((next(iter(known)), chance.choice(list(known)))) for other, known in AXES.items()}
+        try:
+            read_row("row", {**row, axis: name})
+        except IllegalRegime:
+            continue
+        if not row["place"].startswith("fsdp") and row["weights"] != "nf4":
+            return {**row, axis: name}
+    raise AssertionError(f"no legal row has {axis}: {name}")
+
+
+@pytest.mark.parametrize(("axis", "name"), KINDS, ids=lambda part: part)
+def test_every_field_refuses_by_name_what_it_cannot_hold(axis, name):
+    row, annotations = companions(axis, name), fields.annotations(AXES[axis][name])
+    for field in dataclasses.fields(AXES[axis][name]):
+        assert get_args(annotations[field.name]) or annotations[field.name] is bool, f"{field.name} has no range, choice or items"
+        refused = 0
+        for value in WRONG:
+            try:
+                read_row("row", {**row, axis: {name: {field.name: value}}})
+            except IllegalRegime as refusal:
+                refused += f"{axis}.{name}.{field.name} is " in str(refusal)
+                assert str(refusal).count("\n") == 1 or "is not possible" in str(refusal)
+        assert refused > len(WRONG) / 2, field.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("axis", "name"), KINDS, ids=lambda part: part)
+def test_whatever_a_field_holds_trains(axis, name):
+    """The bounds of its range, and what of the odd values it takes."""
+    row, annotations = companions(axis, name), fields.annotations(AXES[axis][name])
+    for field in dataclasses.fields(AXES[axis][name]):
+        bounds = get_args(annotations[field.name])[1:] if get_origin(annotations[field.name]) is Annotated else ()
+        for value in (*WRONG, *(bound for span in bounds for bound in (span.least, min(span.most, 4096)))):
+            assert outcome({**row, axis: {name: {field.name: value}}}), field.name
+
+
+ROWS = {"one": {"acts": "checkpoint"}}
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "3", "one", "one: 3", "one: [acts]", "one:", "3: {acts: keep}", "one: {acts: keep", "\ufeff[]",
+    "one: {lr: .nan}", "one: {lr: 1e-3}", "one: {acts: on}", "one: {rule: {galore: {rank: 0x" + "f" * 5000 + "}}}", "[" * 5000,
+    "one: {accumulate: yes}", "one: {says: [1]}", "\0", "one: &a [*a]", "? [a]\n: 3", b"\xff\xfe\x00", b"one: {says: \xe9}"])
+def test_a_file_of_rows_that_cannot_be_read_is_refused_by_name(text, tmp_path):
+    path = tmp_path / "mine.yml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(IllegalRegime, match=r"mine\.yml|'one'|regime") as refusal:
+        read_regimes(path)
+    assert "use" in str(refusal.value) and len(str(refusal.value)) < 2000
+
+
+def test_a_file_of_rows_may_begin_with_a_byte_order_mark_and_must_exist(tmp_path):
+    path = tmp_path / "mine.yml"
+    path.write_text(yaml.safe_dump(ROWS), encoding="utf-8-sig")
+    assert read_regimes(path)["one"].values["acts"] == "checkpoint" and regime_row("one", path) == ROWS["one"]
+    for missing in (tmp_path / "other.yml", tmp_path):
+        with pytest.raises(IllegalRegime, match=f"{missing.name}.*use a file of rows"):
+            regime_row("one", missing)
+
+
+def test_every_fault_of_a_row_is_named_at_once():
+    with pytest.raises(IllegalRegime) as refusal:
+        read_row("row", {"rule": {"galore": {"rnk": 3}}, "trains": {"lora": {"rank": 0, "alpha": "8"}}, "lr": math.nan, "clp": 1})
+    reasons = str(refusal.value).splitlines()[1:]
+    assert len(reasons) == 5 and [reason.count("use ") for reason in reasons] == [1] * 5
+    assert any("rule.galore has no 'rnk': use rank" in reason for reason in reasons)
+    assert any("a row has no 'clp': use clip" in reason for reason in reasons)
+
+
+def test_a_whole_number_is_a_number():
+    """torch takes both moments' decays as floats or neither."""
+    rule = read_row("row", {"rule": {"adamw": {"beta1": 0}}, "clip": 1}).rule
+    assert type(rule.beta1) is float and rule.beta1 == 0.0

@@ -56,7 +56,7 @@ def test_records_from_runs_and_from_the_gallery_agree(tmp_path):
     # a failing cell says so, and does not stop the others
     broken = StudyCell("bytes", {"model": "tiny", "seq": 64, "regime": "lomo", "axes": {"acts": "nothing"}},
                        "vramlab.studies.measurements:predicted")
-    assert "known values" in runner.one(tmp_path / "runs", broken)
+    assert "acts is 'nothing': use one of keep" in runner.one(tmp_path / "runs", broken)
     assert [runner.one(tmp_path / "runs", cell) for cell in plan.every_cell()] == [""] * 7
     assert runner.due([(tmp_path / "runs", cell) for cell in [*plan.every_cell(), broken]]) == [(tmp_path / "runs", broken)]
     made = Records.of(plan, tmp_path / "runs")

@@ -48,10 +48,6 @@ _guessed, _predicted, _amortised = _is("grads", ZerothOrder), _is("grads", Predi
 _packed, _half, _update_head = _is("weights", Nf4), _is("weights", Fp16), _is("trains", UpdateHead)
 
 
-def _clips_inside(regime: Any) -> bool:
-    return _in_backward(regime) and regime.until.clip_norm > 0
-
-
 ILLEGAL: list[Prohibition] = [
     Prohibition(
         lambda r: getattr(r.trains, "sample", 0) > 0 and (r.trains.order != "random" or r.trains.delayed_lr),
@@ -134,7 +130,7 @@ ILLEGAL: list[Prohibition] = [
         "adam_mini has one second moment a head, and chunks cut heads: use trains: blocks, or rule: adamw",
         {"rule": "adam_mini", "trains": "chunks"}),
     Prohibition(
-        lambda r: _fsdp(r) and _clips_inside(r),
+        lambda r: _fsdp(r) and getattr(r.until, "clip_norm", 0) > 0,
         "until.backward.clip_norm measures what this rank has, and place: fsdp cuts every gradient between ranks: use "
         "until: step and clip, or place: device",
         {"place": "fsdp", "until": {"backward": {"clip_norm": 1.0}}}),
@@ -275,7 +271,8 @@ ILLEGAL: list[Prohibition] = [
         "exact, or place: device",
         {**GUESSED, "place": "host_state"}),
     Prohibition(
-        lambda r: getattr(r.trains, "ends", "") == "always" and (_clips_inside(r) or type(r.grads) is not Exact),
+        lambda r: getattr(r.trains, "ends", "") == "always" and (
+            getattr(r.until, "clip_norm", 0) > 0 or type(r.grads) is not Exact),
         "with ends: always two parts are active together, and what looks twice or guesses would see each apart: use ends:"
         " units, or clip and until: step",
         {"trains": {"blocks": {"ends": "always"}}, "until": {"backward": {"clip_norm": 1.0}}}),

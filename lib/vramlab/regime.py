@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from torch import Tensor, nn
 
@@ -87,7 +87,8 @@ def _value(axis: str, cell: Any) -> tuple[str, Any]:
     reasons = fields.unknown(given, owned, f"{axis}.{name}") or fields.faults(known[name], given, f"{axis}.{name}.")
     if reasons:
         raise ValueError("\n".join(reasons))
-    return name, known[name](**fields.read(known[name], given))
+    return name, known[name](**{field: float(value) if float in get_args(fields.annotations(known[name])[field]) else
+                                tuple(value) if isinstance(value, list) else value for field, value in given.items()})
 
 
 def read_row(name: str, row: Mapping[str, Any]) -> Regime:
@@ -107,7 +108,7 @@ def read_row(name: str, row: Mapping[str, Any]) -> Regime:
             reasons += str(error).splitlines()
     if reasons:
         raise IllegalRegime("\n  - ".join((f"regime {name!r} cannot be read:", *reasons)))
-    return Regime(name, **{axis: value for axis, (_, value) in cells.items()}, **fields.read(Regime, scalars),
+    return Regime(name, **{axis: value for axis, (_, value) in cells.items()}, **scalars,
                   values={axis: label for axis, (label, _) in cells.items()})
 
 

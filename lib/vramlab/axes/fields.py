@@ -4,8 +4,8 @@
     share: Annotated[float, Range(1e-3, 1)] = 0.25      a number from 0.001 to 1
     order: Literal["ascending", "random"] = "random"    one of these words
 
-Numbers have to be finite, and `true` is no number. What depends on other fields is said in the value's `__post_init__`, and
-what depends on the model where the value meets it; both raise `IllegalRegime` or `ValueError`.
+Numbers have to be finite, and `true` is no number. What other fields or axes exclude is in `illegal`, what the model excludes
+where the value meets the model. All of them raise `IllegalRegime`.
 """
 
 from __future__ import annotations
@@ -95,9 +95,3 @@ def faults(kind: type, given: Mapping[str, Any], prefix: str = "") -> list[str]:
     """One sentence for each field of `kind` in `given` that cannot hold its value."""
     return [f"{prefix}{name} is {quoted(value)}: use {usable(annotations(kind)[name])}" for name, value in given.items()
             if not fits(value, annotations(kind)[name])]
-
-
-def read(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of fields that can hold them, as `kind` takes them: a list as a tuple, and of a number's field a number."""
-    return {name: float(value) if float in get_args(annotations(kind)[name]) else tuple(value) if isinstance(value, list) else value
-            for name, value in given.items()}

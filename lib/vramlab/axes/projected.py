@@ -220,9 +220,7 @@ class Apollo(LowRank):
         # a channel without gradient has no direction to scale: 0 / 0 becomes 0
         factor = torch.linalg.vector_norm(direction, dim=over, keepdim=True)
         del direction
-        norms = torch.linalg.vector_norm(low, dim=over, keepdim=True)
-        factor = (factor / (norms.add_(least) if least else norms)).nan_to_num_(0.0, 0.0)
-        del norms
+        factor = (factor / torch.linalg.vector_norm(low, dim=over, keepdim=True).add_(least)).nan_to_num_(0.0, 0.0)
         factor = factor.mul_(self.scale**0.5).expand(*((1, long) if dim == 0 else (long, 1)))
         channels = torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=low.dtype)
         factor = factor * self._limit(torch.linalg.vector_norm(factor * channels), least * self.scale**0.5, state)
