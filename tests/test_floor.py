@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vramlab.memory.work import floor_s
+from vramlab.memory.work import roofline
 
 
 @pytest.mark.parametrize(("phase", "seconds"), [
@@ -13,7 +13,7 @@ from vramlab.memory.work import floor_s
     ({"flops": {"bfloat16": 2e12, "float32": 1e12}, "compulsory_bytes": 28e9}, 3.0),
     ({"flops": {"bfloat16": 2e12, "float32": 1e12}, "compulsory_bytes": 32e9}, 3.2)])
 def test_a_phases_floor_by_hand(phase, seconds):
-    rates = {"bf16_tflops": 2.0, "fp32_tflops": 0.5, "gb_per_s": 10.0}
-    assert floor_s({"forward": phase}, **rates) == pytest.approx(seconds, rel=1e-12)
-    assert floor_s({"forward": phase, "backward": phase}, **rates) == pytest.approx(2 * seconds, rel=1e-12)
-    assert floor_s({}, **rates) == 0
+    rates = {"bf16_tflops": 2.0, "fp32_tflops": 0.5, "gb_per_s": 10.0, "host_gb_per_s": 1.0}
+    assert roofline({"forward": phase}, **rates).s == pytest.approx(seconds, rel=1e-12)
+    assert roofline({"forward": phase, "backward": phase}, **rates).s == pytest.approx(2 * seconds, rel=1e-12)
+    assert roofline({}, **rates).s == 0

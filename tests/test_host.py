@@ -38,6 +38,15 @@ def _bus():
     return Bus(torch.device("cpu"), Observer())
 
 
+@pytest.mark.parametrize("head", ["plain", "fused"])
+@pytest.mark.parametrize("place", ["host_state", "host_embed", "host_weights"])
+def test_a_plain_head_trains_wherever_its_weight_lies(place, head):
+    """On the device there is no more than with NormHead, whose rows take lengths and, unless fused, a copy."""
+    row = read_row("row", {"place": place, "acts": "checkpoint", "until": "backward", "head": head})
+    with_norm, without = (trace(ModelSpec("micro", micro.model(norm_head=norm).config, None), row, 11, 3) for norm in (True, False))
+    assert without.peak_bytes <= with_norm.peak_bytes and without.ledger["weights"] == with_norm.ledger["weights"]
+
+
 ALIKE = [
     *({"place": place, **row} for place in ("host_state", "host_embed")
       for row in ({"clip": 0.1}, {"accumulate": 2}, {"weights": "bf16"}, {"acts": "offload"}, {"trains": "lora"},

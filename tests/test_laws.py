@@ -461,10 +461,11 @@ def test_every_value_is_legal_somewhere():
         assert {row[axis] for row in ROWS} == set(values)
 
 
-def test_every_row_of_the_file_trains():
+@pytest.mark.parametrize("norm_head", [True, False])
+def test_every_row_of_the_file_trains(norm_head):
     for name, row in read_regimes().items():
         with ranks(row):
-            trainer = Trainer(model(), row, Schedule(row.lr, 2))
+            trainer = Trainer(model(norm_head=norm_head), row, Schedule(row.lr, 2))
             losses = [float(trainer.step([batch(step)])) for step in range(2)]
         assert all(math.isfinite(loss) for loss in losses), name
 

@@ -14,7 +14,6 @@ from vramlab.cards import card, read_cards
 from vramlab.cli import main
 from vramlab.memory.settings import Settings
 from vramlab.memory.simulation import simulate
-from vramlab.memory.work import floor_s
 from vramlab.predict import Question, assert_peak, forecast, largest, without
 from vramlab.regime import IllegalRegime
 
@@ -105,11 +104,6 @@ def test_forward_flops_are_the_formulas(full):
     assert full.trace.work["update"]["compulsory_bytes"] == pytest.approx(4 * 4 * parameters, rel=0.01)
 
 
-def test_the_floor_is_the_longer_of_computing_and_moving():
-    work = {"forward": {"flops": {"bfloat16": 2e12}, "compulsory_bytes": 1e9}, "update": {"flops": {}, "compulsory_bytes": 5e9}}
-    assert floor_s(work, bf16_tflops=1.0, fp32_tflops=0.5, gb_per_s=10.0) == pytest.approx(2.0 + 0.5)
-
-
 def test_a_card_with_just_enough_fits_and_one_with_less_does_not(full, cache):
     just = full.reserved_peak_bytes / 2**20
     enough, less = (forecast(TINY, _card(size), cache_dir=cache) for size in (just, full.allocated_peak_bytes / 2**20 - 1))
@@ -197,4 +191,4 @@ def test_another_storage_type_that_makes_the_row_illegal_is_refused():
 
 def test_every_card_says_where_its_figures_come_from():
     for one in read_cards().values():
-        assert set(one.source) == {"memory", "context", "rates"} and 0 < one.context_bytes < one.total_bytes < 2**38
+        assert set(one.source) == {"memory", "context", "rates", "host"} and 0 < one.context_bytes < one.total_bytes < 2**38

@@ -33,10 +33,10 @@ class Card:
 
     def __post_init__(self):
         positive = ("total_gib", "bf16_tflops", "fp32_tflops", "gb_per_s", "host_gb_per_s")
-        wrong = [f"{name} is {getattr(self, name)}" for name in positive if not 1e-3 <= getattr(self, name) <= 1e9]
+        wrong = [f"{name} is {getattr(self, name)}" for name in positive if not 1e-9 <= getattr(self, name) <= 1e9]
         if wrong or not 0 <= self.context_mib < self.total_gib * 1024:
             raise ValueError(f"card {self.key}: {'; '.join(wrong) or f'context_mib is {self.context_mib}'}: rates and sizes are "
-                             "0.001 to a billion, and the context leaves something of the card")
+                             "more than 0, a billion at most, and the context leaves something of the card")
 
     @property
     def total_bytes(self) -> int:
