@@ -61,6 +61,7 @@ class BaichuanConfig(PreTrainedConfig):
         self.tie_word_embeddings = tie_word_embeddings
         self.position = position or _published_position(hidden_size, num_hidden_layers)
         self._check(kwargs)
+        kwargs.pop("head_dim", None)  # a property here
         super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id,
                          tie_word_embeddings=tie_word_embeddings, **kwargs)
 
