@@ -93,6 +93,8 @@ def _check_plain(value: Any, left: list[int]) -> None:
     """Raises: ValueError, for a date, a set or bytes, for keys that are not text or whole numbers, and for too many values, each
     alias written out: a few lines of aliases of aliases are billions."""
     left[0] -= 1
+    if isinstance(value, int) and value.bit_length() > 14_000:  # in hexadecimal; Python writes no more than 4,300 digits
+        raise ValueError("a whole number of thousands of digits")
     if left[0] < 0:
         raise ValueError(f"more than {MOST_YAML_VALUES:,} values once its aliases are written out")
     keys = [key for key in value if type(key) not in (str, int)] if isinstance(value, dict) else []

@@ -13,8 +13,6 @@ from transformers import PreTrainedConfig
 from ..reading import checked, nearest, read_yaml
 from .features import HARMLESS, UNSUPPORTED
 
-CODE = ("auto_map", "_from_model_config")
-"""Keys of `config.json` that point at published code, which is not run."""
 POSITIONS = ("rope", "alibi")
 LIMITS = {"vocab_size": (1, 2**24), "hidden_size": (1, 2**20), "intermediate_size": (1, 2**22), "num_hidden_layers": (1, 1000),
           "num_attention_heads": (1, 2**14), "max_position_embeddings": (1, 2**30), "model_max_length": (1, 2**30),
@@ -143,6 +141,9 @@ def config_of(content: Mapping[str, Any], where: str = "config") -> BaichuanConf
         if wrong := [f"{name!r:.80}{nearest(name, known)}" for name in content if name not in known]:
             raise ValueError(f"unknown {', '.join(wrong)}; a Baichuan-2 has {', '.join(HINTS)}")
         checked(content, known, "config", others=True)
-        return BaichuanConfig.from_dict({name: value for name, value in content.items() if name not in CODE})
+        # what changes nothing is left out; what is asked for is refused, unless this model has it
+        kept = {name: value for name, value in content.items() if name in (*HINTS, "dtype", "torch_dtype") or (
+            name in UNSUPPORTED and value)}
+        return BaichuanConfig.from_dict(kept)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
