@@ -37,6 +37,7 @@ def finished(tmp_path_factory, worker_id):
 
 
 def _finish(folder: Path) -> Path:
+    from vramlab.files import write_checked
     from vramlab.run import execute
 
     for regime in ("zero_shot", "full", "checkpoint"):
@@ -46,5 +47,5 @@ def _finish(folder: Path) -> Path:
     (lost / "params.yml").write_text("regime: lora\nseed: 0\ntrain_domain: news\n")
     (lost / "result.json").write_text(json.dumps({"outcome": "oom", "reason": "no room <here>", "regime": "lora", "model": "tiny"}))
     order = [{"run_id": f"{regime}-0"} for regime in ("zero_shot", "full", "checkpoint", "lora")]
-    (folder / "sweep.json").write_text(json.dumps({"cells": order}))
+    write_checked(folder / "sweep.json", {"cells": order})
     return folder

@@ -17,10 +17,12 @@ from vramlab.atlas import Atlas, chart, read_atlas
 from vramlab.cards import card, read_cards
 from vramlab.charted import table
 from vramlab.cli import main
+from vramlab.files import read_checked
 from vramlab.memory.settings import Settings
 from vramlab.paths import ROOT
 from vramlab.predict import Question, forecast
 from vramlab.regime import read_regimes
+from vramlab.sweep import Swept
 from vramlab.worlds import chart_worlds
 
 CONF = "expandable_segments:True"
@@ -216,7 +218,7 @@ def test_the_command_writes_the_table_and_the_reports_file(tmp_path, capsys, mon
     assert main(["atlas", str(path), "--out", str(tmp_path), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 80 and rows[0]["kind"] == "predicted" and rows[0]["margin_bytes"] > 0
-    assert json.loads((tmp_path / "forecast.json").read_text()) == json.loads(json.dumps(content))
+    assert read_checked(tmp_path / "forecast.json") == json.loads(json.dumps(content))
 
 
 def test_the_command_adds_the_worlds_only_where_they_are_asked_for(tmp_path, capsys, monkeypatch, kept):
@@ -234,7 +236,8 @@ def test_the_command_adds_the_worlds_only_where_they_are_asked_for(tmp_path, cap
 @pytest.mark.parametrize(("option", "made"), [((), True), (("--no-forecast",), False), (("--no-report",), False)])
 def test_a_sweep_makes_the_atlas_beside_it_before_its_report(option, made, tmp_path, capsys, monkeypatch, kept, asked, content):
     monkeypatch.setattr(atlas.chart, "__defaults__", (kept, True, None))
-    monkeypatch.setattr("vramlab.sweep.sweep", lambda *args, **kwargs: 0)
+    swept = Swept(0, tmp_path / "out", [{"run_id": "full-0", "outcome": "ok"}])
+    monkeypatch.setattr("vramlab.sweep.sweep", lambda *args, **kwargs: swept)
     seen = []
 
     def build(folder):

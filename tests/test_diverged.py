@@ -121,9 +121,9 @@ def test_a_sweep_keeps_it_and_runs_it_again_only_when_told(diverged, tmp_path, c
     assert {retry for retry, outcomes in RETRY.items() if "diverged" in outcomes} == {"diverged", "all"}
     for retry, state in ((None, "diverged"), ("failed", "diverged"), ("oom", "diverged"), ("diverged", "due"), ("all", "due")):
         main(["sweep", str(file), "--out", str(tmp_path / "out"), "--dry-run", "--json", *(["--retry", retry] if retry else [])])
-        assert json.loads(capsys.readouterr().out)[0]["state"] == state
-    assert main(["sweep", str(file), "--out", str(tmp_path / "out"), "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)[0]["outcome"] == "diverged"
+        assert json.loads(capsys.readouterr().out)["cells"][0]["state"] == state
+    assert main(["sweep", str(file), "--out", str(tmp_path / "out"), "--no-report", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["cells"][0]["outcome"] == "diverged"
 
 
 def test_scores_that_are_not_finite_are_not_scores(tmp_path, monkeypatch):

@@ -152,7 +152,8 @@ def test_both_boolq_forms_are_read_and_hidden_labels_are_counted(tmp_path):
 
 def test_every_bad_line_is_reported_by_number_and_none_is_dropped_silently(tmp_path):
     good = {"doc": "d", "summary": "s", "label": 1, "edit_types": [], "id": "a"}
-    path = _lines(tmp_path / "news.jsonl", [good, "{broken", "[1]", {**good, "label": "maybe"}, {**good, "summary": ""}, good])
+    path = _lines(tmp_path / "news.jsonl", [good, "{broken", "[1]", {**good, "label": "maybe"}, {**good, "summary": ""},
+                                            {**good, "id": "b"}])
     described = describe_items(path)
     assert described["items"] == 2 and [p["line"] for p in described["problems"]] == [2, 3, 4, 5]
     assert "'maybe'" in described["problems"][2]["message"]

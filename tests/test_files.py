@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 
-from vramlab.files import SEAL, intact, seal
+from vramlab.files import SEAL, intact, remove_stale, seal, write_whole
 
 
 @pytest.fixture
@@ -48,3 +51,17 @@ def test_only_the_named_files_are_sealed_where_there_are_names(sealed):
     assert intact(sealed)
     (sealed / "weights").write_text("changed")
     assert not intact(sealed)
+
+
+def test_parts_that_a_killed_process_left_go_and_those_being_written_stay(tmp_path):
+    old, young = tmp_path / "a.json.11.part", tmp_path / "a.json.12.part"
+    half = tmp_path / ".base-x"
+    half.mkdir()
+    (half / "weights").write_text("half")
+    for path in (old, young):
+        path.write_text("half")
+    for path in (old, half):
+        os.utime(path, (time.time() - 90_000,) * 2)
+    write_whole(tmp_path / "a.json", "{}")
+    remove_stale(tmp_path, ".base-*")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.json.12.part"]

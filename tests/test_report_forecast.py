@@ -12,6 +12,7 @@ import pytest
 from test_report import browser  # noqa: F401, the fixture
 from test_report import test_with_the_network_off_every_figure_is_drawn_and_nothing_is_wider_than_the_window as browse
 from vramlab.atlas import Atlas, chart
+from vramlab.files import write_checked
 from vramlab.report import build, forecast_figures, forecasts, plan
 from vramlab.report.forecasts import GIB, Forecasts
 from vramlab.worlds import chart_worlds
@@ -31,7 +32,7 @@ def said(tmp_path_factory):
 def page(finished, said, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages") / "both"
     shutil.copytree(finished, folder)
-    (folder / "forecast.json").write_text(json.dumps(said.content))
+    write_checked(folder / "forecast.json", said.content)
     return build(folder)
 
 
@@ -170,7 +171,7 @@ def test_the_table_of_worlds_has_every_category_and_keeps_what_failed(said):
 
 def test_forecasts_made_before_there_were_worlds_still_render(said, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "old")
-    (tmp_path / "old" / "forecast.json").write_text(json.dumps({k: v for k, v in said.content.items() if k != "worlds"}))
+    write_checked(tmp_path / "old" / "forecast.json", {k: v for k, v in said.content.items() if k != "worlds"})
     text = build(tmp_path / "old").read_text()
     assert "<h2>The atlas" in text and "<h2>One rank of many" not in text
 

@@ -115,18 +115,19 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_the_rest_due(sweep_file, capsy
     assert process.returncode == 130 and "1 of 3 cells are finished and kept" in said
     assert set(_results(path)) == {"full"}
     assert _sweep(path, "--dry-run", "--json") == 0
-    assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["ok", "due", "due"]
+    assert [row["state"] for row in json.loads(capsys.readouterr().out)["cells"]] == ["ok", "due", "due"]
 
 
 IN_TURN = """
 import json, time
+import pandas as pd
 from pathlib import Path
 from vramlab.children import take_turn
 said = [time.time()]
 take_turn()
 said.append(time.time())
 folder = Path(out_dir)
-(folder / "steps.parquet").write_text("nothing is timed any more")
+pd.DataFrame({"step_s": [1.0]}).to_parquet(folder / "steps.parquet")  # nothing is timed any more
 time.sleep(8)
 said.append(time.time())
 (folder / "result.json").write_text(json.dumps({"regime": regime, "outcome": "ok", "reason": "", "said": said}))
@@ -151,13 +152,13 @@ def test_a_cells_process_starts_when_nothing_is_timed_and_works_when_the_one_bef
 def test_cells_that_fail_are_rows_with_their_reason_and_the_sweep_goes_on(sweep_file, capsys):
     path = sweep_file("badam", "lora", "chunkft", "full")
     assert _sweep(path, "--json") == 1
-    rows = {row["regime"]: row for row in json.loads(capsys.readouterr().out)}
+    rows = {row["regime"]: row for row in json.loads(capsys.readouterr().out)["cells"]}
     outcomes = {name: row["outcome"] for name, row in rows.items()}
     assert outcomes == {"badam": "failed", "lora": "oom", "chunkft": "failed", "full": "ok"}
     assert "RuntimeError: no such luck" in rows["badam"]["reason"]
     assert "killed by signal 9" in rows["lora"]["reason"] and "code 3" in rows["chunkft"]["reason"]
     assert _sweep(path, "--retry", "oom", "--dry-run", "--json") == 0
-    assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["failed", "due", "failed", "ok"]
+    assert [row["state"] for row in json.loads(capsys.readouterr().out)["cells"]] == ["failed", "due", "failed", "ok"]
 
 
 def test_the_saved_notebook_of_a_dead_kernel_says_so_and_runs_nothing_after_it(sweep_file):
@@ -191,7 +192,7 @@ def test_changed_parameters_are_another_run_and_force_runs_all_again(sweep_file,
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "defaults": {"recipe": "smoke", "seed": 3}}))
     capsys.readouterr()
     assert _sweep(path, "--dry-run", "--json") == 0
-    assert json.loads(capsys.readouterr().out)[0]["state"] == "due"
+    assert json.loads(capsys.readouterr().out)["cells"][0]["state"] == "due"
 
 
 def test_two_sweeps_in_one_folder_are_refused(sweep_file):

@@ -52,7 +52,7 @@ def test_what_is_due_is_what_has_not_ended_or_is_to_be_tried_again(monkeypatch, 
     monkeypatch.setattr(sweep, "read_sweep", lambda path, out: (tmp_path / "cells.ipynb", tmp_path, made))
     monkeypatch.setattr(sweep, "_run_all", run_all)
     left = {"failed", "oom"} - {"failed" if "a" in due else "", "oom" if "c" in due else ""}
-    assert sweep.sweep("any.yml", json=True, **arguments) == (1 if left else 0)
+    assert sweep.sweep("any.yml", quiet=True, **arguments).code == (1 if left else 0)
     assert ran == [(due, 5 - len(due))]
 
 
@@ -63,7 +63,7 @@ def test_an_interrupted_sweep_says_how_many_are_finished(monkeypatch, tmp_path, 
     made = cells(tmp_path, "ok", None, "oom")
     monkeypatch.setattr(sweep, "read_sweep", lambda path, out: (tmp_path / "cells.ipynb", tmp_path, made))
     monkeypatch.setattr(sweep, "_run_all", interrupted)
-    assert sweep.sweep("any.yml", json=True) == 130 and "2 of 3 cells are finished" in capsys.readouterr().err
+    assert sweep.sweep("any.yml", quiet=True).code == 130 and "2 of 3 cells are finished" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("log", "code", "outcome", "reason"), [

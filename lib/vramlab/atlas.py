@@ -25,16 +25,16 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-import yaml
 
 from . import folding, scaling, summary
 from .axes.head import Fused
 from .cards import Card, read_cards
 from .children import side_by_side
-from .files import write_whole
+from .files import recall, write_checked
 from .memory.settings import Settings
 from .parameters import model_spec
 from .predict import CACHE, Question, traced_step
+from .reading import read_yaml, typed
 from .regime import IllegalRegime, read_regimes
 from .scaling import ENOUGH, Sizes
 
@@ -105,13 +105,7 @@ def read_atlas(path: Path | str) -> Atlas:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no atlas {path}: params/ has atlas.yml and atlas-quick.yml")
-    spec = yaml.safe_load(path.read_text())
-    known = [field.name for field in dataclasses.fields(Atlas)]
-    wrong = sorted(set(spec) - set(known)) if isinstance(spec, dict) else ["its whole content"]
-    wrong += [f"no {name}" for name in ("models", "seq", "batch") if isinstance(spec, dict) and name not in spec]
-    if wrong:
-        raise ValueError(f"{path} has {', '.join(wrong)}: an atlas has {', '.join(known)}")
-    return Atlas(**{"name": path.stem, **{key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()}})
+    return typed(Atlas, {"name": path.stem, **read_yaml(path)}, str(path))
 
 
 def chart(atlas: Atlas, cache_dir: Path | None = CACHE, progress: bool = True, jobs: int | None = None) -> dict:
@@ -213,15 +207,14 @@ class Keep:
         return self.cache_dir / question.key() / f"summary-{self._against}.json"
 
     def read(self, question: Question) -> dict | None:
-        if self.cache_dir is None or not self._path(question).exists():
-            return None
-        return {**_named(question), **json.loads(self._path(question).read_text())}
+        made = recall(self._path(question)) if self.cache_dir else None
+        return made and {**_named(question), **made}
 
     def write(self, question: Question, made: dict) -> dict:
         if self.cache_dir is not None:
             path = self._path(question)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(made, separators=(",", ":")))
+            write_checked(path, made)
         return {**_named(question), **made}
 
 

@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 from pathlib import Path
 
 import pandas as pd
 
-from .files import write_whole
+from . import files
 from .paths import FORECASTS, ROOT
 
 
 def recall(atlas: Path) -> dict | None:
     """What `remember` has kept of this atlas file, if nothing has changed since."""
-    path = _path(Path(atlas)) if Path(atlas).exists() else None
-    return json.loads(path.read_text()) if path and path.exists() else None
+    return files.recall(_path(Path(atlas))) if Path(atlas).exists() else None
 
 
 def remember(atlas: Path, content: dict) -> None:
     """Unless some cell failed: that one is to be asked again."""
     if not any(cell["reason"] for cell in (*content["cells"], *content.get("worlds", ()))):
         FORECASTS.mkdir(parents=True, exist_ok=True)
-        write_whole(_path(Path(atlas)), json.dumps(content, separators=(",", ":")))
+        files.write_checked(_path(Path(atlas)), content)
 
 
 def _path(atlas: Path) -> Path:

@@ -1,27 +1,33 @@
-"""The command line: each command is a thin caller of the library, and each speaks JSON with `--json`."""
+"""The command line: each command is a thin caller of the library, and each speaks JSON with `--json`.
+
+A command returns `Answer`: what it found as plain data, the same as text, and the exit code. `main` prints one of the two, so
+that with `--json` standard output is exactly one JSON document, of an error too.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import yaml
+
+class Answer(NamedTuple):
+    document: Any
+    words: str
+    code: int = 0
 
 
-def _regimes(args) -> int:
+def _regimes(args) -> Answer:
     from .regime import read_regimes
 
     rows = read_regimes(args.file) if args.file else read_regimes()
-    if args.json:
-        print(json.dumps({name: {**row.axes(), "accumulate": row.accumulate, "clip": row.clip, "lr": row.lr,
-                                 "says": row.says, "source": row.source, "differs": row.differs}
-                          for name, row in rows.items()}, indent=1))
-    else:
-        print(table(rows))
-    return 0
+    return Answer({name: {**row.axes(), "accumulate": row.accumulate, "clip": row.clip, "lr": row.lr, "says": row.says,
+                          "source": row.source, "differs": row.differs} for name, row in rows.items()}, table(rows))
 
 
 def table(rows: dict) -> str:
@@ -42,49 +48,42 @@ def table(rows: dict) -> str:
     return "\n".join([head, "|---" * (len(AXES) + 2) + "|", *lines])
 
 
-def _items(args) -> int:
+def _items(args) -> Answer:
     from .factcc.sources import describe_items, load_items, write_items
 
     described = describe_items(args.path, source=args.source, stories=args.stories)
     if args.write:
         write_items(load_items(args.path, args.source, args.stories).items, args.write)
-    if args.json:
-        print(json.dumps(described, indent=1))
-    else:
-        for key, value in described.items():
-            print(f"{key}: {json.dumps(value) if isinstance(value, dict | list) else value}")
-    return 0
+    return Answer(described, "\n".join(f"{key}: {json.dumps(value) if isinstance(value, dict | list) else value}"
+                                       for key, value in described.items()))
 
 
-def _replay(args) -> int:
+def _replay(args) -> Answer:
     from .memory.replay import replay_file
 
     outcome = replay_file(args.snapshot, args.device, args.max_mib << 20).as_dict(args.tolerance)
-    if args.json:
-        print(json.dumps(outcome, indent=1))
-    else:
-        print("\n".join(value if key == "verdict" else f"{key}: {json.dumps(value)}" for key, value in outcome.items()))
-    return 0 if outcome["agrees"] else 1
+    words = "\n".join(value if key == "verdict" else f"{key}: {json.dumps(value)}" for key, value in outcome.items())
+    return Answer(outcome, words, 0 if outcome["agrees"] else 1)
 
 
-def _sweep(args) -> int:
-    from .report import build
-    from .sweep import sweep
+def _sweep(args) -> Answer:
+    from . import sweep
 
-    code = sweep(args.path, out=args.out, force=args.force, retry=args.retry, dry_run=args.dry_run, json=args.json)
-    if not (args.dry_run or args.no_report):
-        folder = Path(args.out) if args.out else Path("outputs") / Path(args.path).stem
-        of_sweep = Path(args.path).with_name(f"atlas-{Path(args.path).name}")
-        if of_sweep.exists() and not args.no_forecast and code != 130:
-            _chart(of_sweep, folder, quiet=args.json)
-        _say_report(build(folder), args.json)
-    return code
+    swept = sweep.sweep(args.path, args.out, args.force, args.retry, args.dry_run, quiet=args.json)
+    report = Answer({}, "")
+    if not (args.dry_run or args.no_report) and any(row["outcome"] != "due" for row in swept.rows):
+        of_sweep = args.path.with_name(f"atlas-{args.path.name}")
+        if of_sweep.exists() and not args.no_forecast and swept.code != 130:
+            _chart(of_sweep, swept.folder, quiet=args.json)
+        report = _build(swept.folder)
+    return Answer({"folder": str(swept.folder), "cells": swept.rows, **report.document},
+                  f"{sweep.words(swept.rows)}\n{report.words}".strip(), swept.code)
 
 
 def _chart(path: Path, folder: Path, quiet: bool) -> dict:
     """The atlas of `path`, written into `folder` for the report."""
     from . import charted
-    from .files import write_whole
+    from .files import write_checked
 
     content = charted.recall(path)
     if content is None:
@@ -97,11 +96,11 @@ def _chart(path: Path, folder: Path, quiet: bool) -> dict:
             content["worlds"] = chart_worlds(asked, progress=not quiet)
         charted.remember(path, content)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "forecast.json", json.dumps(content, separators=(",", ":")))
+    write_checked(folder / "forecast.json", content)
     return content
 
 
-def _atlas(args) -> int:
+def _atlas(args) -> Answer:
     from . import charted
 
     if args.dry_run:
@@ -110,30 +109,33 @@ def _atlas(args) -> int:
         asked = atlas.read_atlas(args.path)
         cells = [{"model": q.model, "name": q.name, "seq": q.seq, "batch": q.batch, "kept": atlas.kept(asked, q)}
                  for q in asked.questions()]
-        lines = (f"{'kept' if c['kept'] else 'due':<5}{c['model']}  {c['name']}  {c['batch']} x {c['seq']}" for c in cells)
-        print(json.dumps(cells, indent=1) if args.json else "\n".join(lines))
-        return 0
+        return Answer(cells, "\n".join(f"{'kept' if c['kept'] else 'due':<5}{c['model']}  {c['name']}  {c['batch']} x {c['seq']}"
+                                       for c in cells))
     content = _chart(args.path, args.out or Path("outputs") / args.path.stem, quiet=args.json)
-    print(charted.table(content).to_json(orient="records", indent=1) if args.json else charted.words(content))
-    return 1 if any(cell["reason"] for cell in (*content["cells"], *content.get("worlds", ()))) else 0
+    failed = any(cell["reason"] for cell in (*content["cells"], *content.get("worlds", ())))
+    return Answer(charted.table(content).to_dict("records"), charted.words(content), int(failed))
 
 
-def _report(args) -> int:
+def _report(args) -> Answer:
+    return _build(args.folder)
+
+
+def _build(folder: Path) -> Answer:
     from .report import build
 
-    _say_report(build(Path(args.folder)), args.json)
-    return 0
+    path = build(folder)
+    size = path.stat().st_size
+    return Answer({"report": str(path), "size_bytes": size}, f"{path}  {size / 1e6:.2f} MB")
 
 
-def _studies(args) -> int:
+def _studies(args) -> Answer:
     from .studies import batch
 
     found = batch.run(args.study, args.out, args.gallery, args.jobs, args.dry_run, quiet=args.json)
-    print(json.dumps(found, indent=1) if args.json else batch.words(found))
-    return 1 if any(study.get("reason") for study in found) else 0
+    return Answer(found, batch.words(found), int(any(study.get("reason") for study in found)))
 
 
-def _predict(args) -> int:
+def _predict(args) -> Answer:
     from .cards import card
     from .memory.settings import Settings
     from .predict import Question, forecast, largest
@@ -145,40 +147,27 @@ def _predict(args) -> int:
             raise ValueError("--max searches what fits on a card: say which with --card")
         say = (lambda _: None) if args.json else (lambda words: print(words, file=sys.stderr))
         value, found = largest(question, args.max, held, settings, said=say)
-        answer = {"max": args.max, "value": value, "forecast": found and found.to_json()}
-        print(json.dumps(answer, indent=1) if args.json else f"largest {args.max} that fits on {held.name}: {value}")
-        return 0
+        return Answer({"max": args.max, "value": value, "forecast": found and found.to_json()},
+                      f"largest {args.max} that fits on {held.name}: {value}")
     found = forecast(question, held, settings)
-    answer = {**found.to_json(), "reserved_range_bytes": found.reserved_range_bytes}
-    print(json.dumps(answer, indent=1) if args.json else found.words())
-    return 0
+    return Answer({**found.to_json(), "reserved_range_bytes": found.reserved_range_bytes}, found.words())
 
 
-def _base(args) -> int:
+def _base(args) -> Answer:
     from . import base_record
 
     if args.make:
         described = base_record.make(args.model, args.recipe, args.seed, progress=not args.json)
     else:
         described = base_record.describe(args.model, args.recipe)
-    print(json.dumps(described, indent=1) if args.json else base_record.to_text(described))
-    return 0
+    return Answer(described, base_record.to_text(described))
 
 
-def _doctor(args) -> int:
+def _doctor(args) -> Answer:
     from . import doctor
 
     found = doctor.examine()
-    print(json.dumps(doctor.to_json(found), indent=1) if args.json else doctor.words(found))
-    return 0
-
-
-def _say_report(path: Path, as_json: bool) -> None:
-    size = path.stat().st_size
-    if as_json:
-        print(json.dumps({"report": str(path), "size_bytes": size}))
-    else:
-        print(f"{path}  {size / 1e6:.2f} MB")
+    return Answer(doctor.to_json(found), doctor.words(found))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -249,16 +238,35 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Errors of use go to standard error in one line, exit code 2."""
     args = parser().parse_args(argv)
+    answer = _answer(args)
+    text = json.dumps(_plain(answer.document), indent=1) if args.json else answer.words
     try:
-        code = args.does(args)
-        sys.stdout.flush()
-        return code
+        print(text, end="\n" if text else "", flush=True)
     except BrokenPipeError:  # whoever reads has had enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, FileNotFoundError, yaml.YAMLError) as error:
-        print(f"vramlab {args.command}: {error}", file=sys.stderr)
-        return 2
+    return answer.code
+
+
+def _answer(args) -> Answer:
+    """What the command found. An error of use or of the file system is a line on standard error and code 2."""
+    try:
+        return args.does(args)
+    except KeyboardInterrupt:
+        return Answer({"error": "interrupted"}, "", 130)
+    except (ValueError, OSError) as error:
+        words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"vramlab {args.command}: {words}", file=sys.stderr)
+        return Answer({"error": words}, "", 2)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: a number that is not finite is null."""
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -84,12 +84,8 @@ def _read(params: Mapping) -> Dataset:
     if not path.exists():
         raise ValueError(f"items is {path}, which does not exist: give a file or folder that `vramlab items` can read, "
                          "or leave it empty for generated items")
-    files = sorted(path.glob("*.jsonl*")) if path.is_dir() and list(path.glob("*.jsonl.gz")) else [path]
-    items, problems = [], []
-    for file in files:
-        loaded = load_items(file)
-        items += loaded.items
-        problems += [f"{problem.path}:{problem.line}: {problem.message}" for problem in loaded.problems]
+    loaded = load_items(path)
+    items, problems = loaded.items, [f"{problem.path}:{problem.line}: {problem.message}" for problem in loaded.problems]
     domain = params["train_domain"]
     known = sorted({item.domain for item in items})
     if domain not in known:

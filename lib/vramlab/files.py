@@ -5,10 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+
+from .reading import BadFile, read_json
 
 SEAL = "checksums.json"
 """In a sealed folder: the name of each file, relative to the folder, with the SHA-256 of its content."""
@@ -20,11 +27,25 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_table(frame: pd.DataFrame, path: Path, **options) -> None:
-    """A parquet file, whole or not at all. `options`: of `DataFrame.to_parquet`."""
-    _write(path, lambda partial: frame.to_parquet(partial, **options))
+    """A parquet file with checksums, whole or not at all. `options`: of `DataFrame.to_parquet`."""
+    _write(path, lambda partial: frame.to_parquet(partial, write_page_checksum=True, **options))
+
+
+def remove_stale(folder: Path, pattern: str, age_s: float = 86_400.0) -> None:
+    """Remove files and folders that match and are older than `age_s` seconds: parts that a killed process left."""
+    for path in folder.glob(pattern):
+        try:
+            old = time.time() - path.stat().st_mtime > age_s
+        except FileNotFoundError:  # whoever wrote it has just finished
+            continue
+        if old and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif old:
+            path.unlink(missing_ok=True)
 
 
 def _write(path: Path, fill: Callable[[Path], object]) -> None:
+    remove_stale(path.parent, f"{path.name}.*.part")
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         fill(partial)
@@ -32,6 +53,40 @@ def _write(path: Path, fill: Callable[[Path], object]) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@cache
+def notice(words: str) -> None:
+    """Say on standard error, once a process, what was passed over or made again."""
+    print(f"vramlab: {words}", file=sys.stderr)
+
+
+def write_checked(path: Path, content: Mapping) -> None:
+    """A JSON file with a checksum of its content, whole or not at all."""
+    write_whole(path, json.dumps({**content, "checksum": _digest(content)}, separators=(",", ":")))
+
+
+def read_checked(path: Path) -> dict:
+    """What `write_checked` wrote. Raises: OSError; BadFile, for a file that is not JSON or does not match its checksum."""
+    content = read_json(path)
+    if content.pop("checksum", None) != _digest(content):
+        raise BadFile(f"{path} does not match its checksum, or has none")
+    return content
+
+
+def _digest(content: Mapping) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def recall(path: Path, read: Callable[[Path], Any] = read_checked, say: Callable[[str], object] = notice) -> Any:
+    """What is kept at `path`; None where nothing is, or what does not read back: then `say` gets a sentence that names it."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        return None
+    except (BadFile, OSError) as error:
+        say(f"{error}; it counts as not there")
+        return None
 
 
 def seal(folder: Path, *names: str) -> None:

@@ -26,7 +26,7 @@ import torch
 from .axes.fused_head import Cut
 from .baichuan import ModelSpec
 from .cards import Card
-from .files import write_table, write_whole
+from .files import checksum, read_checked, recall, write_checked, write_table
 from .forecast import Trace, trace
 from .memory.kernels import AMPERE, Architecture
 from .memory.meter import Loop
@@ -36,6 +36,7 @@ from .memory.timeline import signed
 from .memory.work import Floor, roofline
 from .parameters import model_file, model_spec, row_of
 from .paths import FORECASTS as CACHE
+from .reading import BadFile
 from .regime import REGIMES_FILE, Regime
 from .split import sides
 
@@ -255,10 +256,9 @@ def _alive_at(traced: Trace, event: int) -> dict[str, int]:
 def traced_step(question: Question, cache_dir: Path | None = CACHE, counted: bool = True) -> Trace:
     """The trace of `question`, from `cache_dir` when it is there; with `counted` only one that has its `work`."""
     folder = cache_dir and cache_dir / question.key()
-    if folder and (folder / "trace.json").exists():
-        found = _read(folder)
-        if found.work or not counted:
-            return found
+    kept = recall(folder, _read) if folder else None
+    if kept and (kept.work or not counted):
+        return kept
     made = trace(question.spec, question.row, question.seq, question.batch, card=question.architecture,
                  world=question.world, counted=counted)
     if folder:
@@ -267,7 +267,7 @@ def traced_step(question: Question, cache_dir: Path | None = CACHE, counted: boo
 
 
 def _write(made: Trace, folder: Path) -> None:
-    """The frame first, then what says that it is whole."""
+    """The frame first, then the rest, which has the frame's checksum and its own."""
     folder.mkdir(parents=True, exist_ok=True)
     frame = made.frame.drop(columns="t_s")
     frame = frame.astype({name: "category" for name in frame.select_dtypes(exclude="number")})
@@ -275,11 +275,13 @@ def _write(made: Trace, folder: Path) -> None:
     rest = {field.name: getattr(made, field.name) for field in dataclasses.fields(made) if field.name != "frame"}
     rest["alive"] = [[*owner, size] for owner, size in made.alive.items()]
     rest["loops"] = [dataclasses.asdict(loop) for loop in made.loops]
-    write_whole(folder / "trace.json", json.dumps(rest))
+    write_checked(folder / "trace.json", {**rest, "frame": checksum(folder / "frame.parquet")})
 
 
 def _read(folder: Path) -> Trace:
-    rest: dict[str, Any] = json.loads((folder / "trace.json").read_text())
+    rest: dict[str, Any] = read_checked(folder / "trace.json")
+    if rest.pop("frame") != checksum(folder / "frame.parquet"):
+        raise BadFile(f"{folder / 'frame.parquet'} does not match its checksum")
     rest["alive"] = {(module, category, op): size for module, category, op, size in rest["alive"]}
     rest |= {name: tuple(rest[name]) for name in ("architecture", "parts")}
     rest["loops"] = tuple(Loop(Cut(**loop.pop("cut")), **loop) for loop in rest["loops"])

@@ -20,7 +20,7 @@ from .axes.rowwise import Fit
 from .axes.rule import Rule
 from .axes.weights import Bf16, Mixed
 from .illegal import ILLEGAL
-from .reading import read_yaml
+from .reading import nearest, read_yaml
 
 REGIMES_FILE = Path(__file__).parents[2] / "params" / "regimes.yml"
 
@@ -121,7 +121,7 @@ def regime_row(name: str, path: Path = REGIMES_FILE) -> dict:
     """The row called `name` as it is written. Raises: IllegalRegime, naming the rows there are."""
     rows = _file(path)
     if name not in rows:
-        raise IllegalRegime(f"no regime {name!r} in {Path(path).name}; it has: {', '.join(rows)}")
+        raise IllegalRegime(f"no regime {name!r} in {Path(path).name}{nearest(name, rows)}; it has: {', '.join(rows)}")
     return copy.deepcopy(rows[name])
 
 

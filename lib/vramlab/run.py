@@ -22,6 +22,7 @@ from . import environment, exam, fitting, passes
 from .axes.place import alone
 from .children import take_turn
 from .factcc.checker import Checker
+from .factcc.sources import item_files
 from .factcc.statistics import MODEL_SCORINGS, summarise
 from .files import write_table, write_whole
 from .memory import oom
@@ -64,10 +65,7 @@ def config_hash(params: Mapping) -> str:
 
 
 def _files(path: str) -> list:
-    if not path or not Path(path).exists():
-        return []
-    root = Path(path)
-    return [(f.name, f.stat().st_size) for f in ([root] if root.is_file() else sorted(root.rglob("*.jsonl*")))]
+    return [(file.name, file.stat().st_size) for file in item_files(Path(path))] if path and Path(path).exists() else []
 
 
 def run_id(params: Mapping) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import yaml
 
 from .atlas import Atlas, chart
 from .baichuan import BaichuanForCausalLM, ModelSpec
@@ -23,6 +22,7 @@ from .observer import Clock
 from .parameters import model_spec
 from .predict import CACHE
 from .progress import bar
+from .reading import read_yaml, typed
 from .regime import REGIMES_FILE, Regime, read_regimes
 from .trainer import Schedule, Trainer
 
@@ -82,11 +82,10 @@ class Study:
 
 
 def read_study(path: Path = STUDY_FILE) -> Study:
-    """The file. Raises: TypeError, for a missing or unknown field."""
-    said = yaml.safe_load(path.read_text())
-    families = {key: Family(**{**row, "shown": tuple(row["shown"]), "rest": tuple(row["rest"])})
-                for key, row in said["families"].items()}
-    return Study(families, {row: Quote(**quote) for row, quote in said["quotes"].items()})
+    """The file. Raises: BadFile, for a field that is missing, unknown or of another type."""
+    content = typed(Study, read_yaml(path), str(path))
+    families = {key: typed(Family, row, f"{path}: families.{key}") for key, row in content.families.items()}
+    return Study(families, {row: typed(Quote, quote, f"{path}: quotes.{row}") for row, quote in content.quotes.items()})
 
 
 def storage(row: Regime) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,18 +20,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import yaml
 
 from .children import TURN, die_with
-from .files import write_whole
+from .files import notice, write_checked, write_whole
 from .parameters import run_spec
 from .passes import base_of
 from .paths import ROOT
+from .reading import BadFile, checked, nearest, read_yaml, regular_file
 from .run import KNOWN_PARAMETERS, SCHEMA, config_hash, run_id
-from .runs import KILLED, outcome
+from .runs import KILLED, Run, outcome
 
-KEYS = {"name", "notebook", "defaults", "grid"}
+KEYS = {"name": str, "notebook": str, "defaults": Mapping[str, Any] | None, "grid": Mapping[str, Any]}
+"""What a sweep's file may say; `name` is the folder's under outputs/, by default the file's own."""
+MOST_CELLS = 10_000
 SEVERAL = "with"
 TIMED, GIVEN = "steps.parquet", "given.json"
 """What a cell writes once nothing of it is timed any more; and what it is given, while it runs."""
@@ -56,27 +61,31 @@ class Cell:
 
 
 def read_sweep(path: Path | str, out: Path | str | None = None) -> tuple[Path, Path, list[Cell]]:
-    """(notebook, output folder, cells) of a sweep file, every combination of its grid over its defaults.
+    """(notebook, output folder, cells) of a sweep file, every combination of its grid over its defaults. Combinations that are
+    the same run are one cell, which a notice says.
 
     Raises: FileNotFoundError; ValueError, for an unknown key, an empty grid axis or parameters that no run has.
     """
     path = Path(path)
     if not path.exists():
-        there = ", ".join(file.name for file in sorted((ROOT / "params").glob("*.yml")) if "\ngrid:" in file.read_text())
-        raise FileNotFoundError(f"no sweep {path}: params/ has {there}")
-    spec = yaml.safe_load(path.read_text())
-    wrong = sorted(set(spec) - KEYS) if isinstance(spec, dict) else ["its whole content"]
-    if wrong or not spec.get("grid"):
-        raise ValueError(f"{path} has {', '.join(wrong) or 'no grid'}: a sweep has {', '.join(sorted(KEYS))}")
-    folder = Path(out) if out else Path("outputs") / spec.get("name", path.stem)
-    notebook = Path(spec.get("notebook", "notebooks/finetune.ipynb"))
+        known = [file.name for file in sorted((ROOT / "params").glob("*.yml")) if "\ngrid:" in file.read_text()]
+        raise FileNotFoundError(f"no sweep {path}{nearest(path.name, known)}: params/ has {', '.join(known)}")
+    spec = {"name": path.stem, "notebook": "notebooks/finetune.ipynb", **checked(read_yaml(path), KEYS, str(path), ("grid",))}
+    if not spec["grid"] or Path(spec["name"]).name != spec["name"] or spec["name"] in ("", ".."):
+        raise BadFile(f"{path} has no grid, or the name {spec['name']!r}: give a grid, and a name for one folder under outputs/")
+    folder, notebook = Path(out) if out else Path("outputs") / spec["name"], Path(spec["notebook"])
     notebook = notebook if notebook.exists() else ROOT / notebook
-    cells = []
-    for chosen in combinations(str(path), spec["grid"]):
-        params = {**(spec.get("defaults") or {}), **chosen}
-        name = run_id(params)
-        cells.append(Cell(name, params, folder / name))
-    return notebook, folder, cells
+    every = [{**(spec.get("defaults") or {}), **chosen} for chosen in combinations(str(path), spec["grid"])]
+    cells: dict[str, Cell] = {}
+    for params in every:
+        try:
+            name = run_id(params)
+        except ValueError as error:
+            raise BadFile(f"{path}: {error}") from None
+        cells.setdefault(name, Cell(name, params, folder / name))
+    if len(cells) < len(every):
+        notice(f"{path}: {len(every)} combinations of the grid are {len(cells)} runs; each is run once")
+    return regular_file(notebook), folder, [*cells.values()]
 
 
 def combinations(name: str, grid: Mapping[str, list]) -> list[dict]:
@@ -89,6 +98,8 @@ def combinations(name: str, grid: Mapping[str, list]) -> list[dict]:
             raise ValueError(f"{name}: grid.{axis} is {values!r}: give a list of values")
         if axis == SEVERAL and (wrong := [value for value in values if not isinstance(value, dict)]):
             raise ValueError(f"{name}: grid.{axis} has {wrong[0]!r}: each is several parameters, as {{regime: lomo, lr: 0.01}}")
+    if (count := math.prod(map(len, grid.values()))) > MOST_CELLS:
+        raise ValueError(f"{name}: grid has {count:,} combinations: give at most {MOST_CELLS:,}")
     found = []
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
@@ -96,27 +107,35 @@ def combinations(name: str, grid: Mapping[str, list]) -> list[dict]:
     return found
 
 
+class Swept(NamedTuple):
+    """How a sweep ended. `code`: 0 when every cell ended ok, 1 when one did not, 130 on Ctrl-C; `rows`: one a cell."""
+
+    code: int
+    folder: Path
+    rows: list[dict]
+
+
 def sweep(path: Path | str, out: Path | str | None = None, force: bool = False, retry: str | None = None,
-          dry_run: bool = False, json: bool = False) -> int:
-    """Run what is not finished. Returns 0 when every cell ended ok, 1 when one failed or ran out of memory, 130 on Ctrl-C."""
+          dry_run: bool = False, quiet: bool = False) -> Swept:
+    """Run what is not finished, or with `dry_run` say what that is."""
     notebook, folder, cells = read_sweep(path, out)
-    again = RETRY.get(retry or "", set())
-    due = [cell for cell in cells if force or cell.outcome() is None or cell.outcome() in again]
+    outcomes = {cell.run_id: cell.outcome() for cell in cells}
+    due = [cell for cell in cells if force or outcomes[cell.run_id] in {None, *RETRY.get(retry or "", ())}]
     if dry_run:
-        _say([{"run_id": c.run_id, "state": "due" if c in due else c.outcome(), **c.params} for c in cells], json)
-        return 0
+        rows = [{"run_id": c.run_id, "state": "due" if c in due else outcomes[c.run_id], **c.params} for c in cells]
+        return Swept(0, folder, rows)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder), _interruptible():
-        _write(folder / "sweep.json", {"schema": SCHEMA, "sweep": Path(path).name,
-                                       "cells": [{"run_id": c.run_id, **c.params} for c in cells]})
+        write_checked(folder / "sweep.json", {"schema": SCHEMA, "sweep": Path(path).name,
+                                              "cells": [{**c.params, "run_id": c.run_id} for c in cells]})
         try:
-            _run_all(notebook, due, len(cells) - len(due), quiet=json)
+            _run_all(notebook, due, len(cells) - len(due), quiet)
         except KeyboardInterrupt:
             print(f"\nstopped; {sum(c.outcome() is not None for c in cells)} of {len(cells)} cells are finished and kept: "
                   "the same command goes on from here", file=sys.stderr)
-            return 130
-    _say([_row(cell) for cell in cells], json)
-    return 0 if all(cell.outcome() == "ok" for cell in cells) else 1
+            return Swept(130, folder, [_row(cell) for cell in cells])
+    rows = [_row(cell) for cell in cells]
+    return Swept(0 if all(row["outcome"] == "ok" for row in rows) else 1, folder, rows)
 
 
 def _run_all(notebook: Path, due: list[Cell], finished: int, quiet: bool) -> None:
@@ -176,13 +195,13 @@ def _run(notebook: Path, cell: Cell, process: subprocess.Popen, following: Cell 
                     raise KeyboardInterrupt from None
                 if following and not ahead and (cell.folder / TIMED).exists():
                     ahead = _start(notebook, following)
+        (cell.folder / GIVEN).unlink(missing_ok=True)
+        if cell.outcome() is None:
+            _write(cell.folder / "result.json", _ended(cell, code))
     except BaseException:
         for one in (process, ahead):
             _stop(one)
         raise
-    (cell.folder / GIVEN).unlink()
-    if cell.outcome() is None:
-        _write(cell.folder / "result.json", _ended(cell, code))
     return ahead
 
 
@@ -220,18 +239,14 @@ def _interruptible() -> Iterator[None]:
 
 def _ended(cell: Cell, code: int) -> dict:
     """The result of a cell whose kernel did not live to write one."""
-    log = (cell.folder / "notebook.log").read_text().strip().splitlines()
+    log = (cell.folder / "notebook.log").read_text(errors="replace").strip().splitlines()
     reason = next((line for line in reversed(log) if "Error: " in line or "KernelDied: " in line or "CellTimeout: " in line),
                   log[-1] if log else f"papermill ended with code {code}")
-    _params_of(cell)
+    params = cell.folder / "params.yml"
+    if not params.exists() or params.name in Run(cell.folder).damage:
+        write_whole(params, yaml.safe_dump({**cell.full, "run_id": cell.run_id}))
     return {"schema": SCHEMA, "run_id": cell.run_id, "regime": cell.full["regime"], "model": cell.full["model"],
             "outcome": "oom" if KILLED in reason else "failed", "reason": reason, "config_hash": config_hash(cell.params)}
-
-
-def _params_of(cell: Cell) -> None:
-    path = cell.folder / "params.yml"
-    if not path.exists():
-        path.write_text(yaml.safe_dump({**cell.full, "run_id": cell.run_id}))
 
 
 @contextmanager
@@ -246,19 +261,18 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _row(cell: Cell) -> dict:
-    result = json.loads((cell.folder / "result.json").read_text())
-    speed, peak = result.get("speed", {}), result.get("peak_bytes", {})
-    return {"run_id": cell.run_id, "regime": result["regime"], "outcome": result["outcome"],
-            "tokens_per_s": speed.get("tokens_per_s"), "peak_bytes": peak.get("meter"), "reason": result["reason"]}
+    """A cell that has not ended is `due`."""
+    ended = cell.outcome()
+    result = Run(cell.folder).result if ended else {}
+    return {"run_id": cell.run_id, "regime": cell.full["regime"], "outcome": ended or "due",
+            "tokens_per_s": result.get("speed", {}).get("tokens_per_s"), "peak_bytes": result.get("peak_bytes", {}).get("meter"),
+            "reason": result.get("reason", "")}
 
 
-def _say(rows: list[dict], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    for row in rows:
-        shown = (f"{value:,.0f}" if isinstance(value, float) else str(value) for value in row.values() if value not in (None, ""))
-        print("  ".join(shown))
+def words(rows: list[dict]) -> str:
+    """A line a cell."""
+    return "\n".join("  ".join(f"{value:,.0f}" if isinstance(value, float) else str(value)
+                               for value in row.values() if value not in (None, "")) for row in rows)
 
 
 def _write(path: Path, content: dict) -> None:

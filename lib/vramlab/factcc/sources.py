@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from .items import Item
+from ..files import write_whole
+from ..reading import BadFile, read_text, regular_file, typed
+from .items import SPLITS, Item
 
+MOST_LINE_BYTES, MOST_FILE_BYTES, MOST_PROBLEMS = 1 << 22, 1 << 32, 100_000
+"""Of one line, of all lines of one file, and lines of a data set that are no items: beyond, a file is not read on."""
 SOURCES = ("factcc", "boolq", "summedits", "generated")
 LABELS = {"CORRECT": 1, "INCORRECT": 0, "CONSISTENT": 1, "INCONSISTENT": 0, 1: 1, 0: 0}  # True and False are 1 and 0
 FACTCC_SIZES = {"val": (931, None), "test": (503, 441)}
@@ -38,37 +44,38 @@ class Loaded:
     summary: dict = field(default_factory=dict)
 
 
-class _Bad(ValueError):
-    """Why one line is not an item."""
-
-
 def load_items(path: Path | str, source: str | None = None, stories: Path | str | None = None) -> Loaded:
     """Every item under `path`. `source` is found from the content when it is None; `stories` is a folder with CNN/DM
     `.story` files, for releases of FactCC that have no article text.
 
-    Raises: FileNotFoundError; ValueError, when the source cannot be told.
+    Raises: OSError; BadFile, when the source cannot be told, or two lines have one id: statistics pair items by it.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    files = _files(path)
-    if not files:
-        raise ValueError(f"{path} has no .jsonl or .jsonl.gz file: give the folder or the file that holds the items")
-    source = source or _recognise(files[0])
-    reader = {"factcc": _Factcc(path, stories), "boolq": _boolq, "summedits": _summedits, "generated": _generated}[source]
-    items, problems, counts = [], [], Counter()
-    for file in files:
-        for number, row in _rows(file, problems):
+    files = {file: str(file.relative_to(path)) if file != path else file.name for file in item_files(path)}
+    kinds = {file: source or _recognise(file) for file in files}
+    known = [kind for kind in kinds.values() if kind]
+    if not known:
+        raise BadFile(f"{path} has no .jsonl or .jsonl.gz file that begins with an item of {', '.join(SOURCES)}: give the folder "
+                      "or file that holds the items, or name their source with --source")
+    readers = {"factcc": _Factcc(stories), "boolq": _boolq, "summedits": _summedits, "generated": _generated}
+    items, problems, unlabelled, lines = [], [], 0, {}
+    for file, name in files.items():
+        for number, line in _lines(file, name, problems):
             try:
-                items.append(reader(row, file, number))
+                item = readers[kinds[file] or known[0]](_object(line, number), file, number)
+                items.append(item)
+                lines.setdefault(item.uid, []).append(f"{name}:{number}")
             except _Unlabelled:
-                counts["unlabelled"] += 1
-            except _Bad as error:
-                problems.append(Problem(number, file.name, str(error)))
-    absent = getattr(reader, "absent", set())
-    if source == "factcc":
+                unlabelled += 1
+            except (BadFile, OSError) as error:
+                problems.append(Problem(number, name, str(error)))
+    if repeated := [f"{uid!r} on {' and '.join(where)}" for uid, where in lines.items() if len(where) > 1]:
+        raise BadFile(f"{path}: {len(repeated)} ids stand more than once, {'; '.join(repeated[:5])}: give each item its own")
+    absent = readers["factcc"].absent
+    if "factcc" in known:
         problems += _unexpected(items, absent)
-    return Loaded(items, problems, {"source": source, "missing_articles": len(absent), "unlabelled": counts["unlabelled"]})
+    return Loaded(items, problems, {"source": ", ".join(dict.fromkeys(known)), "missing_articles": len(absent),
+                                    "unlabelled": unlabelled})
 
 
 def describe_items(path: Path | str, source: str | None = None, stories: Path | str | None = None) -> dict:
@@ -88,65 +95,78 @@ def describe_items(path: Path | str, source: str | None = None, stories: Path | 
 
 def write_items(items: list[Item], path: Path | str) -> None:
     """Items as `.jsonl`, one a line, which `load_items` reads back exactly."""
-    Path(path).write_text("".join(json.dumps(asdict(item)) + "\n" for item in items))
+    write_whole(Path(path), "".join(json.dumps(asdict(item)) + "\n" for item in items))
 
 
 def _counts(items: list[Item], column: str) -> dict:
     return dict(sorted(Counter(getattr(item, column) for item in items).items()))
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
+def item_files(path: Path) -> list[Path]:
+    """The files under `path` that can hold items, in order. Raises: OSError; BadFile, for a pipe or device."""
+    if not path.is_dir():
+        return [regular_file(path)]
     for folder in FACTCC_FOLDERS:  # the paired copy first: it has the articles
         if found := sorted((path / folder).glob("*/data-dev.jsonl")):
             return found
     return sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")]) or sorted(path.glob("*/*.jsonl"))
 
 
-def _rows(file: Path, problems: list[Problem]) -> Iterator[tuple[int, dict]]:
+def _lines(file: Path, name: str, problems: list[Problem]) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of each line that is not blank; what cannot be read on is a problem of the line where that begins."""
     number = 0
     try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    problems.append(Problem(number, file.name, f"not JSON: {error.msg} at column {error.colno}"))
-                    continue
-                if isinstance(row, dict):
-                    yield number, row
-                else:
-                    problems.append(Problem(number, file.name, f"a {type(row).__name__}, not an object"))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        problems.append(Problem(number + 1, file.name, f"cannot be read on from here: {error}"))
+        with (gzip.open if file.suffix == ".gz" else open)(regular_file(file), "rb") as lines:
+            while line := lines.readline(MOST_LINE_BYTES):
+                if len(line) == MOST_LINE_BYTES or lines.tell() > MOST_FILE_BYTES or len(problems) > MOST_PROBLEMS:
+                    raise BadFile(f"more than {MOST_LINE_BYTES:,} bytes in a line, {MOST_FILE_BYTES:,} in the file or "
+                                  f"{MOST_PROBLEMS:,} bad lines")
+                number += 1
+                if line.strip():
+                    yield number, line
+    except (OSError, EOFError, zlib.error, BadFile) as error:
+        problems.append(Problem(number + 1, name, f"cannot be read on from here: {error}"))
 
 
-def _recognise(file: Path) -> str:
-    first = next(_rows(file, []), (0, {}))[1]
-    keys = set(first)
-    for source, wanted in (("generated", {"uid", "doc", "claim", "label"}), ("summedits", {"doc", "summary", "edit_types"}),
-                           ("boolq", {"question", "passage"}), ("factcc", {"claim", "label"})):
-        if wanted <= keys:
-            return source
-    raise ValueError(f"{file.name}: the first line has {', '.join(sorted(keys)) or 'no keys'}, which is none of "
-                     f"{', '.join(SOURCES)}: name it with --source")
+def _object(line: bytes, number: int) -> dict:
+    """The object in one line; the first may begin with a byte order mark. Raises: BadFile."""
+    try:
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair cannot be written
+    except UnicodeError as error:
+        raise BadFile(f"not UTF-8: {error.reason}, at byte {error.start + 1} of the line") from None
+    except (ValueError, RecursionError) as error:
+        raise BadFile(f"not JSON: {getattr(error, 'msg', error)} at column {getattr(error, 'colno', 1)}") from None
+    if not isinstance(row, dict):
+        raise BadFile(f"a {type(row).__name__}, not an object")
+    return row
+
+
+def _recognise(file: Path) -> str | None:
+    """The source that the first object of the file is of; None where it is of none."""
+    for number, line in itertools.islice(_lines(file, "", []), 1000):
+        try:
+            keys = set(_object(line, number))
+        except BadFile:
+            continue
+        known = (("generated", {"uid", "doc", "claim", "label"}), ("summedits", {"doc", "summary", "edit_types"}),
+                 ("boolq", {"question", "passage"}), ("factcc", {"claim", "label"}))
+        return next((source for source, wanted in known if wanted <= keys), None)
+    return None
 
 
 def _take(row: dict, key: str, kind: type = str):
     if key not in row:
-        raise _Bad(f"no {key!r}; it has {', '.join(sorted(row))}")
+        raise BadFile(f"no {key!r}; it has {', '.join(sorted(row))}")
     if not isinstance(row[key], kind) or row[key] == "":
-        raise _Bad(f"{key} is {row[key]!r}: expected {'text' if kind is str else kind.__name__}")
+        raise BadFile(f"{key} is {row[key]!r}: expected {'text' if kind is str else kind.__name__}")
     return row[key]
 
 
 def _label(value) -> int:
     if isinstance(value, str | int) and value in LABELS:
         return LABELS[value]
-    raise _Bad(f"label is {value!r}: expected CORRECT, INCORRECT, CONSISTENT, INCONSISTENT, 1 or 0")
+    raise BadFile(f"label is {value!r}: expected CORRECT, INCORRECT, CONSISTENT, INCONSISTENT, 1 or 0")
 
 
 def _split_by_document(group: str) -> str:
@@ -176,14 +196,14 @@ def _split_of(file: Path) -> str:
 class _Factcc:
     """Lines of the released directory. The article is `text`, or found by `filepath` among the stories."""
 
-    def __init__(self, root: Path, stories: Path | str | None):
+    def __init__(self, stories: Path | str | None):
         self.stories = Path(stories) if stories else None
         self.absent: set[str] = set()
 
     def __call__(self, row: dict, file: Path, number: int) -> Item:
         group = str(row.get("filepath") or row.get("id") or number)
         claim, label = _take(row, "claim"), _label(row.get("label"))
-        doc = row.get("text") or self._story(group)
+        doc = _take(row, "text") if row.get("text") else self._story(group)
         split = _split_of(file)
         return Item(f"factcc-{split}-{number}", "factcc", "news", split, doc, claim, label,
                     str(row.get("augmentation") or ""), "none", group)
@@ -191,13 +211,15 @@ class _Factcc:
     def _story(self, filepath: str) -> str:
         if not self.stories:
             self.absent.add(filepath)
-            raise _Bad("no article text: the release has none; give the CNN/DM stories with --stories FOLDER")
+            raise BadFile("no article text: the release has none; give the CNN/DM stories with --stories FOLDER")
         name = Path(filepath)
+        if name.is_absolute() or ".." in name.parts:
+            raise BadFile(f"story {filepath} leaves the folder of the stories")
         for path in (self.stories / name, self.stories / Path(*name.parts[1:]), self.stories / name.name):
             if path.is_file():
-                return story_text(path.read_text(encoding="utf-8"))
+                return story_text(read_text(path))
         self.absent.add(filepath)
-        raise _Bad(f"story {filepath} is not under {self.stories.name}")
+        raise BadFile(f"story {filepath} is not under {self.stories.name}")
 
 
 def story_text(story: str) -> str:
@@ -241,13 +263,15 @@ def _summedits(row: dict, file: Path, number: int) -> Item:
     doc, claim, label = _take(row, "doc"), _take(row, "summary"), _label(row.get("label"))
     group = hashlib.sha256(doc.encode()).hexdigest()[:16]
     edits = row.get("edit_types") or []
-    return Item(str(row.get("id", number)), "summedits", file.name.split(".")[0], _split_by_document(group), doc, claim, label,
-                "+".join(edits) if isinstance(edits, list) else str(edits), "none", group)
+    domain = file.name.split(".")[0]
+    return Item(str(row.get("id", f"{domain}-{number}")), "summedits", domain, _split_by_document(group), doc, claim, label,
+                "+".join(map(str, edits)) if isinstance(edits, list) else str(edits), "none", group)
 
 
 def _generated(row: dict, file: Path, number: int) -> Item:
-    missing = [entry.name for entry in fields(Item) if entry.default is MISSING and entry.name not in row]
-    if missing:
-        raise _Bad(f"no {', '.join(missing)}; it has {', '.join(sorted(row))}")
+    own = {entry.name: row[entry.name] for entry in fields(Item) if entry.name in row}
+    item = typed(Item, {**own, "label": _label(row.get("label"))}, "the item")
     _take(row, "doc"), _take(row, "claim")
-    return Item(**{**{entry.name: row[entry.name] for entry in fields(Item) if entry.name in row}, "label": _label(row["label"])})
+    if item.split not in SPLITS:
+        raise BadFile(f"split is {item.split!r}: expected {', '.join(SPLITS)}")
+    return item

@@ -3,7 +3,6 @@ Imports nothing that trains or traces."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -12,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
+
+from ..files import recall
 
 GIB = 2**30
 MOST_CELLS = 40
@@ -33,10 +34,10 @@ class Forecasts:
     content: Mapping
 
     @classmethod
-    def read(cls, folder: Path | str) -> Forecasts | None:
-        """The folder's forecasts; None when it has none."""
-        path = Path(folder) / "forecast.json"
-        return cls(json.loads(path.read_text())) if path.exists() else None
+    def read(cls, folder: Path | str, damage: list[str]) -> Forecasts | None:
+        """The folder's forecasts; None when it has none, or a damaged file of them, which `damage` then gets a sentence about."""
+        content = recall(Path(folder) / "forecast.json", say=damage.append)
+        return content and cls(content)
 
     @property
     def cards(self) -> Mapping[str, Mapping]:

@@ -47,11 +47,12 @@ class Section:
 
 def build(folder: Path | str) -> Path:
     """Write `report.html` into a folder of finished runs and return its path. Raises: FileNotFoundError, without runs."""
-    runs = read_runs(folder)
+    damage: list[str] = []
+    runs = read_runs(folder, damage)
     path = Path(folder) / "report.html"
-    said = Forecasts.read(folder)
+    said = Forecasts.read(folder, damage)
     sections = [*_sections(runs), *(forecast_sections(said) if said else []), _claims()]
-    page = _page(Path(folder).name, runs, sections, [*words.caveats(runs), *(forecasts.CAVEATS if said else [])])
+    page = _page(Path(folder).name, runs, sections, damage, [*words.caveats(runs), *(forecasts.CAVEATS if said else [])])
     if len(page.encode()) > LIMIT_BYTES:
         raise ValueError(f"the report has {len(page.encode()):,} bytes, more than {LIMIT_BYTES:,}: make it of fewer runs")
     write_whole(path, page)
@@ -171,8 +172,8 @@ def _accuracy_table(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.concat(frames)[["judge", "place", "scoring", "metric", "value", "low", "high", "n", "n_consistent", "threshold"]]
 
 
-def _page(name: str, runs: Sequence[Run], sections: Sequence[Section], caveats: Sequence[str]) -> str:
-    env = next((run.environment for run in runs if (run.folder / "env.json").exists()), {})
+def _page(name: str, runs: Sequence[Run], sections: Sequence[Section], damage: Sequence[str], caveats: Sequence[str]) -> str:
+    env = next((run.environment for run in runs if "env.json" not in run.damage and (run.folder / "env.json").exists()), {})
     device = env.get("device", {}).get("name", "unknown device")
     model = next((run.result for run in runs if run.ok), runs[0].result)
     parts = [
@@ -184,7 +185,8 @@ def _page(name: str, runs: Sequence[Run], sections: Sequence[Section], caveats: 
         f"{len(runs)} runs · model {_text(model['model'])}, {model.get('parameters', 0):,} parameters · "
         f"<span class=badge>measured on {_text(model.get('measured_on', 'cpu').upper())}</span> {_text(device)}</p></div>"
         "<button class=theme type=button>light / dark</button></header>",
-        "<ul class=takeaways>", *(f"<li>{_text(said)}</li>" for said in words.takeaways(runs)), "</ul>",
+        "<ul class=takeaways>", *(f"<li>{_text(said)}</li>" for said in words.takeaways(runs)),
+        *(f"<li>Damaged, so it counts as not there: {_text(sentence)}</li>" for sentence in damage), "</ul>",
         *(_section(index, section) for index, section in enumerate(sections)),
         "<h2>Before you quote a figure</h2><ul>", *(f"<li>{_text(said)}</li>" for said in caveats), "</ul>",
         "<h2>Environment</h2>", _table(_environment(env, model)), f"<p class=soft>made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC</p>",
@@ -209,9 +211,10 @@ def _section(index: int, section: Section) -> str:
 
 
 def _json(figure: go.Figure) -> str:
+    """Without a `<`: a name with `<!--` or `</script` in it would end the page."""
     plain = json.loads(figure.to_json())
     plain["layout"].pop("template", None)  # the page themes every figure alike
-    return json.dumps({**plain, "config": figures.CONFIG}, separators=(",", ":")).replace("</", "<\\/")
+    return json.dumps({**plain, "config": figures.CONFIG}, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _packed(code: str) -> str:

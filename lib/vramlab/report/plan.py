@@ -69,7 +69,7 @@ def words(found: Mapping) -> str:
 def embed(said: Forecasts, expose: bool = False) -> str:
     """The planner as HTML that needs no kernel: the module, its data and the call. `expose` lets a test call the arithmetic."""
     name = f"planner-{uuid.uuid4().hex[:8]}"
-    data = json.dumps(config(said), separators=(",", ":")).replace("</", "<\\/")
+    data = json.dumps(config(said), separators=(",", ":")).replace("<", "\\u003c")
     shown = "globalThis.vramlabEstimate = estimate;" if expose else ""
     return (f"<div class=planner id={name}></div><script type=module>{MODULE.read_text()}\n{shown}"
             f"mount(document.getElementById({json.dumps(name)}), {data});</script>")

@@ -11,11 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-import yaml
 
 from ..paths import ROOT
+from ..reading import matches, read_yaml, typed
 from . import STUDIES
 from .evidence import Figure
 
@@ -23,7 +24,10 @@ CLAIMS_FILE = ROOT / "params" / "claims.yml"
 REPRODUCED, NOT_REPRODUCED, UNTESTED = "reproduced", "not reproduced", "cannot be tested here"
 SEEDS, ITEMS, ALPHA = 5, 1000, 0.05
 """What a learned figure needs to decide anything, and the level of a corrected test."""
-CONDITIONS = ("at_most", "at_least", "within", "equal", "above", "below", "untestable")
+CONDITIONS = {"at_most": {"figure": str, "bound": float}, "at_least": {"figure": str, "bound": float},
+              "above": {"figure": str}, "below": {"figure": str}, "within": {"figure": str, "low": float, "high": float},
+              "equal": {"figure": str, "to": float}, "untestable": str}
+"""condition -> what it takes"""
 HOW = ("paper", "abstract", "recalled", "third party", "")
 """Where a quoted figure was read; `recalled` is said beside it."""
 
@@ -39,16 +43,17 @@ class Claim:
     """The claim in the source's sense, short."""
     statement: str
     """What would have to be measured, and how it would look if the claim held."""
-    rule: Sequence[Mapping]
+    rule: Sequence[Mapping[str, Any]]
     """[{condition: {figure, ...}}]: at_most / at_least / above / below {figure, bound}, within {figure, low, high}, equal {figure,
     to}, untestable: the reason."""
     runs: Sequence[str] = ()
     """Arms of the study's file that feed it."""
-    quoted: Mapping = field(default_factory=dict)
+    quoted: Mapping[str, str] = field(default_factory=dict)
     """{figure, of, how}: the published figure as it was written, and of what; `how` it was read."""
 
     def __post_init__(self):
-        wrong = [name for part in self.rule for name in part if name not in CONDITIONS]
+        wrong = [name for part in self.rule for name, condition in part.items()
+                 if not matches(condition, CONDITIONS.get(name, ()))]
         if wrong or self.study not in STUDIES or not self.rule or self.quoted.get("how", "") not in HOW:
             raise ValueError(f"claim {self.id}: {f'unknown condition {wrong}' if wrong else 'check study, rule and quoted.how'}; "
                              f"studies: {', '.join(STUDIES)}; conditions: {', '.join(CONDITIONS)}; how: {', '.join(HOW)}")
@@ -70,8 +75,9 @@ class Verdict:
 
 
 def read_claims(path: Path = CLAIMS_FILE) -> list[Claim]:
-    """The ledger. Raises: TypeError, for a missing or unknown field; ValueError, for a rule that means nothing."""
-    return [Claim(id=name, **said) for name, said in (yaml.safe_load(path.read_text()) or {}).items()]
+    """The ledger. Raises: BadFile, for a field that is missing, unknown or of another type; ValueError, for a rule that means
+    nothing."""
+    return [typed(Claim, claim, f"{path}: {name}", id=name) for name, claim in read_yaml(path).items()]
 
 
 def decide(claim: Claim, figures: Mapping[str, Figure]) -> Verdict:

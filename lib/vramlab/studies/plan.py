@@ -15,17 +15,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from ..paths import ROOT
+from ..reading import BadFile, checked, nearest, read_yaml, typed
 from ..run import run_id
 from ..sweep import combinations
 from . import STUDIES
 
 PARAMS = ROOT / "params" / "studies"
-KEYS = ("name", "says", "defaults", "runs", "pairs", "settings")
-ARM_KEYS = ("defaults", "grid", "call", "says", "alone")
+_SEVERAL = Mapping[str, Any] | None
+KEYS = {"name": STUDIES, "says": str, "runs": Mapping[str, Any], "defaults": _SEVERAL, "pairs": _SEVERAL, "settings": _SEVERAL}
+ARM_KEYS = {"defaults": _SEVERAL, "grid": _SEVERAL, "call": str, "says": str, "alone": bool}
 PROOF = {"steps": 2, "train_items": 40, "val_items": 20, "test_items": 20, "measure": False}
 """What makes a run one of seconds: each study has its first run again like that, from a base made in seconds, as arm `proof`, for
 a test to repeat."""
@@ -78,7 +79,7 @@ class Plan:
 
     def content_hash(self) -> str:
         """Of the file's content; comments and spacing are not in it."""
-        content = json.dumps(yaml.safe_load(self.path.read_text()), sort_keys=True, default=str)
+        content = json.dumps(read_yaml(self.path), sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -90,15 +91,15 @@ def read_plan(path: Path | str) -> Plan:
     path = Path(path)
     path = PARAMS / f"{path}.yml" if str(path) in STUDIES else path
     if not path.exists():
-        raise FileNotFoundError(f"no study {path}: there are {', '.join(sorted(file.stem for file in PARAMS.glob('*.yml')))}")
-    said = yaml.safe_load(path.read_text())
-    _only(path.name, said, KEYS)
-    arms = {arm: _cells(f"{path.name}: {arm}", arm, spec, said.get("defaults") or {}) for arm, spec in said["runs"].items()}
+        known = sorted(file.stem for file in PARAMS.glob("*.yml"))
+        raise FileNotFoundError(f"no study {path}{nearest(path.stem, known)}: there are {', '.join(known)}")
+    spec = checked(read_yaml(path), KEYS, str(path), ("name", "says", "runs"))
+    arms = {arm: _cells(f"{path}: runs.{arm}", arm, content, spec.get("defaults") or {}) for arm, content in spec["runs"].items()}
     arms |= _proof(arms)
-    pairs = [Pair(name, **spec) for name, spec in (said.get("pairs") or {}).items()]
+    pairs = [typed(Pair, pair, f"{path}: pairs.{name}", name=name) for name, pair in (spec.get("pairs") or {}).items()]
     if wrong := [pair.name for pair in pairs if pair.arm not in arms]:
-        raise ValueError(f"{path.name}: pairs {', '.join(wrong)} are of no arm there is: {', '.join(arms)}")
-    return Plan(said["name"], said["says"], arms, pairs, said.get("settings") or {}, path)
+        raise BadFile(f"{path}: pairs {', '.join(wrong)} are of no arm there is: {', '.join(arms)}")
+    return Plan(spec["name"], spec["says"], arms, pairs, spec.get("settings") or {}, path)
 
 
 def _proof(arms: Mapping[str, Sequence[StudyCell]]) -> dict[str, list[StudyCell]]:
@@ -109,16 +110,14 @@ def _proof(arms: Mapping[str, Sequence[StudyCell]]) -> dict[str, list[StudyCell]
     return {"proof": [StudyCell("proof", {**first.params, **PROOF, **recipe})]}
 
 
-def _only(name: str, said: Mapping, known: Sequence[str]) -> None:
-    if wrong := sorted(set(said) - set(known)):
-        raise ValueError(f"{name} has {', '.join(wrong)}: it may have {', '.join(known)}")
-
-
-def _cells(name: str, arm: str, spec: Mapping, defaults: Mapping) -> list[StudyCell]:
-    _only(name, spec, ARM_KEYS)
-    grid, call = spec.get("grid") or {}, spec.get("call", "")
-    base = {**({} if call else defaults), **(spec.get("defaults") or {})}
-    found = [StudyCell(arm, {**base, **chosen}, call, bool(spec.get("alone"))) for chosen in combinations(name, grid)]
-    for cell in found:
-        cell.name  # noqa: B018  a wrong parameter is said now, not after an hour of runs
-    return found
+def _cells(name: str, arm: str, content: Mapping, defaults: Mapping) -> list[StudyCell]:
+    spec = checked(content, ARM_KEYS, name)
+    call, base = spec.get("call", ""), {**({} if spec.get("call") else defaults), **(spec.get("defaults") or {})}
+    cells = [StudyCell(arm, {**base, **chosen}, call, spec.get("alone", False))
+             for chosen in combinations(name, spec.get("grid") or {})]
+    for cell in cells:  # a wrong parameter is refused now, not after an hour of runs
+        try:
+            cell.name  # noqa: B018
+        except ValueError as error:
+            raise BadFile(f"{name}: {error}") from None
+    return cells
