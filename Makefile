@@ -38,7 +38,7 @@ bench: env
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers
 
 check: env
-	$(BIN)/ruff check lib tests
+	$(BIN)/ruff check lib tests notebooks/studies/*.py
 
 # without an environment of its own: any Python that has torch, transformers, peft and pandas; GPU_CHECK are its options
 gpu-check:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from vramlab import study
+import regimes as study
 from vramlab.parameters import model_spec
 from vramlab.regime import read_regimes, read_row
 from vramlab.report import study_figures

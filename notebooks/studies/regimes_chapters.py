@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from . import study
-from .parameters import model_spec
-from .progress import bar
-from .regime import read_regimes
-from .report import study_figures
-from .report.study_figures import kept
+import regimes as study
+from vramlab.parameters import model_spec
+from vramlab.progress import bar
+from vramlab.regime import read_regimes
+from vramlab.report import study_figures
+from vramlab.report.study_figures import kept
 
 
 @dataclass(frozen=True)

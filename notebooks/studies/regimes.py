@@ -16,15 +16,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .atlas import Atlas, chart
-from .baichuan import BaichuanForCausalLM, ModelSpec
-from .observer import Clock
-from .parameters import model_spec
-from .predict import CACHE
-from .progress import bar
-from .reading import read_yaml, typed
-from .regime import REGIMES_FILE, Regime, read_regimes
-from .trainer import Schedule, Trainer
+from vramlab.atlas import Atlas, chart
+from vramlab.baichuan import BaichuanForCausalLM, ModelSpec
+from vramlab.observer import Clock
+from vramlab.parameters import model_spec
+from vramlab.predict import CACHE
+from vramlab.progress import bar
+from vramlab.reading import read_yaml, typed
+from vramlab.regime import REGIMES_FILE, Regime, read_regimes
+from vramlab.trainer import Schedule, Trainer
 
 STUDY_FILE = REGIMES_FILE.parent / "study.yml"
 GIB = 2**30
