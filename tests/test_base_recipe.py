@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import micro
-from vramlab import base
+from vramlab import base_training
 from vramlab.baichuan.tokenizer import ASSISTANT_ID
-from vramlab.base import Recipe
 from vramlab.factcc.prompt import IGNORED
 from vramlab.lessons import copies, echoes
+from vramlab.recipe import Recipe
 
 NO, YES = 5, 9
 ANSWERS = ((0, 6), (0, 11), (1, 9))
@@ -43,7 +43,7 @@ def model():
 
 def loss_of(model, recipe: Recipe):
     ids = {"no": [NO], "yes": [YES]}
-    return base._Loss(model, recipe, SimpleNamespace(encode_text=ids.__getitem__))
+    return base_training._Loss(model, recipe, SimpleNamespace(encode_text=ids.__getitem__))
 
 
 def means(model, batch) -> tuple[float, float, float]:
@@ -95,10 +95,10 @@ ODD = Recipe(copy_steps=11, copy_until=0.25, copy_lr=0.5, drill_batch=3, echo_st
 
 def test_every_stage_has_the_recipes_steps_rate_batch_and_items(monkeypatch):
     fed = []
-    monkeypatch.setattr(base, "checked_batches", lambda tokenizer, items, size, seed: fed.append((items, size, seed)) or fed[-1])
+    monkeypatch.setattr(base_training, "checked_batches", lambda tokenizer, *asked: fed.append(asked) or asked)
     words = [f"{kind}{number}" for number in range(60) for kind in ("word", "Name")]
     tokenizer = SimpleNamespace(sp=SimpleNamespace(piece_to_id=lambda piece: 1000 + words.index(piece.removeprefix("▁"))))
-    stages = {name: rest for name, *rest in base._stages(ODD, tokenizer, words)}
+    stages = {name: rest for name, *rest in base_training._stages(ODD, tokenizer, words)}
     assert {name: (rest[0].lr, rest[0].steps, rest[1]) for name, rest in stages.items()} == {
         "copy": (0.5, 11, 0.25), "echo": (0.5, 13, 0.0), "invented": (0.125, 17, 0.0), "general": (0.125, 19, 0.0)}
     assert [rest[0].floor for rest in stages.values()] == [1.0, 0.1, 0.1, 0.1], "copying is learned at once, at the full rate"

@@ -24,7 +24,7 @@ def forecast(**changes) -> SimpleNamespace:
     made = {"question": Question("tiny", "full", 128, 2), "trace": trace, "allocated_peak_bytes": 7 * GIB, "floor": floor,
             "reserved_peak_bytes": 15 * GIB // 2, "simulated": SimpleNamespace(label="verified"), "floor_s": 1.25, "took_s": 2.5,
             "ledger": {"weights": 4 * GIB, "cached": GIB // 4}, "fits": True, "retries": 0, "margin_bytes": GIB // 2,
-            "card": SimpleNamespace(name="a card", capacity_bytes=8 * GIB), "weights": "fp32"}
+            "card": SimpleNamespace(name="a card", capacity_bytes=8 * GIB), "weights": "fp32", "_reserved_range_words": lambda: ""}
     return SimpleNamespace(**{**made, **changes}, sides=dict)
 
 
@@ -40,6 +40,14 @@ def test_a_forecast_in_words_by_value():
     assert "does not fit; margin -1.50 GiB of 8.00" in small and "flushing" not in small
     assert "fits, after flushing its cache 3 times;" in Forecast.words(forecast(retries=3))
     assert "fit" not in Forecast.words(forecast(card=None))
+
+
+def test_the_range_of_the_reserved_peak_is_told_where_it_can_be_seen():
+    told = [Forecast._reserved_range_words(SimpleNamespace(reserved_range_bytes=(2 * GIB, most)))
+            for most in (2 * GIB, 5 * GIB // 2)]
+    assert told[0] == "" and told[1].startswith("2.00 to 2.50 GiB,")
+    assert "between 2.00 to 2.50" in " ".join(Forecast.words(forecast(_reserved_range_words=lambda: told[1])).split())
+    assert "Reserved: 2.00 to 2.50" in Forecast.takeaway(forecast(_reserved_range_words=lambda: told[1]))
 
 
 @pytest.mark.parametrize(("changes", "parts"), [

@@ -55,3 +55,24 @@ def test_compulsory_bytes_are_of_storages_that_outlive_their_phase_in_that_step_
     found = work.of_step(1, lambda storage: storage == "kept")
     assert {phase: (each["moved_bytes"], each["compulsory_bytes"], each["flops"]) for phase, each in found.items()} == {
         "forward": (32, 16, {}), "update": (16, 8, {})}
+
+
+@pytest.mark.parametrize(("func", "types", "from_host", "to_host", "bus"), [
+    (aten.copy_.default, (torch.float32, torch.float32), True, False, {"up": 28}),
+    (aten.copy_.default, (torch.float32, torch.float32), False, True, {"down": 28}),
+    (aten.copy_.default, (torch.float32, torch.bfloat16), True, False, {"up": 14}),
+    (aten.copy_.default, (torch.bfloat16, torch.float32), False, True, {"down": 14}),
+    (aten.copy_.default, (torch.float32, torch.float32), False, False, {}),
+    (aten.copy_.default, (torch.float32, torch.float32), True, True, {}),
+    (aten._to_copy.default, (torch.float32, torch.float32), True, False, {"up": 28}),
+    (aten.add.Tensor, (torch.float32, torch.float32), True, False, {})])
+def test_a_copy_crosses_the_bus_in_the_smaller_of_its_types(func, types, from_host, to_host, bus):
+    source, target = (torch.ones(7, dtype=dtype) for dtype in types)
+    places, work = {id(source): from_host, id(target): to_host}, Work()
+    args = (target, source) if func is aten.copy_.default else (source,)
+    work.saw(0, "update", func, args, target, id, lambda tensor: places[id(tensor)])
+    (found,) = work.of_step(0, lambda storage: True).values()
+    assert found["bus_bytes"] == bus
+    on_device = [] if from_host else [source.nbytes]
+    on_device += [] if to_host else [target.nbytes] * (2 if func is aten.copy_.default else 1)
+    assert found["moved_bytes"] == sum(on_device) and found["compulsory_bytes"] == sum(tensor.nbytes for tensor in (source, target) if not places[id(tensor)])

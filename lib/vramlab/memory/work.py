@@ -59,7 +59,7 @@ class Work:
         if not results and func not in IN_LISTS and func.namespace != "bitsandbytes":  # asks, computes nothing
             return
         here, operands = self.seen[step, phase], [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-        named = operands[1:] + results if func in ROWS_ONLY else operands + results
+        named = operands[1:] + 2 * results if func in ROWS_ONLY else operands + results
         for tensor in named:
             serial, storage_bytes = serial_of(tensor), tensor.untyped_storage().nbytes()
             if not on_host(tensor):
