@@ -15,12 +15,10 @@ from torch import Tensor, nn
 
 def checked_mask(mask: Tensor | None, keys: int) -> Tensor | None:
     """A mask (b, k) of integers. Raises: ValueError, for one of another shape, such as the 4-D masks that other models take."""
-    if mask is None:
-        return None
-    if mask.dim() != 2 or mask.shape[1] != keys:
+    if mask is not None and (mask.dim() != 2 or mask.shape[1] != keys):
         raise ValueError(f"attention_mask is {tuple(mask.shape)}: use (batch, {keys}), cached and new tokens, with 0 for padding "
                          "and 1 or a document's number elsewhere; generation needs the dynamic cache, which sends no 4-D mask")
-    return mask.long() if mask.dtype == torch.bool else mask
+    return mask.long() if mask is not None and mask.dtype == torch.bool else mask
 
 
 def documents(mask: Tensor | None, position_ids: Tensor | None, cached: int = 0) -> Tensor | None:
