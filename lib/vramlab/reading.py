@@ -119,7 +119,10 @@ def typed(kind: type, content: Any, where: str, **more) -> Any:
     needed = [name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
     hints = {name: hint for name, hint in typing.get_type_hints(kind).items() if name in known}
     content = checked(content, hints, where, needed)
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}, **more)
+    try:
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}, **more)
+    except ValueError as error:  # a value that its own type excludes
+        raise BadFile(f"{where}: {error}") from None
 
 
 def checked(content: Any, hints: Mapping[str, Any], where: str, needed: Sequence[str] = (), others: bool = False) -> dict:
