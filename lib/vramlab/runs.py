@@ -111,9 +111,15 @@ class Run:
         return self._table("accuracy")
 
     @cached_property
+    def table(self) -> pd.DataFrame:
+        """What a study's measurement found."""
+        return self._table("table")
+
+    @cached_property
     def damage(self) -> dict[str, str]:
         """File -> why it cannot be read, of the files that are there."""
         readers = {"result.json": "result", "params.yml": "params", "env.json": "environment", "nvml.parquet": "samples",
+                   "table.parquet": "table",
                    **{f"{name}.parquet": name for name in TABLES}}
         reasons = {}
         for file, reader in readers.items():
@@ -156,7 +162,7 @@ def outcome(folder: Path) -> str | None:
     run = Run(folder)
     for reason in run.damage.values():
         notice(f"{reason}; it counts as not there")
-    ended = (folder / "result.json").exists() and not run.damage.keys() & {"result.json", *NEEDED}
+    ended = (folder / "result.json").exists() and not run.damage.keys() & {"result.json", "table.parquet", *NEEDED}
     return run.result["outcome"] if ended else None
 
 

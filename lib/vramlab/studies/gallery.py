@@ -5,10 +5,10 @@ Reads the thinned studies under outputs/gallery, one folder a study file; import
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ..paths import ROOT
+from ..reading import read_json
 from .claims import Verdict, decide, read_claims
 from .evidence import Figure
 
@@ -18,13 +18,13 @@ GALLERY = ROOT / "outputs" / "gallery"
 def read_figures(folder: Path) -> dict[str, Figure]:
     """Name -> figure of one study in the gallery; empty when it is not there."""
     path = folder / "figures.json"
-    return {name: Figure.from_json(said) for name, said in json.loads(path.read_text()).items()} if path.exists() else {}
+    return {name: Figure.from_json(said) for name, said in read_json(path).items()} if path.exists() else {}
 
 
 def read_made(folder: Path) -> dict:
     """What made one study in the gallery: file, hash of its content, environment; empty when it is not there."""
     path = folder / "made.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def verdicts(gallery: Path = GALLERY) -> list[Verdict]:

@@ -20,6 +20,7 @@ import pandas as pd
 
 from ..factcc.statistics import MODEL_SCORINGS, choose_threshold
 from ..files import write_table
+from ..reading import read_table
 from ..runs import Run, outcome
 from .evidence import Figure, NotRun, two_level
 from .plan import Plan, StudyCell
@@ -87,11 +88,11 @@ class Records:
         """What `write` has written. Raises: FileNotFoundError."""
         if not list(folder.glob("*.parquet")):
             raise FileNotFoundError(f"no records in {folder}: `make studies` makes them")
-        frames = {name: pd.read_parquet(path) if (path := folder / f"{name}.parquet").exists() else pd.DataFrame()
+        frames = {name: read_table(path) if (path := folder / f"{name}.parquet").exists() else pd.DataFrame()
                   for name in TABLES}
         if len(frames["runs"]):
             frames["runs"]["params"] = [json.loads(params) for params in frames["runs"]["params"]]
-        tables = {path.stem.removeprefix("table-"): pd.read_parquet(path) for path in sorted(folder.glob("table-*.parquet"))}
+        tables = {path.stem.removeprefix("table-"): read_table(path) for path in sorted(folder.glob("table-*.parquet"))}
         return cls(**frames, tables=tables)
 
     def select(self, arm: str, **where) -> pd.DataFrame:
@@ -176,16 +177,15 @@ def _gather(run: Run, found: Mapping[str, list]) -> None:
     found["steps"].append(steps.iloc[at][["run_id", "step", "loss", "step_s", "t_s", "tokens_seen", "lr", *watched]])
     probes = run.folder / "probes.parquet"
     if probes.exists():
-        found["probes"].append(pd.read_parquet(probes).assign(run_id=name))
+        found["probes"].append(read_table(probes).assign(run_id=name))
 
 
 def _table(target: Path, cell: StudyCell) -> pd.DataFrame:
     """What was found, with the parameters asked with that are not columns of it."""
-    result = json.loads((target / "result.json").read_text())
-    if result["outcome"] != "ok":
-        return pd.DataFrame([{**_scalars(cell.params), "reason": result["reason"]}])
-    table = pd.read_parquet(target / "table.parquet")
-    return table.assign(**{key: value for key, value in _scalars(cell.params).items() if key not in table}, reason="")
+    run = Run(target)
+    if not run.ok:
+        return pd.DataFrame([{**_scalars(cell.params), "reason": run.result["reason"]}])
+    return run.table.assign(**{key: value for key, value in _scalars(cell.params).items() if key not in run.table}, reason="")
 
 
 def _scalars(params: Mapping) -> dict:
