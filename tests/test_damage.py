@@ -182,7 +182,7 @@ def test_a_damaged_forecast_is_traced_again_and_said(tmp_path, monkeypatch, caps
             made.clear()
             files.notice.cache_clear()
             again = traced_step(question, tmp_path)
-            assert made == [1] and again.peak_bytes == first.peak_bytes and f"{name} " in capsys.readouterr().err
+            assert made == [1] and again.peak_bytes == first.peak_bytes and name in capsys.readouterr().err
             assert traced_step(question, tmp_path).alive == first.alive and made == [1], "healed: it is read again"
 
 
