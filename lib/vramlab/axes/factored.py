@@ -64,14 +64,14 @@ class Factored(RowWise):
             # summed in fp32 as it is read: no fp32 copy of the weight
             weight_rms = torch.linalg.vector_norm(self.exact(leaf), dtype=torch.float32).div_(leaf.numel() ** 0.5)
             update_rms = (scratch["update_square"] / leaf.numel()).sqrt_()
-            scratch["lr"] = lr * weight_rms.clamp_(min=options["least_rms"])
-            scratch["factor"] = scratch["lr"] / (update_rms / options["most_rms"]).clamp_(min=1)
+            scratch["factor"] = lr * weight_rms.clamp_(min=options["least_rms"]) / (update_rms / options["most_rms"]).clamp_(min=1)
+            if options["weight_decay"]:
+                scratch["kept"] = 1 - options["weight_decay"] * (options["lr"] if options["relative"] else lr * weight_rms)
 
     def update(self, leaf: Tensor, rows: slice, gradient: Tensor, wide: Tensor) -> None:
-        options, scratch = self.options, self._scratch[leaf]
-        if options["weight_decay"]:
-            wide.mul_(1 - options["weight_decay"] * (options["lr"] if options["relative"] else scratch["lr"]))
-        wide.sub_(self._direction(leaf, rows, gradient).mul_(scratch["factor"]))
+        if self.options["weight_decay"]:
+            wide.mul_(self._scratch[leaf]["kept"])
+        wide.sub_(self._direction(leaf, rows, gradient).mul_(self._scratch[leaf]["factor"]))
 
     def _direction(self, leaf: Tensor, rows: slice, gradient: Tensor) -> Tensor:
         """g / sqrt(v) of one slice. Two roots multiplied: the product of r and c could underflow."""
