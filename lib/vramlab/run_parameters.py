@@ -132,7 +132,8 @@ def faults(full: Mapping) -> dict[str, str]:
         try:
             reason = "" if wrong.keys() & {*names} else check(full)
         except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-            reason = str(error)
+            given = [f"{name} is {full[name]!r:.80}: " for name in names if isinstance(full[name], dict) and full[name]]
+            reason = "".join(given) + str(error)
         if reason:
             wrong[names[0]] = reason
     return wrong

@@ -107,7 +107,8 @@ def _proof(arms: Mapping[str, Sequence[StudyCell]]) -> dict[str, list[StudyCell]
     if first is None:
         return {}
     recipe = {"recipe": "smoke"} if first.params.get("recipe", "standard") in ("standard", "reading") else {}
-    return {"proof": [StudyCell("proof", {**first.params, **PROOF, **recipe})]}
+    items = max(PROOF["train_items"], 2 * first.params.get("batch_size", 0))  # sequences for half a batch, of four items each
+    return {"proof": [StudyCell("proof", {**first.params, **PROOF, "train_items": items, **recipe})]}
 
 
 def _cells(name: str, arm: str, content: Mapping, defaults: Mapping) -> list[StudyCell]:
