@@ -130,7 +130,7 @@ def test_any_value_at_any_place_is_read_or_refused(tmp_path, kind):
 JUNK = {"empty": b"", "space": b" \n\n", "mark": b"\xef\xbb\xbf", "list": b"- a\n- b\n", "text": b"name", "number": b"12",
         "not utf-8": b"name: \xff\xfe", "utf-16": "name: x".encode("utf-16"), "twice": b"name: a\nname: b\n",
         "tag": b"name: !!int x\n",
-        "python": b"name: !!python/object/apply:os.getcwd []\n", "deep": b"[" * 5000, "keys": b"1: 2\n[a]: 3\n",
+        "python": b"name: !!python/object/apply:os.getcwd []\n", "deep": b"[" * 1500, "keys": b"1: 2\n[a]: 3\n",
         "half": b"name: {a: [",
         "tab": b"name:\n\t- x\n", "many": b"a: [" + b"1," * 300_000 + b"]\n", "nul": b"name: a\0b\n", "date": b"name: 2020-13-45\n",
         "digits": b"name: " + b"9" * 6000, "hex": b"name: 0x" + b"f" * 6000, "two": b"name: a\n---\nname: b\n", "merge": b"<<: 3\n",
@@ -159,7 +159,7 @@ def test_a_byte_order_mark_changes_nothing_and_a_pipe_is_not_waited_for(tmp_path
     for wrong in (pipe, tmp_path):
         with pytest.raises(ValueError):
             READERS[kind][0](wrong)
-    with pytest.raises(OSError):
+    with pytest.raises((OSError, ValueError), match="none.yml"):
         READERS[kind][0](tmp_path / "none.yml")
 
 

@@ -61,11 +61,10 @@ def test_what_would_have_fitted_keeps_axes_config_and_weights(monkeypatch):
 
 
 def test_a_rung_that_what_was_asked_for_excludes_says_why():
-    question = Question("tiny", "galore", 16, 1, "bf16", axes='{"clip": 1.0}')
-    answers = fitting.what_fits(question, fitting.limited(1 << 20), cache_dir=None)
-    assert answers[-1]["fits"] is False or answers[-1]["reason"]
-    lomo = next(rung for rung in fitting.ladder(question) if rung.regime == "lomo")
-    assert fitting._answer("x", lomo, Settings(), fitting.limited(1 << 20), None)["fits"] is None
+    rungs = fitting.ladder(Question("tiny", "galore", 16, 1, "bf16", axes='{"clip": 1.0}'))
+    lomo = next(rung for rung in rungs if rung.regime == "lomo")
+    answer = fitting._answer("lomo", lomo, Settings(), fitting.limited(1 << 20), None)
+    assert answer["fits"] is None and "clip" in answer["reason"] and rungs[0].row.clip == 1.0
 
 
 def test_a_model_that_is_not_there_names_the_nearest():
