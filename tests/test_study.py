@@ -6,9 +6,10 @@ import pandas as pd
 import pytest
 
 import regimes as study
+import regimes_figures
+from vramlab import updates
 from vramlab.parameters import model_spec
 from vramlab.regime import read_regimes, read_row
-from vramlab.report import study_figures
 
 ROWS = read_regimes()
 STUDY = study.read_study()
@@ -41,7 +42,7 @@ def test_chapters_are_what_was_asked_for():
     ("full", 1000, 1000, 1000), ("lomo", 1000, 1000, 1000), ("mezo", 1000, 1000, 1000), ("zero_shot", 0, 0, 0),
     ("lora", 0, 0, 0), ("approx_literal", 0, 0, 0), ("chunkft_128", 1000 / 128, 7, 8), ("chunkft", 125, 125, 125)])
 def test_updates_are_counted_from_parts_and_schedule(name, mean, least, most):
-    found = study.updates(model_spec("tiny"), ROWS[name])
+    found = updates.updates(model_spec("tiny"), ROWS[name])
     assert (found.least, found.most) == (least, most) and found.mean == pytest.approx(mean, rel=0.02)
     assert (found.added > 0) is (name in ("lora", "approx_literal"))
 
@@ -52,11 +53,11 @@ def test_updates_of_blocks_are_steps_times_the_blocks_share():
     hidden, inner, words, blocks = (spec.config.hidden_size, spec.config.intermediate_size, spec.config.vocab_size,
                                     spec.config.num_hidden_layers)
     block, ends = 4 * hidden**2 + 3 * hidden * inner + 2 * hidden, 2 * words * hidden + hidden
-    badam = study.updates(spec, ROWS["badam"])
+    badam = updates.updates(spec, ROWS["badam"])
     assert badam.mean == 1000 * block / (blocks * block + ends) and badam.least == 0 and badam.most == 200
-    lisa = study.updates(spec, ROWS["lisa"])
+    lisa = updates.updates(spec, ROWS["lisa"])
     assert lisa.mean == 1000 * (2 * block + ends) / (blocks * block + ends) and lisa.most == 1000
-    assert study.updates(spec, ROWS["lora"]).added == 8 * blocks * (  # A (8, in) and B (out, 8) of the five Linears
+    assert updates.updates(spec, ROWS["lora"]).added == 8 * blocks * (  # A (8, in) and B (out, 8) of the five Linears
         2 * hidden + 4 * hidden + 3 * (hidden + inner))
 
 
@@ -78,9 +79,9 @@ def test_the_steps_that_are_unlike_the_others_are_told(name, marked):
 def test_a_stall_is_compared_with_the_steps_after_it():
     times = [9.0, 1, 1, 1, 6, 2, 2, 2, 12, 4, 4, 4]  # a turn's own pace doubles; its first step is three times it
     frame = pd.DataFrame({"row": "x", "step": range(12), "step_s": times, "event": ["switch", "", "", ""] * 3})
-    assert study_figures.stall_words(frame) == ["`x`, switch: 3.00 times as long as the steps after it (median of 2)."]
+    assert regimes_figures.stall_words(frame) == ["`x`, switch: 3.00 times as long as the steps after it (median of 2)."]
     always = frame.assign(event="switch")
-    assert study_figures.stall_words(always) == ["`x`: switch at every step, 1000 to 12000 ms."]
+    assert regimes_figures.stall_words(always) == ["`x`: switch at every step, 1000 to 12000 ms."]
 
 
 def test_stalls_are_real_steps_of_rows_that_have_some():
@@ -92,9 +93,9 @@ def test_stalls_are_real_steps_of_rows_that_have_some():
 def test_a_far_limit_is_told_and_a_near_one_is_drawn():
     cell = {"ledger": {"weights": 2**30}, "requested_bytes": 2**30, "host_bytes": 0, "weights": "bf16", "card": "A",
             "cards": {"a": {"reserved_bytes": 2**30, "allocated_bytes": 2**30}}}
-    counts = {"x": study.Updates(1000.0, 1000, 1000, 0)}
+    counts = {"x": updates.Updates(1000.0, 1000, 1000, 0)}
     for limit, drawn in ((2, [2, 2]), (9, [None, None])):
-        figure = study_figures.ledger({"x": {**cell, "capacity_bytes": limit * 2**30}}, counts)
+        figure = regimes_figures.ledger({"x": {**cell, "capacity_bytes": limit * 2**30}}, counts)
         line = next(trace for trace in figure.data if trace.name.startswith("limit"))
         assert list(line.x) == drawn and ("off the scale" in line.name) is (drawn[0] is None)
 
@@ -102,11 +103,11 @@ def test_a_far_limit_is_told_and_a_near_one_is_drawn():
 def test_the_takeaway_tells_the_least_and_the_least_that_updates_everything():
     cells = {name: {"cards": {"a": {"allocated_bytes": size * 2**30, "reserved_bytes": size * 2**30}}}
              for name, size in (("badam", 2), ("lomo", 3), ("full", 9))}
-    counts = {"badam": study.Updates(20.0, 0, 40, 0), "lomo": study.Updates(1000.0, 1000, 1000, 0),
-              "full": study.Updates(1000.0, 1000, 1000, 0)}
-    said = study_figures.takeaway(cells, counts)
+    counts = {"badam": updates.Updates(20.0, 0, 40, 0), "lomo": updates.Updates(1000.0, 1000, 1000, 0),
+              "full": updates.Updates(1000.0, 1000, 1000, 0)}
+    said = regimes_figures.takeaway(cells, counts)
     assert said.startswith("**badam** needs least of the 3 rows drawn, 2.0 GiB") and "is **lomo**, 3.0 GiB" in said
-    assert "as often as can be" in study_figures.takeaway({"lomo": cells["lomo"]}, counts)
+    assert "as often as can be" in regimes_figures.takeaway({"lomo": cells["lomo"]}, counts)
 
 
 def test_storage_types_are_told_apart_by_the_row_itself():

@@ -8,16 +8,14 @@ the tiny model on this machine's CPU, which shows when a regime stalls, not how 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from vramlab.atlas import Atlas, chart
-from vramlab.baichuan import BaichuanForCausalLM, ModelSpec
+from vramlab.baichuan import BaichuanForCausalLM
 from vramlab.observer import Clock
 from vramlab.parameters import model_spec
 from vramlab.predict import CACHE
@@ -28,8 +26,6 @@ from vramlab.trainer import Schedule, Trainer
 
 STUDY_FILE = REGIMES_FILE.parent / "study.yml"
 GIB = 2**30
-STEPS = 1000
-"""Updates are counted over so many steps."""
 SHORT = 10
 """A stall that a row has more rarely than every so many steps comes every so many in a measured run, which has to be short."""
 
@@ -108,41 +104,6 @@ def predicted(chapters: Mapping[str, Sequence[str]], model: str, seq: int, card:
                            "capacity_bytes": said["cards"][card]["capacity_bytes"]}
             shown.update()
     return cells
-
-
-@dataclass(frozen=True)
-class Updates:
-    """How often the published model's parameters are updated in `STEPS` steps."""
-
-    mean: float
-    least: int
-    most: int
-    added: int
-    """Trained numbers that are not the published model's: adapters and whatever guesses gradients. Each is updated at every
-    step."""
-
-
-def updates(spec: ModelSpec, row: Regime, steps: int = STEPS) -> Updates:
-    """Counted from the row's parts and its schedule, of the model without any bytes."""
-    with torch.device("meta"):
-        model = BaichuanForCausalLM(spec.config)
-        own = {id(param): param.numel() for param in model.parameters()}
-        model = row.grads.prepare(row.trains.prepare(model, 0), 0)
-    parts, params = row.trains.parts(model), dict(model.named_parameters())
-    turns = Counter(part for step in range(steps) for part in row.trains.active(step, len(parts)))
-    sizes: Counter = Counter()  # number of updates -> parameters with so many
-    added = 0
-    for index, part in enumerate(parts):
-        for leaf in part:
-            size = params[leaf.name].numel() // leaf.rows * (leaf.stop - leaf.start)
-            if id(params[leaf.name]) in own:
-                sizes[turns[index]] += size
-            else:
-                added += size
-    total = sum(own.values())
-    sizes[0] += total - sizes.total()
-    there = [number for number, size in sizes.items() if size]
-    return Updates(sum(number * size for number, size in sizes.items()) / total, min(there), max(there), added)
 
 
 def event(row: Regime, step: int, count: int) -> str:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import pandas as pd
 
 import regimes as study
+import regimes_figures
+from regimes_figures import kept
+from vramlab import updates
 from vramlab.parameters import model_spec
 from vramlab.progress import bar
 from vramlab.regime import read_regimes
-from vramlab.report import study_figures
-from vramlab.report.study_figures import kept
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Chapters:
     rows: Mapping[str, Sequence[str]]
     """family -> rows"""
     cells: Mapping[str, dict]
-    counts: Mapping[str, study.Updates]
+    counts: Mapping[str, updates.Updates]
     times: pd.DataFrame
     quotes: Mapping[str, study.Quote]
 
@@ -35,7 +36,7 @@ class Chapters:
         counts = {}
         with bar("updates", len(cells), progress) as shown:
             for name in cells:
-                counts[name] = study.updates(model_spec(model), known[name])
+                counts[name] = updates.updates(model_spec(model), known[name])
                 shown.update()
         return cls(chosen, cells, counts, study.stalls(cells, progress=progress), read.quotes)
 
@@ -50,13 +51,13 @@ class Chapters:
         cells = {name: cell for name, cell in kept(names, self.cells).items() if not cell["reason"]}
         display(*(Markdown(f"* `{name}` has no forecast: {self.cells[name]['reason']}") for name in names if name not in cells))
         if cells:
-            display(study_figures.table(cells, self.counts, self.quotes).round(2), study_figures.ledger(cells, self.counts))
+            display(regimes_figures.table(cells, self.counts, self.quotes).round(2), regimes_figures.ledger(cells, self.counts))
         times = self.times[self.times["row"].isin(names)]
         if len(times):
-            display(study_figures.stalls(times))
-        words = study_figures.stall_words(times) or ["No row here has a step unlike its others."]
+            display(regimes_figures.stalls(times))
+        words = regimes_figures.stall_words(times) or ["No row here has a step unlike its others."]
         display(Markdown("\n".join(f"* {sentence}" for sentence in words)))
 
     def takeaway(self) -> str:
         """In Markdown; rows without a forecast are not in it."""
-        return study_figures.takeaway({name: cell for name, cell in self.cells.items() if not cell["reason"]}, self.counts)
+        return regimes_figures.takeaway({name: cell for name, cell in self.cells.items() if not cell["reason"]}, self.counts)

@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..report.study_figures import dressed
+from ..report.figures import dressed
 from .baichuan2 import GIB, HEADS, LAST, ladder, power_law, pretraining
 from .lab import Lab
 

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..report.study_figures import dressed
+from ..report.figures import dressed
 from .checkpointing import FULL, GIB, KEEP, changed, counted, differences, forecasts, groups, places, timed, trained
 from .claims import ALPHA
 from .evidence import Figure

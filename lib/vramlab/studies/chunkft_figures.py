@@ -9,8 +9,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..report.figures import dressed
 from ..report.forecast_figures import COLORS
-from ..report.study_figures import dressed
 from .chunkft import CHUNKED, DENSE, GIB, by_chunks, distances, forecasts
 from .evidence import Figure, by_seed
 from .lab import Lab

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..report.study_figures import dressed
+from ..report.figures import dressed
 from ..run import KNOWN_PARAMETERS
 from .evidence import Figure, NotRun
 from .gradient_approximation import COMPARED, TABLE, probes_of, rows_of, seconds

@@ -10,8 +10,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from .. import notebook
+from ..report.figures import dressed
 from ..report.forecast_figures import COLORS
-from ..report.study_figures import dressed
 from .evidence import Figure, NotRun
 from .lomo import DOMAIN, memory, rates
 

@@ -16,8 +16,8 @@ from ..observer import Clock, Observer
 from ..parameters import model_spec, row_of
 from ..predict import Question, forecast
 from ..regime import Regime
-from ..study import updates
 from ..trainer import Batch, Schedule, Trainer
+from ..updates import updates
 
 
 def predicted(model: str, regime: str, seq: int, batch: int = 1, weights: str = "", axes: Mapping | None = None,

@@ -1,4 +1,4 @@
-"""The figures and tables of the study of the regimes, each from plain data of `study`. What kind a figure is stands on it."""
+"""The figures and tables of the study of the regimes, each from plain data of `regimes`. What kind a figure is stands on it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .forecast_figures import COLORS, RESERVED
-from .forecasts import GIB
+from vramlab.report.figures import dressed
+from vramlab.report.forecast_figures import COLORS, RESERVED
+from vramlab.report.forecasts import GIB
 
 EVENTS = {"": "#bab0ac", "new projection": "#e15759", "switch": "#4e79a7", "anchor": "#b07aa1", "probe": "#76b7b2"}
 FAR = 4
@@ -78,18 +79,6 @@ def stalls(frame: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(title_text="step time, ms", col=1)
     figure.update_annotations(font_size=13)
     return dressed(figure, "Step time, tiny model", "measured on this CPU", 170)
-
-
-def dressed(figure: go.Figure, title: str, kind: str, plot_px: int) -> go.Figure:
-    """Margins and a legend that keep their distance at any height, and in the corner the kind of the figure's numbers."""
-    top, bottom = 84, 110
-    figure.update_layout(
-        title={"text": title, "x": 0, "xanchor": "left", "font": {"size": 15}}, height=top + plot_px + bottom,
-        margin={"l": 60, "r": 16, "t": top, "b": bottom},
-        legend={"orientation": "h", "y": -52 / plot_px, "yanchor": "top", "traceorder": "normal"})
-    return figure.add_annotation(text=kind, x=1, y=1, xref="paper", yref="paper", xanchor="right", yanchor="bottom", yshift=38,
-                                 showarrow=False, bgcolor="#fff3cd", bordercolor="#d6b656", borderpad=3,
-                                 font={"size": 12, "color": "#333"})
 
 
 def table(cells: Mapping[str, Mapping], counts: Mapping, quotes: Mapping) -> pd.DataFrame:
