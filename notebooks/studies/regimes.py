@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from vramlab.atlas import Atlas, chart
 from vramlab.baichuan import BaichuanForCausalLM
