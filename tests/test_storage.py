@@ -76,6 +76,14 @@ def test_the_mean_over_all_bits_is_exact():
     assert torch.isinf(round_up_or_down(torch.tensor([float("inf")]), torch.tensor([65535], dtype=torch.int32))).all()
 
 
+def test_what_is_not_a_number_never_becomes_one():
+    """The patterns of not-a-number with the highest payload, plus bits, would wrap around to zero; a GPU's own is such a one."""
+    patterns = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001, -0x7FFFFF], dtype=torch.int32).repeat(3, 1)
+    bits = torch.tensor([[0], [1], [65535]], dtype=torch.int32).expand_as(patterns)
+    assert patterns.view(torch.float32).isnan().all()
+    assert not round_up_or_down(patterns.view(torch.float32), bits).isfinite().any()
+
+
 def test_random_bits_are_a_function_of_element_and_label():
     device = torch.device("cpu")
     bits = random_bits(100_000, 0, "0/leaf/1/0", device)

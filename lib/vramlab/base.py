@@ -24,7 +24,7 @@ from transformers.utils import logging
 from .baichuan import BaichuanForCausalLM, BaichuanTokenizer, ModelSpec
 from .base_training import Base, extend_base, save_tokenizer, train_base
 from .factcc.generator import GeneratorConfig
-from .files import intact, seal
+from .files import intact, remove_stale, seal
 from .paths import BASES
 from .recipe import Reading, Recipe
 
@@ -69,6 +69,7 @@ def _cached(folder: Path, fill: Callable[[Path], object]) -> Path:
         print(f"{folder.name}: the files in the cache are damaged, they are made again", file=sys.stderr)
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(folder.parent, ".partial-*")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
         whole = Path(partial, "whole")
         whole.mkdir()

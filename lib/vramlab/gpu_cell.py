@@ -230,7 +230,7 @@ def _evidence(result: dict) -> Iterator[None]:
         yield
     except Exception as error:
         short = run.out_of_memory(error)
-        text = f"{type(error).__name__}: {error}".splitlines()[0][:400]
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         result |= {"outcome": "oom" if short else "failed", "reason": text.replace(str(Path.home()), "~")}
         if short:
             result["oom"] = oom.record_of(error)

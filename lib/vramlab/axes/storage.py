@@ -12,6 +12,7 @@ Shapes: weight (O, ...), rows a slice of O, wide (rows, ...).
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -79,8 +80,9 @@ class Master(Nearest):
 
 def round_up_or_down(wide: Tensor, bits: Tensor) -> Tensor:
     """fp32 -> fp32 numbers that bf16 holds exactly, in place: 16 random bits are added to the 16 that bf16 lacks, and a carry
-    rounds away from zero. The mean over `bits` (int32, 0 to 2^16 - 1) is `wide` exactly; infinities stay."""
-    pattern = wide.view(torch.int32)
+    rounds away from zero. The mean over `bits` (int32, 0 to 2^16 - 1) is `wide` exactly; infinities stay, and what is not a
+    number becomes one: its pattern, plus bits, may be that of zero."""
+    pattern = wide.nan_to_num_(math.inf, math.inf, -math.inf).view(torch.int32)
     pattern.add_(bits).bitwise_and_(-(1 << 16))
     return wide
 
