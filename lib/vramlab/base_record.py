@@ -36,7 +36,8 @@ def make(model: str, recipe_name: str, seed: int | None, progress: bool) -> dict
         made.mkdir()
         write_base(spec, recipe, CACHE, made, progress)
         record = json.loads((made / "recipe.json").read_text())
-        rows = [row for row in _rows(folder, spec, recipe_name) if _key(row) != _key(_row(record))] + [_row(record)]
+        # a model that was saved has written into its spec's config, so the rows of today's recipe are told by a new one
+        rows = [row for row in _rows(folder, model_spec(model), recipe_name) if _key(row) != _key(_row(record))] + [_row(record)]
         if seed is None:
             seal(made)
             shutil.rmtree(folder, ignore_errors=True)
