@@ -12,8 +12,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import regimes
 from hostile import SCALARS, YAML, changed, ends, no_files, refused
-from vramlab import cards, regime, study
+from vramlab import cards, regime
 from vramlab.atlas import read_atlas
 from vramlab.baichuan import read_model_file
 from vramlab.files import write_table
@@ -26,7 +27,7 @@ from vramlab.sweep import read_sweep
 
 PARAMS = ROOT / "params"
 READERS = {"sweep": lambda path: read_sweep(path, path.parent), "study": read_plan, "claims": read_claims, "atlas": read_atlas,
-           "cards": cards.read_cards, "published": study.read_study, "run": lambda path: Run(path.parent).params,
+           "cards": cards.read_cards, "published": regimes.read_study, "run": lambda path: Run(path.parent).params,
            "regimes": regime.read_regimes, "model": read_model_file}
 SMALL = {"sweep": {"name": "mine", "notebook": "notebooks/finetune.ipynb", "defaults": {"steps": 3, "recipe": "smoke"},
                    "grid": {"regime": ["full", "lomo"], "with": [{"seed": 1}]}},

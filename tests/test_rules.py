@@ -232,7 +232,7 @@ def test_sgd_in_bf16_is_formed_in_fp32():
     """One rounding, of w - lr g."""
     weight = nn.Parameter(torch.randn(300, 41).bfloat16())
     before, gradient = weight.detach().clone(), torch.randn(300, 41).bfloat16()
-    for optimizer in (Sgd().make([weight], 0.25), RowSgd([weight], 0.25, Fit())):
+    for optimizer in (Sgd().make([weight], 0.25), RowSgd([weight], 0.25, Fit(), **vars(Sgd()))):
         weight.data.copy_(before)
         weight.grad = gradient
         optimizer.step()

@@ -11,6 +11,7 @@ import yaml
 
 from vramlab import passes, run
 from vramlab.dataset import dataset
+from vramlab.paths import ROOT
 from vramlab.regime import ImpossibleHere
 from vramlab.run import KNOWN_PARAMETERS, config_hash, execute, resolve, run_id
 from vramlab.runs import Run, read_runs
@@ -98,7 +99,7 @@ def test_whatever_decides_numbers_changes_the_hash(tmp_path):
                     {"config": {"norm_head": False}}):
         assert config_hash({**SMALL, **changed}) != base
     file = tmp_path / "model.yml"
-    shape = yaml.safe_load((passes.ROOT / "params" / "models" / "tiny.yml").read_text())
+    shape = yaml.safe_load((ROOT / "params" / "models" / "tiny.yml").read_text())
     hashes = []
     for layers in (4, 5):
         file.write_text(yaml.safe_dump({**shape, "config": {**shape["config"], "num_hidden_layers": layers}}))
@@ -118,7 +119,7 @@ def test_a_wrong_parameter_is_refused_by_name(wrong, words):
                                               ({"items": "nowhere"}, "does not exist"),
                                               ({"recipe": "quick"}, "standard, reading, smoke"),
                                               ({"objective": "all"}, "objective is 'all': use one of answer"),
-                                              ({"config": {"norm": 1}}, "config has norm: a Baichuan-2 has vocab_size")])
+                                              ({"config": {"norm": 1}}, "config: unknown 'norm'.*a Baichuan-2 has vocab_size")])
 def test_a_run_that_cannot_be_prepared_says_why(tmp_path, wrong, words):
     with pytest.raises(ValueError, match=words):
         execute({**SMALL, **wrong}, tmp_path / "r", progress=False)
@@ -161,7 +162,7 @@ def test_axes_and_places_are_chosen_by_parameters():
     changed = resolve({"regime": "full", "axes": {"acts": "checkpoint", "clip": 1.0}})
     assert changed["regime_row"]["acts"]["value"] == "checkpoint" and changed["clip"] == 1.0
     assert config_hash({"regime": "full", "axes": {"acts": "checkpoint"}}) != config_hash({"regime": "full"})
-    with pytest.raises(ValueError, match="unknown act"):
+    with pytest.raises(ValueError, match="a row has no 'act': use acts"):
         resolve({"regime": "full", "axes": {"act": "checkpoint"}})
     few = {**KNOWN_PARAMETERS, "train_items": 4, "val_items": 2, "test_items": 3}
     places = lambda **said: sorted({(item.domain, item.shift) for item in dataset({**few, **said}).test})  # noqa: E731

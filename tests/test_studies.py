@@ -44,7 +44,7 @@ def test_plan_has_every_combination_once(tmp_path):
 
 @pytest.mark.parametrize("changes, words", [
     ({"speed": 1}, "may have name"), ({"runs": {"a": {"grid": {"seed": []}}}, "pairs": {}}, "give a list"),
-    ({"runs": {"a": {"grid": {"stepps": [1]}}}, "pairs": {}}, "unknown parameter stepps"),
+    ({"runs": {"a": {"grid": {"stepps": [1]}}}, "pairs": {}}, "unknown parameter 'stepps'"),
     ({"pairs": {"x": {"arm": "nowhere", "one": {}, "other": {}, "equal": "tokens"}}}, "no arm")])
 def test_plan_refuses(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):

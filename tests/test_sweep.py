@@ -209,7 +209,7 @@ def test_two_sweeps_in_one_folder_are_refused(sweep_file):
 
 @pytest.mark.parametrize(("content", "words"), [
     ({"grid": {"regime": []}}, "give a list of values"), ({"gird": {"regime": ["full"]}}, "gird"), ({"name": "x"}, "no grid"),
-    ({"grid": {"regime": ["lomoo"]}}, "lomoo"), ({"grid": {"regime": ["full"], "step": [1]}}, "unknown parameter step"),
+    ({"grid": {"regime": ["lomoo"]}}, "lomoo"), ({"grid": {"regime": ["full"], "step": [1]}}, "unknown parameter 'step'"),
     ({"grid": {"steps": ["many"]}}, "it takes int"), ([1], "its whole content")])
 def test_a_wrong_sweep_file_is_refused_before_anything_runs(tmp_path, content, words, capsys):
     path = tmp_path / "wrong.yml"

@@ -53,6 +53,8 @@ def _generated(params: Mapping) -> Dataset:
 def _makers(params: Mapping) -> tuple[Callable, Callable]:
     """What makes the items to be scored, one a document, and those to learn from, several a document."""
     task, seed, records = params["task"], params["data_seed"], params["records"]
+    if task not in TASKS:
+        raise ValueError(f"task is {task!r}: the generator makes {', '.join(TASKS)}")
     if task == "claims":
         make, configs = generate_items, (GeneratorConfig(records), GeneratorConfig(records, claims=CLAIMS_PER_SEQUENCE))
     else:

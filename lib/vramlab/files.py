@@ -35,7 +35,7 @@ def remove_stale(folder: Path, pattern: str, age_s: float = 86_400.0) -> None:
     """Remove files and folders that match and are older than `age_s` seconds: parts that a killed process left."""
     for path in folder.glob(pattern):
         try:
-            old = time.time() - path.stat().st_mtime > age_s
+            old = time.time() - path.lstat().st_mtime > age_s
         except FileNotFoundError:  # whoever wrote it has just finished
             continue
         if old and path.is_dir():

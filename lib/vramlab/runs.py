@@ -24,12 +24,12 @@ KILLED = "the notebook's process was killed by signal 9"
 """The reason that stands for running out of memory when nobody lived to say so."""
 
 SPEED = ("tokens_per_s", "step_s_median", "step_s_q25", "step_s_q75", "forward_s", "backward_s", "update_s")
-_OWNER = {"category": str, "module": str, "op": str, "bytes": int}
+_OWNER = {"category": str, "module": str, "bytes": int}
 _COUNTS = dict.fromkeys(("asked_bytes", "free_bytes", "capacity_bytes", "reserved_bytes", "allocated_bytes",
                          "largest_free_block_bytes"), int | None)
 RESULT: Mapping[str, Any] = {
     "outcome": OUTCOMES, "reason": str, "regime": str, "model": str, "measured_on": str, "device": str, "loss_first": Real,
-    "loss_last": Real, "trainable_parameters": int, "parameters": int, "host_bytes": int, "optimizer_state_bytes": int,
+    "loss_last": Real, "trainable_parameters": int, "parameters": int, "host_bytes": int | None, "optimizer_state_bytes": int,
     "speed": dict.fromkeys(SPEED, Real), "peak_bytes": Mapping[str, int | None], "memory_ledger": Mapping[str, int],
     "peak": {"peak_bytes": int, "phase": str, "step": int, "categories": Mapping[str, int], "owners": [_OWNER]},
     "base": Mapping[str, Any], "notes": Sequence[str],

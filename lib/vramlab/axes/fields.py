@@ -41,7 +41,7 @@ CountOrNone = Annotated[int, Range(0)]
 """0 where there is none, or never."""
 Width = Annotated[int, Range(1, 1 << 16)]
 """A side of a matrix that the field makes: a larger one is a slip, and would only run out of memory."""
-Limit = Annotated[float, Range(0, 1e6)]
+Limit = Annotated[float, Range(0, 1e12)]
 Seed = Annotated[int, Range(0, (1 << 32) - 1)]
 Decay = Annotated[float, Range(0, 0.999999)]
 """What a running mean keeps of itself: 1 would keep all and learn nothing."""
