@@ -297,7 +297,8 @@ COMMANDS = [["regimes"], ["regimes", "--file", "{}/nope.yml"], ["regimes", "--fi
             ["replay", "{}/nope"], ["sweep", "{}/sweep.yml", "--dry-run"], ["sweep", "{}/nope.yml"], ["sweep", "{}"],
             ["sweep", "{}/sweep.yml", "--out", "{}/good.jsonl/x"], ["predict", "--model", "tinny"],
             ["predict", "--model", "tiny", "--regime", "lorra"], ["predict", "--model", "tiny", "--card", "rtx409"],
-            ["predict", "--model", "{}"], ["predict", "--model", "tiny", "--seq", "16"],
+            ["predict", "--model", "{}"], ["predict", "--model", "tiny", "--seq", "16"], ["predict", "--card", ""],
+            ["predict", "--seq", "9" * 20], ["predict", "--batch", "1" + 17 * "0"], ["base"], ["base", "--model", "baichuan2-7b"],
             ["atlas", "{}/nope.yml"], ["atlas", "{}"], ["atlas", "{}/atlas.yml", "--dry-run"], ["studies", "lommo"],
             ["studies", "{}/sweep.yml"], ["report", "{}/nope"], ["report", "{}/good.jsonl"], ["report", "{}"], ["doctor"]]
 
@@ -313,6 +314,14 @@ def test_every_command_with_json_prints_one_document_whatever_happens(command, t
     document = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert code in (0, 2), code
     assert ("error" in document and document["error"] in err and "Traceback" not in err) == (code == 2)
+
+
+@pytest.mark.parametrize("words", [["--seq", "1e3"], ["--weights", "nf4"], ["--sek", "3"]], ids=" ".join)
+def test_an_argument_that_cannot_be_read_is_one_document_too(words, capsys):
+    with pytest.raises(SystemExit):
+        main(["predict", *words, "--json"])
+    out, err = capsys.readouterr()
+    assert words[0] in json.loads(out)["error"] and words[0] in err
 
 
 def test_a_typo_is_answered_with_the_nearest_name(capsys):

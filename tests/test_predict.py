@@ -192,3 +192,11 @@ def test_another_storage_type_that_makes_the_row_illegal_is_refused():
 def test_every_card_says_where_its_figures_come_from():
     for one in read_cards().values():
         assert set(one.source) == {"memory", "context", "rates", "host"} and 0 < one.context_bytes < one.total_bytes < 2**38
+
+
+def test_a_fraction_of_the_card_is_all_that_is_left_of_it():
+    """What is told as left never contradicts whether it fits."""
+    for fraction in ("0.001", "0.0001", "0.5"):
+        settings = Settings.parse(f"per_process_memory_fraction:{fraction}")
+        found = forecast(Question("tiny", "full", 32, 1), card("rtx4090"), settings)
+        assert found.fits == (found.margin_bytes >= 0) and found.margin_bytes < float(fraction) * found.card.total_bytes

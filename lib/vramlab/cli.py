@@ -141,7 +141,7 @@ def _predict(args) -> Answer:
     from .predict import Question, forecast, largest
 
     question = Question(args.model, args.regime, args.seq, args.batch, args.weights or "", world=args.world)
-    held, settings = args.card and card(args.card), Settings.parse(args.allocator or "")
+    held, settings = None if args.card is None else card(args.card), Settings.parse(args.allocator or "")
     if args.max:
         if held is None:
             raise ValueError("--max searches what fits on a card: say which with --card")
@@ -170,10 +170,19 @@ def _doctor(args) -> Answer:
     return Answer(doctor.to_json(found), doctor.words(found))
 
 
-def parser() -> argparse.ArgumentParser:
-    """All commands with their options."""
-    top = argparse.ArgumentParser(prog="vramlab", description="Which memory regime fine-tunes Baichuan-2 on the GPU at hand, "
-                                  "and what it costs in factual consistency.")
+class _JsonParser(argparse.ArgumentParser):
+    """Prints the one JSON document of an error of use too."""
+
+    def error(self, message: str):
+        print(json.dumps({"error": message}))
+        super().error(message)
+
+
+def parser(as_json: bool = False) -> argparse.ArgumentParser:
+    """All commands with their options. `as_json`: errors of use are a JSON document too."""
+    kind = _JsonParser if as_json else argparse.ArgumentParser
+    top = kind(prog="vramlab", description="Which memory regime fine-tunes Baichuan-2 on the GPU at hand, "
+                                           "and what it costs in factual consistency.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, does, about: str):
@@ -237,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Errors of use go to standard error in one line, exit code 2."""
-    args = parser().parse_args(argv)
+    args = parser("--json" in (sys.argv if argv is None else argv)).parse_args(argv)
     answer = _answer(args)
     text = json.dumps(_plain(answer.document), indent=1) if args.json else answer.words
     try:

@@ -42,6 +42,8 @@ from .split import sides
 
 CODE = ("axes", "baichuan", "memory", "forecast.py", "observer.py", "regime.py", "trainer.py")
 """What of this library decides a trace."""
+MOST_TOKENS = 1 << 24
+"""Of a step that is asked about; what is larger is a mistake, and beyond what storages can be counted in."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ class Question:
         for name, value in (("seq", self.seq), ("batch", self.batch), ("world", self.world)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: a step needs 1 or more")
+        if self.seq * self.batch > MOST_TOKENS or self.world > MOST_TOKENS:
+            raise ValueError(f"seq {self.seq} x batch {self.batch} on {self.world} ranks is more than {MOST_TOKENS:,} tokens or "
+                             "ranks: no step is that large")
 
     @classmethod
     def of_run(cls, params: Mapping, seq: int = 0) -> Question:
@@ -198,7 +203,7 @@ class Forecast:
             verdict = "fits" if self.fits else "does not fit"
             flushed = f", after flushing its cache {self.retries} times" if self.fits and self.retries else ""
             lines += [f"{self.card.name}: {verdict}{flushed}; margin {self.margin_bytes / gib:+.2f} GiB of "
-                      f"{self.card.capacity_bytes / gib:.2f}",
+                      f"{self.settings.usable_bytes(self.card.capacity_bytes, self.card.total_bytes) / gib:.2f}",
                       f"no step faster than {self.floor.s:.3f} s, bound by {self.floor.binds} (roofline floor, not an estimate): "
                       f"compute {self.floor.compute_s:.3f}, memory {self.floor.memory_s:.3f}, bus {self.floor.bus_s:.3f}"]
         return "\n".join([*lines, f"took {self.took_s:.1f} s"])
@@ -241,7 +246,8 @@ def forecast(question: Question, card: Card | None = None, settings: Settings = 
     ledger |= {"context": card.context_bytes} if card else {}
     return Forecast(
         question, card, settings, traced, free, allocated, reserved, ledger,
-        held and held.oom is None, held.num_alloc_retries if held else 0, card and card.capacity_bytes - reserved,
+        held and held.oom is None, held.num_alloc_retries if held else 0,
+        card and settings.usable_bytes(card.capacity_bytes, card.total_bytes) - reserved,
         card and roofline(traced.work, card.bf16_tflops, card.fp32_tflops, card.gb_per_s, card.host_gb_per_s),
         time.perf_counter() - began)
 

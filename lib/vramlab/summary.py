@@ -79,8 +79,8 @@ def _on_card(traced: Trace, events: Mapping, free: Simulated, settings: Settings
         counted = held if fits and settings.collects_above_bytes(card.total_bytes) is not None else free
     step = traced.reported
     allocated, reserved = int(counted.allocated_bytes[step].max()), int(counted.reserved_bytes[: step.stop].max())
-    return {"allocated_bytes": allocated, "reserved_bytes": reserved, "margin_bytes": capacity_bytes - reserved, "fits": fits,
-            "retries": retries}
+    return {"allocated_bytes": allocated, "reserved_bytes": reserved, "fits": fits, "retries": retries,
+            "margin_bytes": settings.usable_bytes(capacity_bytes, card.total_bytes) - reserved}
 
 
 @cache

@@ -120,6 +120,11 @@ class Settings:
         limited = device_bytes is not None and self.per_process_memory_fraction < 1
         return int(self.per_process_memory_fraction * device_bytes) if limited else None
 
+    def usable_bytes(self, capacity_bytes: int, device_bytes: int) -> int:
+        """How much may be reserved where a context leaves `capacity_bytes` of a device."""
+        allowed = self.allowed_bytes(device_bytes)
+        return capacity_bytes if allowed is None else min(capacity_bytes, allowed)
+
     def collects_above_bytes(self, device_bytes: int | None) -> int | None:
         """Reserved bytes from which on garbage is collected; None: never. C++: `malloc`, `garbage_collect_cached_blocks`."""
         allowed = self.allowed_bytes(device_bytes) if self.garbage_collection_threshold else None
