@@ -107,7 +107,7 @@ def test_a_random_row_is_refused_by_name_or_trains():
 @pytest.mark.slow
 def test_many_random_rows_are_refused_by_name_or_train():
     seen = outcomes(10_000, 3000)
-    assert min(seen[name] for name in ("unreadable", "illegal", "not here", "trained")) > 10, seen
+    assert min(seen[name] for name in ("unreadable", "illegal", "trained")) > 500 and seen["not here"], seen
 
 
 KINDS = [(axis, name) for axis, known in AXES.items() for name in known]
