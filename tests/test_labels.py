@@ -40,6 +40,20 @@ def test_a_step_without_labels_is_refused_and_changes_nothing(name):
         assert torch.isfinite(trainer.step([batch(2)])), "the trainer goes on after a refusal"
 
 
+@pytest.mark.parametrize("label", [-1, -101, 61, 2**40])
+@pytest.mark.parametrize("row", [{}, {"head": "fused"}, {"head": "fused", "trains": "prompt"}], ids=str)
+def test_a_label_outside_the_vocabulary_is_refused_by_name_and_changes_nothing(row, label):
+    """The fused head would train on it: it takes no logit for the label, and goes on."""
+    trainer = Trainer(model(), read_row("row", {**row, "accumulate": 2}), Schedule(1e-2, 4))
+    before, wrong = deepcopy(weights(trainer)), batch(0)
+    wrong["labels"][1, 4] = label
+    with pytest.raises(ValueError, match=f"label of step 0 is {label}, outside the vocabulary of 61: use 0 to 60"):
+        trainer.step([batch(1), wrong])
+    assert all(torch.equal(before[key], tensor) for key, tensor in weights(trainer).items())
+    wrong["labels"][1, 4] = 60
+    assert torch.isfinite(trainer.step([batch(1), wrong])), "the trainer goes on after a refusal"
+
+
 def accumulating() -> list[str]:
     names = []
     for name in REGIMES:

@@ -105,11 +105,12 @@ class Trainer:
         """One update from `regime.accumulate` micro-batches. Returns the loss: the mean over all their labelled tokens,
         a detached 0-d tensor on the device (reading it is the caller's synchronization, not ours). `shares` are the
         micro-batches' shares of those tokens, for a caller that knows them, or whose labels are on the device and should not be
-        waited for; else they are counted. A micro-batch without a label contributes nothing. Where there are ranks, each gives
-        its own micro-batches, of the same number; tokens and loss are then all ranks' together.
+        waited for; else they are counted, and the labels checked: where `shares` are given nothing looks at a label, and the
+        fused head trains on one outside the vocabulary without an error. A micro-batch without a label contributes nothing.
+        Where there are ranks, each gives its own micro-batches, of the same number; tokens and loss are then all ranks' together.
 
-        Raises: ValueError, before any weight changes, when the number of micro-batches is not what the regime accumulates, or
-        no token of the step is labelled.
+        Raises: ValueError, before any weight changes, when the number of micro-batches is not what the regime accumulates, a
+        label is outside the vocabulary, or no token of the step is labelled.
         """
         if len(batches) != self.regime.accumulate:
             raise ValueError(f"{len(batches)} micro-batches for accumulate: {self.regime.accumulate}: "
@@ -157,9 +158,16 @@ class Trainer:
 
     def _shares(self, batches: Sequence[Batch]) -> list[float]:
         """Each micro-batch's share of the tokens that the loss counts, so that the sum of gradients is the large batch's
-        gradient, and so is its mean over ranks. Counted where the labels are, unseen by whoever watches the step."""
+        gradient, and so is its mean over ranks. Counted where the labels are, unseen by whoever watches the step.
+        Raises: ValueError, when a label that counts is outside the vocabulary, or there is none."""
+        words = self.model.config.vocab_size
         with _disable_current_modes():
-            counts = [int((self.regime.trains.predicted(batch) != -100).sum()) for batch in batches]
+            labels = [predicted[predicted != -100] for predicted in map(self.regime.trains.predicted, batches)]
+            outside = [int(label) for counted in labels for label in counted[(counted < 0) | (counted >= words)][:1]]
+        if outside:
+            raise ValueError(f"a label of step {self.steps_done} is {outside[0]}, outside the vocabulary of {words}: use 0 to "
+                             f"{words - 1}, or -100 where nothing is to be learned")
+        counts = [len(counted) for counted in labels]
         whole = self._mean_of_ranks(sum(counts))
         if not whole:
             raise ValueError(f"no token of step {self.steps_done} is labelled, in none of its {len(batches)} micro-batches: every "
