@@ -54,6 +54,15 @@ def test_a_label_outside_the_vocabulary_is_refused_by_name_and_changes_nothing(r
     assert torch.isfinite(trainer.step([batch(1), wrong])), "the trainer goes on after a refusal"
 
 
+@pytest.mark.parametrize("shares", [None, [1.0]])
+def test_a_batch_without_labels_is_refused_by_name(shares):
+    trainer, unlabelled = Trainer(model(), read_row("row", {}), Schedule(1e-2, 4)), batch(0)
+    del unlabelled["labels"]
+    for rows in (unlabelled, {**unlabelled, "labels": None}):
+        with pytest.raises(ValueError, match="micro-batch of step 0 has no labels.*needs labels"):
+            trainer.step([rows], shares)
+
+
 def accumulating() -> list[str]:
     names = []
     for name in REGIMES:

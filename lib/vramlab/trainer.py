@@ -109,12 +109,15 @@ class Trainer:
         fused head trains on one outside the vocabulary without an error. A micro-batch without a label contributes nothing.
         Where there are ranks, each gives its own micro-batches, of the same number; tokens and loss are then all ranks' together.
 
-        Raises: ValueError, before any weight changes, when the number of micro-batches is not what the regime accumulates, a
-        label is outside the vocabulary, or no token of the step is labelled.
+        Raises: ValueError, before any weight changes, when the number of micro-batches is not what the regime accumulates, one
+        has no `labels`, a label is outside the vocabulary, or no token of the step is labelled.
         """
         if len(batches) != self.regime.accumulate:
             raise ValueError(f"{len(batches)} micro-batches for accumulate: {self.regime.accumulate}: "
                              f"give step() exactly {self.regime.accumulate}")
+        if bare := [sorted(batch) for batch in batches if batch.get("labels") is None]:
+            raise ValueError(f"a micro-batch of step {self.steps_done} has no labels, only {', '.join(bare[0])}: a batch needs "
+                             "labels, the input_ids with -100 where nothing is to be learned")
         shares = self._shares(batches) if shares is None else shares
         self.observer.begin_step(self.steps_done)
         self._take_turns()
