@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
-from transformers.models.auto import configuration_auto, tokenization_auto
+from transformers.models.auto import configuration_auto, modeling_auto, tokenization_auto
 
 import micro
 from vramlab import auto_classes
@@ -169,6 +169,16 @@ def test_resized_embeddings_keep_the_old_logits_and_are_saved_with_an_adapter(tm
 
 # the Auto classes -----------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_label_smoothing_of_transformers_trainer_teaches_the_next_token(lora, tmp_path):
+    """It moves the labels only for classes that it knows by name; else each token would learn to predict itself."""
+    model = get_peft_model(micro.model(), LoraConfig(target_modules=["W_pack"])) if lora else micro.model()
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), label_smoothing_factor=1e-9, **SETTINGS))
+    batch = {name: torch.stack([row[name] for row in _rows([12, 5])]) for name in ("input_ids", "labels", "attention_mask")}
+    own = float(model(**batch).loss.detach())
+    assert float(trainer.compute_loss(model, dict(batch)).detach()) == pytest.approx(own, rel=1e-4)
+
+
 FIRST = """
 import sys
 import vramlab
@@ -192,11 +202,13 @@ def test_importing_the_package_alone_lets_the_auto_classes_find_the_model_and_im
 
 def test_the_auto_classes_find_the_model_where_transformers_was_imported_first(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    for table in (configuration_auto.CONFIG_MAPPING_NAMES, tokenization_auto.TOKENIZER_MAPPING_NAMES):
+    for table in (configuration_auto.CONFIG_MAPPING_NAMES, tokenization_auto.TOKENIZER_MAPPING_NAMES,
+                  modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         monkeypatch.delitem(table, "baichuan")
     importlib.reload(auto_classes)
     assert configuration_auto.CONFIG_MAPPING_NAMES["baichuan"] == "BaichuanConfig"
     assert tokenization_auto.TOKENIZER_MAPPING_NAMES["baichuan"] == "BaichuanTokenizer"
+    assert modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["baichuan"] == "BaichuanForCausalLM"
 
 
 def test_a_folder_saved_from_a_published_one_names_no_code_that_it_does_not_hold(tmp_path):

@@ -1,6 +1,6 @@
 """Baichuan-2 for transformers' Auto classes: importing this lets them find it by name, and imports neither torch nor transformers.
 
-transformers may be imported before or after. Its tables of names get two entries, as soon as the modules that hold them have
+transformers may be imported before or after. Its tables of names get an entry each, as soon as the modules that hold them have
 run; the module in which it looks these names up, `transformers.models.baichuan`, has what `vramlab.baichuan` has, which
 registers its classes in the usual way when it is imported.
 """
@@ -12,6 +12,8 @@ from importlib.machinery import PathFinder
 from importlib.util import spec_from_loader
 
 TABLES = {"transformers.models.auto.configuration_auto": ("CONFIG_MAPPING_NAMES", "BaichuanConfig"),
+          # in which transformers' Trainer looks whether label smoothing has to move the labels
+          "transformers.models.auto.modeling_auto": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "BaichuanForCausalLM"),
           "transformers.models.auto.tokenization_auto": ("TOKENIZER_MAPPING_NAMES", "BaichuanTokenizer")}
 
 
