@@ -70,6 +70,17 @@ def test_transformers_trainer_accumulates_to_the_large_batch_whatever_is_labelle
     _close(model, weights)
 
 
+def test_transformers_trainer_evaluates_and_predicts(tmp_path):
+    rows, model = _rows([12, 3, 5]), micro.model().eval()
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), per_device_eval_batch_size=3, **SETTINGS), eval_dataset=rows,
+                      compute_metrics=lambda scored: {"words": scored.predictions.shape[-1]})
+    scores = trainer.evaluate()
+    assert scores["eval_loss"] == pytest.approx(float(_mean_loss(model, rows).detach()), rel=1e-4) and scores["eval_words"] == 61
+    logits = model(torch.stack([row["input_ids"] for row in rows])).logits.detach()
+    unlabelled = [{"input_ids": row["input_ids"]} for row in rows]  # a key-value cache is in what the model returns
+    torch.testing.assert_close(torch.from_numpy(trainer.predict(unlabelled).predictions), logits)
+
+
 # TRL ------------------------------------------------------------------------------------------------------------------
 
 
