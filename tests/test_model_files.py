@@ -73,6 +73,12 @@ def test_what_a_baichuan_2_has_anyway_may_be_said():
     assert config_of({**TINY["config"], **said}).head_dim == 24
 
 
+@pytest.mark.parametrize("name, value", [("max_position_embeddings", 0), ("position", "")])
+def test_an_empty_value_is_not_taken_for_a_missing_one(name, value):
+    with pytest.raises(ValueError, match=f"config: {name} is {value!r}: use "):
+        config_of({"hidden_size": 4096, "num_hidden_layers": 32, name: value})
+
+
 def test_a_typo_is_refused_with_the_nearest_key(tmp_path):
     wrong = {("intermediat_size" if name == "intermediate_size" else name): value for name, value in TINY["config"].items()}
     file = tmp_path / "mine.yml"

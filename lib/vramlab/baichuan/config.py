@@ -47,7 +47,7 @@ class BaichuanConfig(PreTrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.hidden_act = hidden_act
-        self.max_position_embeddings = max_position_embeddings or model_max_length
+        self.max_position_embeddings = model_max_length if max_position_embeddings is None else max_position_embeddings
         self.model_max_length = model_max_length
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
@@ -57,7 +57,7 @@ class BaichuanConfig(PreTrainedConfig):
         self.use_cache = use_cache
         self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
         self.tie_word_embeddings = tie_word_embeddings
-        self.position = position or _published_position(hidden_size, num_hidden_layers)
+        self.position = _published_position(hidden_size, num_hidden_layers) if position is None else position
         self._check(kwargs)
         kwargs.pop("head_dim", None)  # a property here
         super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id,
