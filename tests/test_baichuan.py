@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import micro
-from vramlab.baichuan import BaichuanForCausalLM, read_model_file
+from vramlab.baichuan import BaichuanForCausalLM, BaichuanModel, read_model_file
 from vramlab.baichuan.attention import alibi_slopes, documents
 from vramlab.baichuan.model import CACHE
 from vramlab.paths import ROOT
@@ -296,6 +296,20 @@ def test_save_and_load_through_the_auto_classes(position, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(again) is BaichuanForCausalLM and AutoConfig.from_pretrained(tmp_path).position == position
     assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+CHANGES = {"hidden_act": "gelu", "tie_word_embeddings": True, "num_key_value_heads": 1, "max_position_embeddings": 0,
+           "position": "learned", "rope_scaling": {"rope_type": "yarn"}, "hiden_act": "silu", "num_attention_heads": 5}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_settings_given_to_from_pretrained_are_checked_too(name, tmp_path):
+    """transformers sets what is a field on a config that has been made, and hands the model's class what is none."""
+    _model().save_pretrained(tmp_path)
+    for kind in (AutoModelForCausalLM, BaichuanForCausalLM, BaichuanModel):
+        with pytest.raises(ValueError, match=name):
+            kind.from_pretrained(tmp_path, **{name: CHANGES[name]})
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, z_loss_weight=0.5).config.z_loss_weight == 0.5
 
 
 @pytest.mark.parametrize("name, parameters, keys", [("baichuan2-7b", 7_505_973_248, 227), ("baichuan2-13b", 13_896_668_160, 283)])

@@ -58,7 +58,7 @@ class BaichuanConfig(PreTrainedConfig):
         self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
         self.tie_word_embeddings = tie_word_embeddings
         self.position = _published_position(hidden_size, num_hidden_layers) if position is None else position
-        self._check(kwargs)
+        self.check(kwargs)
         kwargs.pop("head_dim", None)  # a property here
         super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id,
                          tie_word_embeddings=tie_word_embeddings, **kwargs)
@@ -67,13 +67,17 @@ class BaichuanConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
-    def _check(self, others: Mapping[str, Any]) -> None:
+    def check(self, others: Mapping[str, Any]) -> None:
+        """Fields may have been set since the config was made, as `from_pretrained(folder, hidden_act="gelu")` does; `others` are
+        settings that are no field. Raises: ValueError, as when a config is made."""
         checked(vars(self), HINTS, "config", others=True)
         for name, (least, most) in LIMITS.items():
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}: use {least} to {most}")
         has = {"model_type": self.model_type, "num_key_value_heads": self.num_attention_heads, "head_dim": self.head_dim,
-               "rope_ratio": 1, "partial_rotary_factor": 1, "pretraining_tp": 1}
+               "rope_ratio": 1, "partial_rotary_factor": 1, "pretraining_tp": 1,
+               # set on a config that has been made, it is how transformers quantizes plain weights as it loads them
+               "quantization_config": vars(self).get("quantization_config")}
         lacks = [f"{name} is {value!r:.80}, {UNSUPPORTED[name]}" for name, value in {**others, **vars(self)}.items()
                  if name in UNSUPPORTED and value and value != has.get(name)]
         if lacks:

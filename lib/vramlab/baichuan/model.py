@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from ..reading import nearest
 from .attention import (
     RotaryEmbedding,
     alibi_slopes,
@@ -32,7 +33,8 @@ from .attention import (
     right_padded,
     rotate,
 )
-from .config import BaichuanConfig
+from .config import HINTS, BaichuanConfig
+from .features import UNSUPPORTED
 
 # transformers 5.24 calls past_key_values `cache`; both names are taken in, and the one of the installed version comes out
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -172,6 +174,13 @@ class BaichuanPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ("cache", "past_key_values")
     _supports_sdpa = True
 
+    def __init__(self, config: BaichuanConfig, **others):
+        """`others`: what `from_pretrained` is given beside the config's fields. Raises: ValueError, naming what is unsupported."""
+        config.check(others)
+        if unknown := [f"{name}{nearest(name, HINTS)}" for name in others if name not in UNSUPPORTED]:
+            raise ValueError(f"unknown {', '.join(unknown)}; a Baichuan-2 has {', '.join(HINTS)}")
+        super().__init__(config)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, RotaryEmbedding):
@@ -188,8 +197,8 @@ class BaichuanPreTrainedModel(PreTrainedModel):
 class BaichuanModel(BaichuanPreTrainedModel):
     """Embeddings, blocks, final norm."""
 
-    def __init__(self, config: BaichuanConfig):
-        super().__init__(config)
+    def __init__(self, config: BaichuanConfig, **others):
+        super().__init__(config, **others)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = BaichuanRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -249,8 +258,8 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = True
     """transformers' Trainer hands `num_items_in_batch` to forward."""
 
-    def __init__(self, config: BaichuanConfig):
-        super().__init__(config)
+    def __init__(self, config: BaichuanConfig, **others):
+        super().__init__(config, **others)
         self.model = BaichuanModel(config)
         self.lm_head = NormHead(config.hidden_size, config.vocab_size, config.norm_head)
         self.post_init()
