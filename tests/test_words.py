@@ -10,6 +10,7 @@ import pytest
 from vramlab import gpu_table
 from vramlab.gpu_plan import Cell
 from vramlab.memory.oom import evidence_words, words
+from vramlab.memory.settings import Settings
 from vramlab.predict import Forecast, Question
 from vramlab.report import tables
 
@@ -24,7 +25,8 @@ def forecast(**changes) -> SimpleNamespace:
     made = {"question": Question("tiny", "full", 128, 2), "trace": trace, "allocated_peak_bytes": 7 * GIB, "floor": floor,
             "reserved_peak_bytes": 15 * GIB // 2, "simulated": SimpleNamespace(label="verified"), "floor_s": 1.25, "took_s": 2.5,
             "ledger": {"weights": 4 * GIB, "cached": GIB // 4}, "fits": True, "retries": 0, "margin_bytes": GIB // 2,
-            "card": SimpleNamespace(name="a card", capacity_bytes=8 * GIB), "weights": "fp32", "_reserved_range_words": lambda: ""}
+            "settings": Settings(),
+            "card": SimpleNamespace(name="a card", capacity_bytes=8 * GIB, total_bytes=9 * GIB), "weights": "fp32", "_reserved_range_words": lambda: ""}
     return SimpleNamespace(**{**made, **changes}, sides=dict)
 
 

@@ -42,8 +42,8 @@ from .split import sides
 
 CODE = ("axes", "baichuan", "memory", "forecast.py", "observer.py", "regime.py", "trainer.py")
 """What of this library decides a trace."""
-MOST_TOKENS = 1 << 24
-"""Of a step that is asked about; what is larger is a mistake, and beyond what storages can be counted in."""
+MOST_LENGTH, MOST_TOKENS = 1 << 24, 1 << 30
+"""Of a row and of a step that is asked about; what is larger is a mistake, and beyond what storages can be counted in."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class Question:
         for name, value in (("seq", self.seq), ("batch", self.batch), ("world", self.world)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: a step needs 1 or more")
-        if self.seq * self.batch > MOST_TOKENS or self.world > MOST_TOKENS:
-            raise ValueError(f"seq {self.seq} x batch {self.batch} on {self.world} ranks is more than {MOST_TOKENS:,} tokens or "
-                             "ranks: no step is that large")
+        if self.seq > MOST_LENGTH or self.seq * self.batch > MOST_TOKENS or self.world > MOST_LENGTH:
+            raise ValueError(f"seq {self.seq} x batch {self.batch} on {self.world} ranks: use a seq and a world of {MOST_LENGTH:,} at "
+                             f"most, and {MOST_TOKENS:,} tokens")
 
     @classmethod
     def of_run(cls, params: Mapping, seq: int = 0) -> Question:

@@ -30,10 +30,12 @@ def needed() -> tuple[bool, str]:
         flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
     except (OSError, IndexError):
         return True, "the CPU's features are not known"
-    units = sorted(flags & {"avx512_bf16", "amx_bf16"})
+    units, used = sorted(flags & {"avx512_bf16", "amx_bf16"}), torch.backends.cpu.get_cpu_capability()
+    if units and not used.startswith("AVX512"):  # torch was built or told to use less, and its attention then fails in bf16
+        return True, f"the CPU has {', '.join(units)}, but torch uses {used} only"
     if units:
         return False, f"the CPU has {', '.join(units)}"
-    return True, f"the CPU ({torch.backends.cpu.get_cpu_capability()}) has neither avx512_bf16 nor amx_bf16"
+    return True, f"the CPU ({used}) has neither avx512_bf16 nor amx_bf16"
 
 
 class RoundedLinear(torch.autograd.Function):
