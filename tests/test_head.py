@@ -127,7 +127,8 @@ def test_errors_are_no_larger_than_the_plain_heads(dtype, chunks, monkeypatch):
                 rows = (taker.seen[0].double() - truth[2]).norm() / truth[2].norm()
                 squares[index] += torch.stack([*errors, rows if index else errors[2]]).detach().square()
     plain, fused = squares.sqrt()
-    # fp32 differs by the order of sums, on a CPU without wide units by twice a matrix product's own error; a loss is one number of fp32, whose error may be nothing by luck
+    # fp32 differs by the order of sums, on a CPU without wide units by twice a matrix product's own error; a loss is one number of
+    # fp32, whose error may be nothing by luck
     assert (fused[1:] <= plain[1:] * (1.0 if dtype is torch.bfloat16 else 3.0)).all(), (plain, fused)
     assert fused[0] <= plain[0] * 2 + 4 * torch.finfo(torch.float32).eps, (plain, fused)
 

@@ -26,7 +26,8 @@ def forecast(**changes) -> SimpleNamespace:
             "reserved_peak_bytes": 15 * GIB // 2, "simulated": SimpleNamespace(label="verified"), "floor_s": 1.25, "took_s": 2.5,
             "ledger": {"weights": 4 * GIB, "cached": GIB // 4}, "fits": True, "retries": 0, "margin_bytes": GIB // 2,
             "settings": Settings(),
-            "card": SimpleNamespace(name="a card", capacity_bytes=8 * GIB, total_bytes=9 * GIB), "weights": "fp32", "_reserved_range_words": lambda: ""}
+            "card": SimpleNamespace(name="a card", capacity_bytes=8 * GIB, total_bytes=9 * GIB),
+            "weights": "fp32", "_reserved_range_words": lambda: ""}
     return SimpleNamespace(**{**made, **changes}, sides=dict)
 
 

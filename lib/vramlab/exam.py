@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +25,7 @@ SCORED_TOKENS, WRITTEN_TOKENS = 64 * 256, 32 * 256
 def score(model: nn.Module, prepared: Prepared, progress: bool) -> pd.DataFrame:
     """Both of the model's scores and every baseline's, one row a validation or test item."""
     items, length = prepared.data.val + prepared.data.test, prepared.params["max_length"]
-    with bar("score", len(items), progress) as shown:
+    with bar("score", len(items), progress) as shown, _products(prepared):
         frame = score_items(model, prepared.tokenizer, items, _rows(SCORED_TOKENS, length), length, shown.update)
     return frame.merge(baseline_scores(prepared.data.train, items), on="uid", validate="one_to_one")
 
@@ -32,8 +33,13 @@ def score(model: nn.Module, prepared: Prepared, progress: bool) -> pd.DataFrame:
 def write(model: nn.Module, prepared: Prepared, progress: bool) -> tuple[list[Item], pd.DataFrame]:
     """What the model writes about the documents of these items, see `generation.write_claims`."""
     items, length = generation.documents(prepared.data.test, prepared.params["generate"]), prepared.params["max_length"]
-    with bar("write", len(items), progress) as shown:
+    with bar("write", len(items), progress) as shown, _products(prepared):
         return items, generation.write_claims(model, prepared.tokenizer, items, _rows(WRITTEN_TOKENS, length), length, shown.update)
+
+
+def _products(prepared: Prepared) -> AbstractContextManager:
+    """Products are formed as in training: on a CPU without bf16 units in fp32."""
+    return prepared.regime.weights.compute(prepared.params["device"].partition(":")[0])
 
 
 def _rows(tokens: int, length: int) -> int:

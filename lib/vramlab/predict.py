@@ -69,8 +69,8 @@ class Question:
             if value < 1:
                 raise ValueError(f"{name} is {value}: a step needs 1 or more")
         if self.seq > MOST_LENGTH or self.seq * self.batch > MOST_TOKENS or self.world > MOST_LENGTH:
-            raise ValueError(f"seq {self.seq} x batch {self.batch} on {self.world} ranks: use a seq and a world of {MOST_LENGTH:,} at "
-                             f"most, and {MOST_TOKENS:,} tokens")
+            raise ValueError(f"seq {self.seq} x batch {self.batch} on {self.world} ranks: use a seq and a world of {MOST_LENGTH:,} "
+                             f"at most, and {MOST_TOKENS:,} tokens")
 
     @classmethod
     def of_run(cls, params: Mapping, seq: int = 0) -> Question:
