@@ -20,7 +20,7 @@ from .axes.rowwise import Fit
 from .axes.rule import Rule
 from .axes.weights import Bf16, Mixed
 from .illegal import ILLEGAL
-from .reading import nearest, read_yaml
+from .reading import BadFile, nearest, read_yaml
 
 REGIMES_FILE = Path(__file__).parents[2] / "params" / "regimes.yml"
 
@@ -113,12 +113,15 @@ def read_row(name: str, row: Mapping[str, Any]) -> Regime:
 
 
 def read_regimes(path: Path = REGIMES_FILE) -> dict[str, Regime]:
-    """Every row of the file, by name. Raises IllegalRegime at the first row that is wrong."""
-    return {name: read_row(name, row) for name, row in _file(path).items()}
+    """Every row of the file, by name. Raises: OSError; BadFile, naming the file, also for the first row that is wrong."""
+    try:
+        return {name: read_row(name, row) for name, row in _file(path).items()}
+    except IllegalRegime as error:
+        raise BadFile(f"{path}: {error}") from None
 
 
 def regime_row(name: str, path: Path = REGIMES_FILE) -> dict:
-    """The row called `name` as it is written. Raises: IllegalRegime, naming the rows there are."""
+    """The row called `name` as it is written. Raises: OSError; BadFile; IllegalRegime, naming the rows there are."""
     rows = _file(path)
     if name not in rows:
         raise IllegalRegime(f"no regime {name!r} in {Path(path).name}{nearest(name, rows)}; it has: {', '.join(rows)}")
@@ -126,18 +129,12 @@ def regime_row(name: str, path: Path = REGIMES_FILE) -> dict:
 
 
 def _file(path: Path) -> dict[str, Any]:
-    """The rows as they are written. Raises: IllegalRegime, naming the file."""
-    try:
-        rows = _rows(Path(path), Path(path).stat().st_mtime_ns)
-    except (OSError, ValueError) as error:
-        raise IllegalRegime(f"{path} cannot be read ({error}): use a file of rows, as params/regimes.yml is") from None
-    if not isinstance(rows, dict) or not all(isinstance(name, str) for name in rows):
-        raise IllegalRegime(f"{path} is {fields.quoted(rows)}: use a mapping of names to rows, as params/regimes.yml is")
-    return rows
+    """The rows as they are written. Raises: OSError; BadFile."""
+    return _rows(Path(path), Path(path).stat().st_mtime_ns)
 
 
 @cache
-def _rows(path: Path, _changed_ns: int) -> Any:
+def _rows(path: Path, _changed_ns: int) -> dict[str, Any]:
     """Read once for each version of the file: a study asks for a row at every name of a run."""
     return read_yaml(path)
 

@@ -91,15 +91,15 @@ def read_sweep(path: Path | str, out: Path | str | None = None) -> tuple[Path, P
 def combinations(name: str, grid: Mapping[str, list]) -> list[dict]:
     """Parameters for every combination of a grid's values; `with` is no parameter, but an axis whose values set several at once.
 
-    Raises: ValueError, naming an axis that is no list of values, or a value of `with` that sets nothing.
+    Raises: BadFile, naming an axis that is no list of values, or a value of `with` that sets nothing.
     """
     for axis, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise ValueError(f"{name}: grid.{axis} is {values!r}: give a list of values")
+            raise BadFile(f"{name}: grid.{axis} is {values!r}: give a list of values")
         if axis == SEVERAL and (wrong := [value for value in values if not isinstance(value, dict)]):
-            raise ValueError(f"{name}: grid.{axis} has {wrong[0]!r}: each is several parameters, as {{regime: lomo, lr: 0.01}}")
+            raise BadFile(f"{name}: grid.{axis} has {wrong[0]!r}: each is several parameters, as {{regime: lomo, lr: 0.01}}")
     if (count := math.prod(map(len, grid.values()))) > MOST_CELLS:
-        raise ValueError(f"{name}: grid has {count:,} combinations: give at most {MOST_CELLS:,}")
+        raise BadFile(f"{name}: grid has {count:,} combinations: give at most {MOST_CELLS:,}")
     found = []
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
