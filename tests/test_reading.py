@@ -94,6 +94,17 @@ def test_a_key_that_stands_twice_is_named_with_its_line(tmp_path):
     assert read_yaml(path)["mine"] == {"a": 3, "b": 2}, "a merge may be overridden, that is what it is for"
 
 
+@pytest.mark.parametrize("text", ["1e-3", "2E1", "+.5e-2", "5.e1", "1.0e+1"])
+def test_a_number_with_an_exponent_is_a_number_in_every_file(text, tmp_path):
+    path = tmp_path / "mine.yml"
+    path.write_text(f"grid: {{regime: [full], lr: [{text}]}}\n")
+    assert read_sweep(path, tmp_path)[2][0].params["lr"] == float(text)
+    path.write_text((PARAMS / "models" / "tiny.yml").read_text().replace("range: 0.07", f"range: {text}"))
+    assert read_model_file(path).config.initializer_range == float(text)
+    path.write_text(f"a: [{text}, '{text}', e1, 1e, e-3x, 0x1e3]")
+    assert read_yaml(path)["a"] == [float(text), text, "e1", "1e", "e-3x", 0x1e3]
+
+
 def test_shipped_files_read_as_yaml_reads_them():
     for path in PARAMS.rglob("*.yml"):
         assert read_yaml(path) == yaml.safe_load(path.read_text())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import reprlib
 import stat
 import types
@@ -74,6 +75,10 @@ class _Loader(yaml.SafeLoader):
         if twice := [key for key, _ in node.value if counts[key.value] > 1]:
             raise yaml.MarkedYAMLError(problem=f"{twice[-1].value!r:.80} stands twice", problem_mark=twice[-1].start_mark)
         return node
+
+
+_Loader.add_implicit_resolver(  # YAML 1.2 reads 1e-3 as a number; YAML 1.1, without a point, as text
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789"))
 
 
 def read_yaml(path: Path | str) -> dict:
