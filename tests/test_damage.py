@@ -356,7 +356,7 @@ def test_combinations_that_are_one_run_are_one_cell(grid, tmp_path, capsys):
     assert "are 2 runs; each is run once" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["../up", "/etc", "a/b", "..", ""])
+@pytest.mark.parametrize("name", ["../up", "/etc", "a/b", "..", "", "a\0b", "n" * 300])
 def test_a_sweeps_name_is_one_folder_under_outputs(name, tmp_path):
     (tmp_path / "x.yml").write_text(yaml.safe_dump({"name": name, "grid": {"regime": ["full"]}}))
     with pytest.raises(BadFile, match="one folder under outputs"):

@@ -19,6 +19,7 @@ from vramlab.baichuan.features import UNSUPPORTED
 from vramlab.baichuan.loading import BadCheckpoint, load_model
 from vramlab.cards import CARDS_FILE, card, read_cards
 from vramlab.parameters import model_file, model_spec
+from vramlab.reading import BadFile
 from vramlab.regime import read_regimes
 
 TINY = yaml.safe_load(model_file("tiny").read_text())
@@ -84,6 +85,14 @@ def test_a_typo_is_refused_with_the_nearest_key(tmp_path):
     file = tmp_path / "mine.yml"
     file.write_text(yaml.safe_dump({**TINY, "config": wrong}))
     with pytest.raises(ValueError, match=r"mine.yml: config: .*'intermediat_size' \(did you mean intermediate_size\?\)"):
+        read_model_file(file)
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc", "a/b", "a/", "..", ".", "", "a\0b", "n" * 300])
+def test_a_models_name_is_one_folders(tmp_path, name):
+    file = tmp_path / "mine.yml"
+    file.write_text(yaml.safe_dump({**TINY, "name": name}))
+    with pytest.raises(BadFile, match="mine.yml has the name .*one folder"):
         read_model_file(file)
 
 

@@ -21,6 +21,7 @@ import typing
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,14 @@ def matches(value: Any, hint: Any) -> bool:
     if origin is Mapping or is_dataclass(origin):  # a dataclass's fields are checked when it is made
         return isinstance(value, Mapping) and all(
             matches(key, args[0]) and matches(part, args[1]) for key, part in value.items() if args)
-    if origin in (int, float):
+    if origin in (int, float, Real):
         return isinstance(value, int | origin) and not isinstance(value, bool) and -math.inf < value < math.inf
     return hint is Any or isinstance(value, origin)
+
+
+def plain_name(name: str) -> bool:
+    """Whether `name` can be that of one folder, so that a path built from it stays where it belongs."""
+    return Path(name).name == name and name not in ("", "..") and "\0" not in name and len(name) < 200
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:

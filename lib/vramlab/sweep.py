@@ -29,7 +29,7 @@ from .files import notice, write_checked, write_whole
 from .parameters import run_spec
 from .passes import base_of
 from .paths import ROOT
-from .reading import BadFile, checked, nearest, read_yaml, regular_file
+from .reading import BadFile, checked, nearest, plain_name, read_yaml, regular_file
 from .run import KNOWN_PARAMETERS, SCHEMA, config_hash, run_id
 from .runs import KILLED, Run, outcome
 
@@ -71,8 +71,9 @@ def read_sweep(path: Path | str, out: Path | str | None = None) -> tuple[Path, P
         known = [file.name for file in sorted((ROOT / "params").glob("*.yml")) if "\ngrid:" in file.read_text()]
         raise FileNotFoundError(f"no sweep {path}{nearest(path.name, known)}: params/ has {', '.join(known)}")
     spec = {"name": path.stem, "notebook": "notebooks/finetune.ipynb", **checked(read_yaml(path), KEYS, str(path), ("grid",))}
-    if not spec["grid"] or Path(spec["name"]).name != spec["name"] or spec["name"] in ("", ".."):
-        raise BadFile(f"{path} has no grid, or the name {spec['name']!r}: give a grid, and a name for one folder under outputs/")
+    if not spec["grid"] or not plain_name(spec["name"]) or "\0" in spec["notebook"]:
+        raise BadFile(f"{path} has no grid, or the name {spec['name']!r}, or notebook {spec['notebook']!r}: give a grid, a name for "
+                      "one folder under outputs/, and the path of a notebook")
     folder, notebook = Path(out) if out else Path("outputs") / spec["name"], Path(spec["notebook"])
     notebook = notebook if notebook.exists() else ROOT / notebook
     every = [{**(spec.get("defaults") or {}), **chosen} for chosen in combinations(str(path), spec["grid"])]

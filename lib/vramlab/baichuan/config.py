@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..reading import checked, nearest, read_yaml
+from ..reading import BadFile, checked, nearest, plain_name, read_yaml
 from .features import HARMLESS, UNSUPPORTED
 
 POSITIONS = ("rope", "alibi")
@@ -135,6 +135,8 @@ class ModelSpec:
 def read_model_file(path: Path | str) -> ModelSpec:
     """`params/models/*.yml` -> ModelSpec. Raises: OSError; ValueError, naming the file, the key and the value."""
     content = checked(read_yaml(path), {"name": str, "path": str | None, "config": Mapping}, str(path), ("name", "config"))
+    if not plain_name(content["name"]):  # folders of bases are called by it
+        raise BadFile(f"{path} has the name {content['name']!r:.80}: give a name that can be one folder's, such as {Path(path).stem}")
     return ModelSpec(content["name"], config_of(content["config"], f"{path}: config"), content.get("path"))
 
 
