@@ -29,6 +29,7 @@ from vramlab.predict import Question, traced_step
 from vramlab.reading import BadFile
 from vramlab.regime import regime as read_regime
 from vramlab.report import build, html
+from vramlab.report.forecasts import Forecasts
 from vramlab.runs import FINISHED, NEEDED, SPEED, outcome, read_runs
 from vramlab.sweep import read_sweep
 
@@ -156,6 +157,35 @@ def test_a_result_that_lacks_what_a_finished_run_has_is_left_out(swept, field):
     path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != field}))
     damage: list[str] = []
     assert [run.name for run in read_runs(swept, damage)] == ["lomo", "badam"] and field in damage[0]
+
+
+def test_accuracy_without_the_rows_that_figures_draw_hides_no_other_run(swept):
+    path = swept / "full-0" / "accuracy.parquet"
+    whole = pd.read_parquet(path)
+    for rows in (whole.head(1), whole[whole["scoring"] != "yesno"], whole[whole["metric"] != "balanced_accuracy"],
+                 whole[whole["shift"] != "none"]):
+        write_table(rows, path)
+        damage: list[str] = []
+        assert [run.name for run in read_runs(swept, damage)] == ["lomo", "badam"]
+        assert "full-0 is left out" in damage[0] and "in accuracy.parquet" in damage[0]
+    assert build(swept).exists()
+
+
+def test_a_speed_that_is_no_number_is_damage(swept):
+    path = swept / "full-0" / "result.json"
+    path.write_text(path.read_text().replace('"tokens_per_s": 1.0', '"tokens_per_s": NaN'))
+    damage: list[str] = []
+    assert [run.name for run in read_runs(swept, damage)] == ["lomo", "badam"] and "speed" in damage[0]
+
+
+@pytest.mark.parametrize("content", [{}, {"cells": 5}, {"cells": [5]}, {"cells": [{}]}, {"cells": [{"run_id": 3}]},
+                                     {"cells": [], "cards": 3}, {"cells": [{"reason": ""}], "cards": {}}])
+def test_a_sealed_file_of_other_content_is_named_and_counts_as_not_there(swept, content):
+    for name in ("sweep.json", "forecast.json"):
+        write_checked(swept / name, content)
+    damage: list[str] = []
+    assert len(read_runs(swept, damage)) == 3 and Forecasts.read(swept, damage) is None
+    assert "forecast.json has other fields" in damage[-1] and (len(damage) == 1 or "sweep.json" in damage[0])
 
 
 def test_names_cannot_leave_their_place_in_the_page(swept):

@@ -21,7 +21,6 @@ import typing
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +162,7 @@ def matches(value: Any, hint: Any) -> bool:
     if origin is Mapping or is_dataclass(origin):  # a dataclass's fields are checked when it is made
         return isinstance(value, Mapping) and all(
             matches(key, args[0]) and matches(part, args[1]) for key, part in value.items() if args)
-    if origin in (int, float, Real):
+    if origin in (int, float):
         return isinstance(value, int | origin) and not isinstance(value, bool) and -math.inf < value < math.inf
     return hint is Any or isinstance(value, origin)
 

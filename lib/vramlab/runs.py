@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from .files import notice, recall
+from .files import notice, read_checked, recall
 from .reading import BadFile, checked, read_json, read_table, read_yaml
 
 OUTCOMES = ("ok", "oom", "diverged", "failed")
@@ -30,7 +30,7 @@ _COUNTS = dict.fromkeys(("asked_bytes", "free_bytes", "capacity_bytes", "reserve
 RESULT: Mapping[str, Any] = {
     "outcome": OUTCOMES, "reason": str, "regime": str, "model": str, "measured_on": str, "device": str, "loss_first": Real,
     "loss_last": Real, "trainable_parameters": int, "parameters": int, "host_bytes": int | None, "optimizer_state_bytes": int,
-    "speed": dict.fromkeys(SPEED, Real), "peak_bytes": Mapping[str, int | None], "memory_ledger": Mapping[str, int],
+    "speed": dict.fromkeys(SPEED, float), "peak_bytes": Mapping[str, int | None], "memory_ledger": Mapping[str, int],
     "peak": {"peak_bytes": int, "phase": str, "step": int, "categories": Mapping[str, int], "owners": [_OWNER]},
     "base": Mapping[str, Any], "notes": Sequence[str],
     "generation": {"shares": [{"judge": str, "domain": str, "shift": str, "call": str, "share": Real, "n": int}]},
@@ -50,6 +50,8 @@ TABLES: Mapping[str, Sequence[str]] = {
 """Tables of a run with the columns that are drawn."""
 NUMBERS = {"step", "loss", "step_s", "tokens", "lr", "label", "yesno", "likelihood", "value", "low", "high", "n", "bytes",
            "live_bytes"}
+SCORINGS = ("yesno", "likelihood")
+"""Those of the model, which figures draw in its training domain."""
 NEEDED = ("params.yml", "steps.parquet", "scores.parquet", "accuracy.parquet")
 """Without one of these a finished run cannot be drawn."""
 
@@ -139,9 +141,17 @@ class Run:
         files = [name for name in NEEDED[: None if self.ok else 1] if name in self.damage or not (self.folder / name).exists()]
         fields = [name for name in FINISHED if self.ok and name not in self.result]
         columns = [column for table in TABLES if self.ok and not files for column in self._missing(table)]
-        if self.ok and not files + columns and self.params.get("train_domain") not in set(self.accuracy["domain"]):
-            columns = [f"accuracy of its training domain, {self.params.get('train_domain')!r},"]
+        if self.ok and not files + columns:
+            home = self.params.get("train_domain")
+            columns = [f"{scoring} of its training domain, {home!r}, in accuracy.parquet"
+                       for scoring in SCORINGS if scoring not in self._scored(home)]
         return files + fields + columns
+
+    def _scored(self, domain: str | None) -> set[str]:
+        """The scorings whose balanced accuracy on new documents of the domain is recorded."""
+        frame = self.accuracy
+        rows = (frame["domain"] == domain) & (frame["shift"] == "none") & (frame["metric"] == "balanced_accuracy")
+        return {*frame["scoring"][rows]}
 
     def _missing(self, table: str) -> list[str]:
         """Columns that figures draw and the table has not, or not as numbers; all, where it has no row."""
@@ -177,7 +187,7 @@ def read_runs(folder: Path | str, damage: list[str] | None = None) -> list[Run]:
     runs = [run for run in every if not run.lacks]
     sentences += [reason for run in every for reason in run.damage.values()]
     sentences += [f"{run.folder.name} is left out: it lacks {', '.join(run.lacks)}" for run in every if run.lacks]
-    index = recall(folder / "sweep.json", say=sentences.append) or {"cells": ()}
+    index = recall(folder / "sweep.json", _sweep, sentences.append) or {"cells": ()}
     place = {cell["run_id"]: at for at, cell in enumerate(index["cells"])}
     for sentence in sentences if damage is None else ():
         notice(sentence)
@@ -187,3 +197,7 @@ def read_runs(folder: Path | str, damage: list[str] | None = None) -> list[Run]:
     # runs of an older version of the sweep stay on disk, but are not part of it
     kept = [run for run in runs if run.folder.name in place] or runs
     return sorted(kept, key=lambda run: place.get(run.folder.name, len(place)))
+
+
+def _sweep(path: Path) -> dict:
+    return checked(read_checked(path), {"cells": [{"run_id": str}]}, str(path), ("cells",), others=True)

@@ -72,8 +72,8 @@ def read_sweep(path: Path | str, out: Path | str | None = None) -> tuple[Path, P
         raise FileNotFoundError(f"no sweep {path}{nearest(path.name, known)}: params/ has {', '.join(known)}")
     spec = {"name": path.stem, "notebook": "notebooks/finetune.ipynb", **checked(read_yaml(path), KEYS, str(path), ("grid",))}
     if not spec["grid"] or not plain_name(spec["name"]) or "\0" in spec["notebook"]:
-        raise BadFile(f"{path} has no grid, or the name {spec['name']!r}, or notebook {spec['notebook']!r}: give a grid, a name for "
-                      "one folder under outputs/, and the path of a notebook")
+        raise BadFile(f"{path} has no grid, or the name {spec['name']!r}, or notebook {spec['notebook']!r}: give a grid, a name "
+                      "for one folder under outputs/, and the path of a notebook")
     folder, notebook = Path(out) if out else Path("outputs") / spec["name"], Path(spec["notebook"])
     notebook = notebook if notebook.exists() else ROOT / notebook
     every = [{**(spec.get("defaults") or {}), **chosen} for chosen in combinations(str(path), spec["grid"])]

@@ -136,7 +136,7 @@ def read_model_file(path: Path | str) -> ModelSpec:
     """`params/models/*.yml` -> ModelSpec. Raises: OSError; ValueError, naming the file, the key and the value."""
     content = checked(read_yaml(path), {"name": str, "path": str | None, "config": Mapping}, str(path), ("name", "config"))
     if not plain_name(content["name"]):  # folders of bases are called by it
-        raise BadFile(f"{path} has the name {content['name']!r:.80}: give a name that can be one folder's, such as {Path(path).stem}")
+        raise BadFile(f"{path} has the name {content['name']!r:.80}: give a name for one folder, such as {Path(path).stem}")
     return ModelSpec(content["name"], config_of(content["config"], f"{path}: config"), content.get("path"))
 
 
