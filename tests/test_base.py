@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 
@@ -12,11 +13,13 @@ import torch
 
 from vramlab import base, base_record, base_training, paths
 from vramlab.base import base_model
+from vramlab.cli import main
 from vramlab.factcc.generator import generate_items
 from vramlab.factcc.grammar import GRAMMARS
 from vramlab.factcc.prompt import encode_item
 from vramlab.lessons import checked_batches, invented_items
 from vramlab.passes import model_spec
+from vramlab.reading import BadFile
 from vramlab.recipe import Recipe
 
 SMOKE = Recipe.named("smoke")
@@ -146,14 +149,43 @@ def test_another_seed_adds_a_row_and_ships_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(Recipe, "named", staticmethod(lambda _: smoke))
     with pytest.raises(FileNotFoundError, match="--make"):
         base_record.describe("tiny", "standard")
+    (tmp_path / ".partial-x" / "made").mkdir(parents=True)
+    os.utime(tmp_path / ".partial-x", (0, 0))
     first = base_record.make("tiny", "standard", None, progress=False)
     weights = (tmp_path / "tiny-standard" / "model.safetensors").read_bytes()
     both = base_record.make("tiny", "standard", 1, progress=False)
     assert [row["seed"] for row in first["seeds"]] == [0] and [row["seed"] for row in both["seeds"]] == [0, 1]
     assert (tmp_path / "tiny-standard" / "model.safetensors").read_bytes() == weights and both["hash"] == first["hash"]
-    assert "likelihood" in base_record.to_text(both)
+    assert "likelihood" in base_record.to_text(both) and both["intact"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-standard"]
+    (tmp_path / "tiny-standard" / "seeds.json").write_text('{"rows": []}')
+    assert not base_record.describe("tiny", "standard")["intact"], "the table is sealed too"
     smoke = replace(SMOKE, lr=1e-3)  # another recipe: the old rows and weights are not its own
     assert not base_record.describe("tiny", "standard")["current"] and not base_record.describe("tiny", "standard")["seeds"]
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "seeds.json"])
+def test_a_damaged_record_of_a_base_is_one_line_with_the_way_out(name, tmp_path, monkeypatch, capsys):
+    copy = shutil.copytree(paths.BASES, tmp_path / "bases")
+    monkeypatch.setattr(base_record, "BASES", copy)
+    monkeypatch.setattr(base, "BASES", copy)
+    path, digest = copy / "tiny-standard" / name, Recipe().hash(model_spec("tiny"))
+    whole = path.read_bytes()
+    for content in (b"", b"[]", b"null", b"{}", b'{"rows": [{}]}', b"\xff\x00", whole[:-9],
+                    whole.replace(b'"items": ', b'"items": -'), None):
+        path.unlink() if content is None else path.write_bytes(content)
+        flipped = content and b'"items": -' in content
+        code, printed = main(["base"]), capsys.readouterr()
+        assert (code == 0 and "DAMAGED" in printed.out) if flipped else (code == 2 and str(path) in printed.err), content
+        assert "git checkout" in printed.out + printed.err and printed.err.count("\n") <= 1
+        assert base.shipped_base(digest) is None and "tiny-standard: the shipped base is damaged" in capsys.readouterr().err
+        with pytest.raises(BadFile, match="git checkout"):
+            base_record.make("tiny", "standard", 7, progress=False)
+
+
+def test_a_seed_is_whole_positive_and_goes_with_make(capsys):
+    assert main(["base", "--make", "--seed", "-1"]) == 2 and "seed is -1: give 0 or more" in capsys.readouterr().err
+    assert main(["base", "--seed", "3"]) == 2 and "--seed goes with --make" in capsys.readouterr().err
 
 
 @pytest.mark.slow

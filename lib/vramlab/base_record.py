@@ -9,41 +9,56 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from .baichuan import ModelSpec
-from .base import write_base
+from .base import SEEDS, write_base
 from .factcc.statistics import MODEL_SCORINGS
-from .files import intact, seal, write_whole
+from .files import SEAL, intact, remove_stale, seal, write_whole
 from .passes import model_spec
 from .paths import BASES, CACHE
+from .reading import BadFile, checked, read_json
 from .recipe import Recipe
 
-SEEDS = "seeds.json"
-ROW = ("seed", "cpu_capability", "threads", "torch", "general", "intervals", "items", "made_in_s")
+ROW = {"seed": int, "cpu_capability": str, "threads": int, "torch": str, "general": dict.fromkeys(MODEL_SCORINGS, float),
+       "intervals": dict.fromkeys(MODEL_SCORINGS, tuple[float, float]), "items": int, "made_in_s": float}
+RECORD = {"hash": str, "parameters": int, "recipe": {"seed": int}, **{name: kind for name, kind in ROW.items() if name != "seed"}}
+"""Fields of a row of the table and of `recipe.json`, with their types."""
 
 
 def make(model: str, recipe_name: str, seed: int | None, progress: bool) -> dict:
     """Train the base of `model` and add its row to the table; with the recipe's own seed (`seed` None) its weights are
-    shipped in place of the old. Returns what `describe` does. Raises: ValueError, for an unknown model or recipe."""
+    shipped in place of the old. Returns what `describe` does. Raises: ValueError, for an unknown model or recipe, a negative seed
+    or a damaged base that a row would be added to."""
+    if seed is not None and seed < 0:
+        raise ValueError(f"seed is {seed}: give 0 or more")
     spec, recipe = model_spec(model), Recipe.named(recipe_name)
     recipe = recipe if seed is None else replace(recipe, seed=seed)
     folder = BASES / f"{spec.name}-{recipe_name}"
+    if seed is not None and (folder / SEAL).exists() and not intact(folder):
+        raise BadFile(f"{folder} is damaged: git checkout brings it back")
+    rows = _rows(folder, spec, recipe_name)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(folder.parent, ".partial-*")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
         made = Path(partial, "made")
         made.mkdir()
         write_base(spec, recipe, CACHE, made, progress)
-        record = json.loads((made / "recipe.json").read_text())
-        # a model that was saved has written into its spec's config, so the rows of today's recipe are told by a new one
-        rows = [row for row in _rows(folder, model_spec(model), recipe_name) if _key(row) != _key(_row(record))] + [_row(record)]
+        row = _row(json.loads((made / "recipe.json").read_text()))
+        table = json.dumps({"rows": sorted([*(old for old in rows if _key(old) != _key(row)), row], key=_key)}, indent=1)
         if seed is None:
+            write_whole(made / SEEDS, table)
             seal(made)
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
-    folder.mkdir(exist_ok=True)
-    write_whole(folder / SEEDS, json.dumps(sorted(rows, key=_key), indent=1))
+        else:
+            folder.mkdir(exist_ok=True)
+            write_whole(folder / SEEDS, table)
+            if (folder / SEAL).exists():
+                seal(folder, *read_json(folder / SEAL), SEEDS)
     return describe(model, recipe_name)
 
 
@@ -52,22 +67,29 @@ def describe(model: str, recipe_name: str) -> dict:
     row for each (seed, CPU capability). Raises: FileNotFoundError, where none ships."""
     spec = model_spec(model)
     folder = BASES / f"{spec.name}-{recipe_name}"
-    if not (folder / "recipe.json").exists():
-        shipped = ", ".join(sorted(path.name for path in BASES.glob("*"))) or "none"
+    if not (folder / SEAL).exists() and not (folder / "recipe.json").exists():
+        shipped = ", ".join(sorted(path.parent.name for path in BASES.glob("[!.]*/recipe.json"))) or "none"
         raise FileNotFoundError(f"no base of model {spec.name} by recipe {recipe_name} ships (there are: {shipped}): "
                                 "train it with --make")
-    record = json.loads((folder / "recipe.json").read_text())
+    record = _read(folder / "recipe.json", RECORD)
     current = record["hash"] == Recipe.named(recipe_name).hash(spec)
     return {**record, "name": folder.name, "intact": intact(folder), "current": current,
             "seeds": _rows(folder, spec, recipe_name)}
 
 
+def _read(path: Path, hints: Mapping[str, Any]) -> dict:
+    try:
+        return checked(read_json(path), hints, str(path), tuple(hints), others=True)
+    except (OSError, BadFile) as error:
+        raise BadFile(f"{error}: git checkout {path.parent} brings it back") from None
+
+
 def _rows(folder: Path, spec: ModelSpec, recipe_name: str) -> list[dict]:
     """The table's rows that were made by today's recipe, whatever their seed."""
-    if not (folder / SEEDS).exists():
+    if not (folder / SEEDS).exists() and not (folder / SEAL).exists():
         return []
     recipe = Recipe.named(recipe_name)
-    return [row for row in json.loads((folder / SEEDS).read_text())
+    return [row for row in _read(folder / SEEDS, {"rows": [{"hash": str, **ROW}]})["rows"]
             if row["hash"] == replace(recipe, seed=row["seed"]).hash(spec)]
 
 
