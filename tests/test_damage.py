@@ -320,6 +320,28 @@ def test_a_line_without_end_and_an_archive_of_nothing_are_left_in_time(tmp_path)
     assert len(found.items) == 1 and found.problems[0].line == 2 and "cannot be read on" in found.problems[0].message
 
 
+@pytest.mark.parametrize(("content", "words"), [
+    (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), ('{"a": 1}'.encode("utf-16"), "line 1: not UTF-8"),
+    (b"", "no line at all"), (b"a,b\n1,2\n", "line 1: not JSON"), (b'{"a": 1}\n', "has the fields a")])
+def test_what_holds_no_item_is_refused_with_the_cause(content, words, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert main(["items", str(tmp_path / "a.jsonl")]) == 2 and words in capsys.readouterr().err
+    if content:
+        assert main(["items", str(tmp_path / "a.jsonl"), "--source", "boolq"]) == 2
+        assert "has no item of boolq" in capsys.readouterr().err
+
+
+def test_items_are_written_only_where_that_destroys_nothing(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    write_items(generate_items("news", "train", 2, 0), path)
+    whole = path.read_bytes()
+    for target in (path, tmp_path, tmp_path / "none" / "b.jsonl"):
+        assert main(["items", str(path), "--write", str(target)]) == 2
+        words = capsys.readouterr().err
+        assert str(target) in words and ".part" not in words
+    assert path.read_bytes() == whole and [*tmp_path.iterdir()] == [path]
+
+
 # the command line -----------------------------------------------------------------------------------------------------
 
 COMMANDS = [["regimes"], ["regimes", "--file", "{}/nope.yml"], ["regimes", "--file", "{}"], ["items", "{}/good.jsonl"],

@@ -28,8 +28,7 @@ from .files import intact, remove_stale, seal
 from .paths import BASES
 from .recipe import Reading, Recipe
 
-SEEDS = "seeds.json"
-"""Beside a shipped base: what other seeds and CPUs reach."""
+SEEDS = "seeds.json"  # beside a shipped base: what other seeds and CPUs reach
 
 
 def base_model(spec: ModelSpec, cache_dir: Path | str, recipe: Recipe | None = None, progress: bool = True) -> Base:
@@ -55,9 +54,7 @@ def write_base(spec: ModelSpec, recipe: Recipe, cache_dir: Path | str, folder: P
 def shipped_base(digest: str) -> Path | None:
     """The folder of the shipped base whose recipe has this hash; None where none has, or where its files are damaged, which is
     said on standard error."""
-    for folder in sorted(BASES.glob("[!.]*/")):
-        if {path.name for path in folder.iterdir()} <= {SEEDS}:  # scores of other seeds, and no weights
-            continue
+    for folder in sorted({path.parent for path in BASES.glob("[!.]*/*") if path.name != SEEDS}):
         if not intact(folder):
             print(f"{folder.name}: the shipped base is damaged, it is trained anew (git checkout brings it back)", file=sys.stderr)
         elif json.loads((folder / "recipe.json").read_text())["hash"] == digest:

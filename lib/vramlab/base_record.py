@@ -85,12 +85,11 @@ def _read(path: Path, hints: Mapping[str, Any]) -> dict:
 
 
 def _rows(folder: Path, spec: ModelSpec, recipe_name: str) -> list[dict]:
-    """The table's rows that were made by today's recipe, whatever their seed."""
-    if not (folder / SEEDS).exists() and not (folder / SEAL).exists():
-        return []
-    recipe = Recipe.named(recipe_name)
-    return [row for row in _read(folder / SEEDS, {"rows": [{"hash": str, **ROW}]})["rows"]
-            if row["hash"] == replace(recipe, seed=row["seed"]).hash(spec)]
+    """The table's rows that were made by today's recipe, whatever their seed; none where there is no folder."""
+    recipe, table = Recipe.named(recipe_name), {"rows": []}
+    if folder.exists():
+        table = _read(folder / SEEDS, {"rows": [{"hash": str, **ROW}]})
+    return [row for row in table["rows"] if row["hash"] == replace(recipe, seed=row["seed"]).hash(spec)]
 
 
 def _row(record: dict) -> dict:

@@ -49,9 +49,14 @@ def table(rows: dict) -> str:
 
 
 def _items(args) -> Answer:
-    from .factcc.sources import describe_items, load_items, write_items
+    from .factcc.sources import describe_items, item_files, load_items, write_items
 
     described = describe_items(args.path, source=args.source, stories=args.stories)
+    if not described["items"] + described["unlabelled"]:
+        first = [f"{p['path']}, line {p['line']}: {p['message']}" for p in described["problems"][:1]]
+        raise ValueError(": ".join([f"{args.path} has no item of {described['source']}", *first]))
+    if args.write and args.write.resolve() in {file.resolve() for file in item_files(args.path)}:
+        raise ValueError(f"--write {args.write} is a file that the items are read from: give another")
     if args.write:
         write_items(load_items(args.path, args.source, args.stories).items, args.write)
     return Answer(described, "\n".join(f"{key}: {json.dumps(value) if isinstance(value, dict | list) else value}"
@@ -156,6 +161,8 @@ def _predict(args) -> Answer:
 def _base(args) -> Answer:
     from . import base_record
 
+    if args.seed is not None and not args.make:
+        raise ValueError("--seed goes with --make, which trains a base of that seed")
     if args.make:
         described = base_record.make(args.model, args.recipe, args.seed, progress=not args.json)
     else:

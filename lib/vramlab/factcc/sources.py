@@ -56,7 +56,7 @@ def load_items(path: Path | str, source: str | None = None, stories: Path | str 
     known = [kind for kind in kinds.values() if kind]
     if not known:
         raise BadFile(f"{path} has no .jsonl or .jsonl.gz file that begins with an item of {', '.join(SOURCES)}: give the folder "
-                      "or file that holds the items, or name their source with --source")
+                      f"or file that holds the items, or name their source with --source ({_first(files)})")
     readers = {"factcc": _Factcc(stories), "boolq": _boolq, "summedits": _summedits, "generated": _generated}
     items, problems, unlabelled, lines = [], [], 0, {}
     for file, name in files.items():
@@ -94,7 +94,9 @@ def describe_items(path: Path | str, source: str | None = None, stories: Path | 
 
 
 def write_items(items: list[Item], path: Path | str) -> None:
-    """Items as `.jsonl`, one a line, which `load_items` reads back exactly."""
+    """Items as `.jsonl`, one a line, which `load_items` reads back exactly. Raises: OSError, for a folder or in none."""
+    if Path(path).is_dir() or not Path(path).parent.is_dir():
+        raise OSError(f"{path} is a folder, or lies in none: give a .jsonl file in a folder that there is")
     write_whole(Path(path), "".join(json.dumps(asdict(item)) + "\n" for item in items))
 
 
@@ -153,6 +155,19 @@ def _recognise(file: Path) -> str | None:
                  ("boolq", {"question", "passage"}), ("factcc", {"claim", "label"}))
         return next((source for source, wanted in known if wanted <= keys), None)
     return None
+
+
+def _first(files: dict[Path, str]) -> str:
+    """What the first line is that stands in the files, which are no items."""
+    problems: list[Problem] = []
+    for file, name in files.items():
+        for number, line in _lines(file, name, problems):
+            try:
+                return f"{name}, line {number}, has the fields {', '.join(_object(line, number))[:200]}"
+            except BadFile as error:
+                pointer = ", but a pointer of Git LFS: git lfs pull brings the file" * line.startswith(b"version https://git-lfs")
+                return f"{name}, line {number}: {error}{pointer}"
+    return problems[0].message if problems else "there is no line at all"
 
 
 def _take(row: dict, key: str, kind: type = str):

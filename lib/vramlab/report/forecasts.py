@@ -35,9 +35,8 @@ _HELD = {"allocated_bytes": int, "reserved_bytes": int, "margin_bytes": int, "fi
 _TRACED = {**_CELL, "phase": str, "requested_bytes": int, "host_bytes": int, "ledger": Mapping[str, int], "groups": [_GROUP],
            "without": [{**_GROUP, "peak_bytes": int, "peak_phase": str}], "cards": Mapping[str, _HELD], "curve": Mapping[str, Any],
            "allocators": [{"allocator": str, "label": str, "cards": Mapping[str, _HELD]}]}
-_CARD = {"name": str, "capacity_bytes": int}
-_CONTENT = {"cards": Mapping[str, _CARD], "cells": [_CELL], "worlds": [{**_CELL, "world": int}]}
-"""Fields that are drawn, with their types; of a cell that did not fail, those of `_TRACED`."""
+_CONTENT = {"cards": Mapping[str, dict(name=str, capacity_bytes=int)], "cells": [_CELL], "worlds": [{**_CELL, "world": int}]}
+# fields that are drawn, with their types; of a cell that did not fail, those of _TRACED
 
 
 def _read(path: Path) -> dict:
