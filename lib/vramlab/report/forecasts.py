@@ -9,12 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from ..files import read_checked, recall
-from ..reading import BadFile, matches
+from ..files import recall
 
 GIB = 2**30
 MOST_CELLS = 40
@@ -29,25 +27,6 @@ CAVEATS = (
     "say which in forecast.json (`solved`). The planner interpolates between cells, and says so.")
 
 
-_CELL = {"model": str, "name": str, "regime": str, "seq": int, "batch": int, "reason": str}
-_GROUP = {"module": str, "category": str, "op": str, "bytes": int}
-_HELD = {"allocated_bytes": int, "reserved_bytes": int, "margin_bytes": int, "fits": bool}
-_TRACED = {**_CELL, "phase": str, "requested_bytes": int, "host_bytes": int, "ledger": Mapping[str, int], "groups": [_GROUP],
-           "without": [{**_GROUP, "peak_bytes": int, "peak_phase": str}], "cards": Mapping[str, _HELD], "curve": Mapping[str, Any],
-           "allocators": [{"allocator": str, "label": str, "cards": Mapping[str, _HELD]}]}
-_CONTENT = {"cards": Mapping[str, dict(name=str, capacity_bytes=int)], "cells": [_CELL], "worlds": [{**_CELL, "world": int}]}
-# fields that are drawn, with their types; of a cell that did not fail, those of _TRACED
-
-
-def _read(path: Path) -> dict:
-    content = {"worlds": [], **read_checked(path)}  # older files have no worlds
-    if not matches(content, _CONTENT) or not all(
-            cell["reason"] or matches(cell, _TRACED) and cell["cards"] and {*cell["cards"]} <= {*content["cards"]}
-            for cell in (*content["cells"], *content["worlds"])):
-        raise BadFile(f"{path} has other fields than a forecast: let `vramlab atlas` write it anew")
-    return content
-
-
 @dataclass(frozen=True)
 class Forecasts:
     """What `vramlab atlas` wrote. A cell is one model, regime, length and batch; it holds its outcome on every card."""
@@ -57,7 +36,7 @@ class Forecasts:
     @classmethod
     def read(cls, folder: Path | str, damage: list[str]) -> Forecasts | None:
         """The folder's forecasts; None when it has none, or a damaged file of them, which `damage` then gets a sentence about."""
-        content = recall(Path(folder) / "forecast.json", _read, damage.append)
+        content = recall(Path(folder) / "forecast.json", say=damage.append)
         return content and cls(content)
 
     @property
