@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
-from difflib import get_close_matches
 
 from .axes import AXES
 from .dataset import EVERY, IN_DOMAIN_SHIFTS, TASKS, chosen
@@ -14,6 +13,7 @@ from .factcc.items import DOMAINS
 from .factcc.prompt import CLAIMS_PER_SEQUENCE, HALF, OBJECTIVES
 from .factcc.questions import QUESTIONS_PER_PASSAGE
 from .parameters import run_row, run_spec
+from .reading import nearest
 
 KNOWN_PARAMETERS: dict[str, object] = {
     "regime": "full",
@@ -119,9 +119,8 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Mapping], object]], ...] = (
 
 def faults(full: Mapping) -> dict[str, str]:
     """name -> why its value cannot work, and what would, of everything that is wrong with parameters over the defaults."""
-    near = {name: get_close_matches(str(name)[:80], KNOWN_PARAMETERS, 1) for name in full if name not in KNOWN_PARAMETERS}
-    wrong = {name: f"unknown parameter {name!r:.80}{f' (did you mean {match[0]}?)' if match else ''}; known: "
-                   f"{', '.join(KNOWN_PARAMETERS)}" for name, match in near.items()}
+    wrong = {name: f"unknown parameter {name!r:.80}{nearest(str(name)[:80], KNOWN_PARAMETERS)}; known: "
+                   f"{', '.join(KNOWN_PARAMETERS)}" for name in full if name not in KNOWN_PARAMETERS}
     for name, default in KNOWN_PARAMETERS.items():
         value, kinds = full[name], (int, float) if isinstance(default, float) else type(default)
         if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
