@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
+import baichuan2_chapters as chapters
 from vramlab.baichuan.model import causal_loss
 from vramlab.head_bytes import _alone
 from vramlab.ladder import frequencies, shape
 from vramlab.passes import prepare
 from vramlab.run import resolve
-from vramlab.studies import baichuan2_chapters as chapters
 from vramlab.studies.baichuan2 import figures, power_law, pretraining
 from vramlab.studies.gallery import GALLERY
 from vramlab.studies.lab import Lab

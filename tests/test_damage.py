@@ -108,6 +108,16 @@ def test_the_report_names_damage_in_its_first_lines(swept):
     assert "full-0 is left out: it lacks result.json" in head
 
 
+def test_the_command_names_what_its_report_leaves_out(swept, capsys):
+    (swept / "full-0" / "result.json").write_text("")
+    write_checked(swept / "forecast.json", {"cells": []})  # sealed, and of other content than the report draws
+    assert main(["report", str(swept), "--json"]) == 0
+    left_out = json.loads(capsys.readouterr().out)["left_out"]
+    assert any("forecast.json holds no forecasts" in sentence for sentence in left_out)
+    assert any("full-0 is left out: it lacks result.json" in sentence for sentence in left_out)
+    assert main(["report", str(swept)]) == 0 and "forecast.json holds no forecasts" in capsys.readouterr().out
+
+
 def test_what_is_no_file_in_a_run_folder_is_damage_too(swept):
     target = swept / "full-0" / "result.json"
     target.unlink()

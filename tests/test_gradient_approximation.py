@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import gradient_approximation_figures as chapters
 from vramlab.studies import gradient_approximation as study
-from vramlab.studies import gradient_approximation_figures as chapters
 from vramlab.studies.claims import decide, read_claims
 from vramlab.studies.lab import Lab
 from vramlab.studies.plan import PARAMS, read_plan

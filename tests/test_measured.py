@@ -99,14 +99,6 @@ def test_a_runs_ledger_takes_its_context_from_before_the_first_tensor():
     assert passes.device_ledger(frame, before, samples.iloc[:0]).used is None
 
 
-def test_the_error_table_ends_with_median_and_worst_and_leaves_open_what_was_not_measured():
-    rows = [{"regime": name, "predicted_allocated_bytes": size, "measured_allocated_bytes": 1000}
-            for name, size in (("full", 1000), ("lora", 990), ("lomo", 1003))]
-    table = measured.error_table(rows).set_index("regime")
-    assert table["allocated"].to_list() == ["+0.000 %", "-1.000 %", "+0.300 %", "+0.300 %", "+1.000 %", "+33.333 %"]
-    assert set(table["nvml"]) == {"N/A"}
-
-
 def test_a_run_whose_metered_pass_was_recorded_is_a_run_folder_with_a_report(tmp_path, monkeypatch):
     monkeypatch.setattr(passes, "watching", lambda device: Recorder(history=SimulatedHistory()))
     execute({**SMALL, "regime": "full"}, tmp_path / "full-0", progress=False)

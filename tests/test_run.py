@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pandas as pd
 import pytest
@@ -104,7 +105,12 @@ def test_whatever_decides_numbers_changes_the_hash(tmp_path):
     for layers in (4, 5):
         file.write_text(yaml.safe_dump({**shape, "config": {**shape["config"], "num_hidden_layers": layers}}))
         hashes.append(config_hash({**SMALL, "model": str(file)}))
-    assert hashes[0] != hashes[1] and run_id(SMALL) == f"full-{base[:8]}"
+    items = tmp_path / "items.jsonl"
+    for text in ("one", "two"):
+        items.write_text(text)
+        os.utime(items, ns=(0, 10**9 * len(hashes)))
+        hashes.append(config_hash({**SMALL, "items": str(items)}))
+    assert len(set(hashes)) == 4 and run_id(SMALL) == f"full-{base[:8]}"
 
 
 @pytest.mark.parametrize(("wrong", "words"), [({"regimes": "full"}, "known: regime, model"), ({"steps": "4"}, "it takes int"),

@@ -195,6 +195,13 @@ def test_changed_parameters_are_another_run_and_force_runs_all_again(sweep_file,
     assert json.loads(capsys.readouterr().out)["cells"][0]["state"] == "due"
 
 
+def test_a_dry_run_names_data_that_is_not_there(sweep_file, capsys):
+    path = sweep_file("full")
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "defaults": {"items": "no/items"}}))
+    assert _sweep(path, "--dry-run", "--json") == 0
+    assert "items no/items does not exist here" in capsys.readouterr().err
+
+
 def test_two_sweeps_in_one_folder_are_refused(sweep_file):
     path = sweep_file("offload")
     process = _start(path)

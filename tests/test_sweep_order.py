@@ -31,7 +31,7 @@ def test_every_cell_runs_in_the_process_that_was_started_for_it(monkeypatch, tmp
         events.append((cell.run_id, process, following and following.run_id))
         return sweep._start(notebook, following) if following and ahead else None
 
-    monkeypatch.setattr(sweep, "_make_bases", lambda *_: None)
+    monkeypatch.setattr(sweep, "make_bases", lambda *_: None)
     monkeypatch.setattr(sweep, "_start", lambda notebook, cell: f"process of {cell.run_id}")
     monkeypatch.setattr(sweep, "_run", run)
     sweep._run_all(tmp_path / "cells.ipynb", due, 0, quiet=True)

@@ -18,7 +18,7 @@ from .baichuan import ModelSpec
 from .base import SEEDS, write_base
 from .factcc.statistics import MODEL_SCORINGS
 from .files import SEAL, intact, remove_stale, seal, write_whole
-from .passes import model_spec
+from .parameters import model_spec
 from .paths import BASES, CACHE
 from .reading import BadFile, checked, read_json
 from .recipe import Recipe

@@ -128,9 +128,11 @@ def _report(args) -> Answer:
 def _build(folder: Path) -> Answer:
     from .report import build
 
-    path = build(folder)
+    left_out: list[str] = []
+    path = build(folder, left_out)
     size = path.stat().st_size
-    return Answer({"report": str(path), "size_bytes": size}, f"{path}  {size / 1e6:.2f} MB")
+    return Answer({"report": str(path), "size_bytes": size, "left_out": left_out},
+                  "\n".join([f"{path}  {size / 1e6:.2f} MB", *left_out]))
 
 
 def _studies(args) -> Answer:

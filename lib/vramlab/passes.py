@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,17 @@ def base_of(params: Mapping, progress: bool) -> tuple[nn.Module, BaichuanTokeniz
     if params["recipe"] == "none":
         return random_model(spec, CACHE, params["seed"])
     return base_model(spec, CACHE, recipe=Recipe.named(params["recipe"]), progress=progress)
+
+
+def make_bases(runs: Iterable[Mapping], progress: bool) -> None:
+    """Each base that `runs` (their parameters) start from, once and here, where progress shows, not inside the first that needs
+    it. One that cannot be made is named on standard error: its own runs will fail of it, and others go on."""
+    for params in {(params["model"], params["recipe"], str(params["config"])): params for params in runs}.values():
+        try:
+            if not run_spec(params).path:
+                base_of(params, progress)
+        except Exception as error:
+            print(f"the base of {params['model']} could not be made: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def learn(prepared: Prepared, progress: bool) -> tuple[Learned, nn.Module]:

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +25,7 @@ from .children import take_turn
 from .factcc.checker import Checker
 from .factcc.sources import item_files
 from .factcc.statistics import MODEL_SCORINGS, summarise
-from .files import write_table, write_whole
+from .files import checksum, write_table, write_whole
 from .memory import oom
 from .memory.energy import per_tokens
 from .memory.nvml import find
@@ -66,7 +67,15 @@ def config_hash(params: Mapping) -> str:
 
 
 def _files(path: str) -> list:
-    return [(file.name, file.stat().st_size) for file in item_files(Path(path))] if path and Path(path).exists() else []
+    """(name, SHA-256) of each file of a data set."""
+    files = item_files(Path(path)) if path and Path(path).exists() else []
+    return [(file.name, _checksum(file.resolve(), file.stat().st_mtime_ns, file.stat().st_size)) for file in files]
+
+
+@cache
+def _checksum(file: Path, *_: int) -> str:
+    """Once for all cells of a sweep, as long as the file has the same time and size."""
+    return checksum(file)
 
 
 def run_id(params: Mapping) -> str:

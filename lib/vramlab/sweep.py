@@ -26,8 +26,7 @@ import yaml
 
 from .children import TURN, die_with
 from .files import notice, write_checked, write_whole
-from .parameters import run_spec
-from .passes import base_of
+from .passes import make_bases
 from .paths import ROOT
 from .reading import BadFile, checked, nearest, plain_name, read_yaml, regular_file
 from .run import KNOWN_PARAMETERS, SCHEMA, config_hash, run_id
@@ -120,6 +119,9 @@ def sweep(path: Path | str, out: Path | str | None = None, force: bool = False, 
           dry_run: bool = False, quiet: bool = False) -> Swept:
     """Run what is not finished, or with `dry_run` say what that is."""
     notebook, folder, cells = read_sweep(path, out)
+    for name, given in sorted({(name, cell.full[name]) for cell in cells for name in ("items", "checker") if cell.full[name]}):
+        if not Path(given).exists():
+            notice(f"{name} {given} does not exist here: its runs will fail")
     outcomes = {cell.run_id: cell.outcome() for cell in cells}
     due = [cell for cell in cells if force or outcomes[cell.run_id] in {None, *RETRY.get(retry or "", ())}]
     if dry_run:
@@ -144,7 +146,7 @@ def _run_all(notebook: Path, due: list[Cell], finished: int, quiet: bool) -> Non
 
     if finished and not quiet:
         print(f"{finished} finished cells are kept, {len(due)} to run")
-    _make_bases(due, quiet)
+    make_bases([cell.full for cell in due], not quiet)
     with tqdm(total=len(due), unit="run", file=sys.stderr, disable=quiet, dynamic_ncols=True) as shown:
         ahead = None
         for cell, following in itertools.zip_longest(due, due[1:]):
@@ -156,17 +158,6 @@ def _run_all(notebook: Path, due: list[Cell], finished: int, quiet: bool) -> Non
                 row = _row(cell)
                 shown.write(f"{row['regime']:<12} {row['outcome']:<7} {time.monotonic() - began:5.1f} s  {row['reason']}".rstrip(),
                             file=sys.stderr)
-
-
-def _make_bases(due: list[Cell], quiet: bool) -> None:
-    """Once and here, where progress shows, not inside the first cell that needs it."""
-    bases = {(cell.full["model"], cell.full["recipe"], str(cell.full["config"])): cell.full for cell in due}
-    for params in bases.values():
-        if not run_spec(params).path:
-            try:
-                base_of(params, progress=not quiet)
-            except Exception as error:  # its cells will fail of it, each with a row; others go on
-                print(f"the base of {params['model']} could not be made: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _start(notebook: Path, cell: Cell) -> subprocess.Popen:

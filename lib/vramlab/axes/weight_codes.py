@@ -60,10 +60,6 @@ class Quantized(nn.Linear):
     def unpack(self, dtype: torch.dtype, *stored: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The matrix that products are formed with, (O, I)."""
-        return self.unpack(dtype, *(getattr(self, name) for name in self.names))
-
     def forward(self, x: Tensor) -> Tensor:
         return Product.apply(x, self.unpack, *(getattr(self, name) for name in self.names))
 

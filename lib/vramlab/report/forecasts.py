@@ -37,6 +37,9 @@ class Forecasts:
     def read(cls, folder: Path | str, damage: list[str]) -> Forecasts | None:
         """The folder's forecasts; None when it has none, or a damaged file of them, which `damage` then gets a sentence about."""
         content = recall(Path(folder) / "forecast.json", say=damage.append)
+        if content and not content.keys() >= {"cards", "cells"}:
+            damage.append(f"{folder}/forecast.json holds no forecasts; it counts as not there")
+            return None
         return content and cls(content)
 
     @property

@@ -45,9 +45,10 @@ class Section:
     """HTML of its own."""
 
 
-def build(folder: Path | str) -> Path:
-    """Write `report.html` into a folder of finished runs and return its path. Raises: FileNotFoundError, without runs."""
-    damage: list[str] = []
+def build(folder: Path | str, damage: list[str] | None = None) -> Path:
+    """Write `report.html` into a folder of finished runs and return its path. `damage` gets a sentence for each file or run that
+    the report leaves out, as the report itself has it. Raises: FileNotFoundError, without runs."""
+    damage = [] if damage is None else damage
     runs = read_runs(folder, damage)
     path = Path(folder) / "report.html"
     said = Forecasts.read(folder, damage)

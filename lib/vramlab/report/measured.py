@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from ..agreement import PEAKS, Agreement, Divergence, errors, summary
+from ..agreement import Agreement, Divergence
 from ..memory import timeline
 from ..memory.ledger import NOT_AVAILABLE, Ledger
 from ..runs import Run
@@ -149,11 +149,3 @@ def ledger_table(named: Mapping[str, Ledger]) -> pd.DataFrame:
     columns = {name: {label.split(", with")[0]: NOT_AVAILABLE if size is None else f"{size / MIB:,.2f}"
                       for label, size in one.rows()} for name, one in named.items()}
     return pd.DataFrame(columns).fillna("0.00")
-
-
-def error_table(rows: Sequence[Mapping]) -> pd.DataFrame:
-    """Each run's signed errors in per cent, then median and worst of all; N/A where nothing was measured."""
-    table, found = errors(rows).set_index("regime"), summary(rows)
-    for label in ("median_error", "worst_error", "under_rate"):
-        table.loc[label.replace("_", " ")] = [found[name][label] for name in PEAKS]
-    return table.map(lambda share: NOT_AVAILABLE if pd.isna(share) else f"{100 * share:+.3f} %").reset_index()

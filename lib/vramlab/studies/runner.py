@@ -15,8 +15,7 @@ from pathlib import Path
 
 from ..children import side_by_side
 from ..files import write_table, write_whole
-from ..parameters import run_spec
-from ..passes import base_of
+from ..passes import make_bases
 from ..progress import bar
 from ..run import KNOWN_PARAMETERS, SCHEMA, execute
 from ..runs import outcome
@@ -33,7 +32,7 @@ def due(cells: Iterable[tuple[Path, StudyCell]]) -> list[tuple[Path, StudyCell]]
 def make(cells: Sequence[tuple[Path, StudyCell]], jobs: int = 0, progress: bool = True) -> list[str]:
     """Run what is due of (folder of the study, cell). Returns a line for each cell that failed."""
     waiting = due(cells)
-    _make_bases([cell for _, cell in waiting], progress)
+    make_bases([{**KNOWN_PARAMETERS, **cell.params} for _, cell in waiting if not cell.call or "recipe" in cell.params], progress)
     failed = []
     with bar("studies", len(waiting), progress and bool(waiting)) as shown:
         for (folder, cell), reason, error in _all(waiting, jobs or os.cpu_count() or 1):
@@ -48,14 +47,6 @@ def make(cells: Sequence[tuple[Path, StudyCell]], jobs: int = 0, progress: bool 
 def _all(waiting: Sequence[tuple[Path, StudyCell]], jobs: int) -> Iterator[tuple]:
     for alone, at_once in ((False, jobs), (True, 1)):
         yield from side_by_side(_one, [pair for pair in waiting if pair[1].alone == alone], at_once)
-
-
-def _make_bases(cells: Sequence[StudyCell], progress: bool) -> None:
-    """Once and with all cores, before cells would each make one."""
-    wanted = [{**KNOWN_PARAMETERS, **cell.params} for cell in cells if not cell.call or "recipe" in cell.params]
-    for params in {(params["model"], params["recipe"], str(params["config"])): params for params in wanted}.values():
-        if not run_spec(params).path:
-            base_of(params, progress)
 
 
 def _one(asked: tuple[Path, StudyCell]) -> str:
