@@ -27,7 +27,7 @@ def forecast(**changes) -> SimpleNamespace:
             "ledger": {"weights": 4 * GIB, "cached": GIB // 4}, "fits": True, "retries": 0, "margin_bytes": GIB // 2,
             "settings": Settings(),
             "card": SimpleNamespace(name="a card", capacity_bytes=8 * GIB, total_bytes=9 * GIB),
-            "weights": "fp32", "_reserved_range_words": lambda: ""}
+            "weights": "fp32", "max_positions": 128, "_reserved_range_words": lambda: ""}
     return SimpleNamespace(**{**made, **changes}, sides=dict)
 
 
@@ -43,6 +43,13 @@ def test_a_forecast_in_words_by_value():
     assert "does not fit; margin -1.50 GiB of 8.00" in small and "flushing" not in small
     assert "fits, after flushing its cache 3 times;" in Forecast.words(forecast(retries=3))
     assert "fit" not in Forecast.words(forecast(card=None))
+
+
+def test_rows_longer_than_the_model_knows_are_said():
+    assert "positions" not in Forecast.words(forecast())
+    assert "rows of 128 tokens, and tiny knows 127 positions" in Forecast.words(forecast(max_positions=127))
+    assert [Forecast.max_positions.fget(forecast(question=Question(model, "full", 128, 1))) for model in ("tiny", "llama-7b")] == [
+        4096, 2048]
 
 
 def test_the_range_of_the_reserved_peak_is_told_where_it_can_be_seen():

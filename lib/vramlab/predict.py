@@ -151,6 +151,11 @@ class Forecast:
     """No step on this card can be faster; not an estimate of the time. None without a card."""
     took_s: float
 
+    @property
+    def max_positions(self) -> int:
+        """Tokens of a row that the model's config says it knows; longer ones are forecast too."""
+        return self.question.spec.config.max_position_embeddings
+
     @cached_property
     def reserved_range_bytes(self) -> tuple[int, int]:
         """Least and most of `reserved_peak_bytes` over several orders of the segments' addresses, which the driver chooses; they
@@ -172,7 +177,8 @@ class Forecast:
         owners = [{"category": category, "module": module, "bytes": size} for category, module, size in self.trace.owners(8)]
         return {
             "kind": "predicted", "model": question.model, "regime": question.regime, "weights": self.weights, "seq": question.seq,
-            "batch": question.batch, "world": question.world, "card": card and card.key, "device": self.trace.device,
+            "batch": question.batch, "max_positions": self.max_positions, "world": question.world, "card": card and card.key,
+            "device": self.trace.device,
             "compute_capability": list(self.trace.architecture), "allocator": self.simulated.label,
             "peak_allocated_bytes": self.allocated_peak_bytes, "peak_reserved_bytes": self.reserved_peak_bytes,
             "peak_requested_bytes": self.trace.peak_bytes, "phase": self.trace.phase, "ledger": dict(self.ledger),
@@ -206,6 +212,9 @@ class Forecast:
                       f"{self.settings.usable_bytes(self.card.capacity_bytes, self.card.total_bytes) / gib:.2f}",
                       f"no step faster than {self.floor.s:.3f} s, bound by {self.floor.binds} (roofline floor, not an estimate): "
                       f"compute {self.floor.compute_s:.3f}, memory {self.floor.memory_s:.3f}, bus {self.floor.bus_s:.3f}"]
+        if self.max_positions < self.question.seq:
+            lines.append(f"note: rows of {self.question.seq:,} tokens, and {self.question.model} knows {self.max_positions:,} "
+                         "positions: their memory is forecast all the same")
         return "\n".join([*lines, f"took {self.took_s:.1f} s"])
 
     def takeaway(self) -> str:
