@@ -25,7 +25,7 @@ test: env
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: env
-	$(BIN)/python -m pytest -n 2 --dist load -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 lab: env
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.news_url=None notebooks/compare.ipynb

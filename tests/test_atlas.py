@@ -99,6 +99,7 @@ def test_a_failing_cell_is_a_row_with_its_reason(asked, tmp_path, monkeypatch):
     assert (frame.loc[frame["name"] == "full", "reason"] == "").all()
 
 
+@pytest.mark.slow
 def test_processes_say_what_one_says(asked, content, tmp_path):
     two = dataclasses.replace(asked, seq=(16,), weights=("",), regimes=("full", "lomo"))
     cells = [{**cell, "trace_s": 0} for cell in chart(two, tmp_path, progress=False, jobs=2)["cells"]]

@@ -90,6 +90,7 @@ def test_a_topic_that_breaks_is_a_finding(monkeypatch):
     assert not told["host memory"].can and "ZeroDivisionError" in told["host memory"].found
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_had_enough_is_no_error():
     with subprocess.Popen([sys.executable, "-m", "vramlab.cli", "regimes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as told:
         told.stdout.close()

@@ -214,6 +214,7 @@ def _alone(name):
     return ranked_steps.train({key: value for key, value in ranked_steps.ROWS[name].items() if key != "place"}, slice(0, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ranked_steps.ROWS if name != "mixed"])
 def test_two_ranks_train_as_one_device_with_both_batches(name, two_ranks):
     alone = _alone(name)
@@ -224,6 +225,7 @@ def test_two_ranks_train_as_one_device_with_both_batches(name, two_ranks):
             torch.testing.assert_close(trained["weights"][key], tensor, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_two_ranks_in_mixed_precision_err_as_one_device_does(two_ranks):
     """Not the same roundings: gathered weights make norms and the sum of blocks bf16. Errors are those of fp32's losses and
     weights, taken together."""
@@ -242,6 +244,7 @@ def test_two_ranks_in_mixed_precision_err_as_one_device_does(two_ranks):
         assert torch.equal(tensor, two_ranks[1]["trained"]["mixed"]["weights"][key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, row in ranked_steps.ROWS.items() if not row.get("accumulate")])
 def test_a_real_rank_makes_what_was_forecast(name, two_ranks):
     said = _said(ranked_steps.ROWS[name], 2, mode="cpu")

@@ -66,6 +66,7 @@ def results(folder: Path) -> dict[str, dict]:
     return {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/result.json")}
 
 
+@pytest.mark.slow
 def test_on_a_cpu_every_forecast_is_exact_and_every_cell_ends_as_it_should(checked):
     folder, said, code, _ = checked
     table = pd.read_parquet(folder / "table.parquet").set_index("cell")
@@ -78,6 +79,7 @@ def test_on_a_cpu_every_forecast_is_exact_and_every_cell_ends_as_it_should(check
     assert told["allocated"]["n"] == 2 and told["allocated"]["worst_error"] == 0.0 and told["reserved"]["n"] == 0
 
 
+@pytest.mark.slow
 def test_what_the_machine_lacks_is_left_out_and_said(checked):
     folder, said, _, _ = checked
     assert not list(folder.glob("qlora*"))
@@ -85,6 +87,7 @@ def test_what_the_machine_lacks_is_left_out_and_said(checked):
     assert "the small sweep is left out: it needs sentencepiece" in said and not list(folder.glob("tiny*"))
 
 
+@pytest.mark.slow
 def test_one_cell_runs_out_on_purpose_and_says_who_held_the_rest_and_what_would_have_fitted(checked):
     folder, said, _, _ = checked
     (name, found), = [(name, found) for name, found in results(folder).items() if found["outcome"] == "oom"]
@@ -96,6 +99,7 @@ def test_one_cell_runs_out_on_purpose_and_says_who_held_the_rest_and_what_would_
     assert pd.read_parquet(folder / name / "curve.parquet")["live_bytes"].max() <= evidence["allocated_bytes"]
 
 
+@pytest.mark.slow
 def test_the_peer_is_held_against_our_row(checked):
     folder, _, _, _ = checked
     table, found = pd.read_parquet(folder / "table.parquet").set_index("cell"), results(folder)
@@ -104,6 +108,7 @@ def test_the_peer_is_held_against_our_row(checked):
     assert table.loc["lora-bf16-1x32", "over_trainer"] == pytest.approx(ours["tokens_per_s"] / theirs["tokens_per_s"])
 
 
+@pytest.mark.slow
 def test_the_table_comes_last_and_nothing_names_the_machine(checked):
     folder, said, _, _ = checked
     assert said.strip().splitlines()[-1].startswith("CPU, driver None, torch ") and "| lora-bf16-1x32 | ok |" in said
@@ -116,6 +121,7 @@ def test_the_table_comes_last_and_nothing_names_the_machine(checked):
     assert {file.suffix for file in files} == {".json", ".parquet"}
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_and_measures_nothing_again(checked):
     folder, _, _, run = checked
     lost = folder / "galore-bf16-1x32" / "result.json"
@@ -127,6 +133,7 @@ def test_the_same_command_goes_on_and_measures_nothing_again(checked):
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
+@pytest.mark.slow
 def test_without_time_nothing_is_begun_and_the_table_says_so(checked, tmp_path, capsys):
     folder, _, _, _ = checked
     check = Check(tmp_path, 0.0, "cpu", "tiny", (32,))

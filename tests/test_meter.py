@@ -110,8 +110,10 @@ def test_backward_bytes_are_given_to_the_module_whose_forward_made_the_node():
     assert backward["module"].str.contains("layers.1.mlp").any() and (backward["module"] != "").mean() > 0.8
 
 
-@pytest.mark.parametrize("row", [{}, {"acts": "checkpoint"}, {"until": "backward", "rule": "sgd"}, {"weights": "mixed"}],
-                         ids=["full", "checkpoint", "lomo", "mixed"])
+@pytest.mark.parametrize("row", [
+    pytest.param({}, id="full"), pytest.param({"acts": "checkpoint"}, id="checkpoint", marks=pytest.mark.slow),
+    pytest.param({"until": "backward", "rule": "sgd"}, id="lomo", marks=pytest.mark.slow),
+    pytest.param({"weights": "mixed"}, id="mixed", marks=pytest.mark.slow)])
 def test_the_operating_system_agrees_to_one_percent(row, monkeypatch):
     if not os.path.exists("/proc/self/clear_refs"):
         pytest.skip("no /proc here: the kernel's high-water mark cannot be read")

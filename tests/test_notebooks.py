@@ -103,6 +103,7 @@ def test_predict_says_what_the_forecast_says_beside_the_arithmetic(tmp_path):
         _execute(ROOT / "notebooks" / "predict.ipynb", tmp_path / "no.ipynb", model="tiny", seq=32, card="gtx")
 
 
+@pytest.mark.slow
 def test_the_study_draws_a_familys_chapter_and_leaves_the_others_out(tmp_path):
     path = ROOT / "notebooks" / "studies" / "regimes.ipynb"
     done = _execute(path, tmp_path / "out.ipynb", model="tiny", seq=32, families=["lifetime", "projected"],
@@ -140,7 +141,7 @@ def test_every_difference_over_a_hundredth_is_explained_and_the_sum_is_the_ledge
     assert set(wanted) <= set(told) and told == expectation.over(found)["category"].tolist() and "context" in wanted
 
 
-@pytest.mark.parametrize("model", ["baichuan2-7b", "baichuan2-13b"])
+@pytest.mark.parametrize("model", ["baichuan2-7b", pytest.param("baichuan2-13b", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("regime", "weights"), [("full", ""), ("full", "bf16"), ("mixed", ""), ("checkpoint", "bf16"),
                                                  ("lora", "bf16"), ("lomo", "bf16"), ("badam", "bf16"), ("chunkft", "bf16")])
 def test_no_difference_of_a_published_model_is_left_unexplained(model, regime, weights):
@@ -214,6 +215,7 @@ def _run_in(lab: str, name: str):
         browser.close()
 
 
+@pytest.mark.slow
 def test_in_jupyterlab_a_widget_redraws_its_figure(lab):
     with _run_in(lab, "timeline") as (tab, expect):
         choice = tab.locator(".widget-dropdown select").first
@@ -226,6 +228,7 @@ def test_in_jupyterlab_a_widget_redraws_its_figure(lab):
         expect(words).to_have_count(1)  # redrawn in place, not beside
 
 
+@pytest.mark.slow
 def test_in_jupyterlab_the_planners_answer_follows_its_controls(lab):
     """Every control by itself, and what it says is the forecast's or between two."""
     with _run_in(lab, "predict") as (tab, expect):

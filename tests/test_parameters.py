@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import time
@@ -105,8 +106,9 @@ def test_every_file_of_params_asks_for_runs_that_can_work():
     for path in (ROOT / "params").glob("*.yml"):
         if "\ngrid:" in path.read_text():
             assert read_sweep(path)[2]
-    for path in PARAMS.glob("*.yml"):
-        assert all(resolve(cell.params) for cell in read_plan(path).every_cell() if not cell.call)
+    for path in PARAMS.glob("*.yml"):  # a seed more is no other question
+        cells = [{**cell.params, "seed": 0} for cell in read_plan(path).every_cell() if not cell.call]
+        assert all(map(resolve, {json.dumps(params): params for params in cells}.values()))
 
 
 SIMPLE = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=40), st.binary(max_size=9))

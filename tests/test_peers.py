@@ -31,12 +31,14 @@ def result(settings):
     return bench(settings, [PAIR["full"], PAIR["badam"]], progress=False)
 
 
+@pytest.mark.slow
 def test_both_sides_do_the_same_steps(result):
     for row in result["pairs"]:
         losses = row["losses"]
         assert losses["same"] and len(losses["ours"]) == 2 and losses["ours"][0] != losses["ours"][1], row["name"]
 
 
+@pytest.mark.slow
 def test_ratios_are_of_what_was_measured(result):
     for row in result["pairs"]:
         speed, size = row["speed"], row["bytes"]
@@ -47,6 +49,7 @@ def test_ratios_are_of_what_was_measured(result):
         assert speed["ratio"]["q25"] <= speed["ratio"]["median"] <= speed["ratio"]["q75"]
 
 
+@pytest.mark.slow
 def test_the_meter_sees_what_adamw_holds_on_either_side(result):
     """Weights and both moments at least: 12 bytes a parameter, gradients aside."""
     row = result["pairs"][0]
@@ -74,6 +77,7 @@ def test_what_cannot_be_compared_says_why(settings):
     assert "no such row" in table(given) and "pip install peer" in table(given)
 
 
+@pytest.mark.slow
 def test_the_result_is_kept_and_printed_again(result, tmp_path, capsys):
     kept = tmp_path / "peers.json"
     kept.write_text(json.dumps(result))

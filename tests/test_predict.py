@@ -146,7 +146,8 @@ SEVEN_B = {("zero_shot", "bf16"): 16_316_533_248, ("full", "bf16"): 60_073_340_9
 """(row, weights) -> peak allocated bytes of the 7B at 1 x 1,024 tokens: what this library costs today, and no more."""
 
 
-@pytest.mark.parametrize(("regime", "weights"), SEVEN_B)
+@pytest.mark.parametrize(("regime", "weights"), [
+    pytest.param(*row, marks=[pytest.mark.slow] if row[0] == "mezo" else []) for row in SEVEN_B])
 def test_no_change_costs_the_7b_memory(regime, weights):
     assert_peak(regime, "baichuan2-7b", 1024, 1, SEVEN_B[regime, weights], weights)
 
@@ -156,7 +157,8 @@ BUDGETS = {("badam", "bf16"): 19.0, ("lora_checkpoint", "bf16"): 15.6, ("qlora",
 """(row, weights) -> GiB that the 7B's peak allocated at 1 x 1,024 tokens has to stay below; its bf16 weights alone are 13.98."""
 
 
-@pytest.mark.parametrize(("regime", "weights"), BUDGETS)
+@pytest.mark.parametrize(("regime", "weights"), [
+    pytest.param(*row, marks=[pytest.mark.slow] if row[0] not in ("badam", "qlora") else []) for row in BUDGETS])
 def test_rows_that_save_memory_stay_in_their_budget(regime, weights):
     assert_peak(regime, "baichuan2-7b", 1024, 1, int(BUDGETS[regime, weights] * 2**30), weights)
 

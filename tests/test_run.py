@@ -157,6 +157,7 @@ def test_a_gpu_that_is_not_there_is_one_error_with_the_way_out(tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["outcome"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_row_that_shards_trains_as_the_only_rank(tmp_path):
     folder = execute({"regime": "fsdp", **SMALL}, tmp_path / "run", progress=False)
     result = json.loads((folder / "result.json").read_text())

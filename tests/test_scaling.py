@@ -60,7 +60,8 @@ def chunked(monkeypatch):
     return step
 
 
-@pytest.mark.parametrize("regime", ["lora_checkpoint", "lomo_clip", "adalomo", "host_weights"])
+@pytest.mark.parametrize("regime", ["lomo_clip", *(pytest.param(name, marks=pytest.mark.slow)
+                                                  for name in ("lora_checkpoint", "adalomo", "host_weights"))])
 def test_a_head_goes_round_its_loops_as_often_as_it_is_traced_to(regime, chunked):
     """Frozen; rows whose norms outlive their loop; three sweeps; rows on their way from the host."""
     sizes, wanted = Sizes(), chunked(regime, 128, 2)

@@ -160,6 +160,7 @@ def test_holm_is_over_the_family():
     assert found["a"].p_holm == 0.02 and found["b"].p_holm == 0.04 and math.isnan(found["c"].p_holm)
 
 
+@pytest.mark.slow
 def test_what_is_timed_comes_last_with_nothing_beside_it(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(runner, "side_by_side",
@@ -185,6 +186,7 @@ def small_lomo(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_study_goes_from_its_file_to_the_gallery_and_a_second_time_runs_nothing(small_lomo, tmp_path):
     first, = batch.run([small_lomo], tmp_path / "out", tmp_path / "gallery", jobs=1, quiet=True)
     assert not first["failed"] and not first["reason"] and first["due"] == first["cells"]

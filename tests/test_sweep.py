@@ -87,6 +87,7 @@ def _alive(pid):
         return False
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_in_its_third_cell_goes_on_without_repeating_the_first_two(sweep_file, tmp_path):
     path = sweep_file("full", "lomo", "offload")
     process = _start(path)
@@ -134,6 +135,7 @@ said.append(time.time())
 """
 
 
+@pytest.mark.slow
 def test_a_cells_process_starts_when_nothing_is_timed_and_works_when_the_one_before_has_ended(sweep_file, tmp_path):
     cells = tmp_path / "cells.ipynb"
     path = sweep_file("full", "lomo", "offload")
