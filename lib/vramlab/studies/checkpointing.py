@@ -110,7 +110,7 @@ def _bytes(records: Records) -> dict[str, Figure]:
         if acts != KEEP and (regime, KEEP, seq) in by.index:
             ratio = by.loc[(regime, acts, seq), "peak_bytes"] / by.loc[(regime, KEEP, seq), "peak_bytes"]
             found[f"bytes, {regime}, {acts} of keep, {seq}"] = Figure(float(ratio), "measured", "times")
-        elif regime != "full" and ("full", KEEP, seq) in by.index:
+        elif acts == KEEP and regime != "full" and ("full", KEEP, seq) in by.index:
             ratio = by.loc[(regime, KEEP, seq), "activations"] / by.loc[("full", KEEP, seq), "activations"]
             found[f"activations, {regime} of full, {seq}"] = Figure(float(ratio), "measured", "times")
         if host := by.loc[(regime, acts, seq), "host_bytes"]:
