@@ -372,12 +372,37 @@ def test_settings_are_read_and_labelled():
     assert Settings.parse("large_segment_size_mb:40").segment_bytes(2 * MIB) == 40 * MIB
 
 
+def test_limits_by_hand():
+    both = Settings(per_process_memory_fraction=0.5, garbage_collection_threshold=0.8)
+    half, collecting, usual = (Settings(per_process_memory_fraction=0.5), Settings(garbage_collection_threshold=0.8), Settings())
+    assert [each.allowed_bytes(1001) for each in (both, half, collecting, usual)] == [500, 500, None, None]
+    assert [each.collects_above_bytes(1001) for each in (both, half, collecting, usual)] == [400, None, None, None]
+    assert both.allowed_bytes(None) is both.collects_above_bytes(None) is None
+    assert [each.usable_bytes(900, 1001) for each in (half, usual)] == [500, 900] and half.usable_bytes(400, 1001) == 400
+    assert [each.endless_up_to_bytes(900, 1001) for each in (both, half, collecting, usual)] == [400, 500, 900, 900]
+    assert both.endless_up_to_bytes(300, 1001) == 300
+
+
+def test_splits_and_segments_by_hand():
+    usual, limited = Settings(), Settings(max_split_size_mb=24, max_non_split_rounding_mb=25)
+    assert (usual.max_split_bytes, limited.max_split_bytes) == (float("inf"), 24 * MIB)
+    assert (usual.non_split_rounding_bytes, limited.non_split_rounding_bytes) == (20 * MIB, 25 * MIB)
+    sizes = (MIB, MIB + 1, 10 * MIB - 1, 10 * MIB, 10 * MIB + 1)
+    assert [usual.segment_bytes(size) // MIB for size in sizes] == [2, 20, 20, 10, 12]
+    assert [limited.least_rest_bytes(size) for size in (MIB, MIB + 512, 24 * MIB - 512, 24 * MIB)] == [
+        512, MIB + 1, MIB + 1, float("inf")]
+    assert Settings(expandable_segments=True).least_rest_bytes(24 * MIB) == 512
+    last = Settings(roundup_power2_divisions=(0,) * 15 + (2,))
+    assert [last.round_bytes(size << 30) >> 30 for size in (31, 33, 65)] == [31, 48, 96], "the last interval has no end"
+
+
 SETTINGS = {"": True, "max_split_size_mb:20": True, "max_split_size_mb:19": False, "max_split_size_mb:128,": True,
             "large_segment_size_mb:10": False, "large_segment_size_mb:11": True, "max_split_size_mb:abc": False,
             "max_split_size_mb:30,large_segment_size_mb:40": False, "max_non_split_rounding_mb:5": False,
             "max_non_split_rounding_mb:25": True, "garbage_collection_threshold:1.0": False,
             "garbage_collection_threshold:0.0": False, "garbage_collection_threshold:0.8": True,
             "per_process_memory_fraction:0.5": True, "per_process_memory_fraction:1.0": True,
+            "per_process_memory_fraction:0.0": True,
             "roundup_power2_divisions:3": False, "roundup_power2_divisions:0": False, "roundup_power2_divisions:[256:0]": True,
             "roundup_power2_divisions:[256:3]": False, "roundup_power2_divisions:[257:1]": False,
             "roundup_power2_divisions:[]": True, "roundup_power2_divisions:[256:1,512:2,1024:4,>:8]": True,
@@ -403,6 +428,7 @@ def test_settings_are_accepted_where_pytorch_accepts_them(text):
     ("backend:cudaMallocAsync", "backend:cudaMallocAsync is not simulated"),
     ("max_split_size_mb=128", "'max_split_size_mb=128' is not name:value"),
     ("max_split_size_mb:-1", "max_split_size_mb is '-1': it must be a whole number"),
+    ("per_process_memory_fraction:1.1", "is '1.1': it must be 0 to 1"),
     ("large_segment_size_mb:5,max_split_size_mb:2", "is 5: it must be above 10; max_split_size_mb is 2: it must be at least"),
 ])
 def test_wrong_settings_say_what_is_wrong(text, says):

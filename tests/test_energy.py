@@ -25,6 +25,21 @@ def test_the_error_at_the_end_of_the_readings_has_one_move_less_to_lean_on():
     assert energy(readings(), 2.1, 10.0).error_j == pytest.approx(50 + 25)
 
 
+def test_the_error_at_the_first_move_has_one_less_before_it_to_lean_on():
+    assert energy(readings(), 0.25, 5.6).error_j == pytest.approx(25 + 50)
+
+
+def test_the_first_reading_is_no_move_and_the_smallest_move_is_one():
+    assert energy(readings(), 0.1, 5.6).how == "power, integrated", "the counter is first seen to move at .25 s"
+    found = energy(readings(watts=2.0), 2.1, 5.6)
+    assert (found.j, found.how) == (pytest.approx(7), "the card's counter")
+
+
+def test_a_gap_behind_the_first_reading_counts():
+    frame = readings()
+    assert energy(frame[~frame["t_s"].isin([0.25, 0.5])], 0.0, 5.6).j is None
+
+
 def test_power_is_added_up_by_trapezium():
     frame = readings(energy_j=np.nan)
     frame["power_w"] = 100 + 20 * frame["t_s"]
@@ -73,5 +88,8 @@ def test_joules_for_a_thousand_tokens_by_hand():
     # windows of just 2 s: 200 J for 200 tokens, then 200 J for 600; the last second is too short for a third
     assert found["windows"] == 2 and found["q25"] == pytest.approx(1000 - (1000 - 1000 / 3) * 3 / 4)
     assert found["q75"] == pytest.approx(1000 - (1000 - 1000 / 3) / 4) and found["start_temperature_c"] == 41.0
+    twice = per_tokens(steps.assign(tokens=2 * steps["tokens"]), readings())
+    assert twice["j_per_1000_tokens"] == pytest.approx(250) and twice["error_j_per_1000_tokens"] == pytest.approx(50)
     late = per_tokens(steps.assign(t_s=steps["t_s"] - 1.5), readings())
     assert late["j_per_1000_tokens"] is None and late["start_temperature_c"] is None and "do not span" in late["how"]
+    assert late["windows"] == 0

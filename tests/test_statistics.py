@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from vramlab.factcc.baselines import baseline_scores
+from vramlab.factcc.items import Item
 from vramlab.factcc.statistics import (
     LEVEL,
     RESAMPLES,
@@ -133,3 +135,30 @@ def test_a_difference_is_the_ones_accuracy_less_the_others_each_at_its_own_thres
     back = compare(other, one).set_index("scoring").loc["yesno"]
     assert back["difference"] == pytest.approx(-rows.loc["yesno", "difference"])
     assert (back["low"], back["high"]) == pytest.approx((-rows.loc["yesno", "high"], -rows.loc["yesno", "low"]))
+
+
+# judges without a model ----------------------------------------------------------------------------------------------
+
+
+def item(claim: str, label: int = 1, doc: str = "") -> Item:
+    return Item(claim, "generated", "news", "train", doc, claim, label, "", "none", "g")
+
+
+def test_the_claims_words_alone_are_judged_by_naive_bayes():
+    """Consistent: a, b, ab, b: four grams. Inconsistent: A, c, ac: three. Five kinds, and one for what was never seen."""
+    frame = baseline_scores([item("a b"), item("b"), item("A c", 0)], [item("b"), item("c"), item("a b"), item("new")])
+    share = {"b": math.log(3 / 10) - math.log(1 / 9), "c": math.log(1 / 10) - math.log(2 / 9),
+             "a": math.log(2 / 10) - math.log(2 / 9), "a b": math.log(2 / 10) - math.log(1 / 9)}
+    assert frame["claim_only"].tolist() == pytest.approx([
+        share["b"], share["c"], share["a"] + share["b"] + share["a b"], math.log(1 / 10) - math.log(1 / 9)])
+    assert set(frame["majority"]) == {1.0} and frame["uid"].tolist() == ["b", "c", "a b", "new"]
+
+
+@pytest.mark.parametrize(("labels", "majority"), [([1, 1, 0], 1.0), ([1, 0], -1.0), ([0, 0, 1], -1.0), ([1], 1.0)])
+def test_the_majority_has_to_be_more_than_half(labels, majority):
+    assert baseline_scores([item("a", label) for label in labels], [item("a")])["majority"].tolist() == [majority]
+
+
+def test_overlap_is_the_share_of_the_claims_words_and_pairs_that_the_document_has():
+    found = baseline_scores([item("a")], [item("The cat, sat", doc="the cat sat"), item("sat", doc="he sat")])
+    assert found["unigram_overlap"].tolist() == [3 / 4, 1] and found["bigram_overlap"].tolist() == [1 / 3, 0]

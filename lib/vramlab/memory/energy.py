@@ -88,7 +88,7 @@ def per_tokens(steps: pd.DataFrame, frame: pd.DataFrame) -> dict:
         return found
     rates, counted = [], 0
     for end, so_far in zip(ends, tokens, strict=True):
-        if end - start >= SHORTEST_S and (part := energy(frame, start, end)).j is not None:
+        if (part := energy(frame, start, end)).j is not None:
             rates.append(1000 * part.j / (so_far - counted))
             start, counted = end, so_far
     per = 1000 / int(tokens.iloc[-1])
