@@ -13,6 +13,7 @@ from vramlab.memory.oom import evidence_words, words
 from vramlab.memory.settings import Settings
 from vramlab.predict import Forecast, Question
 from vramlab.report import tables
+from vramlab.report import words as sentences
 
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -163,3 +164,123 @@ def test_shares_judged_right_are_by_transformation_at_the_validations_threshold(
     assert found[["transform", "right", "n"]].to_dict("records") == [
         {"transform": "entity", "right": 1.0, "n": 1}, {"transform": "negation", "right": 0.5, "n": 2},
         {"transform": "unchanged", "right": 0.5, "n": 2}]
+
+
+# sentences of the report ---------------------------------------------------------------------------------------------
+
+
+def of_sizes(name: str, peak_mib: float, host_mib: float = 0.0, tokens_per_s: float = 1000.0, trains: int = 77) -> SimpleNamespace:
+    """A finished run of this peak, host memory and speed."""
+    usual = run().result
+    return run(name=name, result={**usual, "peak_bytes": {"meter": int(peak_mib * MIB)}, "host_bytes": int(host_mib * MIB),
+                                  "speed": {**usual["speed"], "tokens_per_s": tokens_per_s}, "trainable_parameters": trains})
+
+
+def test_the_least_memory_and_the_speeds_are_those_of_regimes_that_train():
+    runs = [of_sizes("full", 100), of_sizes("lora", 25, 0.5, 250.0), of_sizes("zero_shot", 1, tokens_per_s=9000.0, trains=0)]
+    assert sentences._memory(runs) == ("Least device memory among the regimes that train: lora, 25.0 MiB at its peak in backward "
+                                       "(and 0.5 MiB in host memory), 25% of full's 100.0 MiB.")
+    assert sentences._speed(runs) == "Fastest: full, 1,000 tokens/s; slowest: lora, 250 (25% of it)."
+    assert sentences._memory(runs[:1]).endswith("in backward, 100% of full's 100.0 MiB.")
+    assert sentences._memory([of_sizes("lora", 25)]).endswith("25.0 MiB at its peak in backward.")
+    assert sentences._memory(runs[2:]) == sentences._speed(runs[2:]) == ""
+
+
+def test_runs_that_did_not_finish_are_counted_and_named():
+    wrong = run(name="lora", ok=False, result={"outcome": "failed", "reason": "no room"})
+    assert sentences._failed([run(), wrong]) == "1 of 2 runs did not finish: lora (failed: no room)."
+    assert sentences._failed([run()]) == ""
+
+
+def test_a_run_in_one_sentence_and_its_claims_in_one_each():
+    shares = [{"n": 5, "domain": "news", "shift": "none", "judge": judge, "call": call, "share": .5, "low": .25, "high": .75}
+              for judge, call in (("oracle", "consistent"), ("oracle", "wrong"), ("checker", "consistent"))]
+    result = {**run().result, "peak": {"phase": "backward", "peak_bytes": 3 * MIB // 2},
+              "generation": {"checker": "C", "shares": shares}}
+    assert sentences.one_run(run(result=result)) == (
+        "**full**: 1.5 MiB at the peak of a step (backward), 1,000 tokens/s, balanced accuracy in news 0.700 [0.600, 0.800] by "
+        "yes/no and 0.800 [0.700, 0.900] by likelihood. Of 5 claims it wrote in news (none), the grammar that made the document "
+        "finds 50.0% [25.0%, 75.0%] consistent. Of 5 claims it wrote in news (none), the checker C calls 50.0% [25.0%, 75.0%] "
+        "consistent.")
+    assert sentences.one_run(run(result={**result, "peak": None})).startswith("**full**: 1,000 tokens/s, ")
+
+
+def judging(name: str, **scores: float) -> SimpleNamespace:
+    """A run with these balanced accuracies in its domain, each in an interval of .1 to either side."""
+    frame = pd.DataFrame([{"domain": "news", "shift": "none", "metric": "balanced_accuracy", "scoring": scoring, "value": value,
+                           "low": value - .1, "high": value + .1} for scoring, value in scores.items()])
+    return run(name=name, accuracy=frame)
+
+
+@pytest.mark.parametrize(("high", "p", "words"), [(-.01, .049, "clearly above"), (0.0, .01, "not clearly above"),
+                                                  (-.01, .05, "not clearly above")])
+def test_full_is_clearly_above_the_base_where_interval_and_test_agree(monkeypatch, high, p, words):
+    paired = pd.DataFrame([{"scoring": scoring, "place": place, "difference": -.2, "low": -.3, "high": high, "mcnemar_p": p}
+                           for scoring in ("yesno", "likelihood") for place in ("news", "law")])
+    monkeypatch.setattr(tables, "against_reference", lambda runs: paired)
+    bars = {"unigram_overlap": .4, "bigram_overlap": .5, "claim_only": .45}
+    full, base = judging("full", yesno=.7, likelihood=.75, **bars), judging("zero_shot", yesno=.5, likelihood=.55)
+    first, second, last = sentences._learned([full, base])
+    assert first == (f"In news, yes/no: full reaches 0.700 [0.600, 0.800], {words} zero_shot's 0.500 [0.400, 0.600] (paired "
+                     f"difference +0.200 [{-high:+.3f}, +0.300], exact McNemar p = {p:.2g}).")
+    assert second.startswith("In news, likelihood: full reaches 0.750")
+    assert last == ("full's better score (likelihood, 0.750 [0.650, 0.850]) is above the interval of the better overlap judge "
+                    "(bigram overlap, 0.500 [0.400, 0.600]); claim only: 0.450 [0.350, 0.550].")
+    assert "is NOT above" in sentences._over_baselines(judging("full", yesno=.69, likelihood=.6, **bars))
+    assert sentences._learned([full]) == sentences._learned([base]) == []
+
+
+def test_transfer_and_identity_by_value():
+    far = [{"domain": domain, "shift": shift, "metric": "balanced_accuracy", "scoring": "yesno", "value": value, "low": 0.,
+            "high": 1.} for domain, shift, value in (("law", "severe", .6), ("news", "none", .9))]
+    full, base = run(accuracy=pd.DataFrame(far)), run(name="zero_shot", accuracy=pd.DataFrame(far).assign(value=.5))
+    assert sentences._transfer([full, base]) == ("Out of domain after training on news, yes/no: law 0.600 (zero_shot 0.500).")
+    assert sentences._transfer([full]) == sentences._transfer([base]) == ""
+    full, same, short = (run(name=name, steps=pd.DataFrame({"loss": losses})) for name, losses in (
+        ("full", [2.0, 1.0]), ("checkpoint", [2.25, 0.5]), ("offload", [2.0])))
+    assert sentences._identical([full, same, short]).endswith("the law says is 0: checkpoint 5.0e-01.")
+    assert sentences._identical([full, short]) == sentences._identical([same]) == ""
+
+
+def test_caveats_say_when_there_is_one_seed_and_each_note_once():
+    runs = [run(params={"seed": seed}, result={"notes": ["a note", "b"]}) for seed in (3, 3)]
+    one, two = sentences.caveats(runs), sentences.caveats([*runs, run(params={}, result={})])
+    assert len(one) == 4 and "one training seed (3)" in one[1] and one[2:] == ["A note.", "B."] and two == [one[0], *one[2:]]
+
+
+def test_comparisons_are_against_the_finished_reference_with_holm_over_each_place_and_scoring(monkeypatch):
+    def compared(one, other):
+        assert other == "full"
+        if one == "others":
+            raise ValueError("other items")
+        return pd.DataFrame([{"domain": "news", "shift": shift, "scoring": "yesno", "mcnemar_p": p}
+                             for shift, p in zip(("none", "mild"), one, strict=True)])
+
+    monkeypatch.setattr(tables, "compare", compared)
+    runs = [run(scores="full"), run(name="a", scores=(.01, .9)), run(name="b", scores=(.04, .5)), run(name="c", scores="others"),
+            run(name="d", ok=False)]
+    found = tables.against_reference(runs)
+    assert found[["regime", "place", "holm_p"]].values.tolist() == [
+        ["a", "news", .02], ["a", "news, mild", 1.], ["b", "news", .04], ["b", "news, mild", 1.]]
+    assert tables.against_reference(runs[1:]).empty and tables.against_reference(runs[:1]).empty
+    assert tables.against_reference([run(ok=False, scores="full"), *runs[1:]]).empty
+
+
+def test_every_judge_of_every_place_stands_once():
+    rows = [{"domain": domain, "shift": "none", "scoring": scoring, "metric": metric, "value": .5}
+            for domain in ("news", "law")
+            for scoring, metric in (("yesno", "balanced_accuracy"), ("claim_only", "balanced_accuracy"), ("yesno", "auc"))]
+    found = tables.accuracy([run(accuracy=pd.DataFrame(rows)), run(name="lora", accuracy=pd.DataFrame(rows)), run(ok=False)])
+    assert found[["judge", "place"]].values.tolist() == [["full", "news"], ["claim only", "news"], ["full", "law"],
+                                                         ["claim only", "law"], ["lora", "news"], ["lora", "law"]]
+    assert tables.accuracy([run(accuracy=pd.DataFrame(rows))], "auc")["place"].tolist() == ["news", "law"]
+
+
+def test_what_would_have_fitted_by_value():
+    changes = [{"change": "half", "reason": "", "peak_reserved_bytes": 3 * MIB, "fits": True, "regime": "lora", "kind": "row"},
+               {"change": "less", "reason": "", "peak_reserved_bytes": 5 * MIB, "fits": False},
+               {"change": "other", "reason": "it cannot", "fits": None}]
+    found = tables.would_fit([run(), run(name="big", result={"oom": {"would_fit": changes}})])
+    assert found["verdict"].tolist() == ["fits", "does not fit", "it cannot"] and list(found["row"]) == ["lora", "", ""]
+    assert found["reserved_mib"].tolist()[:2] == [3.0, 5.0] and pd.isna(found["reserved_mib"][2])
+    assert set(found["regime"]) == {"big"}
