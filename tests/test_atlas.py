@@ -241,7 +241,7 @@ def test_a_sweep_makes_the_atlas_beside_it_before_its_report(option, made, tmp_p
     monkeypatch.setattr("vramlab.sweep.sweep", lambda *args, **kwargs: swept)
     seen = []
 
-    def build(folder):
+    def build(folder, left_out):
         seen.append((folder / "forecast.json").exists())
         (folder / "report.html").write_text("")
         return folder / "report.html"

@@ -18,8 +18,9 @@ from .baichuan import BaichuanForCausalLM, ModelSpec
 from .predict import Forecast, Question
 
 GIB = 2**30
-STORED = {"fp32": 4, "mixed": 4, "bf16": 2, "bf16_sr": 2, "master": 2}
-"""Bytes of a stored weight; gradients have the weight's own type, and moments too, but fp32 beside a master."""
+STORED = {"fp32": 4, "mixed": 4, "bf16": 2, "bf16_sr": 2, "master": 2, "int8": 1, "nf4": 0.5}
+"""Bytes of a stored weight, as if all were packed where some are; gradients have the weight's own type, and moments too, but fp32
+beside a master."""
 MOMENTS = {"adamw": 2, "adam_mini": 1}
 CODED = {"adam8bit": 2 + 8 / 256, "adam4bit": 1 + 8 / 128}
 """Bytes a trained weight of both moments, whatever the weight's type: codes, and a scale a block."""
@@ -49,14 +50,17 @@ def closed_form(question: Question) -> dict[str, int]:
     row, count = question.row, parameters(question.spec)
     stored, trained = STORED[row.values["weights"]], count * _share(question)
     kept = 0.0 if row.values["until"] == "backward" or not row.grads.backward else trained
-    return {"weights": stored * count, "gradients": round(stored * kept),
+    return {"weights": round(stored * count), "gradients": round(stored * kept),
             "optimizer": round(_remembered(row.values["weights"], row.values["rule"]) * trained)}
 
 
 def _remembered(weights: str, rule: str) -> float:
     """Optimizer state, in bytes a trained weight."""
-    master = weights == "master"
-    return 4 * master + (CODED[rule] if rule in CODED else (4 if master else STORED[weights]) * MOMENTS.get(rule, 0))
+    return 4 * (weights == "master") + CODED.get(rule, _moments(weights, rule))
+
+
+def _moments(weights: str, rule: str) -> float:
+    return (4 if weights == "master" else STORED[weights]) * MOMENTS.get(rule, 0)
 
 
 def _share(question: Question) -> float:
@@ -121,21 +125,21 @@ def _why(found: Forecast, category: str, difference_gib: float) -> str:
         return f"{WHY[category]}: {_named(found, category)}"
     if category in WHY:
         return WHY[category]
-    if category == "optimizer" and 0 < _share(found.question) < 1 and category in found.ledger:
-        return _unequal(found)
+    rule = found.question.row.values["rule"]
+    if category == "optimizer" and rule in MOMENTS and 0 < _share(found.question) < 1 and category in found.ledger:
+        return _unequal(found, _moments(found.weights, rule))
     phase = found.trace.phase
     owner = next((f"; the largest is {module}, {size / GIB:.2f} GiB" for kind, module, size in found.trace.owners(100)
                   if kind == category), "")
     if difference_gib < 0:
         return f"the peak is in {phase}, when {'none' if not found.ledger.get(category) else 'not all'} of it is there{owner}"
-    return f"more is there at the peak in {phase} than the share that trains{owner}"
+    return f"more is there at the peak in {phase} than the arithmetic has{owner}"
 
 
-def _unequal(found: Forecast) -> str:
-    each = STORED[found.weights] * MOMENTS[found.question.row.values["rule"]]
+def _unequal(found: Forecast, each: float) -> str:
     moments = sum(size for (module, kind, _), size in found.trace.alive.items() if kind == "optimizer" and "exp_avg" in module)
     equal = parameters(found.question.spec) * _share(found.question)
-    return (f"the active part has {moments // each:,} weights, an equal share of the model {equal:,.0f}; "
+    return (f"the active part has {moments / each:,.0f} weights, an equal share of the model {equal:,.0f}; "
             "a part that is whole blocks has nothing of the embedding and the head")
 
 

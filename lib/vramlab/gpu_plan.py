@@ -210,4 +210,4 @@ def running_out(asked: list[Question], known: Mapping[str, Mapping], cells: list
 def _model_bytes(question: Question) -> int:
     """On the host while it is made: as published, and once more where it is stored in another type."""
     stored = STORED.get(question.row.values["weights"], 2)
-    return parameters(question.spec) * (2 + (stored if stored != 2 else 0))
+    return round(parameters(question.spec) * (2 + (stored if stored != 2 else 0)))
