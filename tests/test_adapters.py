@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -181,9 +182,26 @@ def test_client_and_server_hold_the_model_between_them():
     assert whole <= sum(one["peak_bytes"] for one in held.values())
 
 
+def test_the_bytes_of_each_side_by_hand():
+    """Cut at 1. Each side's peak is of the step alone, and what it receives is added; host, workspaces and later steps are not."""
+    rows = [(0, "alloc", 900, "temporaries", "layers.0"), (0, "free", 900, "temporaries", "layers.0"),
+            (0, "alloc", 100, "weights", "layers.0.mlp"), (0, "alloc", 200, "weights", "layers.1.mlp"),
+            (1, "alloc", 7000, "workspace", "layers.0"), (1, "alloc", 8000, "host", "layers.1"),
+            (1, "alloc", 30, "activations", "layers.0"), (1, "alloc", 40, "activations", ""), (1, "free", 30, "activations", "layers.0"),
+            (1, "alloc", 5, "weights", "embed_tokens"), (2, "alloc", 6000, "activations", "layers.0"),
+            (2, "alloc", 6000, "weights", "layers.0")]
+    frame = pd.DataFrame(rows, columns=["step", "event", "bytes", "category", "module"])
+    assert sides(frame, 1, 1, {"up_bytes": 3, "down_bytes": 2}) == {
+        "client": {"peak_bytes": 130 + 2, "weights_bytes": 105, "sends_bytes": 3},
+        "server": {"peak_bytes": 240 + 3, "weights_bytes": 200, "sends_bytes": 2}}
+
+
 def test_a_side_is_known_by_the_name():
     names = ["base_model.model.model.layers.1.mlp", "base_model.model.model.layers.11.mlp", "model.embed_tokens", "lm_head", ""]
     assert [side(name, 2) for name in names] == ["client", "server", "client", "server", "server"]
+    assert [side(f"layers.{block}", 2) for block in (0, 1, 2, 3)] == ["client", "client", "server", "server"]
+    assert [side(name, 1) for name in ("input_ids", "attention_mask", "labels", "my_embed_tokens", "rotary_emb")] == [
+        "client", "client", "server", "server", "server"]
 
 
 def test_a_cut_leaves_the_server_a_block():

@@ -11,7 +11,7 @@ from hypothesis import settings as tries
 from hypothesis import strategies as st
 
 from simulated_history import recorded
-from vramlab.agreement import compare, errors, summary
+from vramlab.agreement import PEAKS, compare, errors, summary
 from vramlab.memory.join import align, joined
 from vramlab.memory.ledger import ledger, sample_at
 from vramlab.memory.meter import COLUMNS
@@ -137,6 +137,77 @@ def test_a_regime_against_another_is_off_by_what_it_saves():
     assert found.peak_error < -0.05 and found.joined.share == 1.0
     again = [one for one in found.divergences if one.what == "only predicted"]
     assert {one.phase for one in again} == {"recompute"} and found.first().what == "freed later than predicted"
+
+
+def test_curves_peaks_and_shares_of_two_runs_by_hand():
+    measured = [*FORECAST[:2], ("alloc", 9, 400, "backward"), ("alloc", 8, 500, "backward"), *FORECAST[2:]]
+    told, forecast = (_frame(*rows) for rows in (measured, FORECAST))
+    for frame, size in ((told, 1000), (forecast, 900)):
+        frame["allocated_bytes"], frame["reserved_bytes"] = frame["live_bytes"] + size, 2 * size
+    found = compare(told, forecast)
+    assert found.to_json() == {
+        "measured_peak_bytes": 1120, "predicted_peak_bytes": 220, "peak_error": 220 / 1120 - 1, "worst_error": 900 / 1120,
+        "peaks": {"allocated": {"measured_bytes": 2120, "predicted_bytes": 1120, "error": 1120 / 2120 - 1},
+                  "reserved": {"measured_bytes": 2000, "predicted_bytes": 1800, "error": 1800 / 2000 - 1}},
+        "matched_share": 4 / 6, "matched_bytes_share": 230 / 1130, "matched": "in order, by phase and size", "divergences": 2,
+        "first_divergence": {"at": 2, "what": "not predicted", "phase": "backward", "op": "", "module": "",
+                             "category": "temporaries", "bytes": 400},
+        "largest_divergence": {"at": 2, "what": "not predicted", "phase": "backward", "op": "", "module": "",
+                               "category": "temporaries", "bytes": 500}}
+    curve = found.curve
+    assert curve["at"].tolist() == [0, 1, 2, 3] and curve["t_s"].tolist() == [0.0, 1.0, 4.0, 6.0]
+    assert curve["measured_bytes"].tolist() == [100, 150, 1120, 1080] and curve["predicted_bytes"].tolist() == [100, 150, 220, 180]
+    assert curve["phase"].tolist() == ["forward"] * 2 + ["backward"] * 2
+    assert curve["measured_allocated_bytes"].tolist() == [1100, 1150, 2120, 2080]
+    assert curve["predicted_allocated_bytes"].tolist() == [1000, 1050, 1120, 1080]
+    assert found.first(400).bytes == 400 and found.first(401).bytes == 500 and found.first(501) is None
+    told["reserved_bytes"] = told["reserved_bytes"].where(told.index > 0).astype("Int64")
+    assert set(compare(told, forecast).peaks) == {"allocated"}, "a row without a figure"
+
+
+def test_the_last_common_step_is_compared_and_peaks_are_of_it_alone():
+    steps = [pd.concat([_frame(("alloc", 1, size, "forward"), ("free", 1, size, "forward"), step=step)
+                        for step, size in enumerate(sizes)], ignore_index=True) for sizes in ((900, 50, 30), (800, 40))]
+    for frame in steps:
+        frame["allocated_bytes"] = frame["bytes"]
+    found = compare(*steps)
+    assert (found.measured_peak_bytes, found.predicted_peak_bytes, found.peaks["allocated"]) == (50, 40, (50, 40))
+    both = compare(*steps, steps={1: 0, 2: 1})
+    assert (both.measured_peak_bytes, both.predicted_peak_bytes, both.peaks["allocated"]) == (50, 800, (50, 800))
+
+
+def test_what_only_one_side_holds_before_the_step_is_counted_by_size_largest_first():
+    def held(*rows):
+        return pd.concat([_frame(*rows), _frame(*FORECAST, step=1)], ignore_index=True)
+
+    inputs = held(("alloc", 90, 64, "init"), ("alloc", 91, 8, "init"), ("alloc", 92, 8, "init"), ("alloc", 93, 999, "init"),
+                  ("alloc", 94, 77, "init"), ("free", 94, 77, "init"), ("alloc", 95, 0, "init"), ("alloc", 96, 3, "init"),
+                  ("alloc", 97, 555, "init"))
+    inputs.loc[3, "category"], inputs.loc[8, "category"] = "inputs", "host"
+    found = compare(inputs, held(("alloc", 80, 8, "init"), ("alloc", 81, 3, "init"), ("alloc", 82, 5, "init")))
+    assert [(one.bytes, one.what) for one in found.divergences] == [
+        (64, "held before, not predicted"), (8, "held before, not predicted"), (5, "held before, only predicted")]
+
+
+def test_host_memory_and_nothing_are_no_divergence():
+    more = _frame(*FORECAST, ("alloc", 7, 0, "backward"), ("alloc", 8, 9, "backward"), ("alloc", 9, 6, "backward"))
+    more.loc[6, "category"] = "host"
+    assert [(one.bytes, one.at, one.what) for one in compare(more, _frame(*FORECAST)).divergences] == [(6, 4, "not predicted")]
+
+
+def test_a_share_of_nothing_is_no_error_and_a_small_one_is_within_tolerance():
+    nothing = [{"predicted_allocated_bytes": 5, "measured_allocated_bytes": 0}, {"predicted_reserved_bytes": 0,
+                                                                                "measured_reserved_bytes": 8}]
+    table = errors(nothing)
+    assert math.isnan(table["allocated"][0]) and table["reserved"][1] == -1 and list(table) == ["regime", *PEAKS]
+    assert list(errors([])) == ["regime", *PEAKS]
+    sizes = [(1000, 1000), (995.5, 1000), (994, 1000), (1010, 1000)]
+    rows = [{"predicted_nvml_bytes": predicted, "measured_nvml_bytes": measured} for predicted, measured in sizes]
+    found = summary(rows)["nvml"]
+    assert (found["n"], found["under_rate"], found["worst_error"]) == (4, 0.5, pytest.approx(0.01))
+    assert found["median_error"] == pytest.approx((0.0045 + 0.006) / 2) and found["under_rate_beyond"] == 0.25
+    half = {**rows[0], "predicted_fits": True, "measured_fits": None}
+    assert summary([half, {"predicted_fits": None, "measured_fits": True}])["fits"]["n"] == 0
 
 
 def test_errors_over_runs_are_of_what_was_measured_only():

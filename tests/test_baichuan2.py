@@ -2,15 +2,18 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
 import baichuan2_chapters as chapters
+from vramlab import head_bytes
 from vramlab.baichuan.model import causal_loss
 from vramlab.head_bytes import _alone
 from vramlab.ladder import frequencies, shape
+from vramlab.parameters import model_spec
 from vramlab.passes import prepare
 from vramlab.run import resolve
 from vramlab.studies.baichuan2 import figures, power_law, pretraining
@@ -25,14 +28,54 @@ def test_the_papers_table_counts_all_but_embedding_and_head():
     assert {model: round(shape(model)["counted"].iloc[0] / 1e6, 2) for model in list(quoted)[:2]} == dict(list(quoted.items())[:2])
 
 
+def test_a_shape_counts_the_matrices_of_its_model():
+    block = 4 * 96**2 + 3 * 96 * 192 + 2 * 96
+    assert shape("tiny").to_dict("records") == [{"parameters": 2 * 768 * 96 + 5 * block + 96, "head_parameters": 768 * 96,
+                                                 "counted": 5 * block + 96, "hidden_size": 96, "layers": 5, "heads": 4}]
+
+
+def test_every_head_is_measured_trained_and_frozen_and_in_a_whole_step(monkeypatch):
+    monkeypatch.setattr(head_bytes, "_alone", lambda *asked: {"asked": asked})
+    found = head_bytes.head_bytes("tiny", 7)
+    assert [(row["head"], *row["asked"]) for row in found.to_dict("records")] == [
+        (name, "tiny", 7, norm, fused, trained) for name, norm, fused in (
+            ("linear", False, False), ("linear, fused", False, True), ("NormHead", True, False), ("NormHead, fused", True, True))
+        for trained in (True, False)] and found["trained"].tolist() == [True, False] * 4
+
+    def trace(spec, row, seq, batch):
+        alive = {("lm_head.weight", "weights", "x"): 30, ("lm_head", "temporaries", "x"): 10, ("model", "weights", "x"): 60}
+        steps.append((spec.config.norm_head, row.values["head"], row.values["weights"], seq, batch))
+        return SimpleNamespace(alive=alive, peak_bytes=100, phase="update")
+
+    steps = []
+    monkeypatch.setattr(head_bytes, "trace", trace)
+    found = head_bytes.step_bytes("tiny", "full", 8, "bf16")
+    assert steps == [(False, "plain", "bf16", 8, 1), (False, "fused", "bf16", 8, 1), (True, "plain", "bf16", 8, 1),
+                     (True, "fused", "bf16", 8, 1)]
+    assert found["head_share"].tolist() == [0.4] * 4 and found["head"].tolist() == list(head_bytes.HEADS)
+    assert set(found["peak_bytes"]) == {100} and set(found["phase"]) == {"update"}
+
+
+def test_a_linear_head_by_hand():
+    """In bf16, of 3 tokens: the logits it forms, and the loss's own, are all that is larger than the weight's gradient."""
+    config = model_spec("tiny").config
+    found = {trained: _alone("tiny", 3, False, False, trained) for trained in (True, False)}
+    weight = 2 * config.vocab_size * config.hidden_size
+    assert {one["weight_bytes"] for one in found.values()} == {weight}
+    assert found[True]["extra_bytes"] > weight > found[False]["extra_bytes"] > found[False]["kept_bytes"] > 0
+    assert found[True]["kept_bytes"] == found[False]["kept_bytes"], "the weight and what comes in are there anyway"
+
+
 def test_frequencies_are_the_best_that_constant_logits_reach():
     asked = {"steps": 2, "batch_size": 2, "max_length": 128, "train_items": 40, "train_domain": "all"}
-    found = frequencies("tiny", 3, **asked)["cross_entropy"].iloc[0]
+    row = frequencies("tiny", 3, **asked).iloc[0]
+    found = row["cross_entropy"]
     prepared = prepare(resolve({**asked, "recipe": "none", "objective": "lm", "seed": 3}), progress=False)
     batches = prepared.batches()
     labels = torch.cat([next(batches)[0]["labels"][:, 1:].flatten() for _ in range(2)])
     logits = torch.zeros(prepared.model.config.vocab_size, dtype=torch.float64, requires_grad=True)
     counts = torch.bincount(labels[labels >= 0], minlength=len(logits)).double()
+    assert row["tokens"] == counts.sum() > 0
     with torch.no_grad():
         logits.copy_((counts / counts.sum()).clamp_min(1e-12).log())
     loss = causal_loss(logits.expand(len(labels), -1), labels)
