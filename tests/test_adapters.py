@@ -187,7 +187,8 @@ def test_the_bytes_of_each_side_by_hand():
     rows = [(0, "alloc", 900, "temporaries", "layers.0"), (0, "free", 900, "temporaries", "layers.0"),
             (0, "alloc", 100, "weights", "layers.0.mlp"), (0, "alloc", 200, "weights", "layers.1.mlp"),
             (1, "alloc", 7000, "workspace", "layers.0"), (1, "alloc", 8000, "host", "layers.1"),
-            (1, "alloc", 30, "activations", "layers.0"), (1, "alloc", 40, "activations", ""), (1, "free", 30, "activations", "layers.0"),
+            (1, "alloc", 30, "activations", "layers.0"), (1, "alloc", 40, "activations", ""),
+            (1, "free", 30, "activations", "layers.0"),
             (1, "alloc", 5, "weights", "embed_tokens"), (2, "alloc", 6000, "activations", "layers.0"),
             (2, "alloc", 6000, "weights", "layers.0")]
     frame = pd.DataFrame(rows, columns=["step", "event", "bytes", "category", "module"])

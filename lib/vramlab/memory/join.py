@@ -76,9 +76,9 @@ def _named(recorded: pd.DataFrame, forecast: pd.DataFrame, pairs: np.ndarray) ->
     frame = recorded.copy()
     storages = recorded["storage"].to_numpy()[pairs[:, 0]]
     told = forecast.iloc[pairs[:, 1]].set_index(storages)
-    frame["op"] = frame["storage"].map(told["op"]).fillna(frame["op"])
+    frame["op"] = frame["storage"].map(told["op"]).astype(object).fillna(frame["op"])
     unnamed = frame["module"] == ""
-    frame.loc[unnamed, "module"] = frame["storage"].map(told["module"]).fillna("")[unnamed]
+    frame.loc[unnamed, "module"] = frame["storage"].map(told["module"]).astype(object).fillna("")[unnamed]
     workspaces = frame["storage"].isin(told.index[told["category"] == "workspace"])
     frame.loc[workspaces & frame["category"].isin(("activations", "temporaries")), "category"] = "workspace"
     return frame
