@@ -243,3 +243,66 @@ def test_a_host_that_runs_out_has_no_card_to_ask_of(tmp_path, monkeypatch):
     execute(SMALL, tmp_path / "r", progress=False)
     found = json.loads((tmp_path / "r" / "result.json").read_text())["oom"]
     assert found["would_fit"] == [] and found["asked_bytes"] is None
+
+
+@pytest.mark.parametrize(("batch", "seq", "expandable", "offered"), [
+    (5, 9, True, ["half the batch, 2"]), (2, 9, True, ["half the batch, 1"]), (1, 9, True, ["half the tokens, 4"]),
+    (1, 2, True, ["half the tokens, 1"]), (1, 1, True, []), (1, 1, False, ["expandable segments"])])
+def test_a_half_is_offered_of_what_can_be_halved(batch, seq, expandable, offered):
+    question = Question("tiny", "full", seq, batch, axes='{"acts": "checkpoint", "head": "fused"}')
+    found = list(changes(question, Settings(expandable_segments=expandable)))
+    assert [change for change, *_ in found] == offered
+    for change, changed, settings in found:
+        assert (changed.batch, changed.seq) == {"half the batch": (batch // 2, seq), "half the tokens": (batch, seq // 2)}.get(
+            change.split(",")[0], (batch, seq))
+        assert settings.expandable_segments is (change == "expandable segments" or expandable)
+
+
+def test_one_missing_change_is_not_offered_together_with_itself():
+    for axes, offered in (('{"acts": "checkpoint"}', ["a fused head"]), ('{"head": "fused"}', ["activation checkpointing"])):
+        found = list(changes(Question("tiny", "full", 1, 1, axes=axes), Settings(expandable_segments=True)))
+        assert [change for change, *_ in found] == offered
+        assert json.loads(found[0][1].axes) == {"acts": "checkpoint", "head": "fused"}
+
+
+def test_the_next_regime_down_is_the_first_that_fits(monkeypatch):
+    asked, fits = [], {"badam", "lomo"}
+
+    def answer(change, question, settings, card, cache_dir):
+        asked.append(change)
+        return {"change": change, "fits": question.regime in fits and change.startswith("the next")}
+
+    monkeypatch.setattr(fitting, "_answer", answer)
+    monkeypatch.setattr(fitting, "changes", lambda question, settings: [("one", question, settings)])
+    full = Question("tiny", "full", 8, 1, "bf16")
+    assert [row["change"] for row in what_fits(full, limited(1024), cache_dir=None)] == [
+        "one", "the next regime down, badam (bf16)"]
+    assert asked == ["one", *(f"the next regime down, {name} (bf16)" for name in ("adam8bit", "galore", "badam"))]
+    fits.clear()
+    assert [row["change"] for row in what_fits(full, limited(1024), cache_dir=None)] == ["one"], "none of them fits"
+    assert [row["change"] for row in what_fits(Question("tiny", "qlora", 8, 1), limited(1024), cache_dir=None)] == ["one"]
+
+
+def test_a_limit_is_a_card_of_just_these_bytes_and_no_speed():
+    made = limited(12_345_678_901, (9, 0))
+    assert (made.capacity_bytes, made.total_bytes, made.context_bytes) == (12_345_678_901, 12_345_678_901, 0)
+    assert made.compute_capability == (9, 0)
+    assert {made.bf16_tflops, made.fp32_tflops, made.gb_per_s, made.host_gb_per_s} == {1.0} and limited(1024).capacity_bytes == 1024
+    assert limited(1024).compute_capability == (8, 0)
+
+
+def test_what_fits_is_asked_of_a_process_that_sees_no_gpu(monkeypatch):
+    asked, answers = [], [{"fitted": [{"change": "one"}]}, {"reason": "killed"}]
+
+    def apart(target, payload, timeout_s, threads, environment):
+        asked.append((target, timeout_s, threads, environment))
+        monkeypatch.setattr(fitting, "what_fits", lambda *what: what)
+        question, card, settings = fitting._answered(json.loads(json.dumps(payload)))["fitted"]
+        assert (question, card, settings) == (ASKED, limited(77), Settings(expandable_segments=True))
+        return answers.pop(0)
+
+    monkeypatch.setattr(fitting, "run_in_measured_process", apart)
+    assert fitting.asked_apart(ASKED, 77, "expandable_segments:True", 5.0) == [{"change": "one"}]
+    assert fitting.asked_apart(ASKED, 77, "expandable_segments:True", 5.0) == [
+        {"change": "any change", "fits": None, "reason": "no forecast: killed"}]
+    assert asked == [("vramlab.fitting:_answered", 5.0, 1, {"CUDA_VISIBLE_DEVICES": ""})] * 2

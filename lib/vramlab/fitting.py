@@ -52,7 +52,7 @@ def _with(question: Question, axes: Mapping[str, str]) -> Question:
 def what_fits(question: Question, card: Card, settings: Settings = Settings(),  # noqa: B008, frozen
               cache_dir: Path | None = CACHE) -> list[dict]:
     """One row a change: change, regime, weights, seq, batch, allocator, peak_allocated_bytes, peak_reserved_bytes, fits,
-    num_alloc_retries, kind, reason. The last is the next regime down that fits, or the lowest there is."""
+    num_alloc_retries, kind, reason. The last is the next regime down that fits, if one does."""
     found = [_answer(*change, card, cache_dir) for change in changes(question, settings)]
     for down in ladder(question):
         last = _answer(f"the next regime down, {down.name}", down, settings, card, cache_dir)
