@@ -48,15 +48,11 @@ def parameters(spec: ModelSpec) -> int:
 def closed_form(question: Question) -> dict[str, int]:
     """category -> bytes by the arithmetic above."""
     row, count = question.row, parameters(question.spec)
-    stored, trained = STORED[row.values["weights"]], count * _share(question)
+    weights, rule, trained = row.values["weights"], row.values["rule"], count * _share(question)
     kept = 0.0 if row.values["until"] == "backward" or not row.grads.backward else trained
-    return {"weights": round(stored * count), "gradients": round(stored * kept),
-            "optimizer": round(_remembered(row.values["weights"], row.values["rule"]) * trained)}
-
-
-def _remembered(weights: str, rule: str) -> float:
-    """Optimizer state, in bytes a trained weight."""
-    return 4 * (weights == "master") + CODED.get(rule, _moments(weights, rule))
+    state = 4 * (weights == "master") + CODED.get(rule, _moments(weights, rule))
+    return {"weights": round(STORED[weights] * count), "gradients": round(STORED[weights] * kept),
+            "optimizer": round(state * trained)}
 
 
 def _moments(weights: str, rule: str) -> float:
