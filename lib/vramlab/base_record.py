@@ -24,7 +24,7 @@ from .reading import BadFile, checked, read_json
 from .recipe import Recipe
 
 ROW = {"seed": int, "cpu_capability": str, "threads": int, "torch": str, "general": dict.fromkeys(MODEL_SCORINGS, float),
-       "intervals": dict.fromkeys(MODEL_SCORINGS, tuple[float, float]), "items": int, "made_in_s": float}
+       "intervals": dict.fromkeys(MODEL_SCORINGS, tuple[float, float]), "items": int, "process_cpu_s": float}
 RECORD = {"hash": str, "parameters": int, "recipe": {"seed": int}, **{name: kind for name, kind in ROW.items() if name != "seed"}}
 """Fields of a row of the table and of `recipe.json`, with their types."""
 
@@ -107,10 +107,10 @@ def to_text(described: dict) -> str:
     recipe = "today's recipe" if described["current"] else "an older recipe than today's: vramlab base --make"
     lines = [f"{described['name']}: {described['parameters']:,} parameters, {recipe}, hash {described['hash']}, {state}",
              f"balanced accuracy on {described['items']:,} held-out claims of the general domain, 95 % interval over documents:",
-             f"{'seed':>4}  {'CPU':<8}" + "".join(f"{name:>22}" for name in MODEL_SCORINGS) + f"{'trained in':>13}"]
+             f"{'seed':>4}  {'CPU':<8}" + "".join(f"{name:>22}" for name in MODEL_SCORINGS) + f"{'CPU time':>13}"]
     for row in described["seeds"]:
         scores = (f"{row['general'][name]:.3f} [{row['intervals'][name][0]:.3f}, {row['intervals'][name][1]:.3f}]"
                   for name in MODEL_SCORINGS)
         lines.append(f"{row['seed']:>4}  {row['cpu_capability']:<8}" + "".join(f"{score:>22}" for score in scores)
-                     + f"{row['made_in_s']:>11.0f} s")
+                     + f"{row['process_cpu_s']:>11.0f} s")
     return "\n".join(lines)

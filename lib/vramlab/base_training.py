@@ -41,7 +41,6 @@ def save_tokenizer(folder: Path, size: int) -> None:
 
 def train_base(spec: ModelSpec, recipe: Recipe, folder: Path, progress: bool) -> None:
     """Train the base of `spec` from random weights; write model, tokenizer and record (`recipe.json`) into `folder`."""
-    began = time.perf_counter()
     words = _vocabulary()
     tokenizer = _tokenizer(folder, words, spec.config.vocab_size)
     torch.manual_seed(recipe.seed)
@@ -54,13 +53,12 @@ def train_base(spec: ModelSpec, recipe: Recipe, folder: Path, progress: bool) ->
         losses[name] = _train(model, batches, schedule, name, progress, until, loss, average_steps)
     loss.handle.remove()
     record = {"stages": losses, **_reached(model, tokenizer, generate_items, recipe)}
-    _keep(model, tokenizer, folder, {**record, "made_in_s": round(time.perf_counter() - began, 1)}, recipe.hash(spec), recipe)
+    _keep(model, tokenizer, folder, record, recipe.hash(spec), recipe)
 
 
 def extend_base(spec: ModelSpec, recipe: Reading, start: Base, folder: Path, progress: bool) -> None:
     """Go on from the base `start` by the stages of `recipe`; write as `train_base` does."""
     model, tokenizer, before = start
-    began = time.perf_counter()
     loss, losses = _Loss(model, recipe, tokenizer), before["stages"]
     for name, steps, records in (("questions", recipe.question_steps, recipe.records[:1]),
                                  ("lengths", recipe.length_steps, recipe.records)):
@@ -68,7 +66,7 @@ def extend_base(spec: ModelSpec, recipe: Reading, start: Base, folder: Path, pro
         losses[name] = _train(model, batches, Schedule(recipe.lr, steps), name, progress, 0.0, loss)
     loss.handle.remove()
     record = {"from": before["hash"], "stages": losses, **_reached(model, tokenizer, generate_questions, recipe)}
-    _keep(model, tokenizer, folder, {**record, "made_in_s": round(time.perf_counter() - began, 1)}, recipe.hash(spec), recipe)
+    _keep(model, tokenizer, folder, record, recipe.hash(spec), recipe)
 
 
 def _questions(tokenizer: BaichuanTokenizer, recipe: Reading, steps: int, records: Sequence[int]) -> Iterator[dict]:
@@ -86,7 +84,7 @@ def _keep(model: BaichuanForCausalLM, tokenizer: BaichuanTokenizer, folder: Path
           recipe: Recipe) -> None:
     record = {"recipe": asdict(recipe), "hash": digest, **record, "parameters": sum(p.numel() for p in model.parameters()),
               "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-              "torch": torch.__version__}
+              "torch": torch.__version__, "process_cpu_s": round(time.process_time(), 1)}
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "recipe.json").write_text(json.dumps(record, indent=1))

@@ -21,7 +21,7 @@ class Recipe:
     drill_batch: int = 32
     echo_steps: int = 300
     invented_steps: int = 300
-    general_steps: int = 3200
+    general_steps: int = 4400
     lr: float = 3e-3
     answer_weight: float = 1.0
     """With less than 1 for answers and agreement, the judging of claims, which is learned last, is cut off half-way: what a
