@@ -99,6 +99,7 @@ def test_a_runs_ledger_takes_its_context_from_before_the_first_tensor():
     assert passes.device_ledger(frame, before, samples.iloc[:0]).used is None
 
 
+@pytest.mark.slow
 def test_a_run_whose_metered_pass_was_recorded_is_a_run_folder_with_a_report(tmp_path, monkeypatch):
     monkeypatch.setattr(passes, "watching", lambda device: Recorder(history=SimulatedHistory()))
     execute({**SMALL, "regime": "full"}, tmp_path / "full-0", progress=False)

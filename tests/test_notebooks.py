@@ -70,12 +70,14 @@ def test_finetune_trains_and_leaves_a_run_folder_and_plain_figures(tmp_path):
     assert f"**lomo**: {peak:.1f} MiB at the peak" in _last_words(done)
 
 
+@pytest.mark.slow
 def test_the_command_line_of_the_notebooks_own_text_refuses_a_typo(tmp_path):
     command = [sys.executable, "-m", "papermill", "notebooks/finetune.ipynb", str(tmp_path / "out.ipynb"), "-p", "regim", "lomo"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "unknown parameter regim; known: regime, model" in done.stderr
 
 
+@pytest.mark.slow
 def test_timeline_shows_the_run_asked_for_and_where_its_peak_is(finished, tmp_path):
     done = _execute(ROOT / "notebooks" / "timeline.ipynb", tmp_path / "out.ipynb", folder=str(finished), run_name="checkpoint")
     peak = Run(finished / "checkpoint-0").result["peak"]["peak_bytes"] / 2**20
@@ -90,6 +92,7 @@ def test_compare_draws_every_figure_and_keeps_what_failed_in_view(finished, tmp_
     assert len(_figures(done)) == 5 and "1 of 4 runs did not finish: lora (oom: no room" in _last_words(done)
 
 
+@pytest.mark.slow
 def test_predict_says_what_the_forecast_says_beside_the_arithmetic(tmp_path):
     done = _execute(ROOT / "notebooks" / "predict.ipynb", tmp_path / "out.ipynb", model="tiny", regime="lomo", seq=32, weights="",
                     sharded=["tiny"], worlds=[1, 8])

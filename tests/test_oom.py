@@ -194,6 +194,7 @@ def test_a_recorder_knows_the_owners_while_the_step_is_still_alive():
 ASKED = Question("tiny", "full", 128, 4)
 
 
+@pytest.mark.slow
 def test_each_change_is_the_forecast_of_that_change():
     settings, half = Settings(), limited(forecast(ASKED, cache_dir=None).reserved_peak_bytes // 2)
     found = {answer["change"]: answer for answer in what_fits(ASKED, half, settings, cache_dir=None)}
@@ -221,6 +222,7 @@ def test_the_ladder_goes_down_from_where_the_question_stands(regime, weights, fi
     assert next((rung.regime for rung in ladder(Question("tiny", regime, 16, 1, weights))), None) == first
 
 
+@pytest.mark.slow
 def test_a_run_with_a_limit_ends_with_the_evidence_and_the_next_one_goes_on(tmp_path):
     for name, limit_mib in (("a", 12.0), ("b", 4000.0)):
         execute({**SMALL, "regime": "full", "limit_mib": limit_mib, "measure": False}, tmp_path / name, progress=False)

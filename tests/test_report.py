@@ -138,7 +138,8 @@ def browser():
         opened.close()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
+@pytest.mark.parametrize(("width", "scheme"), [
+    pytest.param(1280, "light", marks=pytest.mark.slow), (1280, "dark"), (390, "light")])
 def test_with_the_network_off_every_figure_is_drawn_and_nothing_is_wider_than_the_window(browser, page, width, scheme):
     context = browser.new_context(viewport={"width": width, "height": 900}, offline=True, color_scheme=scheme)
     tab, wrong = context.new_page(), []

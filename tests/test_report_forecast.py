@@ -180,7 +180,7 @@ def test_a_folder_without_forecasts_has_no_such_part(finished):
     assert "<h2>The atlas" not in build(finished).read_text()
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1280, pytest.param(390, marks=pytest.mark.slow)])
 def test_the_whole_page_is_drawn_with_the_network_off(browser, page, width):  # noqa: F811
     browse(browser, page, width, "light")
 

@@ -209,6 +209,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_has_become_full_still_holds_the_result():
     """On a real file system of 256 KiB, to its last byte."""
     if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:

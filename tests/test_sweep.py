@@ -204,6 +204,7 @@ def test_a_dry_run_names_data_that_is_not_there(sweep_file, capsys):
     assert "items no/items does not exist here" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_sweeps_in_one_folder_are_refused(sweep_file):
     path = sweep_file("offload")
     process = _start(path)
