@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from vramlab.report import forecasts, ledger, plan
+from vramlab.report import forecast_figures, forecasts, ledger, plan
 from vramlab.report.forecasts import GIB, MOST_CELLS, Forecasts
 from vramlab.studies.claims import NOT_REPRODUCED, REPRODUCED, UNTESTED
 from vramlab.studies.evidence import Figure, by_seed, ratio_by_seed, share, two_level
@@ -68,6 +68,25 @@ def test_a_setting_is_tried_where_the_request_itself_fits():
     assert frame[["card", "default_GiB", "reserved_GiB", "by_default", "with_it"]].values.tolist() == [
         ["A", 10, 7, "does not fit", "fits"], ["B", 10, 7, "fits", "fits"]]
     assert forecasts.allocator_table(made(cell(allocators=tried, requested_bytes=8 * GIB + 1)))["card"].tolist() == ["B"]
+
+
+def test_a_settings_bars_are_of_one_place_and_card_beside_the_default_and_the_limit():
+    def tried(*gib: int) -> list[dict]:
+        return [{"allocator": f"{name}:1", "label": "l", "cards": {
+            key: {"reserved_bytes": (size + more) * GIB, "fits": True} for more, key in enumerate(CARDS)}}
+            for name, size in zip("xy", gib, strict=True)]
+
+    found = forecast_figures.allocators(made(cell(allocators=tried(5, 6)), cell(name="lora", allocators=tried(3, 4)),
+                                             cell(seq=9, allocators=tried(7, 7))))
+    assert [button.label for button in found.layout.updatemenus[0].buttons] == [
+        "A: 2 × 8 tokens", "B: 2 × 8 tokens", "A: 2 × 9 tokens", "B: 2 × 9 tokens"]
+    assert [(trace.name.split(" (")[0], list(trace.x), list(trace.y)) for trace in found.data][:12] == [
+        ("default", ["full", "lora"], [10, 10]), ("x:1", ["full", "lora"], [5, 3]), ("y:1", ["full", "lora"], [6, 4]),
+        ("limit: A", ["full", "lora"], [8, 8]),
+        ("default", ["full", "lora"], [10, 10]), ("x:1", ["full", "lora"], [6, 4]), ("y:1", ["full", "lora"], [7, 5]),
+        ("limit: B", ["full", "lora"], [16, 16]),
+        ("default", ["full"], [10]), ("x:1", ["full"], [7]), ("y:1", ["full"], [7]), ("limit: A", ["full"], [8])]
+    assert [trace.visible for trace in found.data] == [True] * 4 + [False] * 12
 
 
 def test_parts_and_what_moved_by_hand():

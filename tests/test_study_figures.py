@@ -1,4 +1,4 @@
-"""The figures and tables of the studies of ChunkFT and LOMO by value: every point drawn is a number of the records, in its unit."""
+"""Figures and tables of the studies of ChunkFT, LOMO and checkpointing by value: every point is a number of the records."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vramlab.studies import chunkft_figures, lomo, lomo_figures
-from vramlab.studies.evidence import Figure
+from vramlab.studies import checkpointing_figures, chunkft_figures, lomo, lomo_figures
+from vramlab.studies.evidence import Figure, NotRun
 
 GIB = 1 << 30
 
@@ -163,6 +163,29 @@ def test_a_way_of_clipping_is_named_after_its_fields(until, way):
     assert lomo_figures._way(until) == way
 
 
+def test_ways_of_clipping_stand_beside_none_at_the_same_learning_rates():
+    def run(regime: str, lr: float, **clip) -> dict:
+        return {"regime": regime, "lr": lr, "params": {"axes": {"until": {"backward": clip}}} if clip else {}}
+
+    arms = {"clipping": pd.DataFrame([run("lomo", .25, clip_norm=1.0), run("lomo", .5, clip_value=1.0)]),
+            "rates": pd.DataFrame([run("sgd", .25), run("sgd", .125), run("full", .5)])}
+
+    def select(arm: str) -> pd.DataFrame:
+        if arm not in arms:
+            raise NotRun(arm)
+        return arms[arm]
+
+    asked = lab(records={"select": select, "balanced": lambda rows, domain: figure(rows["lr"].sum())})
+    clipped = [("norm, two looks", [("learning rate 0.25", .25, .5, .25)]), ("by value", [("learning rate 0.5", .5, .5, .25)])]
+    (found,) = lomo_figures.clippings(asked)
+    assert [(trace.name, drawn(trace)) for trace in found.data] == [("none", clipped[0][1]), *clipped]
+    del arms["rates"]
+    (found,) = lomo_figures.clippings(asked)
+    assert [(trace.name, drawn(trace)) for trace in found.data] == clipped
+    del arms["clipping"]
+    assert lomo_figures.clippings(asked) == []
+
+
 def test_step_times_are_medians_in_milliseconds():
     frame = pd.DataFrame({"row": ["lomo"] * 3 + ["full"], "step_s": .1, "forward_s": [.001, .002, .009, .004],
                           "backward_s": .0256, "update_s": .5})
@@ -177,3 +200,15 @@ def test_lomos_takeaways_by_value():
     assert "**2 of 5** seeds" in lomo_figures.same(lab({"seeds_that_differ": Figure(2.0, "learned", seeds=5)}))
     words = lomo_figures.takeaway(lab({"lomo_minus_adamw": figure(-.05, .01), "adalomo_minus_adamw": figure(.01, .02)}))
     assert "LOMO against AdamW: -5.0 points [-6.0, -3.0]; AdaLomo against AdamW: +1.0 points [-1.0, +5.0]" in words
+
+
+# Checkpointing ------------------------------------------------------------------------------------------------------
+
+
+def test_counted_peaks_are_drawn_in_mib_over_tokens():
+    rows = [("full, keep", 128, 3), ("full, keep", 64, 1.5), ("full, checkpoint", 64, .5), ("mixed, keep", 64, 2)]
+    table = pd.DataFrame([{"row": row, "seq": seq, "peak_bytes": int(mib * (1 << 20)), "reason": ""} for row, seq, mib in rows])
+    found = checkpointing_figures.bytes_by_length(lab(tables={"bytes": table}))
+    assert [(trace.name, trace.xaxis, list(trace.x), list(trace.y)) for trace in found.data] == [
+        ("keep", "x", [64, 128], [1.5, 3.0]), ("checkpoint", "x", [64], [.5]), ("keep", "x2", [64], [2.0])]
+    assert checkpointing_figures.bytes_by_length(lab()) is None
