@@ -113,6 +113,14 @@ def test_clocks_that_drift_apart_are_joined_between_their_readings():
     assert replace(recording, clock=()).frame()["t_s"].isna().all()
 
 
+def test_a_number_or_a_prefix_that_is_somebody_elses_is_no_mark():
+    marks = tuple(Mark(0, phase, "", at, 10 * at) for at, phase in enumerate(("init", "forward", "backward")))
+    events = tuple(Event(at, "alloc", 512 * (at + 1), 512, 0, (0, 0), time_us, metadata)
+                   for at, (time_us, metadata) in enumerate([(1, "2"), (11, f"{PREFIX}x"), (12, PREFIX), (13, f"{PREFIX}2")]))
+    frame = Recording(Snapshot(0, events, (), ""), marks, (), ()).frame()
+    assert frame["phase"].tolist() == ["init", "forward", "forward", "backward"]
+
+
 def test_an_error_leaves_what_was_recorded():
     kept = SimulatedHistory()
     recorder = Recorder(history=kept)

@@ -266,6 +266,15 @@ def test_state_is_what_the_rule_promises(name):
         assert trainer.optimizer_state_bytes() == trainer.regime.rule_for(trainer.model, named).state_bytes(named.values())
 
 
+def test_a_row_that_trains_nothing_holds_no_state_and_makes_no_optimizer():
+    regime, model = read_regimes()["zero_shot"], micro.model(num_hidden_layers=1)
+    named = dict(model.named_parameters())
+    rule = regime.rule_for(model, named)
+    assert rule.state_bytes(named.values()) == 0
+    with pytest.raises(AssertionError, match="trains nothing"):
+        rule.make(named.values(), 1.0)
+
+
 @pytest.mark.parametrize("name", ["master", "bf16_sr", "adam8bit", "adam4bit", "adam_mini", "adafactor_backward"])
 def test_the_forecasts_ledger_holds_what_the_rule_promises(name):
     regime = read_regimes()[name]
