@@ -24,6 +24,7 @@ from vramlab.baichuan import read_model_file
 from vramlab.cards import card
 from vramlab.gpu_check import Check, Worker
 from vramlab.gpu_plan import Cell
+from vramlab.memory.ceiling import Ceiling
 from vramlab.memory.meter import Meter
 from vramlab.memory.thinning import curve
 from vramlab.paths import ROOT
@@ -216,6 +217,15 @@ def test_forecasts_end_with_their_time_and_keep_what_they_have(tmp_path):
     kept = {"code": gpu_plan.code(), "steps": known()}
     (tmp_path / "f.json").write_text(json.dumps(kept))
     assert gpu_plan.forecasts(ASKED, None, tmp_path / "f.json", 0.0, None) == known()
+
+
+def test_a_cpu_is_looked_at_from_inside_with_an_end_where_there_is_a_limit_and_a_card_by_its_allocator(monkeypatch):
+    assert type(gpu_cell._recorder("cpu", 0)) is Meter
+    ceiling = gpu_cell._recorder("cpu", 7 << 20)
+    assert type(ceiling) is Ceiling and ceiling.allocator.device.capacity_bytes == 7 << 20
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="the recorder needs CUDA"):
+        gpu_cell._recorder("cuda:0", 0)
 
 
 def test_a_recording_that_cannot_be_read_costs_the_timeline_and_not_the_peaks(tmp_path):
