@@ -226,7 +226,7 @@ def test_intervals_are_drawn_by_their_length(monkeypatch):
 
 
 def test_no_records_no_marks():
-    assert not chunkft_figures.apart(lab()).data and not chunkft_figures.budget_7b(lab()).data
+    assert not chunkft_figures.apart(lab()).data
     assert not any(len(trace.x) for trace in chunkft_figures.count(lab()).data)
 
 
