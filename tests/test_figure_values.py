@@ -74,7 +74,7 @@ def test_the_predicted_step_by_hand():
 
 def test_one_rank_by_hand():
     def rank(world: int, fits: bool, **more) -> dict:
-        ledger = {"weights": 6 * GIB // world, "inputs": 8 * MIB, "buffers": 7 * MIB}
+        ledger = {"weights": 6 * GIB // world, "inputs": 8 * MIB, "buffers": 8 * MIB - 1}
         return cell(world=world, ledger=ledger, requested_bytes=8000 * MIB, cards={
             key: {**held, "fits": key == "b" and fits, "reserved_bytes": 10 * GIB // world} for key, held in cell()["cards"].items()
         }, **more)
