@@ -141,7 +141,7 @@ def budget_7b(lab: Lab) -> go.Figure:
     figure.update_yaxes(autorange="reversed", automargin=True)
     figure.update_xaxes(title_text="GiB at the peak of allocated bytes")
     figure.update_layout(barmode="stack")
-    return dressed(figure, "1,024 tokens, bf16, blocks checkpointed, head fused", "predicted", 34 * len(names))
+    return dressed(figure, "1,024 tokens, bf16, blocks checkpointed, head fused", "predicted", 34 * max(1, len(names)))
 
 
 def published_budget(lab: Lab) -> pd.DataFrame:
