@@ -211,7 +211,7 @@ def _run_in(lab: str, name: str):
                                              "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"])
         tab = browser.new_page(viewport={"width": 1400, "height": 4000})
         tab.goto(f"{lab}/lab/tree/notebooks/{name}.ipynb?token=t")
-        tab.get_by_text("Python 3 (ipykernel) | Idle").first.wait_for(timeout=90000)
+        tab.get_by_text("Python 3 (ipykernel) | Idle").first.wait_for(timeout=240000)
         tab.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
         tab.locator(".lm-Menu-itemLabel", has_text="Run All Cells").first.click()
         yield tab, sync_api.expect
@@ -222,7 +222,7 @@ def _run_in(lab: str, name: str):
 def test_in_jupyterlab_a_widget_redraws_its_figure(lab):
     with _run_in(lab, "timeline") as (tab, expect):
         choice = tab.locator(".widget-dropdown select").first
-        choice.wait_for(timeout=90000)
+        choice.wait_for(timeout=240000)
         first = tab.locator(".jp-CodeCell:has(.widget-dropdown)").first  # of several figures with a peak
         words = first.locator(".annotation-text", has_text="peak")
         before = words.text_content(timeout=60000)
@@ -236,7 +236,7 @@ def test_in_jupyterlab_the_planners_answer_follows_its_controls(lab):
     """Every control by itself, and what it says is the forecast's or between two."""
     with _run_in(lab, "predict") as (tab, expect):
         planner = tab.locator(".jp-OutputArea-output .planner")
-        planner.wait_for(timeout=120000)
+        planner.wait_for(timeout=240000)
         planner.scroll_into_view_if_needed()
         regime, chosen = planner.locator("select").nth(1), planner.locator("select").nth(2)
         answer = planner.locator("[role=status]")
