@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from .files import checksum, write_table, write_whole
 from .memory import oom
 from .memory.energy import per_tokens
 from .memory.nvml import find
-from .memory.process import MALLOC_ENV, run_in_measured_process
+from .memory.process import MALLOC_ENV, MeasuredProcess
 from .memory.sampler import Sampler
 from .parameters import run_row, run_spec
 from .regime import check_machine
@@ -132,8 +133,17 @@ def _passes(params: dict, folder: Path, progress: bool) -> dict:
     check_machine(run_row(params), params["device"])  # before a base is made for nothing
     if params["checker"]:
         Checker.load(params["checker"])  # to fail now, if it does
-    prepared = passes.prepare(params, progress)
-    take_turn()
+    # started first, so that nothing is loaded any more when training is timed; a card's bytes the operating system does not see
+    wanted = params["measure"] and params["device"] == "cpu"
+    with MeasuredProcess("vramlab.passes:measured") if wanted else nullcontext() as process:
+        prepared = passes.prepare(params, progress)
+        take_turn()
+        if process:
+            process.wait_until_loaded()
+        return _learned(params, prepared, process, folder, progress)
+
+
+def _learned(params: dict, prepared: passes.Prepared, process: MeasuredProcess | None, folder: Path, progress: bool) -> dict:
     # a device with a limit: what does not fit is not trained either
     metered = passes.meter(prepared) if params["limit_mib"] else None
     sampler = Sampler(find(params["device"]))
@@ -147,7 +157,7 @@ def _passes(params: dict, folder: Path, progress: bool) -> dict:
         write_table(learned.probes, folder / "probes.parquet")
     # from here on nothing is timed: the measured process, which only wants its own bytes, may run beside the scoring
     with ThreadPoolExecutor(1) as beside:
-        measured = beside.submit(_measured, params) if params["measure"] else None
+        measured = beside.submit(_measured, params, process) if params["measure"] else None
         scores = exam.score(trained, prepared, progress)
         if not torch.tensor(scores[[*MODEL_SCORINGS]].to_numpy()).isfinite().all():
             raise Diverged(params["steps"] - 1, "scores", "the trained model's scores are not finite, though every loss was")
@@ -190,12 +200,11 @@ def _memory(metered: passes.Metered, measured: Future, folder: Path) -> dict:
     return {**metered.result, "process": process, "peak_bytes": peaks}
 
 
-def _measured(params: dict) -> dict:
-    """The OS's own figure for the same two steps, from a process that does nothing else. It does not see a card's bytes."""
-    if params["device"] != "cpu":
+def _measured(params: dict, process: MeasuredProcess | None) -> dict:
+    """The OS's own figure for the same two steps, from a process that does nothing else."""
+    if process is None:
         return {"outcome": "n/a", "reason": f"N/A: the operating system sees host memory, and the run is on {params['device']}"}
-    wanted = {name: params[name] for name in KNOWN_PARAMETERS}
-    answer = run_in_measured_process("vramlab.passes:measured", wanted, timeout_s=600)
+    answer = process.call({name: params[name] for name in KNOWN_PARAMETERS}, timeout_s=600)
     return {**answer, "allocator": MALLOC_ENV}
 
 
