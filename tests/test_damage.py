@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hostile import changed, damages, ends, no_files, refused
-from vramlab import files, predict
+from vramlab import files, predict, runs
 from vramlab.cli import main
 from vramlab.factcc import checker
 from vramlab.factcc.generator import generate_items
@@ -106,6 +106,16 @@ def test_the_report_names_damage_in_its_first_lines(swept):
     head = text[text.index("<ul class=takeaways>"):text.index("</ul>")]
     assert all(name in head for name in ("full-0/result.json", "lomo-0/timeline.parquet", "forecast.json", "sweep.json"))
     assert "full-0 is left out: it lacks result.json" in head
+
+
+def test_damage_goes_to_whoever_asks_for_it_and_else_to_standard_error(swept, monkeypatch):
+    (swept / "full-0" / "result.json").write_text("")
+    noticed, damage = [], []
+    monkeypatch.setattr(runs, "notice", noticed.append)
+    read_runs(swept, damage)
+    assert damage and not noticed
+    read_runs(swept)
+    assert noticed == damage
 
 
 def test_the_command_names_what_its_report_leaves_out(swept, capsys):

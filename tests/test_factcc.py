@@ -8,11 +8,13 @@ from collections import Counter
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from vramlab.cli import main
+from vramlab.factcc import sources
 from vramlab.factcc.baselines import baseline_scores
 from vramlab.factcc.generator import GeneratorConfig, generate_items
 from vramlab.factcc.grammar import GRAMMARS, HELD_OUT_NAMES, HELD_OUT_PLACES
@@ -260,3 +262,15 @@ def test_mcnemar_and_holm_of_known_cases():
 
 def test_an_item_is_plain_data():
     assert Item(**asdict(generate_items("news", "test", 1, 0)[0])).domain == "news"
+
+
+def test_a_copy_of_factcc_of_other_size_or_balance_is_said_and_a_split_that_is_not_there_is_not():
+    def items(split, consistent, wrong):
+        return [SimpleNamespace(split=split, label=label) for label in [1] * consistent + [0] * wrong]
+
+    assert sources._unexpected(items("test", 441, 62) + items("val", 400, 531), set()) == []
+    assert sources._unexpected(items("val", 931, 0), set()) == [], "no balance of it is published"
+    one, = sources._unexpected(items("test", 440, 63) + items("val", 400, 531), set())
+    assert (one.line, one.path) == (0, "test") and one.message.startswith("503 items, 440 consistent: the annotated release has 503")
+    one, = sources._unexpected(items("val", 3, 2) + items("test", 441, 62), {"a", "b"})
+    assert one.message == "5 items, 3 consistent: the annotated release has 931 items; 2 articles are missing"
