@@ -362,7 +362,7 @@ def test_the_sweeps_for_real_cards_read_and_resolve(name):
         assert cell.full["device"] == "cuda" and cell.full["model"] == "baichuan2-7b" and cell.full["limit_mib"] == 0.0
         own = regime_row(cell.full["regime"]).get("weights")
         assert resolve(cell.params)["regime_row"]["weights"]["value"] == (own or "bf16")
-    assert tuple(read_sweep_regimes("quick")) == gpu_check.TINY
+    assert {*read_sweep_regimes("quick")} <= {*gpu_check.TINY}
 
 
 def read_sweep_regimes(name: str) -> list[str]:

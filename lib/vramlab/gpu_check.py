@@ -34,7 +34,7 @@ from .memory.oom import words
 from .paths import ROOT
 
 TINY = ("zero_shot", "full", "mixed", "checkpoint", "offload", "lora", "lomo", "badam", "chunkft")
-"""The rows of params/quick.yml."""
+"""The rows of the small sweep on the card, those of params/quick.yml among them."""
 FORECAST_SHARE, LEAST_S, MOST_S = 0.3, 20.0, 90.0
 """Forecasts get so much of the time; a cell is begun while so many seconds are left, and ended after so many."""
 
