@@ -242,7 +242,7 @@ def test_a_host_that_runs_out_has_no_card_to_ask_of(tmp_path, monkeypatch):
         raise MemoryError("none")
 
     monkeypatch.setattr(passes, "learn", learn)
-    execute(SMALL, tmp_path / "r", progress=False)
+    execute({**SMALL, "measure": False}, tmp_path / "r", progress=False)
     found = json.loads((tmp_path / "r" / "result.json").read_text())["oom"]
     assert found["would_fit"] == [] and found["asked_bytes"] is None
 

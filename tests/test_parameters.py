@@ -102,6 +102,7 @@ def test_nothing_heavy_begins_before_the_parameters_and_the_data_are_right(tmp_p
         read_sweep(sweep)
 
 
+@pytest.mark.slow
 def test_every_file_of_params_asks_for_runs_that_can_work():
     for path in (ROOT / "params").glob("*.yml"):
         if "\ngrid:" in path.read_text():

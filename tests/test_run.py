@@ -74,9 +74,9 @@ def test_running_out_of_memory_is_a_result_and_other_errors_are_recorded_and_rai
     monkeypatch.setattr(passes, "learn", learn)
     if outcome == "failed":
         with pytest.raises(RuntimeError, match="else"):
-            execute(SMALL, tmp_path / "r", progress=False)
+            execute({**SMALL, "measure": False}, tmp_path / "r", progress=False)
     else:
-        execute(SMALL, tmp_path / "r", progress=False)
+        execute({**SMALL, "measure": False}, tmp_path / "r", progress=False)
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     assert result["outcome"] == outcome and str(error) in result["reason"]
     assert [run.ok for run in read_runs(tmp_path)] == [False]
@@ -88,7 +88,7 @@ def test_an_interrupted_run_is_not_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(passes, "learn", learn)
     with pytest.raises(KeyboardInterrupt):
-        execute(SMALL, tmp_path / "r", progress=False)
+        execute({**SMALL, "measure": False}, tmp_path / "r", progress=False)
     assert not (tmp_path / "r" / "result.json").exists()
     with pytest.raises(FileNotFoundError, match="vramlab sweep"):
         read_runs(tmp_path)
