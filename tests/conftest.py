@@ -38,7 +38,7 @@ def finished(tmp_path_factory, worker_id):
 
 def _finish(folder: Path) -> Path:
     from vramlab.files import write_checked
-    from vramlab.run import execute
+    from vramlab.runs.execute import execute
 
     for regime in ("zero_shot", "full", "checkpoint"):
         execute({**SMALL, "regime": regime}, folder / f"{regime}-0", progress=False)

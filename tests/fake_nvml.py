@@ -182,6 +182,6 @@ def install(monkeypatch, *cards: Card, uuid: str = UUID, host: bool = True, **dr
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr("vramlab.memory.nvml_process.in_host_namespace", lambda: host)
+    monkeypatch.setattr("vramlab.capture.nvml_process.in_host_namespace", lambda: host)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return library

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 import micro
-from vramlab.memory.process import peak_window
+from vramlab.capture.peak_rss import peak_window
 from vramlab.observer import Observer
-from vramlab.regime import read_row
-from vramlab.trainer import Schedule, Trainer
+from vramlab.regimes.regime import read_row
+from vramlab.training.trainer import Schedule, Trainer
 
 SIZES = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4,
          "max_position_embeddings": 512}

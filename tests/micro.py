@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from vramlab.axes.place import Fsdp, local
 from vramlab.baichuan import BaichuanConfig, BaichuanForCausalLM
-from vramlab.memory.ranks import pretended_ranks
+from vramlab.forecast.virtual_ranks import pretended_ranks
 from vramlab.observer import Observer
-from vramlab.regime import Regime, read_row
-from vramlab.trainer import Schedule, Trainer
+from vramlab.regimes.place.place import Fsdp, local
+from vramlab.regimes.regime import Regime, read_row
+from vramlab.training.trainer import Schedule, Trainer
 
 
 def model(position: str = "rope", seed: int = 0, **changes) -> BaichuanForCausalLM:

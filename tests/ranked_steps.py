@@ -16,10 +16,10 @@ import torch
 from torch import distributed
 
 import micro
-from vramlab.axes.place import is_sharded
-from vramlab.memory.meter import Meter
-from vramlab.regime import read_row
-from vramlab.trainer import Schedule, Trainer
+from vramlab.capture.meter import Meter
+from vramlab.regimes.place.place import is_sharded
+from vramlab.regimes.regime import read_row
+from vramlab.training.trainer import Schedule, Trainer
 
 ROWS = {
     "full": {},

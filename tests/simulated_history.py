@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import torch
 
 import micro
-from vramlab.memory.meter import Meter
-from vramlab.memory.recorder import MAX_ENTRIES, Recorder
-from vramlab.memory.settings import Settings
-from vramlab.memory.simulation import simulate
-from vramlab.memory.written import Written
+from vramlab.allocator.settings import Settings
+from vramlab.allocator.simulate import simulate
+from vramlab.capture.cuda_recorder import MAX_ENTRIES, Recorder
+from vramlab.capture.meter import Meter
+from vramlab.capture.simulated_recording import Written
 from vramlab.observer import Observer
-from vramlab.trainer import Schedule, Trainer
+from vramlab.training.trainer import Schedule, Trainer
 
 
 class SimulatedHistory(Meter):

@@ -9,12 +9,12 @@ from torch import nn
 
 from micro import batch, model, train
 from test_laws import _saved_bytes
-from vramlab.axes.adapters import _peft, link
-from vramlab.axes.weight_codes import Int8Linear, Nf4Linear, Product, dynamic_codes
-from vramlab.memory.meter import Meter
-from vramlab.regime import IllegalRegime, read_row
-from vramlab.split import side, sides
-from vramlab.trainer import Schedule, Trainer
+from vramlab.capture.meter import Meter
+from vramlab.regimes.regime import IllegalRegime, read_row
+from vramlab.regimes.trains.adapters import _peft, link
+from vramlab.regimes.weights.quantized_linear import Int8Linear, Nf4Linear, Product, dynamic_codes
+from vramlab.timeline.sides import side, sides
+from vramlab.training.trainer import Schedule, Trainer
 
 ONE_STEP = 3 * 11 * 20 * 4  # rows, tokens, width, fp32
 

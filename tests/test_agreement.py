@@ -11,14 +11,14 @@ from hypothesis import settings as tries
 from hypothesis import strategies as st
 
 from simulated_history import recorded
-from vramlab.agreement import PEAKS, compare, errors, summary
-from vramlab.memory.join import align, joined
-from vramlab.memory.ledger import ledger, sample_at
-from vramlab.memory.meter import COLUMNS
-from vramlab.memory.settings import Settings
-from vramlab.memory.simulation import through_allocator
-from vramlab.memory.written import as_recorded
-from vramlab.regime import read_regimes
+from vramlab.allocator.settings import Settings
+from vramlab.allocator.simulate import through_allocator
+from vramlab.capture.meter import COLUMNS
+from vramlab.capture.simulated_recording import as_recorded
+from vramlab.regimes.regime import read_regimes
+from vramlab.timeline.agreement import PEAKS, compare, errors, summary
+from vramlab.timeline.align import align, joined
+from vramlab.timeline.ledger import ledger, sample_at
 
 REGIMES = read_regimes()
 LISTS = st.lists(st.integers(0, 3), max_size=14)

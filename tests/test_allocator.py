@@ -14,13 +14,13 @@ from hypothesis import settings as budget
 
 import micro
 from slow_allocator import TIE, Full, SlowAllocator
-from vramlab.memory.allocator import Allocator, OutOfMemory, Shortage
-from vramlab.memory.blocks import Device
-from vramlab.memory.meter import Meter
-from vramlab.memory.settings import Settings
-from vramlab.memory.simulation import STRIDES, simulate
-from vramlab.regime import read_row
-from vramlab.trainer import Schedule, Trainer
+from vramlab.allocator.allocator import Allocator, OutOfMemory, Shortage
+from vramlab.allocator.blocks import Device
+from vramlab.allocator.settings import Settings
+from vramlab.allocator.simulate import STRIDES, simulate
+from vramlab.capture.meter import Meter
+from vramlab.regimes.regime import read_row
+from vramlab.training.trainer import Schedule, Trainer
 
 MIB = 1 << 20
 ROWS = {"native": {}, "full": {"capacity": 300 * MIB}, "max_split": {"max_split": 24 * MIB},

@@ -12,18 +12,21 @@ import numpy as np
 import pytest
 import yaml
 
-from vramlab import atlas, charted, predict, summary
-from vramlab.atlas import Atlas, chart, read_atlas
+from vramlab.allocator.settings import Settings
 from vramlab.cards import card, read_cards
-from vramlab.charted import table
 from vramlab.cli import main
 from vramlab.files import read_checked
-from vramlab.memory.settings import Settings
+from vramlab.forecast import card_summary as summary
+from vramlab.forecast import chart as atlas
+from vramlab.forecast import forecast as predict
+from vramlab.forecast import kept_chart as charted
+from vramlab.forecast.chart import Atlas, chart, read_atlas
+from vramlab.forecast.chart_worlds import chart_worlds
+from vramlab.forecast.forecast import Question, forecast
+from vramlab.forecast.kept_chart import table
 from vramlab.paths import ROOT
-from vramlab.predict import Question, forecast
-from vramlab.regime import read_regimes
-from vramlab.sweep import Swept
-from vramlab.worlds import chart_worlds
+from vramlab.regimes.regime import read_regimes
+from vramlab.runs.sweep import Swept
 
 CONF = "expandable_segments:True"
 
@@ -207,7 +210,7 @@ def test_a_charted_atlas_is_remembered_until_its_file_or_the_code_changes(tmp_pa
     failed = {"cells": [{"reason": "no"}]}
     charted.remember(path, failed)
     assert charted.recall(path) is None
-    light = "import sys; from vramlab import charted, cli; sys.exit('torch' in sys.modules)"
+    light = "import sys; from vramlab.forecast import kept_chart as charted; import vramlab.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", light]).returncode == 0
 
 
@@ -238,7 +241,7 @@ def test_the_command_adds_the_worlds_only_where_they_are_asked_for(tmp_path, cap
 def test_a_sweep_makes_the_atlas_beside_it_before_its_report(option, made, tmp_path, capsys, monkeypatch, kept, asked, content):
     monkeypatch.setattr(atlas.chart, "__defaults__", (kept, True, None))
     swept = Swept(0, tmp_path / "out", [{"run_id": "full-0", "outcome": "ok"}])
-    monkeypatch.setattr("vramlab.sweep.sweep", lambda *args, **kwargs: swept)
+    monkeypatch.setattr("vramlab.runs.sweep.sweep", lambda *args, **kwargs: swept)
     seen = []
 
     def build(folder, left_out):

@@ -370,6 +370,6 @@ print(wrong)
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork: each try is a process that has called nothing yet")
 def test_the_first_call_of_a_function_is_as_exact_as_the_second():
-    """With MKL, one first call in 10 to 30 is not, where threads share it; see `baichuan.first_calls`."""
+    """With MKL, one first call in 10 to 30 is not, where threads share it; see `baichuan.mkl_warmup`."""
     said = subprocess.run([sys.executable, "-W", "ignore", "-c", FIRST_CALLS], capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["0"]

@@ -9,18 +9,18 @@ import pytest
 import torch
 
 import baichuan2_chapters as chapters
-from vramlab import head_bytes
+import baichuan2_head_bytes as head_bytes
+from baichuan2 import figures, power_law, pretraining
+from baichuan2_head_bytes import _alone
+from baichuan2_ladder import frequencies, shape
 from vramlab.baichuan.model import causal_loss
-from vramlab.head_bytes import _alone
-from vramlab.ladder import frequencies, shape
-from vramlab.parameters import model_spec
-from vramlab.passes import prepare
-from vramlab.run import resolve
-from vramlab.studies.baichuan2 import figures, power_law, pretraining
+from vramlab.regimes.parameters import model_spec
+from vramlab.runs.execute import resolve
+from vramlab.runs.passes import prepare
 from vramlab.studies.gallery import GALLERY
-from vramlab.studies.lab import Lab
 from vramlab.studies.plan import Pair, Plan, read_plan
 from vramlab.studies.records import Records
+from vramlab.studies.study import Lab
 
 
 def test_the_papers_table_counts_all_but_embedding_and_head():

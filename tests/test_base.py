@@ -11,16 +11,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vramlab import base, base_record, base_training, paths
-from vramlab.base import base_model
+from vramlab import paths
 from vramlab.cli import main
+from vramlab.factcc.base import base_model as base
+from vramlab.factcc.base import record as base_record
+from vramlab.factcc.base import training as base_training
+from vramlab.factcc.base.base_model import base_model
+from vramlab.factcc.base.curriculum import checked_batches, invented_items
+from vramlab.factcc.base.recipe import Recipe
 from vramlab.factcc.generator import generate_items
 from vramlab.factcc.grammar import GRAMMARS
 from vramlab.factcc.prompt import encode_item
-from vramlab.lessons import checked_batches, invented_items
-from vramlab.passes import model_spec
 from vramlab.reading import BadFile
-from vramlab.recipe import Recipe
+from vramlab.runs.passes import model_spec
 
 SMOKE = Recipe.named("smoke")
 

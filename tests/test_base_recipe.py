@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import micro
-from vramlab import base_training
 from vramlab.baichuan.tokenizer import ASSISTANT_ID
+from vramlab.factcc.base import training as base_training
+from vramlab.factcc.base.curriculum import copies, echoes
+from vramlab.factcc.base.recipe import Recipe
 from vramlab.factcc.prompt import IGNORED
-from vramlab.lessons import copies, echoes
-from vramlab.recipe import Recipe
 
 NO, YES = 5, 9
 ANSWERS = ((0, 6), (0, 11), (1, 9))

@@ -9,11 +9,11 @@ import pytest
 
 import micro
 from vramlab.baichuan import ModelSpec
+from vramlab.capture.work import Floor, roofline
 from vramlab.cards import read_cards
 from vramlab.cli import main
-from vramlab.forecast import trace
-from vramlab.memory.work import Floor, roofline
-from vramlab.regime import read_row
+from vramlab.forecast.trace import trace
+from vramlab.regimes.regime import read_row
 
 MICRO = ModelSpec("micro", micro.model().config, None)
 PARAMETERS = sum(parameter.numel() for parameter in micro.model().parameters())

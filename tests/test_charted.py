@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vramlab import charted, summary, worlds
-from vramlab.atlas import Atlas
+from vramlab.allocator.settings import Settings
 from vramlab.cards import Card, read_cards
-from vramlab.memory.settings import Settings
+from vramlab.forecast import card_summary as summary
+from vramlab.forecast import chart_worlds as worlds
+from vramlab.forecast import kept_chart as charted
+from vramlab.forecast.chart import Atlas
 
 GIB = 2**30
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from micro import train
-from vramlab.axes import clipping
-from vramlab.axes.clipping import ByValue, LastNorm, NormOfAll, ScaledNorm, Unclipped
-from vramlab.axes.rows import feed
+from vramlab.regimes.until import clipping
+from vramlab.regimes.until.clipping import ByValue, LastNorm, NormOfAll, ScaledNorm, Unclipped
+from vramlab.regimes.until.row_protocol import feed
 
 FIRST, SECOND = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]])
 """Rows of a gradient whose norm is 5."""

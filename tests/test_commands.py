@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from vramlab import cli, sweep
-from vramlab.regime import read_regimes
+from vramlab import cli
+from vramlab.regimes.regime import read_regimes
+from vramlab.runs import sweep
 
 
 def test_json_holds_no_number_that_is_not_finite():
@@ -33,7 +34,7 @@ def test_an_error_is_one_document_and_a_code(error, code, words, monkeypatch, ca
     def raises():
         raise error
 
-    monkeypatch.setattr("vramlab.doctor.examine", raises)
+    monkeypatch.setattr("vramlab.runs.machine_report.examine", raises)
     assert cli.main(["doctor", "--json"]) == code
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {"error": words} and printed.err == ("" if code == 130 else f"vramlab doctor: {words}\n")
@@ -70,7 +71,7 @@ def test_the_largest_that_fits_is_a_value_with_its_forecast(monkeypatch, capsys)
         said("tried")
         return 0, None
 
-    monkeypatch.setattr("vramlab.predict.largest", largest)
+    monkeypatch.setattr("vramlab.forecast.forecast.largest", largest)
     command = ["predict", "--model", "tiny", "--max", "batch", "--card", "h100"]
     assert cli.main([*command, "--json"]) == 0
     printed = capsys.readouterr()
@@ -84,10 +85,10 @@ def test_codes_of_a_replay_and_of_studies(monkeypatch, tmp_path):
     seen = []
     for agrees, code in ((True, 0), (False, 1)):
         outcome = SimpleNamespace(as_dict=lambda tolerance, agrees=agrees: {"agrees": agrees, "verdict": str(tolerance)})
-        monkeypatch.setattr("vramlab.memory.replay.replay_file", lambda *asked, outcome=outcome: seen.append(asked) or outcome)
+        monkeypatch.setattr("vramlab.allocator.replay.replay_file", lambda *asked, outcome=outcome: seen.append(asked) or outcome)
         assert cli.main(["replay", "x.pickle", "--max-mib", "3", "--device", "1"]) == code
     assert [tuple(asked[1:]) for asked in seen] == [(1, 3 * 1024**2)] * 2
     for reason, code in (("", 0), ("no", 1)):
-        monkeypatch.setattr("vramlab.studies.batch.run", lambda *args, reason=reason, **named: [{}, {"reason": reason}])
-        monkeypatch.setattr("vramlab.studies.batch.words", lambda found: "")
+        monkeypatch.setattr("vramlab.studies.run_all.run", lambda *args, reason=reason, **named: [{}, {"reason": reason}])
+        monkeypatch.setattr("vramlab.studies.run_all.words", lambda found: "")
         assert cli.main(["studies", "lomo"]) == code

@@ -18,26 +18,29 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hostile import changed, damages, ends, no_files, refused
-from vramlab import files, predict, runs
+from vramlab import files
 from vramlab.cli import main
 from vramlab.factcc import checker
 from vramlab.factcc.generator import generate_items
 from vramlab.factcc.sources import load_items, write_items
 from vramlab.factcc.statistics import summarise
 from vramlab.files import write_checked, write_table
-from vramlab.predict import Question, traced_step
+from vramlab.forecast import forecast as predict
+from vramlab.forecast.forecast import Question, traced_step
 from vramlab.reading import BadFile
-from vramlab.regime import regime as read_regime
-from vramlab.report import build, html
-from vramlab.runs import FINISHED, NEEDED, SPEED, outcome, read_runs
-from vramlab.sweep import read_sweep
+from vramlab.regimes.regime import regime as read_regime
+from vramlab.report import build
+from vramlab.report import page as html
+from vramlab.runs import folder as runs
+from vramlab.runs.folder import FINISHED, NEEDED, SPEED, outcome, read_runs
+from vramlab.runs.sweep import read_sweep
 
 BOUNDED = {"deadline": None, "database": None, "derandomize": True,
            "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 
 
 def _run(folder: Path, regime: str, **result) -> Path:
-    """A finished run's folder as `run.execute` writes it, with few rows."""
+    """A finished run's folder as `runs.execute.execute` writes it, with few rows."""
     folder.mkdir(parents=True)
     rows = [{"uid": f"{split}{i}", "domain": "news", "split": split, "shift": "none", "group": f"{split}{i}", "transform": "",
              "label": i % 2, "truncated": False, "yesno": (i * 7 % 5) - 2.0, "likelihood": (i * 3 % 4) - 1.0, "n_tokens": 9,
@@ -407,7 +410,7 @@ def test_a_sweeps_report_lies_with_its_runs_whatever_the_file_is_called(tmp_path
         for cell in due:
             _run(cell.folder, cell.params["regime"])
 
-    monkeypatch.setattr("vramlab.sweep._run_all", run_all)
+    monkeypatch.setattr("vramlab.runs.sweep._run_all", run_all)
     assert main(["sweep", str(path), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["report"] == "outputs/other/report.html" and Path(document["report"]).stat().st_size == document["size_bytes"]

@@ -10,20 +10,21 @@ import pandas as pd
 import pytest
 import torch
 
-import vramlab.sweep as sweeps
+import vramlab.runs.sweep as sweeps
 from conftest import SMALL
 from micro import batch, model, ranks
-from vramlab import passes
 from vramlab.cli import main
-from vramlab.regime import read_regimes, read_row
-from vramlab.report import tables, words
-from vramlab.report.html import build
-from vramlab.run import execute
-from vramlab.runs import read_runs
+from vramlab.regimes.regime import read_regimes, read_row
+from vramlab.report import tables
+from vramlab.report import takeaways as words
+from vramlab.report.page import build
+from vramlab.runs import passes
+from vramlab.runs.execute import execute
+from vramlab.runs.folder import read_runs
+from vramlab.runs.sweep import RETRY, read_sweep
 from vramlab.studies import runner
 from vramlab.studies.plan import StudyCell
-from vramlab.sweep import RETRY, read_sweep
-from vramlab.trainer import Diverged, Schedule, Trainer
+from vramlab.training.trainer import Diverged, Schedule, Trainer
 
 REGIMES = read_regimes()
 TRAINED = [name for name in REGIMES if name != "zero_shot"]
@@ -124,7 +125,7 @@ def test_scores_that_are_not_finite_are_not_scores(tmp_path, monkeypatch):
     def score(*_):
         return pd.DataFrame({"yesno": [0.5, math.inf], "likelihood": [-1.0, -2.0]})
 
-    monkeypatch.setattr("vramlab.exam.score", score)
+    monkeypatch.setattr("vramlab.runs.evaluate.score", score)
     execute({**SMALL, "measure": False}, tmp_path / "r", progress=False)
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     assert result["outcome"] == "diverged" and result["diverged"] == {"step": SMALL["steps"] - 1, "what": "scores"}

@@ -13,8 +13,9 @@ import torch
 
 import fake_nvml
 from fake_nvml import GIB, UUID, Card, install
-from vramlab import cli, doctor
-from vramlab.memory import nvml_process
+from vramlab import cli
+from vramlab.capture import nvml_process
+from vramlab.runs import machine_report as doctor
 
 
 def by_topic(findings) -> dict:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vramlab.memory.energy import energy, per_tokens
+from vramlab.capture.energy import energy, per_tokens
 
 
 def readings(seconds: float = 10.0, period_s: float = 0.25, watts: float = 100.0, **columns) -> pd.DataFrame:

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vramlab import expectation
-from vramlab.expectation import GIB, _cause, arithmetic_words, beside, causes, closed_form, explained, over, parameters
-from vramlab.predict import Question
+from vramlab.forecast import arithmetic as expectation
+from vramlab.forecast.arithmetic import GIB, _cause, arithmetic_words, beside, causes, closed_form, explained, over, parameters
+from vramlab.forecast.forecast import Question
 
 BLOCK = 4 * 96**2 + 3 * 96 * 192 + 2 * 96
 TINY = 2 * 768 * 96 + 5 * BLOCK + 96

@@ -13,16 +13,16 @@ import measured_step
 import micro
 from conftest import SMALL
 from micro import batch, model, train
-from vramlab.axes.feedback import GUESS, Predicted, Writers, sites
-from vramlab.axes.place import Device
-from vramlab.axes.rule import Sgd
-from vramlab.axes.until import Step
-from vramlab.axes.update_head import UpdatedNorm
 from vramlab.baichuan import BaichuanConfig, ModelSpec
-from vramlab.forecast import trace
+from vramlab.forecast.trace import trace
 from vramlab.observer import Observer
-from vramlab.regime import IllegalRegime, read_regimes, read_row
-from vramlab.trainer import Schedule, Trainer
+from vramlab.regimes.grads.predicted import GUESS, Predicted, Writers, sites
+from vramlab.regimes.grads.update_head import UpdatedNorm
+from vramlab.regimes.place.place import Device
+from vramlab.regimes.regime import IllegalRegime, read_regimes, read_row
+from vramlab.regimes.rule.rules import Sgd
+from vramlab.regimes.until.until import Step
+from vramlab.training.trainer import Schedule, Trainer
 
 TRUE = {"trains": "writers"}
 
@@ -300,7 +300,7 @@ def test_each_refusal_is_reachable_alone_and_says_the_way_out(row, way_out):
 
 
 def test_a_run_keeps_its_probes(tmp_path):
-    from vramlab.run import execute
+    from vramlab.runs.execute import execute
 
     params = {**SMALL, "val_items": 8, "test_items": 8, "regime": "approx_residual", "measure": False}
     folder = execute(params, tmp_path / "run", progress=False)

@@ -8,7 +8,7 @@ import pandas as pd
 
 from test_report_values import CARDS, cell, made
 from vramlab.report import figures, forecast_figures, tables
-from vramlab.report.forecasts import GIB
+from vramlab.report.forecast_tables import GIB
 
 MIB = 1 << 20
 MOVED = [{"visible": [True, False]}, {"visible": [False, True]}]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vramlab.memory.work import roofline
+from vramlab.capture.work import roofline
 
 
 @pytest.mark.parametrize(("phase", "seconds"), [

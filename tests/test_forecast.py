@@ -13,14 +13,14 @@ import torch
 import measured_step
 import micro
 from vramlab.baichuan import BaichuanConfig, ModelSpec
-from vramlab.forecast import _Run, trace
-from vramlab.memory.meter import Meter
-from vramlab.memory.process import peak_window
-from vramlab.memory.shapes import Shapes
-from vramlab.memory.virtual import virtual_gpu
-from vramlab.parameters import model_spec
-from vramlab.regime import read_regimes, read_row
-from vramlab.trainer import Schedule, Trainer
+from vramlab.capture.meter import Meter
+from vramlab.capture.peak_rss import peak_window
+from vramlab.forecast.shape_cache import Shapes
+from vramlab.forecast.trace import _Run, trace
+from vramlab.forecast.virtual_gpu import virtual_gpu
+from vramlab.regimes.parameters import model_spec
+from vramlab.regimes.regime import read_regimes, read_row
+from vramlab.training.trainer import Schedule, Trainer
 
 REGIMES = read_regimes()
 MICRO = ModelSpec("micro", micro.model().config, None)

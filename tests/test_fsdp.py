@@ -20,16 +20,16 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param
 import micro
 import ranked_steps
 import vramlab
-from vramlab.axes.until import _InBackward
+from vramlab.allocator.simulate import simulate
 from vramlab.baichuan import ModelSpec
-from vramlab.forecast import trace
-from vramlab.memory.modules import common
-from vramlab.memory.ranks import Stream, pretended_ranks
-from vramlab.memory.simulation import simulate
-from vramlab.memory.virtual import virtual_gpu
+from vramlab.capture.modules import common
+from vramlab.forecast.trace import trace
+from vramlab.forecast.virtual_gpu import virtual_gpu
+from vramlab.forecast.virtual_ranks import Stream, pretended_ranks
 from vramlab.observer import CATEGORIES
-from vramlab.parameters import model_spec
-from vramlab.regime import ImpossibleHere, read_row, regime
+from vramlab.regimes.parameters import model_spec
+from vramlab.regimes.regime import ImpossibleHere, read_row, regime
+from vramlab.regimes.until.until import _InBackward
 from vramlab.report.figures import COLORS
 
 MICRO = ModelSpec("micro", micro.model().config, None)

@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 
 from vramlab.paths import ROOT
-from vramlab.run import execute, resolve
+from vramlab.runs.execute import execute, resolve
 from vramlab.studies import STUDIES, gallery
 from vramlab.studies.claims import UNTESTED, read_claims
 from vramlab.studies.gallery import GALLERY, read_figures, read_made
-from vramlab.studies.lab import Lab
 from vramlab.studies.plan import PARAMS, read_plan
 from vramlab.studies.records import Records
+from vramlab.studies.study import Lab
 
 THERE = sorted(path.parent.name for path in GALLERY.glob("*/made.json"))
 LIMIT_BYTES = 15_000_000
@@ -87,5 +87,5 @@ def test_the_code_still_finds_what_was_recorded(folder, tmp_path):
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_modules_have_what_the_claims_look_at(study):
-    module = importlib.import_module(f"vramlab.studies.{study}")
+    module = importlib.import_module(study)
     assert callable(module.figures) and (GALLERY.parent.parent / "notebooks" / "studies" / f"{study}.ipynb").exists()

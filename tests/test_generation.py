@@ -12,13 +12,13 @@ import torch
 import micro
 import released
 from vramlab.factcc.checker import Checker, consistent_id
-from vramlab.factcc.generation import _greedy, documents, first_sentence, judge, shares
 from vramlab.factcc.generator import GeneratorConfig, generate_items
+from vramlab.factcc.grammar_judge import verdict
 from vramlab.factcc.items import DOMAINS, Item
-from vramlab.factcc.oracle import verdict
 from vramlab.factcc.statistics import wilson
+from vramlab.factcc.written_claims import _greedy, documents, first_sentence, judge, shares
 from vramlab.report import tables
-from vramlab.report.words import written
+from vramlab.report.takeaways import written
 
 DOC = ("Korv hired five clerks at its Arlen plant Monday . The chief of Balm told reporters they will resign . "
        "Two cooks joined Balm at the Brock plant Friday . He will not resign , the chief of Korv told reporters .")

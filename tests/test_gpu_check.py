@@ -19,19 +19,23 @@ import pytest
 import torch
 
 import micro
-from vramlab import gpu_cell, gpu_check, gpu_model, gpu_plan, gpu_table
+from vramlab.baichuan import random_weights as gpu_model
 from vramlab.baichuan import read_model_file
+from vramlab.capture.memory_limit import Ceiling
+from vramlab.capture.meter import Meter
 from vramlab.cards import card
-from vramlab.gpu_check import Check, Worker
-from vramlab.gpu_plan import Cell
-from vramlab.memory.ceiling import Ceiling
-from vramlab.memory.meter import Meter
-from vramlab.memory.thinning import curve
+from vramlab.gpu_check import cell as gpu_cell
+from vramlab.gpu_check import check as gpu_check
+from vramlab.gpu_check import plan as gpu_plan
+from vramlab.gpu_check import table as gpu_table
+from vramlab.gpu_check.check import Check, Worker
+from vramlab.gpu_check.plan import Cell
 from vramlab.paths import ROOT
-from vramlab.regime import read_row, regime_row
-from vramlab.run import resolve
-from vramlab.sweep import read_sweep
-from vramlab.trainer import Schedule, Trainer
+from vramlab.regimes.regime import read_row, regime_row
+from vramlab.runs.execute import resolve
+from vramlab.runs.sweep import read_sweep
+from vramlab.timeline.thin import curve
+from vramlab.training.trainer import Schedule, Trainer
 
 GONE = ("plotly", "papermill", "bitsandbytes", "torchao", "nbformat", "nbclient", "IPython", "ipywidgets", "jupyterlab",
         "sentencepiece", "hypothesis", "playwright", "galore_torch", "lomo_optim", "badam")

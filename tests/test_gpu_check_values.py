@@ -9,11 +9,12 @@ from types import SimpleNamespace as Its
 
 import pytest
 
-from vramlab import gpu_check, gpu_plan
 from vramlab.cards import read_cards
-from vramlab.gpu_check import Check
-from vramlab.gpu_plan import Cell
-from vramlab.predict import Question
+from vramlab.forecast.forecast import Question
+from vramlab.gpu_check import check as gpu_check
+from vramlab.gpu_check import plan as gpu_plan
+from vramlab.gpu_check.check import Check
+from vramlab.gpu_check.plan import Cell
 
 LORA, FULL = Question("tiny", "lora", 32, 1, "bf16"), Question("tiny", "full", 32, 1, "")
 MIXED = Question("tiny", "mixed", 64, 2, "mixed")

@@ -10,11 +10,12 @@ from types import SimpleNamespace as Its
 import pytest
 import torch
 
-from vramlab import gpu_cell, gpu_model
-from vramlab.memory.ceiling import Ceiling
-from vramlab.memory.meter import Meter
-from vramlab.memory.nvml import Reader
-from vramlab.predict import Question
+from vramlab.baichuan import random_weights as gpu_model
+from vramlab.capture.memory_limit import Ceiling
+from vramlab.capture.meter import Meter
+from vramlab.capture.nvml import Reader
+from vramlab.forecast.forecast import Question
+from vramlab.gpu_check import cell as gpu_cell
 
 NO_TURNS = Its(sets=lambda count: [(0,)], state="device", interval=1)
 
@@ -82,7 +83,7 @@ def test_a_limit_is_a_share_of_the_card_and_at_most_all_of_it(monkeypatch):
 
 
 def test_who_records(monkeypatch):
-    monkeypatch.setattr("vramlab.memory.recorder.Recorder", lambda device: f"recorder of {device}")
+    monkeypatch.setattr("vramlab.capture.cuda_recorder.Recorder", lambda device: f"recorder of {device}")
     assert type(gpu_cell._recorder("cpu", 0)) is Meter and gpu_cell._recorder("cuda:1", 5) == "recorder of cuda:1"
     ceiling = gpu_cell._recorder("cpu", 12345)
     assert type(ceiling) is Ceiling and ceiling.allocator.device.capacity_bytes == 12345

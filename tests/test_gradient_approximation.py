@@ -8,12 +8,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import gradient_approximation as study
 import gradient_approximation_figures as chapters
-from vramlab.studies import gradient_approximation as study
 from vramlab.studies.claims import decide, read_claims
-from vramlab.studies.lab import Lab
 from vramlab.studies.plan import PARAMS, read_plan
 from vramlab.studies.records import Records
+from vramlab.studies.study import Lab
 
 PLAN = read_plan("gradient_approximation")
 FILES = ("gradient_approximation.yml", "gradient_approximation-gpu.yml")

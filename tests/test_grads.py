@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from micro import batch, model
-from vramlab.axes.grads import Guess, ZerothOrder
-from vramlab.axes.noise import generator, normal
-from vramlab.memory.meter import Meter
+from vramlab.capture.meter import Meter
 from vramlab.observer import Observer
-from vramlab.regime import read_row
-from vramlab.trainer import Schedule, Trainer
+from vramlab.regimes.grads.exact import Guess, ZerothOrder
+from vramlab.regimes.grads.keyed_random import generator, normal
+from vramlab.regimes.regime import read_row
+from vramlab.training.trainer import Schedule, Trainer
 
 
 def _trainer(lr, steps=1, tiny=None, observer=None, **row):

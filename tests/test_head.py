@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from micro import batch, train
-from vramlab.axes import fused_head, leaves, rounding
-from vramlab.axes.fused_head import FusedHeadLoss, Options
-from vramlab.axes.head import FusedLoss
-from vramlab.axes.rows import spans
-from vramlab.axes.rule import Sgd
 from vramlab.baichuan.model import NormHead, causal_loss
-from vramlab.memory.virtual import virtual_gpu
+from vramlab.forecast.virtual_gpu import virtual_gpu
+from vramlab.regimes.head import fused as fused_head
+from vramlab.regimes.head.fused import FusedHeadLoss, Options
+from vramlab.regimes.head.head import FusedLoss
+from vramlab.regimes.rule.rules import Sgd
+from vramlab.regimes.trains import leaves
+from vramlab.regimes.until.row_protocol import spans
+from vramlab.regimes.weights import bf16_on_cpu as rounding
 
 
 class Collects:

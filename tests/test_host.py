@@ -11,17 +11,17 @@ from torch import nn
 
 import micro
 from micro import batch, model, train
-from vramlab.axes import fused_head
-from vramlab.axes.bus import Bus
-from vramlab.axes.host import LookUp
-from vramlab.axes.stream import StreamedLogits
 from vramlab.baichuan import ModelSpec
-from vramlab.forecast import trace
-from vramlab.memory.meter import Meter
+from vramlab.capture.meter import Meter
+from vramlab.forecast.forecast import assert_peak
+from vramlab.forecast.trace import trace
 from vramlab.observer import Observer
-from vramlab.predict import assert_peak
-from vramlab.regime import ImpossibleHere, check_machine, read_row
-from vramlab.trainer import Schedule, Trainer
+from vramlab.regimes.head import fused as fused_head
+from vramlab.regimes.place.host import LookUp
+from vramlab.regimes.place.stream import StreamedLogits
+from vramlab.regimes.place.transfers import Bus
+from vramlab.regimes.regime import ImpossibleHere, check_machine, read_row
+from vramlab.training.trainer import Schedule, Trainer
 
 GIB = 1 << 30
 MICRO = ModelSpec("micro", micro.model().config, None)

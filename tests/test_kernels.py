@@ -5,14 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vramlab.memory.kernels import (
-    Attention,
-    Workspaces,
-    _bias,
-    attention_kernel,
-    attention_scratch_bytes,
-    matrix_workspace_bytes,
-)
+from vramlab.capture.kernels import Attention, Workspaces, _bias, attention_kernel, attention_scratch_bytes, matrix_workspace_bytes
 
 aten = torch.ops.aten
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from micro import batch, model, ranks
-from vramlab.axes.place import local
 from vramlab.baichuan.model import next_labels
-from vramlab.memory.meter import Meter
-from vramlab.regime import IllegalRegime, read_regimes, read_row, regime_row
-from vramlab.trainer import Schedule, Trainer
+from vramlab.capture.meter import Meter
+from vramlab.regimes.place.place import local
+from vramlab.regimes.regime import IllegalRegime, read_regimes, read_row, regime_row
+from vramlab.training.trainer import Schedule, Trainer
 
 REGIMES = read_regimes()
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from micro import batch, model, ranks, train
-from vramlab.axes import AXES
-from vramlab.axes.leaves import ActiveLeaves, Leaf, SlicedEmbedding, SlicedLinear
-from vramlab.memory.meter import Meter
+from vramlab.capture.meter import Meter
 from vramlab.observer import Observer
-from vramlab.regime import IllegalRegime, read_regimes, read_row
-from vramlab.trainer import Schedule, Trainer
+from vramlab.regimes.regime import IllegalRegime, read_regimes, read_row
+from vramlab.regimes.registry import AXES
+from vramlab.regimes.trains.leaves import ActiveLeaves, Leaf, SlicedEmbedding, SlicedLinear
+from vramlab.training.trainer import Schedule, Trainer
 
 FULL: dict = {}
 

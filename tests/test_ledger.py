@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from vramlab.memory.ledger import Ledger, ledger, sample_at
+from vramlab.timeline.ledger import Ledger, ledger, sample_at
 
 KNOWN = {"rounding": 7, "cached": 64, "context": 500, "other_processes": 1000}
 

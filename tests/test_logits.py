@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vramlab.baichuan.model import NormHead
-from vramlab.logits import LogitWatch
+from vramlab.training.logit_watch import LogitWatch
 
 LN2, LN3 = math.log(2), math.log(3)
 

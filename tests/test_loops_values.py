@@ -7,10 +7,11 @@ from types import SimpleNamespace as Its
 import pytest
 import torch
 
-from vramlab import peer_loops, updates
-from vramlab.axes.rule import AdamW, Rule, Sgd, _AdamW, _Sgd
+from vramlab.gpu_check import peer_loops
+from vramlab.gpu_check.peer_loops import Job, Seen
 from vramlab.observer import Observer
-from vramlab.peer_loops import Job, Seen
+from vramlab.regimes import updates
+from vramlab.regimes.rule.rules import AdamW, Rule, Sgd, _AdamW, _Sgd
 
 
 def test_a_loop_ends_a_step_for_every_batch_and_reads_its_losses_at_the_end(monkeypatch):

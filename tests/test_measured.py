@@ -9,18 +9,18 @@ import pytest
 
 from conftest import SMALL
 from simulated_history import SimulatedHistory, recorded
-from vramlab import passes
-from vramlab.agreement import compare
-from vramlab.memory.ledger import ledger
-from vramlab.memory.recorder import Recorder
-from vramlab.memory.recording import COLUMNS, read_recording
-from vramlab.memory.replay import replay_file
-from vramlab.memory.timeline import peak_event, peak_owners
-from vramlab.regime import read_regimes
-from vramlab.report import measured
-from vramlab.report.html import build
-from vramlab.run import execute
-from vramlab.runs import Run
+from vramlab.allocator.replay import replay_file
+from vramlab.capture.cuda_recorder import Recorder
+from vramlab.capture.recording import COLUMNS, read_recording
+from vramlab.regimes.regime import read_regimes
+from vramlab.report import comparison as measured
+from vramlab.report.page import build
+from vramlab.runs import passes
+from vramlab.runs.execute import execute
+from vramlab.runs.folder import Run
+from vramlab.timeline.agreement import compare
+from vramlab.timeline.events import peak_event, peak_owners
+from vramlab.timeline.ledger import ledger
 
 LOMO = Path(__file__).parent / "recorded" / "lomo"
 REGIMES = read_regimes()

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pandas as pd
 
 from test_figure_values import MIB, points
-from vramlab.agreement import Agreement, Divergence
-from vramlab.memory.ledger import Ledger
-from vramlab.report import measured
+from vramlab.report import comparison as measured
+from vramlab.timeline.agreement import Agreement, Divergence
+from vramlab.timeline.ledger import Ledger
 
 
 def agreement(*sizes: int) -> Agreement:

@@ -7,15 +7,18 @@ from types import SimpleNamespace as Its
 import pytest
 import torch
 
-from vramlab.memory import beginning, nvml_process, oom, process, recorder
-from vramlab.memory.beginning import _insert, _Range, _Sides, _subtract
-from vramlab.memory.nvml import Reader
-from vramlab.memory.recorder import Recorder
-from vramlab.memory.recording import Declared, Mark, Recording, _number
-from vramlab.memory.sampler import Sampler
-from vramlab.memory.settings import Settings
-from vramlab.memory.snapshot import Event, Piece, Segment, Snapshot
-from vramlab.memory.work import Floor, roofline
+from vramlab.allocator import initial_state as beginning
+from vramlab.allocator.initial_state import _insert, _Range, _Sides, _subtract
+from vramlab.allocator.settings import Settings
+from vramlab.allocator.snapshot import Event, Piece, Segment, Snapshot
+from vramlab.capture import cuda_recorder as recorder
+from vramlab.capture import nvml_process, oom
+from vramlab.capture import peak_rss as process
+from vramlab.capture.cuda_recorder import Recorder
+from vramlab.capture.nvml import Reader
+from vramlab.capture.nvml_sampler import Sampler
+from vramlab.capture.recording import Declared, Mark, Recording, _number
+from vramlab.capture.work import Floor, roofline
 
 MIB = 1 << 20
 

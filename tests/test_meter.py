@@ -11,12 +11,12 @@ import torch
 
 import measured_step
 import micro
-from vramlab.axes.place import local
-from vramlab.memory.meter import COLUMNS, Meter
-from vramlab.memory.process import peak_window, run_in_measured_process
+from vramlab.capture.meter import COLUMNS, Meter
+from vramlab.capture.peak_rss import peak_window, run_in_measured_process
 from vramlab.observer import CATEGORIES
-from vramlab.regime import read_regimes, read_row
-from vramlab.trainer import Schedule, Trainer
+from vramlab.regimes.place.place import local
+from vramlab.regimes.regime import read_regimes, read_row
+from vramlab.training.trainer import Schedule, Trainer
 
 REGIMES = read_regimes()
 
@@ -141,7 +141,7 @@ def test_a_process_that_dies_is_a_result(tmp_path, monkeypatch):
 
 
 def test_where_the_high_water_mark_cannot_be_reset_the_peak_is_sampled(monkeypatch):
-    monkeypatch.setattr("vramlab.memory.process._reset_high_water", lambda: False)
+    monkeypatch.setattr("vramlab.capture.peak_rss._reset_high_water", lambda: False)
     with peak_window() as peak:
         block = torch.ones(16 << 20)
         for _ in range(20):

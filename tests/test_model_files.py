@@ -18,9 +18,9 @@ from vramlab.baichuan.config import config_of
 from vramlab.baichuan.features import UNSUPPORTED
 from vramlab.baichuan.loading import BadCheckpoint, load_model
 from vramlab.cards import CARDS_FILE, card, read_cards
-from vramlab.parameters import model_file, model_spec
 from vramlab.reading import BadFile
-from vramlab.regime import read_regimes
+from vramlab.regimes.parameters import model_file, model_spec
+from vramlab.regimes.regime import read_regimes
 
 TINY = yaml.safe_load(model_file("tiny").read_text())
 CARD = {"card": yaml.safe_load(CARDS_FILE.read_text())["rtx4090"]}

@@ -9,7 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vramlab import children, doctor, environment, notebook
+from vramlab import machine as environment
+from vramlab import processes as children
+from vramlab.report import notebook
+from vramlab.runs import machine_report as doctor
 
 GIB = 2**30
 
@@ -38,7 +41,7 @@ def test_two_small_runs_are_made_only_where_none_has_finished(tmp_path, monkeypa
         target.mkdir(parents=True)
         (target / "result.json").write_text("{}")
 
-    monkeypatch.setattr("vramlab.run.execute", execute)
+    monkeypatch.setattr("vramlab.runs.execute.execute", execute)
     monkeypatch.setattr(notebook, "ROOT", tmp_path)
     example = tmp_path / "outputs" / "example"
     for _ in range(2):

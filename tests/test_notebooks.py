@@ -16,12 +16,12 @@ import papermill
 import pytest
 
 from conftest import CHROMIUM, SMALL
-from vramlab import expectation
 from vramlab.cards import card
+from vramlab.forecast import arithmetic as expectation
+from vramlab.forecast.forecast import Question, forecast
 from vramlab.paths import ROOT
-from vramlab.predict import Question, forecast
-from vramlab.run import KNOWN_PARAMETERS
-from vramlab.runs import Run
+from vramlab.runs.execute import KNOWN_PARAMETERS
+from vramlab.runs.folder import Run
 
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 PLOTLY = "application/vnd.plotly.v1+json"

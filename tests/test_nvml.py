@@ -13,9 +13,9 @@ import torch
 
 import fake_nvml
 from fake_nvml import GIB, LACKS, OLD_DRIVER, Card, install
-from vramlab import environment
-from vramlab.memory import nvml_process
-from vramlab.memory.nvml import COLUMNS, CardReader, driver, find
+from vramlab import machine as environment
+from vramlab.capture import nvml_process
+from vramlab.capture.nvml import COLUMNS, CardReader, driver, find
 
 MINE = os.getpid()
 

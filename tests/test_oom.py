@@ -11,21 +11,22 @@ import torch
 
 import micro
 from simulated_history import Pair, SimulatedHistory
-from vramlab import fitting, passes
-from vramlab.fitting import changes, ladder, limited, what_fits
-from vramlab.memory import oom
-from vramlab.memory.ceiling import Ceiling
-from vramlab.memory.meter import Meter
-from vramlab.memory.oom import RanOut, holders, of_snapshot, record_of, watched, words
-from vramlab.memory.recorder import Recorder
-from vramlab.memory.settings import Settings
-from vramlab.memory.simulation import simulate
-from vramlab.memory.timeline import on_device, signed
-from vramlab.predict import Question, forecast
-from vramlab.regime import read_row
-from vramlab.run import execute
-from vramlab.runs import read_runs
-from vramlab.trainer import Schedule, Trainer
+from vramlab.allocator.settings import Settings
+from vramlab.allocator.simulate import simulate
+from vramlab.capture import oom
+from vramlab.capture.cuda_recorder import Recorder
+from vramlab.capture.memory_limit import Ceiling
+from vramlab.capture.meter import Meter
+from vramlab.capture.oom import RanOut, holders, of_snapshot, record_of, watched, words
+from vramlab.forecast import what_fits as fitting
+from vramlab.forecast.forecast import Question, forecast
+from vramlab.forecast.what_fits import changes, ladder, limited, what_fits
+from vramlab.regimes.regime import read_row
+from vramlab.runs import passes
+from vramlab.runs.execute import execute
+from vramlab.runs.folder import read_runs
+from vramlab.timeline.events import on_device, signed
+from vramlab.training.trainer import Schedule, Trainer
 
 MIB = 1 << 20
 SMALL = {"recipe": "smoke", "steps": 2, "train_items": 64, "val_items": 20, "test_items": 20, "batch_size": 4}
@@ -307,4 +308,4 @@ def test_what_fits_is_asked_of_a_process_that_sees_no_gpu(monkeypatch):
     assert fitting.asked_apart(ASKED, 77, "expandable_segments:True", 5.0) == [{"change": "one"}]
     assert fitting.asked_apart(ASKED, 77, "expandable_segments:True", 5.0) == [
         {"change": "any change", "fits": None, "reason": "no forecast: killed"}]
-    assert asked == [("vramlab.fitting:_answered", 5.0, 1, {"CUDA_VISIBLE_DEVICES": ""})] * 2
+    assert asked == [("vramlab.forecast.what_fits:_answered", 5.0, 1, {"CUDA_VISIBLE_DEVICES": ""})] * 2

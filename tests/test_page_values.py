@@ -10,7 +10,8 @@ import plotly.graph_objects as go
 import pytest
 
 from test_report_values import cell, made
-from vramlab.report import html, words
+from vramlab.report import page as html
+from vramlab.report import takeaways as words
 
 
 @pytest.mark.parametrize(("value", "said"), [

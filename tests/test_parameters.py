@@ -13,17 +13,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from conftest import SMALL
-from vramlab import passes
 from vramlab.baichuan import BaichuanTokenizer
 from vramlab.baichuan.tokenizer import train_tokenizer
-from vramlab.dataset import dataset
+from vramlab.factcc.base.curriculum import checked_batches
+from vramlab.factcc.dataset import dataset
 from vramlab.factcc.generator import GeneratorConfig, generate_items
 from vramlab.factcc.prompt import check_room, sequences, training_batches
-from vramlab.lessons import checked_batches
 from vramlab.paths import ROOT
-from vramlab.run import KNOWN_PARAMETERS, execute, resolve
+from vramlab.runs import passes
+from vramlab.runs.execute import KNOWN_PARAMETERS, execute, resolve
+from vramlab.runs.sweep import read_sweep
 from vramlab.studies.plan import PARAMS, read_plan
-from vramlab.sweep import read_sweep
 
 WRONG = {
     "lr": [math.nan, math.inf, -1.0, 10**400, "1e-3", True, None],

@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 import torch
 
+import baichuan2_positions as positions
+from baichuan2_positions import RoundedRotary, alibi_attention, alibi_bias, alibi_table, shifted
 from micro import batch, model
-from vramlab import positions
 from vramlab.baichuan.attention import alibi_slopes, attention_bias
-from vramlab.positions import RoundedRotary, alibi_attention, alibi_bias, alibi_table, shifted
 
 
 def test_the_relative_table_is_the_one_that_the_model_adds():

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 
 from slow_allocator import MIB, TIE
-from vramlab import predict
+from vramlab.allocator.settings import Settings
+from vramlab.allocator.simulate import simulate
 from vramlab.cards import card, read_cards
 from vramlab.cli import main
-from vramlab.memory.settings import Settings
-from vramlab.memory.simulation import simulate
-from vramlab.predict import Question, assert_peak, forecast, largest, without
-from vramlab.regime import IllegalRegime
+from vramlab.forecast import forecast as predict
+from vramlab.forecast.forecast import Question, assert_peak, forecast, largest, without
+from vramlab.regimes.regime import IllegalRegime
 
 TINY = Question("tiny", "full", 128, 2)
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vramlab import predict
-from vramlab.predict import Question, largest
+from vramlab.forecast import forecast as predict
+from vramlab.forecast.forecast import Question, largest
 
 QUESTION = Question("tiny", "full", 128, 2)
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from micro import train
-from vramlab.axes.noise import generator, normal
-from vramlab.axes.projected import Apollo, GaLore
-from vramlab.axes.rowwise import Fit
-from vramlab.forecast import trace
-from vramlab.memory.virtual import virtual_gpu
-from vramlab.parameters import model_spec
-from vramlab.regime import read_row
+from vramlab.forecast.trace import trace
+from vramlab.forecast.virtual_gpu import virtual_gpu
+from vramlab.regimes.grads.keyed_random import generator, normal
+from vramlab.regimes.parameters import model_spec
+from vramlab.regimes.regime import read_row
+from vramlab.regimes.rule.projected import Apollo, GaLore
+from vramlab.regimes.rule.sliced import Fit
 
 SHAPES = {"layers.0.wide": (7, 12), "layers.0.tall": (33, 5), "layers.0.square": (9, 9), "layers.0.norm": (6,), "embed": (11, 4)}
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vramlab import lessons
+from vramlab.factcc.base import curriculum as lessons
 from vramlab.factcc.items import Item
 from vramlab.factcc.prompt import (
     Span,

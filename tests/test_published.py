@@ -10,13 +10,13 @@ import yaml
 
 import micro
 import released
-from vramlab import passes
 from vramlab.cli import main
 from vramlab.paths import ROOT
-from vramlab.regime import read_regimes
-from vramlab.run import KNOWN_PARAMETERS, execute, resolve
-from vramlab.runs import Run
-from vramlab.sweep import read_sweep
+from vramlab.regimes.regime import read_regimes
+from vramlab.runs import passes
+from vramlab.runs.execute import KNOWN_PARAMETERS, execute, resolve
+from vramlab.runs.folder import Run
+from vramlab.runs.sweep import read_sweep
 
 FILE = ROOT / "params" / "baichuan2-7b-factcc.yml"
 SENTENCES = ["The council met on Monday.", "It rained in Oslo for nine days.", "Anna Berg was not hired.", "He paid $40 for books.",

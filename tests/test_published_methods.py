@@ -11,14 +11,14 @@ from torch import nn
 
 import micro
 from micro import model
-from vramlab.axes.noise import generator, normal
-from vramlab.axes.projected import Apollo, GaLore
-from vramlab.axes.rowwise import Fit
-from vramlab.axes.rule import Adafactor, AdaLomo
 from vramlab.baichuan import ModelSpec
-from vramlab.forecast import trace
-from vramlab.regime import read_regimes, read_row
-from vramlab.trainer import Schedule, Trainer
+from vramlab.forecast.trace import trace
+from vramlab.regimes.grads.keyed_random import generator, normal
+from vramlab.regimes.regime import read_regimes, read_row
+from vramlab.regimes.rule.projected import Apollo, GaLore
+from vramlab.regimes.rule.rules import Adafactor, AdaLomo
+from vramlab.regimes.rule.sliced import Fit
+from vramlab.training.trainer import Schedule, Trainer
 
 STEPS = 30
 SPEC = ModelSpec("micro", model().config, None)

@@ -11,17 +11,17 @@ import pytest
 
 from vramlab.baichuan import BaichuanTokenizer
 from vramlab.baichuan.tokenizer import train_tokenizer
-from vramlab.base_training import _questions
-from vramlab.dataset import dataset
+from vramlab.factcc.base.recipe import Reading
+from vramlab.factcc.base.training import _questions
 from vramlab.factcc.baselines import baseline_scores
+from vramlab.factcc.dataset import dataset
 from vramlab.factcc.grammar import GRAMMARS, NUMBERS, QUESTIONS
 from vramlab.factcc.items import DOMAINS
 from vramlab.factcc.prompt import encode_document, encode_item
 from vramlab.factcc.questions import QuestionConfig, generate_questions
 from vramlab.factcc.sources import load_items
 from vramlab.factcc.statistics import balanced_accuracy, choose_threshold, summarise
-from vramlab.recipe import Reading
-from vramlab.run import KNOWN_PARAMETERS
+from vramlab.runs.execute import KNOWN_PARAMETERS
 
 PARAMS = {**KNOWN_PARAMETERS, "task": "questions", "train_items": 30, "val_items": 10, "test_items": 20}
 

@@ -13,11 +13,12 @@ import pytest
 import yaml
 
 from micro import batch, model, ranks
-from vramlab.axes import AXES, fields
-from vramlab.axes.place import local
 from vramlab.reading import BadFile
-from vramlab.regime import IllegalRegime, ImpossibleHere, read_regimes, read_row, regime_row
-from vramlab.trainer import Schedule, Trainer
+from vramlab.regimes import fields
+from vramlab.regimes.place.place import local
+from vramlab.regimes.regime import IllegalRegime, ImpossibleHere, read_regimes, read_row, regime_row
+from vramlab.regimes.registry import AXES
+from vramlab.training.trainer import Schedule, Trainer
 
 WRONG = (None, True, -1, 0, 0.5, -0.5, 1e308, 10**30, -(10**30), 10**400, 1 << 20_000, math.nan, math.inf, -math.inf, "", "8",
          "1e-3", "\N{SNOWMAN}", [], ["o_proj"], ["q_proj"], ["o_proj", 3], {}, {"a": 1}, [[[]]], b"8", float, "adamw")

@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 
 import regimes
 from hostile import SCALARS, YAML, changed, ends, no_files, refused
-from vramlab import cards, regime
-from vramlab.atlas import read_atlas
+from vramlab import cards
 from vramlab.baichuan import read_model_file
 from vramlab.files import write_table
+from vramlab.forecast.chart import read_atlas
 from vramlab.paths import ROOT
 from vramlab.reading import BadFile, nearest, read_json, read_table, read_yaml
-from vramlab.runs import Run
+from vramlab.regimes import regime
+from vramlab.runs.folder import Run
+from vramlab.runs.sweep import read_sweep
 from vramlab.studies.claims import read_claims
 from vramlab.studies.plan import read_plan
-from vramlab.sweep import read_sweep
 
 PARAMS = ROOT / "params"
 READERS = {"sweep": lambda path: read_sweep(path, path.parent), "study": read_plan, "claims": read_claims, "atlas": read_atlas,

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from simulated_history import SimulatedHistory, recorded
-from vramlab.memory.recorder import Recorder, watching
-from vramlab.memory.recording import COLUMNS, PREFIX, Mark, Recording, read_recording
-from vramlab.memory.replay import replay
-from vramlab.memory.settings import Settings
-from vramlab.memory.simulation import simulate
-from vramlab.memory.snapshot import Event, Snapshot
-from vramlab.memory.written import Written
-from vramlab.regime import read_regimes
+from vramlab.allocator.replay import replay
+from vramlab.allocator.settings import Settings
+from vramlab.allocator.simulate import simulate
+from vramlab.allocator.snapshot import Event, Snapshot
+from vramlab.capture.cuda_recorder import Recorder, watching
+from vramlab.capture.recording import COLUMNS, PREFIX, Mark, Recording, read_recording
+from vramlab.capture.simulated_recording import Written
+from vramlab.regimes.regime import read_regimes
 
 REGIMES = read_regimes()
 SAME = ["step", "event", "bytes", "live_bytes", "category", "phase"]

@@ -3,8 +3,8 @@
 import pytest
 
 from vramlab.cli import main, table
-from vramlab.illegal import ILLEGAL
-from vramlab.regime import IllegalRegime, ImpossibleHere, check_machine, read_regimes, read_row, regime
+from vramlab.regimes.forbidden import ILLEGAL
+from vramlab.regimes.regime import IllegalRegime, ImpossibleHere, check_machine, read_regimes, read_row, regime
 
 
 @pytest.mark.parametrize("prohibition", ILLEGAL, ids=lambda prohibition: prohibition.reason[:40])

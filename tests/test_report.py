@@ -11,9 +11,11 @@ import pytest
 
 from conftest import CHROMIUM
 from vramlab.cli import main
-from vramlab.memory.ledger import Ledger
-from vramlab.report import build, figures, measured, tables, words
-from vramlab.runs import read_runs
+from vramlab.report import build, figures, tables
+from vramlab.report import comparison as measured
+from vramlab.report import takeaways as words
+from vramlab.runs.folder import read_runs
+from vramlab.timeline.ledger import Ledger
 
 
 @pytest.fixture(scope="module")

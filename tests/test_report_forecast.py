@@ -11,11 +11,13 @@ import pytest
 
 from test_report import browser  # noqa: F401, the fixture
 from test_report import test_with_the_network_off_every_figure_is_drawn_and_nothing_is_wider_than_the_window as browse
-from vramlab.atlas import Atlas, chart
 from vramlab.files import write_checked
-from vramlab.report import build, forecast_figures, forecasts, plan
-from vramlab.report.forecasts import GIB, Forecasts
-from vramlab.worlds import chart_worlds
+from vramlab.forecast.chart import Atlas, chart
+from vramlab.forecast.chart_worlds import chart_worlds
+from vramlab.report import build, forecast_figures
+from vramlab.report import forecast_tables as forecasts
+from vramlab.report import planner as plan
+from vramlab.report.forecast_tables import GIB, Forecasts
 
 
 @pytest.fixture(scope="module")

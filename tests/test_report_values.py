@@ -9,10 +9,13 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from vramlab.report import forecast_figures, forecasts, ledger, plan
-from vramlab.report.forecasts import GIB, MOST_CELLS, Forecasts
+from vramlab.report import claims_page as ledger
+from vramlab.report import forecast_figures
+from vramlab.report import forecast_tables as forecasts
+from vramlab.report import planner as plan
+from vramlab.report.forecast_tables import GIB, MOST_CELLS, Forecasts
 from vramlab.studies.claims import NOT_REPRODUCED, REPRODUCED, UNTESTED
-from vramlab.studies.evidence import Figure, by_seed, ratio_by_seed, share, two_level
+from vramlab.studies.estimates import Figure, by_seed, ratio_by_seed, share, two_level
 
 CARDS = {"a": {"name": "A", "capacity_bytes": 8 * GIB}, "b": {"name": "B", "capacity_bytes": 16 * GIB}}
 

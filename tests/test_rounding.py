@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vramlab.axes.rounding import RoundedAttention, RoundedLinear, halves_formed_in_fp32
+from vramlab.regimes.weights.bf16_on_cpu import RoundedAttention, RoundedLinear, halves_formed_in_fp32
 
 
 def _random(*shape, seed=0, dtype=torch.float64):

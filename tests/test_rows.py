@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from micro import batch, model, ranks
-from vramlab.passes import _watched
-from vramlab.regime import read_regimes
-from vramlab.trainer import Schedule, Trainer
+from vramlab.regimes.regime import read_regimes
+from vramlab.runs.passes import _watched
+from vramlab.training.trainer import Schedule, Trainer
 
 ROWS = {name: _watched(row) for name, row in read_regimes().items()}
 STEPS, STOP = 7, 3  # with turns of two steps at most, the stop lies inside one

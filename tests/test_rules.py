@@ -9,15 +9,17 @@ import torch
 from torch import nn
 
 import micro
-from vramlab.axes import AXES, moment_codes, rowwise
-from vramlab.axes.rowwise import Fit, RowAdamW, RowSgd, slices
-from vramlab.axes.rule import Adafactor, AdaLomo, Adam4bit, Adam8bit, AdamMini, AdamW, Sgd
-from vramlab.axes.storage import Master, Nearest, Stochastic
 from vramlab.baichuan import ModelSpec
-from vramlab.forecast import trace
-from vramlab.memory.meter import Meter
-from vramlab.regime import IllegalRegime, read_regimes, read_row
-from vramlab.trainer import Schedule, Trainer
+from vramlab.capture.meter import Meter
+from vramlab.forecast.trace import trace
+from vramlab.regimes.regime import IllegalRegime, read_regimes, read_row
+from vramlab.regimes.registry import AXES
+from vramlab.regimes.rule import quantized_moments as moment_codes
+from vramlab.regimes.rule import sliced as rowwise
+from vramlab.regimes.rule.rules import Adafactor, AdaLomo, Adam4bit, Adam8bit, AdamMini, AdamW, Sgd
+from vramlab.regimes.rule.sliced import Fit, RowAdamW, RowSgd, slices
+from vramlab.regimes.weights.storage import Master, Nearest, Stochastic
+from vramlab.training.trainer import Schedule, Trainer
 
 SHAPES = [(37, 20), (33,), (64, 96)]
 WALKING = {"sgd": Sgd(), "adamw": AdamW(weight_decay=0.1), "adafactor": Adafactor(), "adalomo": AdaLomo(),

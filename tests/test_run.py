@@ -10,12 +10,13 @@ import pytest
 import torch
 import yaml
 
-from vramlab import passes, run
-from vramlab.dataset import dataset
+from vramlab.factcc.dataset import dataset
 from vramlab.paths import ROOT
-from vramlab.regime import ImpossibleHere
-from vramlab.run import KNOWN_PARAMETERS, config_hash, execute, resolve, run_id
-from vramlab.runs import Run, read_runs
+from vramlab.regimes.regime import ImpossibleHere
+from vramlab.runs import execute as run
+from vramlab.runs import passes
+from vramlab.runs.execute import KNOWN_PARAMETERS, config_hash, execute, resolve, run_id
+from vramlab.runs.folder import Run, read_runs
 
 SMALL = {"recipe": "smoke", "steps": 4, "train_items": 64, "val_items": 20, "test_items": 20, "batch_size": 4}
 

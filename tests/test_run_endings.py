@@ -16,11 +16,13 @@ import pytest
 import fake_nvml
 from conftest import SMALL
 from fake_nvml import GIB, Card, install
-from vramlab import passes, run
-from vramlab.memory import energy, nvml, sampler
-from vramlab.memory.nvml import COLUMNS
-from vramlab.run import execute
-from vramlab.runs import Run
+from vramlab.capture import energy, nvml
+from vramlab.capture import nvml_sampler as sampler
+from vramlab.capture.nvml import COLUMNS
+from vramlab.runs import execute as run
+from vramlab.runs import passes
+from vramlab.runs.execute import execute
+from vramlab.runs.folder import Run
 
 QUICK = {**SMALL, "regime": "lomo", "measure": False}
 
@@ -193,7 +195,7 @@ def test_parts_that_a_killed_run_left_are_gone_after_the_next(tmp_path):
 
 ON_A_FULL_DISK = """
 import sys
-from vramlab import passes, run
+from vramlab.runs import passes, execute as run
 
 def learn(*_):
     with open("filler", "wb", buffering=0) as file:
@@ -215,7 +217,7 @@ def test_a_disk_that_has_become_full_still_holds_the_result():
     if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("no mount namespace for a file system of its own here")
     mount = 'mount -t tmpfs -o size=256k none /mnt && cd /mnt && exec "$0" -c "$1"'
-    lib = str(Path(run.__file__).parents[1])
+    lib = str(Path(run.__file__).parents[2])
     done = subprocess.run(["unshare", "-rm", "sh", "-c", mount, sys.executable, ON_A_FULL_DISK], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": lib, "PYTHONDONTWRITEBYTECODE": "1"})
     first, _, written = done.stdout.partition("\n")

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import fake_nvml
 from fake_nvml import GIB, Card, install
-from vramlab.memory import sampler as sampler_module
-from vramlab.memory.energy import energy, per_tokens
-from vramlab.memory.nvml import COLUMNS, Reader, find
-from vramlab.memory.sampler import Sampler
+from vramlab.capture import nvml_sampler as sampler_module
+from vramlab.capture.energy import energy, per_tokens
+from vramlab.capture.nvml import COLUMNS, Reader, find
+from vramlab.capture.nvml_sampler import Sampler
 
 
 class Scripted(Reader):

@@ -7,15 +7,16 @@ import dataclasses
 import pytest
 
 import micro
-from vramlab import atlas, predict
-from vramlab.atlas import Atlas, chart
-from vramlab.axes import fused_head
 from vramlab.baichuan import ModelSpec
-from vramlab.folding import differs, unfold
-from vramlab.forecast import trace
-from vramlab.predict import Question
-from vramlab.regime import read_regimes, read_row, regime_row
-from vramlab.scaling import Sizes, _bytes, alike
+from vramlab.forecast import chart as atlas
+from vramlab.forecast import forecast as predict
+from vramlab.forecast.chart import Atlas, chart
+from vramlab.forecast.forecast import Question
+from vramlab.forecast.solver.folding import differs, unfold
+from vramlab.forecast.solver.scaling import Sizes, _bytes, alike
+from vramlab.forecast.trace import trace
+from vramlab.regimes.head import fused as fused_head
+from vramlab.regimes.regime import read_regimes, read_row, regime_row
 
 TRACED = ((256, 1), (2048, 4), (512, 2))
 

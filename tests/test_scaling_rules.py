@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from vramlab import atlas, scaling
-from vramlab.atlas import Atlas
-from vramlab.axes.head import Fused
-from vramlab.predict import Question
-from vramlab.scaling import Sizes, _between, _bytes, _coefficients, _Family, alike
+from vramlab.forecast import chart as atlas
+from vramlab.forecast.chart import Atlas
+from vramlab.forecast.forecast import Question
+from vramlab.forecast.solver import scaling
+from vramlab.forecast.solver.scaling import Sizes, _between, _bytes, _coefficients, _Family, alike
+from vramlab.regimes.head.head import Fused
 
 
 def test_the_monomials_of_a_place():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import micro
-from vramlab.regime import read_row
-from vramlab.trainer import Schedule, Trainer
+from vramlab.regimes.regime import read_row
+from vramlab.training.trainer import Schedule, Trainer
 
 
 @pytest.mark.parametrize(("schedule", "rates"), [

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from slow_allocator import MIB, Full, SlowAllocator
+from vramlab.allocator.replay import Divergence, Replay, replay_file
+from vramlab.allocator.snapshot import _DataOnly, read_snapshot
 from vramlab.cli import main
-from vramlab.memory.replay import Divergence, Replay, replay_file
-from vramlab.memory.snapshot import _DataOnly, read_snapshot
 
 BASE, RECORDED = 0x7F0000000000, Path(__file__).parent / "recorded" / "snapshots"
 ROWS = {"native": {}, "full": {"capacity": 300 * MIB}, "max_split": {"max_split": 24 * MIB},

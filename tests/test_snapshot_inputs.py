@@ -20,9 +20,9 @@ from itertools import count
 import pytest
 
 from slow_allocator import MIB, Full, SlowAllocator
+from vramlab.allocator import initial_state as beginning
+from vramlab.allocator.replay import Replay, replay_file
 from vramlab.cli import main
-from vramlab.memory import beginning
-from vramlab.memory.replay import Replay, replay_file
 
 BYTES, VALUES = 400, 500
 SECONDS = 5  # of CPU for one small file; an idle machine needs some milliseconds

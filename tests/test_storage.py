@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import micro
-from vramlab.axes.rowwise import Fit
-from vramlab.axes.rule import AdamW
-from vramlab.axes.storage import Master, Stochastic, random_bits, round_up_or_down
 from vramlab.observer import Observer
-from vramlab.regime import read_row
-from vramlab.trainer import Schedule, Trainer
+from vramlab.regimes.regime import read_row
+from vramlab.regimes.rule.rules import AdamW
+from vramlab.regimes.rule.sliced import Fit
+from vramlab.regimes.weights.storage import Master, Stochastic, random_bits, round_up_or_down
+from vramlab.training.trainer import Schedule, Trainer
 
 
 def test_a_master_is_torchs_fp32_adamw_and_its_weight_the_rounded_master():

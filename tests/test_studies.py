@@ -9,14 +9,17 @@ import torch
 import yaml
 from scipy import stats
 
-from vramlab.environment import weights_hash
-from vramlab.studies import STUDIES, batch, claims, evidence, measurements, runner
+from vramlab.machine import weights_hash
+from vramlab.studies import STUDIES, claims, runner
+from vramlab.studies import calls as measurements
+from vramlab.studies import estimates as evidence
+from vramlab.studies import run_all as batch
 from vramlab.studies.claims import NOT_REPRODUCED, REPRODUCED, UNTESTED, Claim, decide
-from vramlab.studies.evidence import Figure, NotRun, by_seed, corrected, ratio_by_seed, two_level
+from vramlab.studies.estimates import Figure, NotRun, by_seed, corrected, ratio_by_seed, two_level
 from vramlab.studies.gallery import read_figures
-from vramlab.studies.lab import Lab
 from vramlab.studies.plan import PARAMS, StudyCell, read_plan
 from vramlab.studies.records import Records
+from vramlab.studies.study import Lab
 
 SMOKE = {"recipe": "smoke", "steps": 3, "train_items": 40, "val_items": 20, "test_items": 20, "measure": False, "batch_size": 2,
          "max_length": 128, "threads": 1}

@@ -7,9 +7,9 @@ import pytest
 
 import regimes as study
 import regimes_figures
-from vramlab import updates
-from vramlab.parameters import model_spec
-from vramlab.regime import read_regimes, read_row
+from vramlab.regimes import updates
+from vramlab.regimes.parameters import model_spec
+from vramlab.regimes.regime import read_regimes, read_row
 
 ROWS = read_regimes()
 STUDY = study.read_study()

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vramlab.studies import checkpointing, checkpointing_figures
-from vramlab.studies.checkpointing import FULL, KEEP, label
+import checkpointing
+import checkpointing_figures
+from checkpointing import FULL, KEEP, label
 from vramlab.studies.records import Records
 
 GIB, PLAN = checkpointing.GIB, SimpleNamespace(pairs=(), settings={"scoring": "yesno"})

@@ -6,12 +6,13 @@ import pytest
 import torch
 import yaml
 
-from vramlab.studies import chunkft, runner
-from vramlab.studies.lab import Lab
-from vramlab.studies.measurements import cost
+import chunkft
+from chunkft_trajectories import apart, gaps, layer_of, sliced
+from vramlab.studies import runner
+from vramlab.studies.calls import cost
 from vramlab.studies.plan import read_plan
 from vramlab.studies.records import Records
-from vramlab.studies.trajectories import apart, gaps, layer_of, sliced
+from vramlab.studies.study import Lab
 
 SMOKE = {"recipe": "smoke", "steps": 3, "train_items": 40, "val_items": 20, "test_items": 20, "test_domains": "news", "lr": 2.5e-3,
          "test_shifts": "none", "measure": False, "batch_size": 2, "max_length": 128, "threads": 1}

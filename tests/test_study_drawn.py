@@ -9,9 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import checkpointing_figures
+import chunkft_figures
+import lomo_figures
+import readme_pictures as pictures
 from test_study_figures import drawn, figure, lab
-from vramlab.studies import checkpointing_figures, chunkft_figures, lomo_figures, pictures
-from vramlab.studies.evidence import Figure, NotRun
+from vramlab.studies.estimates import Figure, NotRun
 
 GIB = 1 << 30
 

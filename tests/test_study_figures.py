@@ -9,8 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vramlab.studies import checkpointing_figures, chunkft_figures, lomo, lomo_figures
-from vramlab.studies.evidence import Figure, NotRun
+import checkpointing_figures
+import chunkft_figures
+import lomo
+import lomo_figures
+from vramlab.studies.estimates import Figure, NotRun
 
 GIB = 1 << 30
 

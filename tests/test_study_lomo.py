@@ -6,13 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import lomo
+import lomo_figures
+from lomo_hooks import gradients_alive, scaled_updates
 from vramlab.baichuan import BaichuanForCausalLM
-from vramlab.parameters import model_spec
-from vramlab.studies import lomo, lomo_figures
-from vramlab.studies.lab import Lab
-from vramlab.studies.lomo_hooks import gradients_alive, scaled_updates
+from vramlab.regimes.parameters import model_spec
 from vramlab.studies.plan import read_plan
 from vramlab.studies.records import Records
+from vramlab.studies.study import Lab
 
 LABELS = np.array([0, 1] * 50)
 SHARES = {("sgd", 0.3): 0.6, ("sgd", 1.2): 0.5, ("full", 2.5e-3): 0.8, ("full", 1e-2): 0.78}

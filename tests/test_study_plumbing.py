@@ -10,13 +10,16 @@ import pandas as pd
 import pytest
 import yaml
 
-from vramlab.run import SCHEMA
-from vramlab.studies import batch, gallery, lab, pictures, plan, runner
+import readme_pictures as pictures
+from vramlab.runs.execute import SCHEMA
+from vramlab.studies import gallery, plan, runner
+from vramlab.studies import run_all as batch
+from vramlab.studies import study as lab
 from vramlab.studies.claims import REPRODUCED, UNTESTED, Claim
-from vramlab.studies.evidence import Figure
-from vramlab.studies.lab import Lab
+from vramlab.studies.estimates import Figure
 from vramlab.studies.plan import PARAMS, Plan, StudyCell, read_plan
-from vramlab.trainer import Diverged
+from vramlab.studies.study import Lab
+from vramlab.training.trainer import Diverged
 
 
 def written(folder: Path, name: str = "small", **changes) -> Path:

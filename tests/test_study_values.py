@@ -10,9 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vramlab.parameters import model_spec
-from vramlab.studies import baichuan2, checkpointing, chunkft, lomo
-from vramlab.studies import gradient_approximation as approximation
+import baichuan2
+import checkpointing
+import chunkft
+import gradient_approximation as approximation
+import lomo
+from vramlab.regimes.parameters import model_spec
 from vramlab.studies.plan import Pair
 from vramlab.studies.records import Records
 

@@ -18,8 +18,8 @@ import yaml
 
 from vramlab.cli import main
 from vramlab.paths import ROOT
-from vramlab.regime import read_regimes
-from vramlab.sweep import read_sweep
+from vramlab.regimes.regime import read_regimes
+from vramlab.runs.sweep import read_sweep
 
 CELLS = """
 import json, os, pathlib, signal, sys, time
@@ -123,7 +123,7 @@ IN_TURN = """
 import json, time
 import pandas as pd
 from pathlib import Path
-from vramlab.children import take_turn
+from vramlab.processes import take_turn
 said = [time.time()]
 take_turn()
 said.append(time.time())
@@ -253,7 +253,7 @@ def test_a_pools_worker_ends_with_the_process_that_asked_it(tmp_path):
     script = tmp_path / "asks.py"
     script.write_text("import multiprocessing, os, time\n"
                       "from concurrent.futures import ProcessPoolExecutor\n"
-                      "from vramlab.children import worker\n"
+                      "from vramlab.processes import worker\n"
                       "if __name__ == '__main__':\n"
                       "    pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), worker, (os.getpid(),))\n"
                       "    print(pool.submit(os.getpid).result(), flush=True)\n"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vramlab import sweep
-from vramlab.runs import KILLED
-from vramlab.sweep import Cell, combinations
+from vramlab.runs import sweep
+from vramlab.runs.folder import KILLED
+from vramlab.runs.sweep import Cell, combinations
 
 
 def cells(folder: Path, *outcomes: str | None) -> list[Cell]:

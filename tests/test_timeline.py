@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from vramlab.memory import timeline
+from vramlab.timeline import events as timeline
 
 ROWS = [("alloc", 40, 0, 0, "weights", "layers.10.mlp", "init"), ("alloc", 500, 1, 0, "host", "", "init"),
         ("alloc", 100, 2, 0, "activations", "layers.2.mlp", "forward"),

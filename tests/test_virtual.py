@@ -13,15 +13,15 @@ import torch.nn.functional as F
 
 import measured_step
 import micro
-from vramlab.axes import rounding
-from vramlab.axes.trains import _Moving
-from vramlab.memory import virtual_autocast
-from vramlab.memory.kernels import attention_kernel, attention_scratch_bytes, matrix_workspace_bytes
-from vramlab.memory.meter import Meter
-from vramlab.memory.virtual import virtual_gpu
+from vramlab.capture.kernels import attention_kernel, attention_scratch_bytes, matrix_workspace_bytes
+from vramlab.capture.meter import Meter
+from vramlab.forecast import virtual_autocast
+from vramlab.forecast.virtual_gpu import virtual_gpu
 from vramlab.observer import recomputing
-from vramlab.regime import read_regimes, read_row
-from vramlab.trainer import Schedule, Trainer
+from vramlab.regimes.regime import read_regimes, read_row
+from vramlab.regimes.trains.parts import _Moving
+from vramlab.regimes.weights import bf16_on_cpu as rounding
+from vramlab.training.trainer import Schedule, Trainer
 
 REGIMES = read_regimes()
 MICRO = ({}, 3, 11)

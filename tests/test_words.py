@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from vramlab import gpu_table
-from vramlab.gpu_plan import Cell
-from vramlab.memory.oom import evidence_words, words
-from vramlab.memory.settings import Settings
-from vramlab.predict import Forecast, Question
+from vramlab.allocator.settings import Settings
+from vramlab.capture.oom import evidence_words, words
+from vramlab.forecast.forecast import Forecast, Question
+from vramlab.gpu_check import table as gpu_table
+from vramlab.gpu_check.plan import Cell
 from vramlab.report import tables
-from vramlab.report import words as sentences
+from vramlab.report import takeaways as sentences
 
 GIB, MIB = 1 << 30, 1 << 20
 

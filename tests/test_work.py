@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vramlab.memory.work import PhaseWork, Work
+from vramlab.capture.work import PhaseWork, Work
 
 aten = torch.ops.aten
 

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import settings as tries
 from hypothesis import strategies as st
 
-from vramlab.memory.allocator import OutOfMemory
-from vramlab.memory.replay import allocated_bytes, replay, replay_file
-from vramlab.memory.settings import MIB, Settings
-from vramlab.memory.simulation import simulate
-from vramlab.memory.snapshot import parse_snapshot, read_snapshot
-from vramlab.memory.written import Written, write_snapshot, written
+from vramlab.allocator.allocator import OutOfMemory
+from vramlab.allocator.replay import allocated_bytes, replay, replay_file
+from vramlab.allocator.settings import MIB, Settings
+from vramlab.allocator.simulate import simulate
+from vramlab.allocator.snapshot import parse_snapshot, read_snapshot
+from vramlab.capture.simulated_recording import Written, write_snapshot, written
 
 SIZES = st.one_of(st.integers(1, 3000), st.integers(1, 2 * MIB), st.integers(MIB, 12 * MIB), st.integers(8 * MIB, 60 * MIB),
                   st.sampled_from([0, 512, MIB, MIB + 1, 10 * MIB, 20 * MIB]))

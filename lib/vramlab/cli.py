@@ -23,7 +23,7 @@ class Answer(NamedTuple):
 
 
 def _regimes(args) -> Answer:
-    from .regime import read_regimes
+    from .regimes.regime import read_regimes
 
     rows = read_regimes(args.file) if args.file else read_regimes()
     return Answer({name: {**row.axes(), "accumulate": row.accumulate, "clip": row.clip, "lr": row.lr, "says": row.says,
@@ -32,7 +32,7 @@ def _regimes(args) -> Answer:
 
 def table(rows: dict) -> str:
     """The regimes-by-axes table in Markdown, as the README shows it. A cell left empty is the axis's default."""
-    from .axes import AXES
+    from .regimes.registry import AXES
 
     def cell(row, axis: str) -> str:
         fields = {k: v for k, v in row.axes()[axis].items() if k != "value"}
@@ -64,7 +64,7 @@ def _items(args) -> Answer:
 
 
 def _replay(args) -> Answer:
-    from .memory.replay import replay_file
+    from .allocator.replay import replay_file
 
     outcome = replay_file(args.snapshot, args.device, args.max_mib << 20).as_dict(args.tolerance)
     words = "\n".join(value if key == "verdict" else f"{key}: {json.dumps(value)}" for key, value in outcome.items())
@@ -72,7 +72,7 @@ def _replay(args) -> Answer:
 
 
 def _sweep(args) -> Answer:
-    from . import sweep
+    from .runs import sweep
 
     swept = sweep.sweep(args.path, args.out, args.force, args.retry, args.dry_run, quiet=args.json)
     report = Answer({}, "")
@@ -87,13 +87,13 @@ def _sweep(args) -> Answer:
 
 def _chart(path: Path, folder: Path, quiet: bool) -> dict:
     """The atlas of `path`, written into `folder` for the report."""
-    from . import charted
     from .files import write_checked
+    from .forecast import kept_chart as charted
 
     content = charted.recall(path)
     if content is None:
-        from .atlas import chart, read_atlas
-        from .worlds import chart_worlds
+        from .forecast.chart import chart, read_atlas
+        from .forecast.chart_worlds import chart_worlds
 
         asked = read_atlas(path)
         content = chart(asked, progress=not quiet)
@@ -106,10 +106,10 @@ def _chart(path: Path, folder: Path, quiet: bool) -> dict:
 
 
 def _atlas(args) -> Answer:
-    from . import charted
+    from .forecast import kept_chart as charted
 
     if args.dry_run:
-        from . import atlas
+        from .forecast import chart as atlas
 
         asked = atlas.read_atlas(args.path)
         cells = [{"model": q.model, "name": q.name, "seq": q.seq, "batch": q.batch, "kept": atlas.kept(asked, q)}
@@ -136,16 +136,16 @@ def _build(folder: Path) -> Answer:
 
 
 def _studies(args) -> Answer:
-    from .studies import batch
+    from .studies import run_all as batch
 
     found = batch.run(args.study, args.out, args.gallery, args.jobs, args.dry_run, quiet=args.json)
     return Answer(found, batch.words(found), int(any(study.get("reason") for study in found)))
 
 
 def _predict(args) -> Answer:
+    from .allocator.settings import Settings
     from .cards import card
-    from .memory.settings import Settings
-    from .predict import Question, forecast, largest
+    from .forecast.forecast import Question, forecast, largest
 
     question = Question(args.model, args.regime, args.seq, args.batch, args.weights or "", world=args.world)
     held, settings = None if args.card is None else card(args.card), Settings.parse(args.allocator or "")
@@ -161,7 +161,7 @@ def _predict(args) -> Answer:
 
 
 def _base(args) -> Answer:
-    from . import base_record
+    from .factcc.base import record as base_record
 
     if args.seed is not None and not args.make:
         raise ValueError("--seed goes with --make, which trains a base of that seed")
@@ -173,7 +173,7 @@ def _base(args) -> Answer:
 
 
 def _doctor(args) -> Answer:
-    from . import doctor
+    from .runs import machine_report as doctor
 
     found = doctor.examine()
     return Answer(doctor.to_json(found), doctor.words(found))

@@ -6,9 +6,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from baichuan2 import GIB, HEADS, LAST, ladder, power_law, pretraining
 from vramlab.report.figures import dressed
-from vramlab.studies.baichuan2 import GIB, HEADS, LAST, ladder, power_law, pretraining
-from vramlab.studies.lab import Lab
+from vramlab.studies.study import Lab
 
 COLORS = {"NormHead": "#4e79a7", "linear": "#e15759"}
 FORMS = {"relative": "#4e79a7", "bf16 steps": "#f28e2b", "absolute": "#e15759"}

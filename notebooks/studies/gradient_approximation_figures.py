@@ -8,11 +8,11 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from gradient_approximation import COMPARED, TABLE, probes_of, rows_of, seconds
 from vramlab.report.figures import dressed
-from vramlab.run import KNOWN_PARAMETERS
-from vramlab.studies.evidence import Figure, NotRun
-from vramlab.studies.gradient_approximation import COMPARED, TABLE, probes_of, rows_of, seconds
-from vramlab.studies.lab import Lab
+from vramlab.runs.execute import KNOWN_PARAMETERS
+from vramlab.studies.estimates import Figure, NotRun
+from vramlab.studies.study import Lab
 
 COLORS = {"full": "#e15759", "literal": "#4e79a7", "residual": "#59a14f", "identity": "#bab0ac", "random": "#79706e",
           "anchored identity": "#b07aa1", "lora": "#f28e2b"}

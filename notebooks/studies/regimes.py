@@ -15,15 +15,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from vramlab.atlas import Atlas, chart
 from vramlab.baichuan import BaichuanForCausalLM
+from vramlab.forecast.chart import Atlas, chart
+from vramlab.forecast.forecast import CACHE
 from vramlab.observer import Clock
-from vramlab.parameters import model_spec
-from vramlab.predict import CACHE
 from vramlab.progress import bar
 from vramlab.reading import read_yaml, typed
-from vramlab.regime import REGIMES_FILE, Regime, read_regimes
-from vramlab.trainer import Schedule, Trainer
+from vramlab.regimes.parameters import model_spec
+from vramlab.regimes.regime import REGIMES_FILE, Regime, read_regimes
+from vramlab.training.trainer import Schedule, Trainer
 
 STUDY_FILE = REGIMES_FILE.parent / "study.yml"
 GIB = 2**30

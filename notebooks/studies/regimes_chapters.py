@@ -10,10 +10,10 @@ import pandas as pd
 import regimes as study
 import regimes_figures
 from regimes_figures import kept
-from vramlab import updates
-from vramlab.parameters import model_spec
 from vramlab.progress import bar
-from vramlab.regime import read_regimes
+from vramlab.regimes import updates
+from vramlab.regimes.parameters import model_spec
+from vramlab.regimes.regime import read_regimes
 
 
 @dataclass(frozen=True)

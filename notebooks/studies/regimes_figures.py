@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from vramlab.report.figures import dressed
 from vramlab.report.forecast_figures import COLORS, RESERVED
-from vramlab.report.forecasts import GIB
+from vramlab.report.forecast_tables import GIB
 
 EVENTS = {"": "#bab0ac", "new projection": "#e15759", "switch": "#4e79a7", "anchor": "#b07aa1", "probe": "#76b7b2"}
 FAR = 4

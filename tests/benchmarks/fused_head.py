@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from vramlab.axes.head import FusedLoss
-from vramlab.axes.rule import Sgd
 from vramlab.baichuan.model import NormHead
+from vramlab.regimes.head.head import FusedLoss
+from vramlab.regimes.rule.rules import Sgd
 
 KINDS = ("frozen", "trained", "taken in rows")
 TOKENS, HIDDEN, VOCABULARY = 512, 1024, 16_000

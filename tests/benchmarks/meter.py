@@ -19,10 +19,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks.fused_head import head_rows
 from vramlab.baichuan import BaichuanForCausalLM
-from vramlab.memory.virtual import virtual_gpu
-from vramlab.parameters import model_spec
-from vramlab.regime import regime
-from vramlab.trainer import Schedule, Trainer
+from vramlab.forecast.virtual_gpu import virtual_gpu
+from vramlab.regimes.parameters import model_spec
+from vramlab.regimes.regime import regime
+from vramlab.training.trainer import Schedule, Trainer
 
 MODEL, SEQ = "baichuan2-7b", 1024
 

@@ -9,7 +9,7 @@ Three passes, as a run has them. Bytes: each side once under the event meter, we
 Losses: of that pass' first steps, so that a ratio compares the same work. Speed: nothing watches; whole runs of both sides take
 turns, and who begins alternates; a repetition gives one ratio, the table their median and quartiles. First steps, which make
 optimizer state, are not timed. What the operating system saw is measured apart, in one process whose allocator returns memory.
-Peers: `vramlab.peer_loops`.
+Peers: `vramlab.gpu_check.peer_loops`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from pathlib import Path
 
 import torch
 
-from vramlab import environment
+from vramlab import machine as environment
 from vramlab.baichuan import BaichuanForCausalLM
+from vramlab.capture.meter import Meter
 from vramlab.files import write_whole
-from vramlab.memory.meter import Meter
+from vramlab.gpu_check.peer_loops import Job, Loop, Seen, badam, hugging_face, ours, peft_lora
 from vramlab.observer import Observer
-from vramlab.parameters import model_spec
 from vramlab.paths import ROOT
-from vramlab.peer_loops import Job, Loop, Seen, badam, hugging_face, ours, peft_lora
 from vramlab.progress import bar
-from vramlab.regime import IllegalRegime, Regime, read_row, regime_row
+from vramlab.regimes.parameters import model_spec
+from vramlab.regimes.regime import IllegalRegime, Regime, read_row, regime_row
 
 SCHEMA = 1
 RESULT = ROOT / "outputs" / "bench" / "peers.json"

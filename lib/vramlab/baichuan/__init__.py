@@ -3,7 +3,7 @@ importing `vramlab` lets them find it."""
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from . import first_calls  # noqa: F401, before threads share a first call
+from . import mkl_warmup as first_calls  # noqa: F401, before threads share a first call
 from .config import BaichuanConfig, ModelSpec, read_model_file
 from .loading import load_model
 from .model import BaichuanForCausalLM, BaichuanModel

@@ -1,5 +1,5 @@
 """One self-contained HTML file from a folder of finished runs. Reads run folders; imports nothing that trains."""
 
-from .html import build
+from .page import build
 
 __all__ = ["build"]

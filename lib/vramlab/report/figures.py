@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
-from ..runs import Run
+from ..runs.folder import Run
 from . import tables
 
 COLORS = {"weights": "#4e79a7", "gradients": "#e15759", "optimizer": "#b07aa1", "activations": "#59a14f",

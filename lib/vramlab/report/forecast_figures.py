@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
-from . import forecasts
+from . import forecast_tables as forecasts
 from .figures import COLORS, PHASES, _figure, _menu
-from .forecasts import GIB, Forecasts, cell_words, outcome, parts, place, place_words
+from .forecast_tables import GIB, Forecasts, cell_words, outcome, parts, place, place_words
 
 COLORS = {**COLORS, "workspace": "#bab0ac"}
 RESERVED = "reserved at the peak"

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ..factcc.statistics import compare, holm
-from ..runs import Run
+from ..runs.folder import Run
 
 MIB = 2**20
 REFERENCE = "full"

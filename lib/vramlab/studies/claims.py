@@ -18,7 +18,7 @@ import pandas as pd
 from ..paths import ROOT
 from ..reading import matches, read_yaml, typed
 from . import STUDIES
-from .evidence import Figure
+from .estimates import Figure
 
 CLAIMS_FILE = ROOT / "params" / "claims.yml"
 REPRODUCED, NOT_REPRODUCED, UNTESTED = "reproduced", "not reproduced", "cannot be tested here"

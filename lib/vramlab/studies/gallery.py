@@ -10,7 +10,7 @@ from pathlib import Path
 from ..paths import ROOT
 from ..reading import read_json
 from .claims import Verdict, decide, read_claims
-from .evidence import Figure
+from .estimates import Figure
 
 GALLERY = ROOT / "outputs" / "gallery"
 

@@ -3,8 +3,8 @@
     plan = read_plan("params/studies/lomo.yml")
     plan.cells("quality")  # one for each combination of the arm's grid
 
-An arm is a grid over the study's defaults. Its cells are runs (`run.execute`), or, where the arm has `call:`, measurements: a
-function of this library, as "module:function", that takes the cell's parameters and returns a table.
+An arm is a grid over the study's defaults. Its cells are runs (`runs.execute`), or, where the arm has `call:`, measurements: a
+function, as "module:function" (see `runner.module`), that takes the cell's parameters and returns a table.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 from ..paths import ROOT
 from ..reading import BadFile, checked, nearest, read_yaml, typed
-from ..run import run_id
-from ..sweep import combinations
+from ..runs.execute import run_id
+from ..runs.sweep import combinations
 from . import STUDIES
 
 PARAMS = ROOT / "params" / "studies"

@@ -21,8 +21,8 @@ import pandas as pd
 from ..factcc.statistics import MODEL_SCORINGS, choose_threshold
 from ..files import write_table
 from ..reading import read_table
-from ..runs import Run, outcome
-from .evidence import Figure, NotRun, two_level
+from ..runs.folder import Run, outcome
+from .estimates import Figure, NotRun, two_level
 from .plan import Plan, StudyCell
 
 POINTS = 50

@@ -12,14 +12,16 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
-from ..children import side_by_side
 from ..files import write_table, write_whole
-from ..passes import make_bases
+from ..paths import ROOT
+from ..processes import side_by_side
 from ..progress import bar
-from ..run import KNOWN_PARAMETERS, SCHEMA, execute
-from ..runs import outcome
-from ..trainer import Diverged
+from ..runs.execute import KNOWN_PARAMETERS, SCHEMA, execute
+from ..runs.folder import outcome
+from ..runs.passes import make_bases
+from ..training.trainer import Diverged
 from .plan import StudyCell
 
 
@@ -71,10 +73,31 @@ def one(folder: Path, cell: StudyCell) -> str:
     return ""
 
 
+NAMES = {
+    "vramlab.head_bytes": "baichuan2_head_bytes",
+    "vramlab.ladder": "baichuan2_ladder",
+    "vramlab.positions": "baichuan2_positions",
+    "vramlab.studies.checkpointing": "checkpointing",
+    "vramlab.studies.lomo_hooks": "lomo_hooks",
+    "vramlab.studies.measurements": "vramlab.studies.calls",
+    "vramlab.studies.trajectories": "chunkft_trajectories",
+}
+"""What `call:` says, which the gallery's hashes are of, and the module that it is."""
+BESIDE = ROOT / "notebooks" / "studies"
+"""Where a study's own modules lie, beside its notebook."""
+
+
+def module(name: str) -> ModuleType:
+    """The module called `name`: of this library, or one beside a study's notebook; `name` may be an entry of `NAMES`."""
+    if str(BESIDE) not in sys.path:
+        sys.path.append(str(BESIDE))
+    return importlib.import_module(NAMES.get(name, name))
+
+
 def _measure(target: Path, cell: StudyCell) -> None:
     """`table.parquet` of what the function finds, then `result.json`."""
-    module, name = cell.call.split(":")
-    table = getattr(importlib.import_module(module), name)(**cell.params)
+    home, name = cell.call.split(":")
+    table = getattr(module(home), name)(**cell.params)
     target.mkdir(parents=True, exist_ok=True)
     write_table(table, target / "table.parquet")
     write_whole(target / "result.json", json.dumps({"schema": SCHEMA, "outcome": "ok", "reason": "", "call": cell.call,

@@ -1,0 +1,1 @@
+"""Steps of other sizes, derived from a few traced ones."""

@@ -1,0 +1,1 @@
+"""Forecasts held against the GPU of this machine."""

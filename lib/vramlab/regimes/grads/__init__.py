@@ -1,0 +1,1 @@
+"""Axis `grads`: how a gradient is formed."""

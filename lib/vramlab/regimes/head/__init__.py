@@ -1,0 +1,1 @@
+"""Axis `head`: how the loss is formed from the last hidden state."""

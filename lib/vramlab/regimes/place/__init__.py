@@ -1,0 +1,1 @@
+"""Axis `place`: where the bytes live."""

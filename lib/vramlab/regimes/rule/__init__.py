@@ -1,0 +1,1 @@
+"""Axis `rule`: what an update computes and remembers."""

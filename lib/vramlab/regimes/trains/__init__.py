@@ -1,0 +1,1 @@
+"""Axis `trains`: which of the weights move, and when."""

@@ -1,0 +1,1 @@
+"""Axis `until`: how long a gradient lives."""

@@ -1,0 +1,1 @@
+"""Axis `weights`: how the parameters are stored and multiplied."""

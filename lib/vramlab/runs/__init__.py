@@ -1,0 +1,1 @@
+"""One run in three passes, its folder, and a sweep of runs."""

@@ -1,0 +1,1 @@
+"""Events read: where the peak is and what is alive there, two timelines aligned and compared, the byte ledger."""
