@@ -9,8 +9,9 @@ import torch
 from vramlab.baichuan import BaichuanConfig, BaichuanForCausalLM
 from vramlab.forecast.virtual_ranks import pretended_ranks
 from vramlab.observer import Observer
-from vramlab.regimes.place.place import Fsdp, local
+from vramlab.regimes.place.place import Fsdp
 from vramlab.regimes.regime import Regime, read_row
+from vramlab.regimes.sharded import local
 from vramlab.training.trainer import Schedule, Trainer
 
 

@@ -17,8 +17,8 @@ from torch import distributed
 
 import micro
 from vramlab.capture.meter import Meter
-from vramlab.regimes.place.place import is_sharded
 from vramlab.regimes.regime import read_row
+from vramlab.regimes.sharded import is_sharded
 from vramlab.training.trainer import Schedule, Trainer
 
 ROWS = {

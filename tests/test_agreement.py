@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from simulated_history import recorded
 from vramlab.allocator.settings import Settings
-from vramlab.allocator.simulate import through_allocator
 from vramlab.capture.meter import COLUMNS
 from vramlab.capture.simulated_recording import as_recorded
 from vramlab.regimes.regime import read_regimes
 from vramlab.timeline.agreement import PEAKS, compare, errors, summary
 from vramlab.timeline.align import align, joined
 from vramlab.timeline.ledger import ledger, sample_at
+from vramlab.timeline.reserved import through_allocator
 
 REGIMES = read_regimes()
 LISTS = st.lists(st.integers(0, 3), max_size=14)

@@ -15,7 +15,7 @@ import yaml
 from vramlab.allocator.settings import Settings
 from vramlab.cards import card, read_cards
 from vramlab.cli import main
-from vramlab.files import read_checked
+from vramlab.files import ROOT, read_checked
 from vramlab.forecast import card_summary as summary
 from vramlab.forecast import chart as atlas
 from vramlab.forecast import forecast as predict
@@ -24,7 +24,6 @@ from vramlab.forecast.chart import Atlas, chart, read_atlas
 from vramlab.forecast.chart_worlds import chart_worlds
 from vramlab.forecast.forecast import Question, forecast
 from vramlab.forecast.kept_chart import table
-from vramlab.paths import ROOT
 from vramlab.regimes.regime import read_regimes
 from vramlab.runs.sweep import Swept
 

@@ -17,7 +17,7 @@ import micro
 from vramlab.baichuan import BaichuanForCausalLM, BaichuanModel, read_model_file
 from vramlab.baichuan.attention import alibi_slopes, documents
 from vramlab.baichuan.model import CACHE
-from vramlab.paths import ROOT
+from vramlab.files import ROOT
 
 IDS = torch.randint(3, 61, (2, 13), generator=torch.Generator().manual_seed(0))
 DESIGNS = ("rope", "alibi")

@@ -15,7 +15,7 @@ from baichuan2_head_bytes import _alone
 from baichuan2_ladder import frequencies, shape
 from vramlab.baichuan.model import causal_loss
 from vramlab.regimes.parameters import model_spec
-from vramlab.runs.execute import resolve
+from vramlab.runs.parameters import resolve
 from vramlab.runs.passes import prepare
 from vramlab.studies.gallery import GALLERY
 from vramlab.studies.plan import Pair, Plan, read_plan

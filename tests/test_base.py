@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vramlab import paths
+from vramlab import files
 from vramlab.cli import main
 from vramlab.factcc.base import base_model as base
 from vramlab.factcc.base import record as base_record
@@ -23,7 +23,7 @@ from vramlab.factcc.generator import generate_items
 from vramlab.factcc.grammar import GRAMMARS
 from vramlab.factcc.prompt import encode_item
 from vramlab.reading import BadFile
-from vramlab.runs.passes import model_spec
+from vramlab.regimes.parameters import model_spec
 
 SMOKE = Recipe.named("smoke")
 
@@ -102,7 +102,7 @@ def test_the_shipped_base_is_of_today_s_recipe_and_is_what_every_machine_starts_
     described = base_record.describe("tiny", "standard")
     assert described["intact"] and described["current"] and record["hash"] == Recipe().hash(model_spec("tiny"))
     assert sum(p.numel() for p in model.parameters()) == record["parameters"] and not list(tmp_path.iterdir())
-    assert sum(path.stat().st_size for path in paths.BASES.rglob("*") if path.is_file()) < 6_000_000
+    assert sum(path.stat().st_size for path in files.BASES.rglob("*") if path.is_file()) < 6_000_000
 
 
 def test_what_the_recipe_reaches_hangs_little_on_the_seed_and_on_the_cpu():
@@ -118,7 +118,7 @@ def test_what_the_recipe_reaches_hangs_little_on_the_seed_and_on_the_cpu():
 
 def test_the_shipped_weights_score_what_their_record_says():
     """On the very items of the record; another CPU rounds otherwise, which moves a few items across a threshold."""
-    model, tokenizer, record = base_model(model_spec("tiny"), paths.CACHE, progress=False)
+    model, tokenizer, record = base_model(model_spec("tiny"), files.CACHE, progress=False)
     again = base_training._reached(model, tokenizer, generate_items, Recipe())
     for scoring, value in record["general"].items():
         assert again["general"][scoring] == pytest.approx(value, abs=0.02)
@@ -126,7 +126,7 @@ def test_the_shipped_weights_score_what_their_record_says():
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model", "recipe.json"])
 def test_a_damaged_shipped_base_is_named_and_not_used(name, tmp_path, monkeypatch, capsys):
-    copy = shutil.copytree(paths.BASES, tmp_path / "bases")
+    copy = shutil.copytree(files.BASES, tmp_path / "bases")
     monkeypatch.setattr(base, "BASES", copy)
     digest = Recipe().hash(model_spec("tiny"))
     assert base.shipped_base(digest) == copy / "tiny-standard"
@@ -168,7 +168,7 @@ def test_another_seed_adds_a_row_and_ships_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["recipe.json", "seeds.json"])
 def test_a_damaged_record_of_a_base_is_one_line_with_the_way_out(name, tmp_path, monkeypatch, capsys):
-    copy = shutil.copytree(paths.BASES, tmp_path / "bases")
+    copy = shutil.copytree(files.BASES, tmp_path / "bases")
     monkeypatch.setattr(base_record, "BASES", copy)
     monkeypatch.setattr(base, "BASES", copy)
     path, digest = copy / "tiny-standard" / name, Recipe().hash(model_spec("tiny"))

@@ -7,7 +7,7 @@ import time
 import pytest
 
 import micro
-from vramlab.observer import Clock, EventClock, clock
+from vramlab.training.clock import Clock, EventClock, clock
 
 ROW = {"weights": "fp32"}
 

@@ -7,8 +7,9 @@ import math
 import pandas as pd
 import pytest
 
-from vramlab.paths import ROOT
-from vramlab.runs.execute import execute, resolve
+from vramlab.files import ROOT
+from vramlab.runs.execute import execute
+from vramlab.runs.parameters import resolve
 from vramlab.studies import STUDIES, gallery
 from vramlab.studies.claims import UNTESTED, read_claims
 from vramlab.studies.gallery import GALLERY, read_figures, read_made

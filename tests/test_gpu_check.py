@@ -24,15 +24,15 @@ from vramlab.baichuan import read_model_file
 from vramlab.capture.memory_limit import Ceiling
 from vramlab.capture.meter import Meter
 from vramlab.cards import card
+from vramlab.files import ROOT
 from vramlab.gpu_check import cell as gpu_cell
 from vramlab.gpu_check import check as gpu_check
 from vramlab.gpu_check import plan as gpu_plan
 from vramlab.gpu_check import table as gpu_table
 from vramlab.gpu_check.check import Check, Worker
 from vramlab.gpu_check.plan import Cell
-from vramlab.paths import ROOT
 from vramlab.regimes.regime import read_row, regime_row
-from vramlab.runs.execute import resolve
+from vramlab.runs.parameters import resolve
 from vramlab.runs.sweep import read_sweep
 from vramlab.timeline.thin import curve
 from vramlab.training.trainer import Schedule, Trainer

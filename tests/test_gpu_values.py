@@ -10,6 +10,7 @@ from types import SimpleNamespace as Its
 import pytest
 import torch
 
+from vramlab import machine
 from vramlab.baichuan import random_weights as gpu_model
 from vramlab.capture.memory_limit import Ceiling
 from vramlab.capture.meter import Meter
@@ -186,7 +187,7 @@ def test_batches_are_full_rows_of_words_that_are_all_labelled():
 def test_host_memory_is_what_is_free_or_a_containers_share(monkeypatch, share, expected):
     files = {"/proc/meminfo": "MemTotal: 20 kB\nMemAvailable:   10 kB", "/sys/fs/cgroup/memory.max": share}
     monkeypatch.setattr(gpu_model, "Path", lambda path: Its(read_text=lambda: files[path], exists=lambda: files[path] is not None))
-    assert gpu_model._host_bytes() == expected
+    assert machine._host_bytes() == expected
 
 
 def test_the_machine_in_figures(monkeypatch):
@@ -196,10 +197,10 @@ def test_the_machine_in_figures(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(gpu_model.environment, "record", lambda device: {"versions": {"torch": "2"}})
     monkeypatch.setattr(gpu_model, "_driver", lambda: "570")
-    found = gpu_model.describe({"device": "cuda"})
+    found = machine.describe({"device": "cuda"})
     told = [found[name] for name in ("name", "total_bytes", "context_bytes", "compute_capability", "driver", "versions")]
     assert told == ["card", 990, 650, [9, 0], "570", {"torch": "2"}]
-    found = gpu_model.describe({"device": "cpu"})
+    found = machine.describe({"device": "cpu"})
     assert (found["name"], found["total_bytes"], found["driver"]) == ("CPU", None, None)
 
 
@@ -208,9 +209,9 @@ def test_the_driver_is_told_as_text_or_why_not(monkeypatch):
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     for said in ("570", b"570"):
         monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda said=said: said)
-        assert gpu_model._driver() == "570"
+        assert machine._driver() == "570"
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: {}["x"])
-    assert gpu_model._driver() == "N/A (KeyError)"
+    assert machine._driver() == "N/A (KeyError)"
 
 
 def test_a_timeline_is_what_the_recording_says_of_the_step(monkeypatch, tmp_path):

@@ -10,8 +10,8 @@ import torch
 from micro import batch, model, ranks
 from vramlab.baichuan.model import next_labels
 from vramlab.capture.meter import Meter
-from vramlab.regimes.place.place import local
 from vramlab.regimes.regime import IllegalRegime, read_regimes, read_row, regime_row
+from vramlab.regimes.sharded import local
 from vramlab.training.trainer import Schedule, Trainer
 
 REGIMES = read_regimes()

@@ -12,10 +12,11 @@ import torch
 import measured_step
 import micro
 from vramlab.capture.meter import COLUMNS, Meter
-from vramlab.capture.peak_rss import peak_window, run_in_measured_process
+from vramlab.capture.peak_rss import peak_window
 from vramlab.observer import CATEGORIES
-from vramlab.regimes.place.place import local
+from vramlab.processes import run_in_measured_process
 from vramlab.regimes.regime import read_regimes, read_row
+from vramlab.regimes.sharded import local
 from vramlab.training.trainer import Schedule, Trainer
 
 REGIMES = read_regimes()

@@ -11,6 +11,7 @@ import torch
 
 from vramlab import machine as environment
 from vramlab import processes as children
+from vramlab.regimes import sharded
 from vramlab.report import notebook
 from vramlab.runs import machine_report as doctor
 
@@ -87,7 +88,7 @@ def test_equal_weights_have_one_hash_and_any_other_another():
             model.bias.zero_()
         for name, value in changes.items():
             setattr(model, name, torch.nn.Parameter(value))
-        return environment.weights_hash(model)
+        return sharded.weights_hash(model)
 
     others = [made(bias=torch.tensor([0.0, 1e-30])), made(bias=torch.tensor([0.0, -0.0])), made(bias=torch.zeros(2).double()),
               made(bias=torch.zeros(1, 2)), made(more=torch.zeros(1)), made()]
@@ -98,12 +99,12 @@ def test_an_environment_names_what_is_there(monkeypatch):
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10}.__getitem__)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "old:1")
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    monkeypatch.setattr(environment.rounding, "needed", lambda: (True, "no AMX"))
+    monkeypatch.setattr(environment, "needed", lambda: (True, "no AMX"))
     found = environment.record()
     assert (found["host_memory_bytes"], found["allocator"], found["device"]["kind"]) == (40960, "old:1", "cpu")
     assert found["bf16"] == "formed in fp32 and rounded: no AMX" and found["versions"]["torch"] == torch.__version__
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "new:1")
-    monkeypatch.setattr(environment.rounding, "needed", lambda: (False, "AMX"))
+    monkeypatch.setattr(environment, "needed", lambda: (False, "AMX"))
     assert (environment.record()["allocator"], environment.record()["bf16"]) == ("new:1", "native: AMX")
     assert environment.version("no-such-package-here") == "not installed"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -201,7 +202,7 @@ def test_why_there_is_no_card_and_how_bf16_is_formed(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert "finds no card" in doctor._cuda().found
     for needed, words in ((True, "formed in fp32 and rounded: why"), (False, "native: why")):
-        monkeypatch.setattr(doctor.rounding, "needed", lambda needed=needed: (needed, "why"))
+        monkeypatch.setattr(doctor.environment, "needed", lambda needed=needed: (needed, "why"))
         assert (doctor._bf16().can, doctor._bf16().found) == (not needed, words)
     assert not doctor._history().can
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -17,11 +17,11 @@ import pytest
 
 from conftest import CHROMIUM, SMALL
 from vramlab.cards import card
+from vramlab.files import ROOT
 from vramlab.forecast import arithmetic as expectation
 from vramlab.forecast.forecast import Question, forecast
-from vramlab.paths import ROOT
-from vramlab.runs.execute import KNOWN_PARAMETERS
 from vramlab.runs.folder import Run
+from vramlab.runs.parameters import KNOWN_PARAMETERS
 
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 PLOTLY = "application/vnd.plotly.v1+json"

@@ -15,7 +15,8 @@ import fake_nvml
 from fake_nvml import GIB, LACKS, OLD_DRIVER, Card, install
 from vramlab import machine as environment
 from vramlab.capture import nvml_process
-from vramlab.capture.nvml import COLUMNS, CardReader, driver, find
+from vramlab.capture.nvml import COLUMNS, CardReader, find
+from vramlab.machine import driver
 
 MINE = os.getpid()
 

@@ -19,9 +19,10 @@ from vramlab.factcc.base.curriculum import checked_batches
 from vramlab.factcc.dataset import dataset
 from vramlab.factcc.generator import GeneratorConfig, generate_items
 from vramlab.factcc.prompt import check_room, sequences, training_batches
-from vramlab.paths import ROOT
+from vramlab.files import ROOT
 from vramlab.runs import passes
-from vramlab.runs.execute import KNOWN_PARAMETERS, execute, resolve
+from vramlab.runs.execute import execute
+from vramlab.runs.parameters import KNOWN_PARAMETERS, resolve
 from vramlab.runs.sweep import read_sweep
 from vramlab.studies.plan import PARAMS, read_plan
 

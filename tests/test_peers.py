@@ -11,7 +11,7 @@ import yaml
 
 from benchmarks import peers
 from benchmarks.peers import PAIRS, Settings, bench, main, table
-from vramlab.paths import ROOT
+from vramlab.files import ROOT
 from vramlab.regimes.regime import read_row, regime_row
 
 MICRO = {"position": "rope", "vocab_size": 61, "hidden_size": 20, "intermediate_size": 33, "num_hidden_layers": 3,

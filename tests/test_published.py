@@ -11,11 +11,12 @@ import yaml
 import micro
 import released
 from vramlab.cli import main
-from vramlab.paths import ROOT
+from vramlab.files import ROOT
 from vramlab.regimes.regime import read_regimes
 from vramlab.runs import passes
-from vramlab.runs.execute import KNOWN_PARAMETERS, execute, resolve
+from vramlab.runs.execute import execute
 from vramlab.runs.folder import Run
+from vramlab.runs.parameters import KNOWN_PARAMETERS, resolve
 from vramlab.runs.sweep import read_sweep
 
 FILE = ROOT / "params" / "baichuan2-7b-factcc.yml"

@@ -21,7 +21,7 @@ from vramlab.factcc.prompt import encode_document, encode_item
 from vramlab.factcc.questions import QuestionConfig, generate_questions
 from vramlab.factcc.sources import load_items
 from vramlab.factcc.statistics import balanced_accuracy, choose_threshold, summarise
-from vramlab.runs.execute import KNOWN_PARAMETERS
+from vramlab.runs.parameters import KNOWN_PARAMETERS
 
 PARAMS = {**KNOWN_PARAMETERS, "task": "questions", "train_items": 30, "val_items": 10, "test_items": 20}
 

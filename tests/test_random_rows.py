@@ -15,9 +15,9 @@ import yaml
 from micro import batch, model, ranks
 from vramlab.reading import BadFile
 from vramlab.regimes import fields
-from vramlab.regimes.place.place import local
 from vramlab.regimes.regime import IllegalRegime, ImpossibleHere, read_regimes, read_row, regime_row
 from vramlab.regimes.registry import AXES
+from vramlab.regimes.sharded import local
 from vramlab.training.trainer import Schedule, Trainer
 
 WRONG = (None, True, -1, 0, 0.5, -0.5, 1e308, 10**30, -(10**30), 10**400, 1 << 20_000, math.nan, math.inf, -math.inf, "", "8",

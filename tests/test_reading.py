@@ -16,9 +16,8 @@ import regimes
 from hostile import SCALARS, YAML, changed, ends, no_files, refused
 from vramlab import cards
 from vramlab.baichuan import read_model_file
-from vramlab.files import write_table
+from vramlab.files import ROOT, write_table
 from vramlab.forecast.chart import read_atlas
-from vramlab.paths import ROOT
 from vramlab.reading import BadFile, nearest, read_json, read_table, read_yaml
 from vramlab.regimes import regime
 from vramlab.runs.folder import Run

@@ -78,7 +78,7 @@ def test_regimes_command_prints_every_row(capsys):
 
 
 def test_readme_shows_the_table_of_the_file():
-    from vramlab.paths import ROOT
+    from vramlab.files import ROOT
 
     readme = (ROOT / "README.md").read_text()
     shown = readme.split("<!-- regimes -->")[1].split("<!-- /regimes -->")[0]

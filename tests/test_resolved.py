@@ -11,7 +11,7 @@ from vramlab.allocator.settings import Settings
 from vramlab.forecast import what_fits as fitting
 from vramlab.forecast.forecast import Question, forecast
 from vramlab.regimes.parameters import model_spec, row_of, run_row, run_spec
-from vramlab.runs.execute import KNOWN_PARAMETERS, resolve
+from vramlab.runs.parameters import KNOWN_PARAMETERS, resolve
 from vramlab.studies import calls as measurements
 
 CHANGED = {"weights": "bf16", "axes": {"acts": "checkpoint", "clip": 0.5}, "config": {"norm_head": False, "num_hidden_layers": 3}}

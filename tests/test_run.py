@@ -11,12 +11,13 @@ import torch
 import yaml
 
 from vramlab.factcc.dataset import dataset
-from vramlab.paths import ROOT
+from vramlab.files import ROOT
 from vramlab.regimes.regime import ImpossibleHere
 from vramlab.runs import execute as run
 from vramlab.runs import passes
-from vramlab.runs.execute import KNOWN_PARAMETERS, config_hash, execute, resolve, run_id
+from vramlab.runs.execute import execute
 from vramlab.runs.folder import Run, read_runs
+from vramlab.runs.parameters import KNOWN_PARAMETERS, config_hash, resolve, run_id
 
 SMALL = {"recipe": "smoke", "steps": 4, "train_items": 64, "val_items": 20, "test_items": 20, "batch_size": 4}
 

@@ -18,7 +18,7 @@ from transformers.models.auto import configuration_auto, modeling_auto, tokeniza
 import micro
 from vramlab import auto_classes
 from vramlab.baichuan import BaichuanForCausalLM, BaichuanTokenizer, train_tokenizer
-from vramlab.paths import ROOT
+from vramlab.files import ROOT
 from vramlab.regimes.head.head import Fused
 
 # of peft and TRL, which still use a name that transformers gave up

@@ -9,7 +9,7 @@ import torch
 import yaml
 from scipy import stats
 
-from vramlab.machine import weights_hash
+from vramlab.regimes.sharded import weights_hash
 from vramlab.studies import STUDIES, claims, runner
 from vramlab.studies import calls as measurements
 from vramlab.studies import estimates as evidence

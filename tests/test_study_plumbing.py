@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import readme_pictures as pictures
-from vramlab.runs.execute import SCHEMA
+from vramlab.runs.parameters import SCHEMA
 from vramlab.studies import gallery, plan, runner
 from vramlab.studies import run_all as batch
 from vramlab.studies import study as lab

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from vramlab.cli import main
-from vramlab.paths import ROOT
+from vramlab.files import ROOT
 from vramlab.regimes.regime import read_regimes
 from vramlab.runs.sweep import read_sweep
 

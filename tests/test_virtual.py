@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import measured_step
 import micro
+from vramlab import machine
 from vramlab.capture.kernels import attention_kernel, attention_scratch_bytes, matrix_workspace_bytes
 from vramlab.capture.meter import Meter
 from vramlab.forecast import virtual_autocast
@@ -20,7 +21,6 @@ from vramlab.forecast.virtual_gpu import virtual_gpu
 from vramlab.observer import recomputing
 from vramlab.regimes.regime import read_regimes, read_row
 from vramlab.regimes.trains.parts import _Moving
-from vramlab.regimes.weights import bf16_on_cpu as rounding
 from vramlab.training.trainer import Schedule, Trainer
 
 REGIMES = read_regimes()
@@ -84,8 +84,8 @@ NOT_COMPARED = ("prompt", "prefix", "fsdp_offload")
 
 @pytest.mark.parametrize("name", [name for name in REGIMES if name not in NOT_COMPARED])
 def test_the_virtual_gpu_differs_from_the_cpu_by_the_attention_kernel_and_the_batch_only(name):
-    if REGIMES[name].values["weights"] != "fp32" and rounding.needed()[0]:
-        pytest.skip(f"bf16 products are formed in fp32 here, which no GPU does: {rounding.needed()[1]}")
+    if REGIMES[name].values["weights"] != "fp32" and machine.needed()[0]:
+        pytest.skip(f"bf16 products are formed in fp32 here, which no GPU does: {machine.needed()[1]}")
     real, real_trainer = _run(REGIMES[name], MIDDLE)
     with virtual_gpu("vgpu") as gpu:
         virtual, trainer = _run(REGIMES[name], MIDDLE, gpu)

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from .reading import nearest, read_yaml, typed
 
+Architecture = tuple[int, int]
+"""Compute capability of a card, (major, minor): (8, 0) A100, (8, 9) RTX 4090, (9, 0) H100."""
+AMPERE: Architecture = (8, 0)
 CARDS_FILE = Path(__file__).parents[2] / "params" / "cards.yml"
 
 

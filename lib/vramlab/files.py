@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whoever is stopped while writing them and whoever else writes the same."""
+"""Where the project's files lie; and files that are whole or not there, whoever is stopped while writing them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ import pandas as pd
 
 from .reading import BadFile, read_json
 
+ROOT = Path(__file__).parents[2]
+CACHE = ROOT / "outputs" / "cache"
+"""What can be made again: bases and forecasts."""
+FORECASTS = CACHE / "forecasts"
+BASES = ROOT / "outputs" / "reference" / "bases"
+"""The base models that ship with the project, one folder each, named after model and recipe."""
 SEAL = "checksums.json"
 """In a sealed folder: the name of each file, relative to the folder, with the SHA-256 of its content."""
 

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from .capture.nvml import driver
-from .paths import ROOT
-from .regimes.place.place import local
-from .regimes.weights import bf16_on_cpu as rounding
+from .files import ROOT
 
 PACKAGES = ("torch", "transformers", "peft", "pandas", "plotly", "papermill", "sentencepiece", "nvidia-ml-py")
 
 
 def record(device: str = "cpu") -> dict:
     """The environment as plain data, the contents of a run's env.json."""
-    needed, why = rounding.needed()
+    in_fp32, why = needed()
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -31,7 +29,7 @@ def record(device: str = "cpu") -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "bf16": f"formed in fp32 and rounded: {why}" if needed else f"native: {why}",
+        "bf16": f"formed in fp32 and rounded: {why}" if in_fp32 else f"native: {why}",
         "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": _device(device),
         "versions": {name: version(name) for name in PACKAGES},
@@ -78,11 +76,71 @@ def _commit() -> dict:
         return {"commit": "unknown", "dirty": None}
 
 
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of every parameter's and buffer's bytes, by name: equal for equal weights, to the bit. Of shards, this rank's."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, torch.Tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(local(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+@cache
+def needed() -> tuple[bool, str]:
+    """Whether this CPU should form bf16 products in fp32, and why."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
+    except (OSError, IndexError):
+        return True, "the CPU's features are not known"
+    units, used = sorted(flags & {"avx512_bf16", "amx_bf16"}), torch.backends.cpu.get_cpu_capability()
+    if units and not used.startswith("AVX512"):  # torch was built or told to use less, and its attention then fails in bf16
+        return True, f"the CPU has {', '.join(units)}, but torch uses {used} only"
+    if units:
+        return False, f"the CPU has {', '.join(units)}"
+    return True, f"the CPU ({used}) has neither avx512_bf16 nor amx_bf16"
+
+
+def library():
+    """The NVML module, initialised. Raises: ImportError or NVMLError, which is what there is to say."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml
+
+
+def driver() -> str:
+    """The driver's version, or why there is none to tell. Never raises."""
+    try:
+        return _text(library().nvmlSystemGetDriverVersion())
+    except Exception as error:
+        return f"N/A: {type(error).__name__}: {error}"
+
+
+def _text(name: str | bytes) -> str:
+    return name.decode() if isinstance(name, bytes) else name
+
+
+def describe(asked: Mapping) -> dict:
+    """The machine, as far as figures need it: card, driver, versions."""
+    device = asked["device"]
+    found = {"device": device, "versions": record(device)["versions"], "python": sys.version.split()[0],
+             "cores": os.cpu_count(), "host_bytes": _host_bytes(), "name": "CPU", "total_bytes": None, "context_bytes": None,
+             "compute_capability": None, "driver": None, "cuda": torch.version.cuda}
+    if device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(device)
+        told = torch.cuda.get_device_properties(device)
+        found |= {"name": told.name, "total_bytes": told.total_memory, "driver": _driver(),
+                  "context_bytes": total - free - torch.cuda.memory_reserved(device),
+                  "compute_capability": list(torch.cuda.get_device_capability(device))}
+    return found
+
+
+def _host_bytes() -> int:
+    """What a process may take: free host memory, or a container's share of it where that is less."""
+    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(told["MemAvailable"].split()[0]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    share = limit.read_text().strip() if limit.exists() else "max"
+    return free if share == "max" else min(free, int(share))
+
+
+def _driver() -> str | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        said = pynvml.nvmlSystemGetDriverVersion()
+    except Exception as error:
+        return f"N/A ({type(error).__name__})"
+    return said if isinstance(said, str) else said.decode()

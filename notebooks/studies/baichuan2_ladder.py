@@ -10,7 +10,7 @@ import torch
 from vramlab.baichuan import BaichuanForCausalLM
 from vramlab.factcc.prompt import IGNORED
 from vramlab.regimes.parameters import model_spec
-from vramlab.runs.execute import resolve
+from vramlab.runs.parameters import resolve
 from vramlab.runs.passes import prepare
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vramlab.baichuan.attention import alibi_slopes
 from vramlab.factcc.generator import generate_items
 from vramlab.factcc.scoring import score_items
-from vramlab.runs.execute import KNOWN_PARAMETERS
+from vramlab.runs.parameters import KNOWN_PARAMETERS
 from vramlab.runs.passes import base_of
 
 FORMS = ("relative", "absolute", "bf16 steps")

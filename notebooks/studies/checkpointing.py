@@ -12,7 +12,7 @@ from dataclasses import replace
 import pandas as pd
 
 from vramlab.factcc.statistics import LEVEL
-from vramlab.runs.execute import resolve
+from vramlab.runs.parameters import resolve
 from vramlab.runs.passes import prepare
 from vramlab.studies.estimates import Figure, NotRun, corrected, ratio_by_seed
 from vramlab.studies.records import Records

@@ -22,7 +22,7 @@ from vramlab.regimes.parameters import model_spec
 from vramlab.regimes.regime import read_row
 from vramlab.regimes.trains.leaves import ActiveLeaves
 from vramlab.runs import passes
-from vramlab.runs.execute import resolve
+from vramlab.runs.parameters import resolve
 
 Weights = Mapping[str, Tensor]
 EVERY = "all"

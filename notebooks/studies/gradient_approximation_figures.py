@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from gradient_approximation import COMPARED, TABLE, probes_of, rows_of, seconds
 from vramlab.report.figures import dressed
-from vramlab.runs.execute import KNOWN_PARAMETERS
+from vramlab.runs.parameters import KNOWN_PARAMETERS
 from vramlab.studies.estimates import Figure, NotRun
 from vramlab.studies.study import Lab
 

@@ -18,11 +18,11 @@ import torch
 from vramlab.baichuan import BaichuanForCausalLM
 from vramlab.forecast.chart import Atlas, chart
 from vramlab.forecast.forecast import CACHE
-from vramlab.observer import Clock
 from vramlab.progress import bar
 from vramlab.reading import read_yaml, typed
 from vramlab.regimes.parameters import model_spec
 from vramlab.regimes.regime import REGIMES_FILE, Regime, read_regimes
+from vramlab.training.clock import Clock
 from vramlab.training.trainer import Schedule, Trainer
 
 STUDY_FILE = REGIMES_FILE.parent / "study.yml"

@@ -33,10 +33,9 @@ import torch
 from vramlab import machine as environment
 from vramlab.baichuan import BaichuanForCausalLM
 from vramlab.capture.meter import Meter
-from vramlab.files import write_whole
+from vramlab.files import ROOT, write_whole
 from vramlab.gpu_check.peer_loops import Job, Loop, Seen, badam, hugging_face, ours, peft_lora
 from vramlab.observer import Observer
-from vramlab.paths import ROOT
 from vramlab.progress import bar
 from vramlab.regimes.parameters import model_spec
 from vramlab.regimes.regime import IllegalRegime, Regime, read_row, regime_row

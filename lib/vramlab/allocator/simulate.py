@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..timeline.events import on_device
 from .allocator import Allocator, OutOfMemory, Shortage
 from .settings import Settings
 
@@ -68,16 +67,6 @@ def simulate(events, settings: Settings = Settings(), capacity_bytes: int | None
     return Simulated(np.array(allocated, np.int64), np.array(reserved, np.int64), allocator.peak_allocated_bytes,
                      _first(allocated, allocator.peak_allocated_bytes), max(reserved, default=0),
                      _first(reserved, max(reserved, default=0)), allocator.num_alloc_retries, settings.label(), oom)
-
-
-def through_allocator(frame: pd.DataFrame, settings: Settings = Settings()) -> pd.DataFrame:  # noqa: B008, frozen
-    """A timeline, a meter's or a forecast's, with what an allocator without end makes of it: `allocated_bytes` and
-    `reserved_bytes` after each event, as a recording has them."""
-    device = on_device(frame) & (frame["bytes"] > 0).to_numpy()
-    found, last = simulate(frame[device], settings), device.cumsum() - 1  # the last event on the device, -1 before any
-    columns = {name: np.where(last >= 0, getattr(found, name)[last], 0) if device.any() else 0
-               for name in ("allocated_bytes", "reserved_bytes")}
-    return frame.assign(**columns)
 
 
 def _first(curve: list[int], peak: int) -> int:

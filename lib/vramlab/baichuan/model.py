@@ -331,3 +331,11 @@ def causal_loss(logits: Tensor, labels: Tensor, z_loss_weight: float = 0.0) -> T
         highest = flat.float().amax(-1).pow(2)
         loss = loss + z_loss_weight * (highest * labelled).sum() / labelled.sum().clamp_(min=1)
     return loss
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The stack of blocks inside a (possibly peft-wrapped) Baichuan-2: the module that owns `layers`."""
+    for module in model.modules():
+        if isinstance(getattr(module, "layers", None), nn.ModuleList):
+            return module
+    raise ValueError(f"{type(model).__name__} has no `layers`: it is not a decoder the axes know how to rewrite")

@@ -1,15 +1,9 @@
-"""What a cell of `gpu_check` is made of: random weights and tokens of a published shape, and the machine it runs on."""
+"""Random weights and tokens of a published shape, where no checkpoint is at hand."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Mapping
-from pathlib import Path
-
 import torch
 
-from .. import machine as environment
 from . import BaichuanForCausalLM, ModelSpec
 
 DRAWN = 1 << 22
@@ -45,38 +39,3 @@ def batches(spec: ModelSpec, seq: int, rows: int, seed: int, count: int = 1) -> 
     generator = torch.Generator().manual_seed(seed)
     ids = [torch.randint(3, spec.config.vocab_size, (rows, seq), generator=generator) for _ in range(count)]
     return [{"input_ids": one, "labels": one.clone()} for one in ids]
-
-
-def describe(asked: Mapping) -> dict:
-    """The machine, as far as figures need it: card, driver, versions."""
-    device = asked["device"]
-    found = {"device": device, "versions": environment.record(device)["versions"], "python": sys.version.split()[0],
-             "cores": os.cpu_count(), "host_bytes": _host_bytes(), "name": "CPU", "total_bytes": None, "context_bytes": None,
-             "compute_capability": None, "driver": None, "cuda": torch.version.cuda}
-    if device.startswith("cuda"):
-        free, total = torch.cuda.mem_get_info(device)
-        told = torch.cuda.get_device_properties(device)
-        found |= {"name": told.name, "total_bytes": told.total_memory, "driver": _driver(),
-                  "context_bytes": total - free - torch.cuda.memory_reserved(device),
-                  "compute_capability": list(torch.cuda.get_device_capability(device))}
-    return found
-
-
-def _host_bytes() -> int:
-    """What a process may take: free host memory, or a container's share of it where that is less."""
-    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(told["MemAvailable"].split()[0]) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")
-    share = limit.read_text().strip() if limit.exists() else "max"
-    return free if share == "max" else min(free, int(share))
-
-
-def _driver() -> str | None:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        said = pynvml.nvmlSystemGetDriverVersion()
-    except Exception as error:
-        return f"N/A ({type(error).__name__})"
-    return said if isinstance(said, str) else said.decode()

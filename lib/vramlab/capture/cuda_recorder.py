@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from ..observer import GradientsToo, recomputing
-from ..regimes.place.place import local
+from ..regimes.sharded import local
 from ..timeline import events as timeline
 from .dispatch import no_garbage_collection, resizes
 from .kernels import matrix_workspace_bytes

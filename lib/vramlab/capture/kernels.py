@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-aten = torch.ops.aten
-Architecture = tuple[int, int]
-"""Compute capability of a card, (major, minor): (8, 0) A100, (8, 9) RTX 4090, (9, 0) H100."""
+from ..cards import AMPERE, Architecture
 
-AMPERE: Architecture = (8, 0)
+aten = torch.ops.aten
+
 MATRIX_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
 _HALF = (torch.float16, torch.bfloat16)
 

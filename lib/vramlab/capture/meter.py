@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from ..observer import GradientsToo, chunking, recomputing
-from ..regimes.place.place import local
+from ..regimes.sharded import local
 from ..timeline import events as timeline
 from .dispatch import Watch, no_garbage_collection, propagation_unseen, resizes, watching
 from .kernels import Workspaces

@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..machine import _text, library
 from . import nvml_process
 
 COLUMNS = ("used_bytes", "reserved_bytes", "process_bytes", "power_w", "energy_j", "utilization", "sm_clock_mhz",
@@ -140,22 +141,6 @@ def find(device: str) -> Reader:
         return Reader(f"NVML: N/A: {type(error).__name__}: {error}")
 
 
-def library():
-    """The NVML module, initialised. Raises: ImportError or NVMLError, which is what there is to say."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    return pynvml
-
-
-def driver() -> str:
-    """The driver's version, or why there is none to tell. Never raises."""
-    try:
-        return _text(library().nvmlSystemGetDriverVersion())
-    except Exception as error:
-        return f"N/A: {type(error).__name__}: {error}"
-
-
 def _handle(nvml, device: str) -> tuple:
     """(handle, whether it is a MIG instance's) of the card that torch calls `device`.
 
@@ -203,7 +188,3 @@ def _card_of(nvml, instance):
     with contextlib.suppress(nvml.NVMLError):
         return nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(instance)
     return instance
-
-
-def _text(name: str | bytes) -> str:
-    return name.decode() if isinstance(name, bytes) else name

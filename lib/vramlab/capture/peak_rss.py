@@ -1,7 +1,7 @@
 """The operating system's own figure of a process's peak, made trustworthy.
 
-glibc keeps freed memory, so a resident set overstates a step by about 30 %. With the settings below every block of 64 KiB
-or more is mapped by itself and returned when freed, and the high-water mark of the resident set is the truth to a part
+glibc keeps freed memory, so a resident set overstates a step by about 30 %. With `processes.MALLOC_ENV` a block of 64 KiB or more
+is mapped by itself and returned when freed, and the high-water mark of the resident set is the truth to a part
 in a thousand. They have to be in the environment before Python starts, and they slow it: so never on a timed run.
 """
 
@@ -9,21 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0",
-              "MALLOC_MMAP_MAX_": "1000000"}
 SAMPLE_S = 0.005
 HIGH_WATER, SAMPLED = "VmHWM, reset at the start", f"resident bytes sampled every {SAMPLE_S * 1000:.0f} ms"
 
@@ -100,67 +92,3 @@ def _sample(peak: Peak, done: threading.Event) -> None:
     while not done.is_set():
         peak.peak_bytes = max(peak.peak_bytes, _status("VmRSS"))
         time.sleep(SAMPLE_S)
-
-
-def run_in_measured_process(target: str, payload: Mapping, timeout_s: float, threads: int = 0,
-                            environment: Mapping[str, str] = MALLOC_ENV) -> dict:
-    """Call `module:function` with `payload` in a fresh Python with `environment` set; return its dict. See `MeasuredProcess`."""
-    with MeasuredProcess(target, threads, environment) as process:
-        return process.call(payload, timeout_s)
-
-
-class MeasuredProcess:
-    """A fresh Python with `environment` set, for one call of `module:function`. It loads the module at once, beside whatever its
-    caller does, and then waits for the call. A context: at its end no process is left."""
-
-    def __init__(self, target: str, threads: int = 0, environment: Mapping[str, str] = MALLOC_ENV):
-        self.target = target
-        self._folder = tempfile.TemporaryDirectory(prefix="vramlab-")
-        self._answer, self._loaded = Path(self._folder.name, "answer.json"), Path(self._folder.name, "loaded")
-        environment = {**os.environ, **environment, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-        command = [sys.executable, "-m", "vramlab.capture.peak_rss", target, str(self._loaded), str(self._answer)]
-        self._process = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                                         stderr=subprocess.PIPE)
-
-    def wait_until_loaded(self) -> None:
-        """Return once nothing more is loaded there, or it has died: what is timed from here on is timed alone."""
-        while not self._loaded.exists() and self._process.poll() is None:
-            time.sleep(0.02)
-
-    def call(self, payload: Mapping, timeout_s: float) -> dict:
-        """The function's dict. What goes wrong there is a result, not an exception here: {"outcome": "oom" | "failed", "reason":
-        ...}. A process killed by signal 9 is taken for out of memory, which is what the kernel does to it."""
-        try:
-            _, printed = self._process.communicate(json.dumps(dict(payload)), timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            return {"outcome": "failed", "reason": f"no answer from {self.target} in {timeout_s:.0f} s"}
-        if self._answer.exists():
-            return json.loads(self._answer.read_text())
-        last = (printed.strip().splitlines() or ["no message"])[-1]
-        killed = self._process.returncode in (-9, 137)
-        return {"outcome": "oom" if killed else "failed", "reason": "killed by the kernel" if killed else last}
-
-    def __enter__(self) -> MeasuredProcess:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._folder.cleanup()
-
-
-def _main(target: str, loaded: str, answer: str) -> None:
-    module, _, name = target.partition(":")
-    function = getattr(importlib.import_module(module), name)
-    Path(loaded).touch()
-    try:
-        result = {"outcome": "ok", "reason": "", **function(json.loads(sys.stdin.read()))}
-    except MemoryError as error:
-        result = {"outcome": "oom", "reason": f"MemoryError: {error}"}
-    partial = Path(answer + ".part")
-    partial.write_text(json.dumps(result))
-    os.replace(partial, answer)
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

@@ -20,8 +20,8 @@ import pandas as pd
 
 from ..allocator.settings import Settings
 from ..allocator.simulate import Simulated, simulate
-from ..capture.kernels import MATRIX_PRODUCTS, Architecture, matrix_workspace_bytes
-from ..cards import Card
+from ..capture.kernels import MATRIX_PRODUCTS, matrix_workspace_bytes
+from ..cards import Architecture, Card
 from ..timeline.events import signed
 from .trace import Trace
 

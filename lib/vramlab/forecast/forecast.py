@@ -26,12 +26,11 @@ import torch
 from ..allocator.settings import Settings
 from ..allocator.simulate import STRIDES, Simulated, rows, simulate
 from ..baichuan import ModelSpec
-from ..capture.kernels import AMPERE, Architecture
 from ..capture.meter import Loop
 from ..capture.work import Floor, roofline
-from ..cards import Card
+from ..cards import AMPERE, Architecture, Card
+from ..files import FORECASTS as CACHE
 from ..files import checksum, read_checked, recall, write_checked, write_table
-from ..paths import FORECASTS as CACHE
 from ..reading import BadFile
 from ..regimes.head.fused import Cut
 from ..regimes.parameters import model_file, model_spec, row_of
@@ -40,8 +39,9 @@ from ..timeline.events import signed
 from ..timeline.sides import sides
 from .trace import Trace, trace
 
-CODE = ("allocator", "baichuan", "capture", "forecast/shape_cache.py", "forecast/trace.py", "forecast/virtual_autocast.py",
-        "forecast/virtual_gpu.py", "forecast/virtual_ranks.py", "observer.py", "regimes", "timeline", "training")
+CODE = ("allocator", "baichuan", "capture", "cards.py", "forecast/shape_cache.py", "forecast/trace.py",
+        "forecast/virtual_autocast.py", "forecast/virtual_gpu.py", "forecast/virtual_ranks.py", "machine.py", "observer.py",
+        "regimes", "timeline", "training")
 """What of this library decides a trace."""
 MOST_LENGTH, MOST_TOKENS = 1 << 24, 1 << 30
 """Of a row and of a step that is asked about; what is larger is a mistake, and beyond what storages can be counted in."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from .. import files
-from ..paths import FORECASTS, ROOT
+from ..files import FORECASTS, ROOT
 
 
 def recall(atlas: Path) -> dict | None:

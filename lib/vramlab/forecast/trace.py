@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..baichuan import BaichuanForCausalLM, ModelSpec
-from ..capture.kernels import AMPERE, Architecture
 from ..capture.meter import Loop
+from ..cards import AMPERE, Architecture
 from ..regimes.place.place import Fsdp
 from ..regimes.regime import Regime
 from ..regimes.trains.adapters import link

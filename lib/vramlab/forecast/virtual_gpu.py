@@ -25,9 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import backend_registration
 
 from ..capture.dispatch import Uncompiled, Watchable
-from ..capture.kernels import AMPERE, Architecture, Attention, Workspaces
+from ..capture.kernels import Attention, Workspaces
 from ..capture.meter import Meter
 from ..capture.work import Work
+from ..cards import AMPERE, Architecture
 from . import virtual_autocast
 from .shape_cache import Shapes
 from .virtual_ranks import Event, Stream, on_stream, pretended_ranks

@@ -14,9 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..allocator.settings import Settings
-from ..capture.kernels import AMPERE
-from ..capture.peak_rss import run_in_measured_process
-from ..cards import Card
+from ..cards import AMPERE, Card
+from ..processes import run_in_measured_process
 from ..regimes.regime import ImpossibleHere
 from .forecast import CACHE, Question, forecast
 

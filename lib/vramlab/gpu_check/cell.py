@@ -23,17 +23,19 @@ from typing import Any
 
 import torch
 
-from ..baichuan.random_weights import batches, describe, random_model
+from ..baichuan.random_weights import batches, random_model
 from ..capture import nvml, oom
 from ..capture.meter import Meter
 from ..capture.nvml_sampler import Sampler
 from ..files import write_whole
 from ..forecast.forecast import Question
 from ..forecast.trace import shown
-from ..observer import Observer, clock
+from ..machine import describe
+from ..observer import Observer
 from ..regimes.regime import Regime
 from ..runs import execute as run
 from ..timeline.thin import curve
+from ..training.clock import clock
 from ..training.trainer import Schedule, Trainer
 from . import trainer_peers as gpu_peers
 

@@ -27,9 +27,8 @@ from pathlib import Path
 import pandas as pd
 
 from ..capture.oom import words
-from ..files import write_whole
+from ..files import ROOT, write_whole
 from ..forecast.what_fits import limited
-from ..paths import ROOT
 from . import plan as gpu_plan
 from . import table as gpu_table
 from .plan import Cell

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ..baichuan.model import decoder
 from ..observer import Observer, recomputing
 from .fields import Count, CountOrNone
 from .place.transfers import Bus
@@ -169,11 +170,3 @@ class _Waiting:
 
     def __call__(self) -> Tensor:
         return self._bus.fetch(self._host, after=self._there)
-
-
-def decoder(model: nn.Module) -> nn.Module:
-    """The stack of blocks inside a (possibly peft-wrapped) Baichuan-2: the module that owns `layers`."""
-    for module in model.modules():
-        if isinstance(getattr(module, "layers", None), nn.ModuleList):
-            return module
-    raise ValueError(f"{type(model).__name__} has no `layers`: it is not a decoder the axes know how to rewrite")

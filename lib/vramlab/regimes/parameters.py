@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..baichuan import ModelSpec, read_model_file
-from ..paths import ROOT
+from ..files import ROOT
 from ..reading import nearest
 from .regime import Regime, read_row, regime_row
 

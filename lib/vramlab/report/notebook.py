@@ -10,7 +10,7 @@ from pathlib import Path
 
 import plotly.io
 
-from ..paths import ROOT
+from ..files import ROOT
 
 # the figure as data: a saved notebook stays small, and JupyterLab shows it without trusting the notebook first
 MIMETYPE = "plotly_mimetype"
@@ -53,7 +53,8 @@ def runs_folder(path: str, progress: bool = True) -> Path:
     wanted = folder(path)
     if list(wanted.glob("*/result.json")):
         return wanted
-    from ..runs.execute import execute, run_id
+    from ..runs.execute import execute
+    from ..runs.parameters import run_id
 
     example = ROOT / "outputs" / "example"
     print(f"no finished runs under {path}: two small runs are made in outputs/example instead (make report makes the real ones)")

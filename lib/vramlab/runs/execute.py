@@ -7,13 +7,11 @@ own, whose allocator returns memory to the OS at once, so that the OS's peak is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -25,66 +23,22 @@ from ..capture import oom
 from ..capture.energy import per_tokens
 from ..capture.nvml import find
 from ..capture.nvml_sampler import Sampler
-from ..capture.peak_rss import MALLOC_ENV, MeasuredProcess
 from ..factcc.checker import Checker
-from ..factcc.sources import item_files
 from ..factcc.statistics import MODEL_SCORINGS, summarise
-from ..files import checksum, write_table, write_whole
+from ..files import write_table, write_whole
 from ..forecast import what_fits as fitting
-from ..processes import take_turn
+from ..processes import MALLOC_ENV, MeasuredProcess, take_turn
+from ..regimes import sharded
 from ..regimes.parameters import run_row, run_spec
 from ..regimes.place.place import alone
 from ..regimes.regime import check_machine
 from ..training.trainer import Diverged
 from . import evaluate as exam
 from . import passes
-from .parameters import KNOWN_PARAMETERS, faults
+from .parameters import KNOWN_PARAMETERS, SCHEMA, config_hash, resolve
 
-SCHEMA = 1
 RESERVED_BYTES = 64 << 10
 """Of a run's folder for its result from the start: a disk may be full when it ends."""
-
-
-def resolve(params: Mapping) -> dict:
-    """`params` over the defaults, with the regime's row and learning rate filled in.
-
-    Raises: ValueError, naming every parameter that cannot work, its value and what it may be.
-    """
-    full = {**KNOWN_PARAMETERS, **params}
-    if wrong := faults(full):
-        several = f"{len(wrong)} parameters cannot work:\n  - " if len(wrong) > 1 else ""
-        raise ValueError(several + "\n  - ".join(wrong.values()))
-    row = run_row(full)
-    full["lr"] = float(full["lr"]) or row.lr
-    return {**full, "regime_row": row.axes(), "accumulate": row.accumulate, "clip": row.clip}
-
-
-def config_hash(params: Mapping) -> str:
-    """Hash of everything that decides the run's numbers: parameters, the row, the model's file and the data on disk. Of the
-    parameters, those that are not at their default, so that one more parameter renames no run; another default is another
-    `SCHEMA`."""
-    full = resolve(params)
-    said = {name: value for name, value in full.items() if name not in KNOWN_PARAMETERS or value != KNOWN_PARAMETERS[name]}
-    content = {"schema": SCHEMA, "params": said, "model": run_spec(full).fingerprint(),
-               "items": _files(full["items"])}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _files(path: str) -> list:
-    """(name, SHA-256) of each file of a data set."""
-    files = item_files(Path(path)) if path and Path(path).exists() else []
-    return [(file.name, _checksum(file.resolve(), file.stat().st_mtime_ns, file.stat().st_size)) for file in files]
-
-
-@cache
-def _checksum(file: Path, *_: int) -> str:
-    """Once for all cells of a sweep, as long as the file has the same time and size."""
-    return checksum(file)
-
-
-def run_id(params: Mapping) -> str:
-    """The folder name of a run: regime and the head of its hash."""
-    return f"{params.get('regime', KNOWN_PARAMETERS['regime'])}-{config_hash(params)[:8]}"
 
 
 def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path:
@@ -165,7 +119,7 @@ def _learned(params: dict, prepared: passes.Prepared, process: MeasuredProcess |
         if not torch.tensor(scores[[*MODEL_SCORINGS]].to_numpy()).isfinite().all():
             raise Diverged(params["steps"] - 1, "scores", "the trained model's scores are not finite, though every loss was")
         written = exam.write(trained, prepared, progress) if params["generate"] else None
-        weights_hash = environment.weights_hash(trained)
+        weights_hash = sharded.weights_hash(trained)
         del trained
         write_table(scores, folder / "scores.parquet")
         write_table(summarise(scores), folder / "accuracy.parquet")

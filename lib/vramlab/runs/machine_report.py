@@ -17,7 +17,6 @@ from torch import distributed
 from .. import machine as environment
 from ..capture import nvml
 from ..capture.peak_rss import peak_method
-from ..regimes.weights import bf16_on_cpu as rounding
 
 GIB = 2**30
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -96,7 +95,7 @@ def _bf16() -> Finding:
     if torch.cuda.is_available():
         can = torch.cuda.is_bf16_supported(including_emulation=False)
         return Finding("bf16", can, "the card's own" if can else "the card emulates it", "compute capability 8.0; or fp32 rows")
-    needed, why = rounding.needed()
+    needed, why = environment.needed()
     return Finding("bf16", not needed, f"formed in fp32 and rounded: {why}" if needed else f"native: {why}",
                    "the same numerics; speeds of bf16 rows are not bf16's")
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
+from functools import cache
+from pathlib import Path
 
 from ..factcc.dataset import EVERY, IN_DOMAIN_SHIFTS, TASKS, chosen
 from ..factcc.generator import most_records
 from ..factcc.items import DOMAINS
 from ..factcc.prompt import CLAIMS_PER_SEQUENCE, HALF, OBJECTIVES
 from ..factcc.questions import QUESTIONS_PER_PASSAGE
+from ..factcc.sources import item_files
+from ..files import checksum
 from ..reading import nearest
 from ..regimes.parameters import run_row, run_spec
 from ..regimes.registry import AXES
 
+SCHEMA = 1
 KNOWN_PARAMETERS: dict[str, object] = {
     "regime": "full",
     "model": "tiny",
@@ -136,3 +143,45 @@ def faults(full: Mapping) -> dict[str, str]:
         if reason:
             wrong[names[0]] = reason
     return wrong
+
+
+def resolve(params: Mapping) -> dict:
+    """`params` over the defaults, with the regime's row and learning rate filled in.
+
+    Raises: ValueError, naming every parameter that cannot work, its value and what it may be.
+    """
+    full = {**KNOWN_PARAMETERS, **params}
+    if wrong := faults(full):
+        several = f"{len(wrong)} parameters cannot work:\n  - " if len(wrong) > 1 else ""
+        raise ValueError(several + "\n  - ".join(wrong.values()))
+    row = run_row(full)
+    full["lr"] = float(full["lr"]) or row.lr
+    return {**full, "regime_row": row.axes(), "accumulate": row.accumulate, "clip": row.clip}
+
+
+def config_hash(params: Mapping) -> str:
+    """Hash of everything that decides the run's numbers: parameters, the row, the model's file and the data on disk. Of the
+    parameters, those that are not at their default, so that one more parameter renames no run; another default is another
+    `SCHEMA`."""
+    full = resolve(params)
+    said = {name: value for name, value in full.items() if name not in KNOWN_PARAMETERS or value != KNOWN_PARAMETERS[name]}
+    content = {"schema": SCHEMA, "params": said, "model": run_spec(full).fingerprint(),
+               "items": _files(full["items"])}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _files(path: str) -> list:
+    """(name, SHA-256) of each file of a data set."""
+    files = item_files(Path(path)) if path and Path(path).exists() else []
+    return [(file.name, _checksum(file.resolve(), file.stat().st_mtime_ns, file.stat().st_size)) for file in files]
+
+
+@cache
+def _checksum(file: Path, *_: int) -> str:
+    """Once for all cells of a sweep, as long as the file has the same time and size."""
+    return checksum(file)
+
+
+def run_id(params: Mapping) -> str:
+    """The folder name of a run: regime and the head of its hash."""
+    return f"{params.get('regime', KNOWN_PARAMETERS['regime'])}-{config_hash(params)[:8]}"

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from .. import machine
 from ..baichuan import BaichuanTokenizer, load_model
 from ..capture.cuda_recorder import Recorder, watching
 from ..capture.memory_limit import Ceiling
@@ -26,18 +27,18 @@ from ..factcc.base.base_model import base_model, random_model
 from ..factcc.base.recipe import Recipe
 from ..factcc.dataset import Dataset, dataset
 from ..factcc.prompt import HALF, check_items, check_room, sequences, training_batches
-from ..observer import Observer, clock
-from ..paths import CACHE
+from ..files import CACHE
+from ..observer import Observer
 from ..progress import bar
 from ..regimes.parameters import model_spec as model_spec
 from ..regimes.parameters import run_row, run_spec
 from ..regimes.place.place import Fsdp, alone
 from ..regimes.regime import Regime
 from ..regimes.trains.adapters import link
-from ..regimes.weights import bf16_on_cpu as rounding
 from ..timeline import events as timeline
 from ..timeline.ledger import Ledger, ledger, sample_at
 from ..timeline.sides import sides
+from ..training.clock import clock
 from ..training.logit_watch import LogitWatch
 from ..training.trainer import Batch, Schedule, Trainer
 
@@ -237,7 +238,7 @@ def measured(params: Mapping) -> dict:
     The window opens before the model exists, so the peak holds weights and all. A small model goes through the same
     regime first: thread pools, oneDNN's caches and late imports are not the regime's bytes.
     """
-    from .execute import resolve
+    from .parameters import resolve
 
     params = resolve(params)
     prepared = prepare(params, progress=False)
@@ -284,7 +285,7 @@ def notes(prepared: Prepared) -> list[str]:
     said = [f"speed: learning pass, nothing watching{beside}; events: separate metered pass of two steps of the longest batch "
             "(parts that take turns: two each); process peak: separate process, allocator returning memory to the OS"]
     if prepared.regime.values["weights"] != "fp32" and prepared.params["device"] == "cpu":
-        needed, why = rounding.needed()
+        needed, why = machine.needed()
         if needed:
             said.append(f"bf16 products formed in fp32 and rounded ({why}): same numerics, and its speed is not bf16's; "
                         "the fp32 temporaries are in the process peak")

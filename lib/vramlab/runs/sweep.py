@@ -24,12 +24,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ..files import notice, write_checked, write_whole
-from ..paths import ROOT
+from ..files import ROOT, notice, write_checked, write_whole
 from ..processes import TURN, die_with
 from ..reading import BadFile, checked, nearest, plain_name, read_yaml, regular_file
-from .execute import KNOWN_PARAMETERS, SCHEMA, config_hash, run_id
 from .folder import KILLED, Run, outcome
+from .parameters import KNOWN_PARAMETERS, SCHEMA, config_hash, run_id
 from .passes import make_bases
 
 KEYS = {"name": str, "notebook": str, "defaults": Mapping[str, Any] | None, "grid": Mapping[str, Any]}

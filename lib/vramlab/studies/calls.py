@@ -13,10 +13,11 @@ from ..baichuan import BaichuanForCausalLM
 from ..capture.meter import Meter
 from ..cards import card as read_card
 from ..forecast.forecast import Question, forecast
-from ..observer import Clock, Observer
+from ..observer import Observer
 from ..regimes.parameters import model_spec, row_of
 from ..regimes.regime import Regime
 from ..regimes.updates import updates
+from ..training.clock import Clock
 from ..training.trainer import Batch, Schedule, Trainer
 
 

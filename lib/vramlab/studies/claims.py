@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..paths import ROOT
+from ..files import ROOT
 from ..reading import matches, read_yaml, typed
 from . import STUDIES
 from .estimates import Figure

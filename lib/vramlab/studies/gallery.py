@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..paths import ROOT
+from ..files import ROOT
 from ..reading import read_json
 from .claims import Verdict, decide, read_claims
 from .estimates import Figure

@@ -17,9 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..paths import ROOT
+from ..files import ROOT
 from ..reading import BadFile, checked, nearest, read_yaml, typed
-from ..runs.execute import run_id
+from ..runs.parameters import run_id
 from ..runs.sweep import combinations
 from . import STUDIES
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..paths import ROOT
+from ..files import ROOT
 from . import STUDIES, runner
 from .claims import table
 from .plan import PARAMS, Plan, read_plan

@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from ..files import write_table, write_whole
-from ..paths import ROOT
+from ..files import ROOT, write_table, write_whole
 from ..processes import side_by_side
 from ..progress import bar
-from ..runs.execute import KNOWN_PARAMETERS, SCHEMA, execute
+from ..runs.execute import execute
 from ..runs.folder import outcome
+from ..runs.parameters import KNOWN_PARAMETERS, SCHEMA
 from ..runs.passes import make_bases
 from ..training.trainer import Diverged
 from .plan import StudyCell

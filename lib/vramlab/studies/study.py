@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..files import write_whole
+from ..files import ROOT, write_whole
 from ..machine import record
-from ..paths import ROOT
 from . import claims, runner
 from .estimates import Figure
 from .gallery import GALLERY

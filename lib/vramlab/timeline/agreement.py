@@ -6,7 +6,7 @@
 
 Errors are signed shares of the measured value: +0.01 is a forecast 1 % too high. Curves are of requested bytes, which both know
 exactly; what an allocator makes of them is compared too where both timelines have it: a recording does, a forecast's does after
-`allocator.simulate.through_allocator`. What the driver makes of it is compared at the peaks (`summary`). Where nothing was measured
+`reserved.through_allocator`. What the driver makes of it is compared at the peaks (`summary`). Where nothing was measured
 there is no error, not an error of 0.
 """
 

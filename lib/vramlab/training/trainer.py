@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..observer import Observer
-from ..regimes.place.place import local
 from ..regimes.regime import Regime, check_machine
+from ..regimes.sharded import local
 from ..regimes.trains.leaves import ActiveLeaves
 from ..regimes.trains.parts import Part
 from ..regimes.until.until import Updater

@@ -22,8 +22,7 @@ import torch
 from transformers.utils import logging
 
 from ...baichuan import BaichuanForCausalLM, BaichuanTokenizer, ModelSpec
-from ...files import intact, remove_stale, seal
-from ...paths import BASES
+from ...files import BASES, intact, remove_stale, seal
 from ..generator import GeneratorConfig
 from .recipe import Reading, Recipe
 from .training import Base, extend_base, save_tokenizer, train_base

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...baichuan import ModelSpec
-from ...files import SEAL, intact, remove_stale, seal, write_whole
-from ...paths import BASES, CACHE
+from ...files import BASES, CACHE, SEAL, intact, remove_stale, seal, write_whole
 from ...reading import BadFile, checked, read_json
 from ...regimes.parameters import model_spec
 from ..statistics import MODEL_SCORINGS

@@ -32,8 +32,8 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
+from ...baichuan.model import decoder
 from ...observer import Observer, recomputing
-from ..acts import decoder
 from ..fields import Count, CountOrNone, Range, Width
 from ..trains.adapters import Lora
 from ..trains.leaves import Leaf

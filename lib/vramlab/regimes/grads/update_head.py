@@ -23,8 +23,8 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from ...baichuan.model import decoder
 from ...observer import Observer
-from ..acts import decoder
 from ..fields import CountOrNone, Range, Width
 from ..trains.leaves import Leaf
 from ..trains.parts import All, Part

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
+from ...baichuan.model import decoder
 from ...observer import Observer
-from ..acts import decoder
 from ..until.until import Updater
 from ..weights.types import Fp32
 from .host_updater import HostUpdater, Together

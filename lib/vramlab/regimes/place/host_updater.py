@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ...observer import Observer
+from ..sharded import is_sharded
 from ..until.row_protocol import TakesRows
 from ..until.until import Backward, Updater
-from .place import is_sharded
 from .transfers import Bus
 
 

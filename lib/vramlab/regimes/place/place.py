@@ -30,10 +30,10 @@ from torch import Tensor, distributed, nn
 from torch.distributed import device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
-from torch.distributed.tensor import DTensor
 
+from ...baichuan.model import decoder
 from ...observer import Observer
-from ..acts import decoder
+from ..sharded import is_sharded
 from ..weights.types import Fp32
 
 
@@ -126,23 +126,6 @@ def alone(place: Device) -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's piece of a sharded tensor; any other tensor itself."""
-    with torch.no_grad():  # else a view that autograd knows of
-        return tensor.to_local() if is_sharded(tensor) else tensor
-
-
-def first_row(tensor: Tensor) -> int:
-    """The row of a sharded tensor that this rank's piece begins with; 0 of any other."""
-    if not is_sharded(tensor):
-        return 0
-    return tensor.device_mesh.get_local_rank() * -(-tensor.shape[0] // tensor.device_mesh.size())
 
 
 def _move_unsharded(unit: nn.Module, device: torch.device) -> None:

@@ -27,9 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...baichuan.model import NormHead
+from ...baichuan.model import NormHead, decoder
 from ...observer import Observer, recomputing
-from ..acts import decoder
 from ..fields import Count
 from ..head.head import FusedLoss
 from ..until.row_protocol import Spans, spans

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..place.place import local
+from ..sharded import local
 from .sliced import Fit, RowWise
 
 

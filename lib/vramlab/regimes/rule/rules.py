@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from ..fields import Decay, Eps, Range, WeightDecay
-from ..place.place import is_sharded, local
+from ..sharded import is_sharded, local
 from ..weights.storage import Nearest
 from . import adam_mini, factored
 from . import quantized_moments as moment_codes

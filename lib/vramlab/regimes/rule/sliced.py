@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..place.place import first_row, local
+from ..sharded import first_row, local
 from ..weights.storage import MASTER, Nearest
 
 SLICE_BYTES = 64 << 20

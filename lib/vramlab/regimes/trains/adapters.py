@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...baichuan.model import next_labels
+from ...baichuan.model import decoder, next_labels
 from ...observer import recomputing
-from ..acts import decoder
 from ..fields import Count, IllegalRegime, Width
 from .parts import All, Part, whole
 

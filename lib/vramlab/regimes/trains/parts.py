@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...baichuan.model import BaichuanRMSNorm, next_labels
-from ..acts import decoder
+from ...baichuan.model import BaichuanRMSNorm, decoder, next_labels
 from ..fields import Count, CountOrNone, IllegalRegime, Range, Seed
 from .leaves import Leaf, divisible
 

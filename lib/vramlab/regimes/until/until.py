@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...observer import Observer
 from ..fields import Limit, Range
-from ..place.place import is_sharded, local
+from ..sharded import is_sharded, local
 from .clipping import ByValue, LastNorm, NormOfAll, ScaledNorm, Unclipped
 from .row_protocol import TakesRows
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,21 +19,6 @@ from torch import Tensor
 
 HALVES = (torch.bfloat16, torch.float16)
 _native_linear, _native_attention = F.linear, F.scaled_dot_product_attention
-
-
-@cache
-def needed() -> tuple[bool, str]:
-    """Whether this CPU should form bf16 products in fp32, and why."""
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
-    except (OSError, IndexError):
-        return True, "the CPU's features are not known"
-    units, used = sorted(flags & {"avx512_bf16", "amx_bf16"}), torch.backends.cpu.get_cpu_capability()
-    if units and not used.startswith("AVX512"):  # torch was built or told to use less, and its attention then fails in bf16
-        return True, f"the CPU has {', '.join(units)}, but torch uses {used} only"
-    if units:
-        return False, f"the CPU has {', '.join(units)}"
-    return True, f"the CPU ({used}) has neither avx512_bf16 nor amx_bf16"
 
 
 class RoundedLinear(torch.autograd.Function):
