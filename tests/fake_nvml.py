@@ -1,7 +1,8 @@
-"""A stand-in for libnvidia-ml.so: the C functions that nvidia-ml-py calls, for cards as this module describes them.
+"""A stand-in for libnvidia-ml.so: the C functions that nvidia-ml-py calls, for cards as this module
+describes them.
 
-The real pynvml runs on top of it, so its wrappers, structures and errors are tested too. What a driver has not is simply no
-function here, as in the library. Any setter is refused, loudly.
+The real pynvml runs on top of it, so its wrappers, structures and errors are tested too. What a
+driver has not is simply no function here, as in the library. Any setter is refused, loudly.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ import pynvml
 import torch
 
 UUID = "0f6bfa6f-1d2c-4b0e-9a53-9a5b3a1c7d11"
-OK, NOT_SUPPORTED, LOST = pynvml.NVML_SUCCESS, pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_GPU_IS_LOST
+OK, NOT_SUPPORTED, LOST = (
+    pynvml.NVML_SUCCESS,
+    pynvml.NVML_ERROR_NOT_SUPPORTED,
+    pynvml.NVML_ERROR_GPU_IS_LOST,
+)
 UNKNOWN_BYTES = 2**64 - 1
 GIB = 2**30
 TICK_S = 0.1
@@ -22,8 +27,16 @@ TICK_S = 0.1
 OF_NO_CARD = {"nvmlDeviceGetHandleByUUID", "nvmlDeviceGetCount_v2"}
 LACKS = {  # what cards and drivers of their time do not answer
     "Pascal": {"nvmlDeviceGetTotalEnergyConsumption"},
-    "Volta": set(), "Turing": set(), "Ampere": set(), "Ada": set(), "Hopper": set(), "Blackwell": set(),
-    "Grace Blackwell": {"nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetMemoryInfo"},  # its memory is the host's
+    "Volta": set(),
+    "Turing": set(),
+    "Ampere": set(),
+    "Ada": set(),
+    "Hopper": set(),
+    "Blackwell": set(),
+    "Grace Blackwell": {
+        "nvmlDeviceGetMemoryInfo_v2",
+        "nvmlDeviceGetMemoryInfo",
+    },  # its memory is the host's
     "laptop": {"nvmlDeviceGetPowerUsage", "nvmlDeviceGetTotalEnergyConsumption"},
 }
 OLD_DRIVER = {"nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetComputeRunningProcesses_v3"}
@@ -31,7 +44,8 @@ OLD_DRIVER = {"nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetComputeRunningProcesse
 
 @dataclass
 class Card:
-    """One card, with whatever is on it now. `processes`: bytes by host pid, None where the driver does not tell."""
+    """One card, with whatever is on it now. `processes`: bytes by host pid, None where the driver
+    does not tell."""
 
     architecture: str = "Hopper"
     uuid: str = f"GPU-{UUID}"
@@ -54,12 +68,21 @@ class Card:
 
 
 class Library:
-    """`pynvml.nvmlLib`. `missing`: functions that the driver does not have. `lost_after`: calls until every card is gone."""
+    """`pynvml.nvmlLib`. `missing`: functions that the driver does not have. `lost_after`: calls
+    until every card is gone."""
 
     def __init__(self, *cards: Card, missing=(), lost_after: float = float("inf"), init: int = OK):
-        self.cards, self.missing, self.lost_after, self.init = list(cards), set(missing), lost_after, init
+        self.cards, self.missing, self.lost_after, self.init = (
+            list(cards),
+            set(missing),
+            lost_after,
+            init,
+        )
         self.asked: list[str] = []
-        self.handles = [*self.cards, *(instance for card in self.cards for instance in card.instances)]
+        self.handles = [
+            *self.cards,
+            *(instance for card in self.cards for instance in card.instances),
+        ]
 
     def __getattr__(self, name: str):
         if name.startswith("nvmlDeviceSet") or "Reset" in name or "Clear" in name:
@@ -107,7 +130,11 @@ class Library:
 
     def _nvmlDeviceGetMigMode(self, card, current, pending):
         current._obj.value = card.mig
-        return OK if card.mig or card.architecture in ("Ampere", "Hopper", "Blackwell") else NOT_SUPPORTED
+        return (
+            OK
+            if card.mig or card.architecture in ("Ampere", "Hopper", "Blackwell")
+            else NOT_SUPPORTED
+        )
 
     def _nvmlDeviceGetMaxMigDeviceCount(self, card, count):
         count._obj.value = 7 if card.mig else 0
@@ -119,11 +146,16 @@ class Library:
         return _point(handle, self.handles.index(card.instances[index.value]) + 1)
 
     def _nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, instance, handle):
-        return _point(handle, next(n for n, card in enumerate(self.handles, 1) if instance in card.instances))
+        return _point(
+            handle, next(n for n, card in enumerate(self.handles, 1) if instance in card.instances)
+        )
 
     def _nvmlDeviceGetMemoryInfo(self, card, memory):
         found = memory._obj
-        found.total, found.used = card.total, card.used + card.reserved  # version 1 folds them together
+        found.total, found.used = (
+            card.total,
+            card.used + card.reserved,
+        )  # version 1 folds them together
         return OK
 
     def _nvmlDeviceGetMemoryInfo_v2(self, card, memory):
@@ -172,11 +204,16 @@ def _point(handle, number: int) -> int:
 
 
 def install(monkeypatch, *cards: Card, uuid: str = UUID, host: bool = True, **driver) -> Library:
-    """Put `cards` into this machine, the first being torch's cuda:0 with `uuid`; `host`: not in a container."""
+    """Put `cards` into this machine, the first being torch's cuda:0 with `uuid`; `host`: not in a
+    container."""
     library = Library(*cards, **driver)
     monkeypatch.setattr(pynvml, "nvmlLib", library)
     monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
-    properties = type("Properties", (), {"uuid": uuid, "name": "a card", "total_memory": 80 * GIB, "major": 9, "minor": 0})
+    properties = type(
+        "Properties",
+        (),
+        {"uuid": uuid, "name": "a card", "total_memory": 80 * GIB, "major": 9, "minor": 0},
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

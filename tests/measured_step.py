@@ -1,4 +1,5 @@
-"""Steps of a mid-sized model, called in a measured process by test_meter: big enough for a percent to be visible."""
+"""Steps of a mid-sized model, called in a measured process by test_meter: big enough for a percent
+to be visible."""
 
 from __future__ import annotations
 
@@ -10,14 +11,24 @@ from vramlab.observer import Observer
 from vramlab.regimes.regime import read_row
 from vramlab.training.trainer import Schedule, Trainer
 
-SIZES = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4,
-         "max_position_embeddings": 512}
+SIZES = {
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
 
 
 def steps(row: dict, observer: Observer, layers: int = 4, count: int = 2) -> Trainer:
     """A model made and trained for `count` steps of 4 x 256 tokens."""
-    trainer = Trainer(micro.model(**{**SIZES, "num_hidden_layers": layers}), read_row("row", row), Schedule(1e-3, count),
-                      observer=observer)
+    trainer = Trainer(
+        micro.model(**{**SIZES, "num_hidden_layers": layers}),
+        read_row("row", row),
+        Schedule(1e-3, count),
+        observer=observer,
+    )
     ids = torch.randint(3, 1000, (4, 256), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     for _ in range(count):

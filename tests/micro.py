@@ -18,8 +18,15 @@ from vramlab.training.trainer import Schedule, Trainer
 def model(position: str = "rope", seed: int = 0, **changes) -> BaichuanForCausalLM:
     """Odd sizes on purpose: 3 blocks, 61 words, 20 wide, 4 heads, 33 inside."""
     torch.manual_seed(seed)
-    sizes = {"vocab_size": 61, "hidden_size": 20, "intermediate_size": 33, "num_hidden_layers": 3,
-             "num_attention_heads": 2, "max_position_embeddings": 64, **changes}
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 20,
+        "intermediate_size": 33,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        **changes,
+    }
     return BaichuanForCausalLM(BaichuanConfig(position=position, **sizes))
 
 
@@ -30,7 +37,8 @@ def batch(seed: int, rows: int = 3, tokens: int = 11) -> dict:
 
 
 def ranks(regime: Regime) -> AbstractContextManager:
-    """What a regime that shards needs. One rank has nothing to exchange, so a pretended one is right on real tensors too."""
+    """What a regime that shards needs. One rank has nothing to exchange, so a pretended one is
+    right on real tensors too."""
     return pretended_ranks(1) if isinstance(regime.place, Fsdp) else nullcontext()
 
 
@@ -40,6 +48,12 @@ def train(row: dict, steps: int = 4, observer: Observer | None = None, lr: float
     regime = read_row("row", row)
     with ranks(regime):
         trainer = Trainer(model(**changes), regime, Schedule(lr, steps), observer=observer)
-        losses = [float(trainer.step([batch(100 * step + i) for i in range(regime.accumulate)])) for step in range(steps)]
-        weights = {name: local(tensor).detach().clone() for name, tensor in trainer.finish().state_dict().items()}
+        losses = [
+            float(trainer.step([batch(100 * step + i) for i in range(regime.accumulate)]))
+            for step in range(steps)
+        ]
+        weights = {
+            name: local(tensor).detach().clone()
+            for name, tensor in trainer.finish().state_dict().items()
+        }
     return losses, weights, trainer

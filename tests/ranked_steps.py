@@ -1,6 +1,7 @@
-"""What each rank of a real process group does, started by test_fsdp: trains its half of every batch, and writes what came out.
+"""What each rank of a real process group does, started by test_fsdp: trains its half of every
+batch, and writes what came out.
 
-    torchrun --nproc-per-node 2 tests/ranked_steps.py FOLDER
+torchrun --nproc-per-node 2 tests/ranked_steps.py FOLDER
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ STEPS = 3
 
 
 def halves(number: int) -> Iterator[dict]:
-    """The two halves of micro-batch `number`. The second has fewer labels, so that half the tokens are not half the loss, and in
-    the second micro-batch none at all: that rank contributes nothing, and still gathers with the other."""
+    """The two halves of micro-batch `number`. The second has fewer labels, so that half the tokens
+    are not half the loss, and in the second micro-batch none at all: that rank contributes nothing,
+    and still gathers with the other.
+    """
     for rank in range(2):
         batch = micro.batch(2 * number + rank)
         if rank:
@@ -49,22 +52,43 @@ def halves(number: int) -> Iterator[dict]:
 
 
 def train(row: dict, mine: slice) -> dict:
-    """Losses, and weights made whole, after training on `mine` of the halves of every micro-batch."""
+    """Losses, and weights made whole, after training on `mine` of the halves of every
+    micro-batch."""
     trainer = Trainer(micro.model(), read_row("row", row), Schedule(1e-2, STEPS))
     numbers, losses = itertools.count(), []
     for _ in range(STEPS):
         parts = [list(halves(next(numbers)))[mine] for _ in range(trainer.regime.accumulate)]
-        losses.append(float(trainer.step([{key: torch.cat([half[key] for half in part]) for key in part[0]} for part in parts])))
+        losses.append(
+            float(
+                trainer.step(
+                    [
+                        {key: torch.cat([half[key] for half in part]) for key in part[0]}
+                        for part in parts
+                    ]
+                )
+            )
+        )
     weights = trainer.finish().state_dict()
-    return {"losses": losses, "weights": {key: tensor.full_tensor() if is_sharded(tensor) else tensor
-                                          for key, tensor in weights.items()}}
+    return {
+        "losses": losses,
+        "weights": {
+            key: tensor.full_tensor() if is_sharded(tensor) else tensor
+            for key, tensor in weights.items()
+        },
+    }
 
 
 def births(frame: pd.DataFrame) -> Counter:
-    """What is made in the second step, in number. Left out: gloo's own copy of what it reduces, seen when gloo cuts it up,
-    which a GPU's collectives do not make; and whatever holds the batch."""
-    born = frame.query("event == 'alloc' and step == 1 and bytes > 0 and category != 'inputs' and op != 'aten.split.Tensor'")
-    return Counter(zip(born["category"], born["phase"], born["module"], born["op"], born["bytes"], strict=True))
+    """What is made in the second step, in number. Left out: gloo's own copy of what it reduces,
+    seen when gloo cuts it up, which a GPU's collectives do not make; and whatever holds the
+    batch."""
+    born = frame.query(
+        "event == 'alloc' and step == 1 and bytes > 0 and category != 'inputs' and op !="
+        " 'aten.split.Tensor'"
+    )
+    return Counter(
+        zip(born["category"], born["phase"], born["module"], born["op"], born["bytes"], strict=True)
+    )
 
 
 def metered(row: dict) -> Counter:
@@ -83,8 +107,12 @@ def main(folder: Path) -> None:
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
     sharded = {name: {"place": "fsdp", **row} for name, row in ROWS.items()}
-    out = {"trained": {name: train(row, slice(rank, rank + 1)) for name, row in sharded.items()},
-           "metered": {name: metered(row) for name, row in sharded.items() if not row.get("accumulate")}}
+    out = {
+        "trained": {name: train(row, slice(rank, rank + 1)) for name, row in sharded.items()},
+        "metered": {
+            name: metered(row) for name, row in sharded.items() if not row.get("accumulate")
+        },
+    }
     torch.save(out, folder / f"rank{rank}.pt")
     distributed.destroy_process_group()
 

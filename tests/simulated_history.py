@@ -1,5 +1,7 @@
-"""A history of the same format as torch's, kept live while a CPU trains: every storage the meter sees goes through the simulated
-allocator, whose addresses stand for the device's. The recorder cannot tell the difference; the meter beside it is the truth."""
+"""A history of the same format as torch's, kept live while a CPU trains: every storage the meter
+sees goes through the simulated allocator, whose addresses stand for the device's. The recorder
+cannot tell the difference; the meter beside it is the truth.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +51,12 @@ class SimulatedHistory(Meter):
 
     def peaks(self):
         found = simulate(self.asked, self.kept.allocator.settings)
-        return {"allocated_peak_bytes": found.peak_allocated_bytes, "reserved_peak_bytes": found.peak_reserved_bytes,
-                "num_alloc_retries": found.num_alloc_retries, "num_ooms": 0}
+        return {
+            "allocated_peak_bytes": found.peak_allocated_bytes,
+            "reserved_peak_bytes": found.peak_reserved_bytes,
+            "num_alloc_retries": found.num_alloc_retries,
+            "num_ooms": 0,
+        }
 
     def look(self):
         return self.kept.snapshot(max(0, len(self.kept.trace) - self.max_entries))
@@ -61,7 +67,8 @@ class SimulatedHistory(Meter):
 
 
 class Pair(Observer):
-    """Tells both the same things, and the meter first: it must know a storage by the time the recorder asks where it lies."""
+    """Tells both the same things, and the meter first: it must know a storage by the time the
+    recorder asks where it lies."""
 
     def __init__(self, meter, recorder):
         self.both = meter, recorder
@@ -92,12 +99,15 @@ class Pair(Observer):
 
 
 def recorded(regime, steps=3, max_entries=MAX_ENTRIES, **history):
-    """(what the meter saw, the recorder, the trainer) of the same steps of the micro model, from before it existed."""
+    """(what the meter saw, the recorder, the trainer) of the same steps of the micro model, from
+    before it existed."""
     kept = SimulatedHistory(**history)
     recorder = Recorder(history=kept, max_entries=max_entries)
     torch.manual_seed(0)
     with micro.ranks(regime), recorder:
-        trainer = Trainer(micro.model(), regime, Schedule(1e-2, steps), observer=Pair(kept, recorder))
+        trainer = Trainer(
+            micro.model(), regime, Schedule(1e-2, steps), observer=Pair(kept, recorder)
+        )
         for step in range(steps):
             trainer.step([micro.batch(10 * step + at) for at in range(regime.accumulate)])
     return kept.frame(), recorder, trainer

@@ -1,7 +1,9 @@
-"""The caching allocator a second time, slowly: written from CUDACachingAllocator.cpp with nothing of vramlab's.
+"""The caching allocator a second time, slowly: written from CUDACachingAllocator.cpp with nothing
+of vramlab's.
 
-Plain lists and whole scans: a segment is a list of blocks [address, bytes, state, requested], a search is a minimum over
-all of them. It writes the trace and the snapshot that PyTorch would, addresses included.
+Plain lists and whole scans: a segment is a list of blocks [address, bytes, state, requested], a
+search is a minimum over all of them. It writes the trace and the snapshot that PyTorch would,
+addresses included.
 """
 
 from __future__ import annotations
@@ -9,11 +11,20 @@ from __future__ import annotations
 MIB = 1 << 20
 HUGE = 1 << 43
 
-# events whose peak depends on which of two segments lies lower, because each has a free block of 10 MiB at one time
-TIE = [("alloc", "both", 20 * MIB, 0), ("free", "both", 0, 0), ("alloc", "first half", 10 * MIB, 0),
-       ("alloc", "second half", 10 * MIB, 0), ("alloc", "other segment", 10 * MIB, 0),
-       ("free", "first half", 0, 0), ("free", "other segment", 0, 0),
-       ("alloc", "either", 10 * MIB, 0), ("free", "second half", 0, 0), ("alloc", "whole", 20 * MIB, 0)]
+# events whose peak depends on which of two segments lies lower, because each has a free block of 10
+# MiB at one time
+TIE = [
+    ("alloc", "both", 20 * MIB, 0),
+    ("free", "both", 0, 0),
+    ("alloc", "first half", 10 * MIB, 0),
+    ("alloc", "second half", 10 * MIB, 0),
+    ("alloc", "other segment", 10 * MIB, 0),
+    ("free", "first half", 0, 0),
+    ("free", "other segment", 0, 0),
+    ("alloc", "either", 10 * MIB, 0),
+    ("free", "second half", 0, 0),
+    ("alloc", "whole", 20 * MIB, 0),
+]
 
 
 class Full(Exception):
@@ -21,18 +32,34 @@ class Full(Exception):
 
 
 class SlowAllocator:
-    """`reuse`: the driver gives the lowest address that is free, as real ones may, instead of one never used. `places`: such a
-    one lies above all others ("up"), below them ("down"), or now above and now below ("both")."""
+    """`reuse`: the driver gives the lowest address that is free, as real ones may, instead of one
+    never used. `places`: such a one lies above all others ("up"), below them ("down"), or now above
+    and now below ("both")."""
 
-    def __init__(self, expandable=False, max_split=None, large=20 * MIB, divisions=0, collect=0.0, capacity=None, reuse=False,
-                 fraction=1.0, places="up"):
-        self.expandable, self.max_split, self.large, self.divisions = expandable, max_split or 1 << 62, large, divisions
+    def __init__(
+        self,
+        expandable=False,
+        max_split=None,
+        large=20 * MIB,
+        divisions=0,
+        collect=0.0,
+        capacity=None,
+        reuse=False,
+        fraction=1.0,
+        places="up",
+    ):
+        self.expandable, self.max_split, self.large, self.divisions = (
+            expandable,
+            max_split or 1 << 62,
+            large,
+            divisions,
+        )
         self.collect, self.capacity, self.reuse, self.fraction = collect, capacity, reuse, fraction
         self.segments, self.trace, self.retries = [], [], 0
         self.next, self.clock, self.ages = 0x7F0000000000, 0, {}
         self.places, self.below = places, 0x7F0000000000
 
-    # sizes ----------------------------------------------------------------------------------------------------------
+    # sizes ----------------------------------------------------------------------------------------
 
     def rounded(self, size):
         if size < 512:
@@ -63,9 +90,11 @@ class SlowAllocator:
         return sum(b[1] for s in self.segments for b in s["blocks"] if b[2] == "used")
 
     def say(self, action, addr, size, stream):
-        self.trace.append({"action": action, "addr": addr, "size": size, "stream": stream, "frames": []})
+        self.trace.append(
+            {"action": action, "addr": addr, "size": size, "stream": stream, "frames": []}
+        )
 
-    # requests -------------------------------------------------------------------------------------------------------
+    # requests -------------------------------------------------------------------------------------
 
     def malloc(self, asked, stream=0):
         size = self.rounded(asked)
@@ -84,12 +113,16 @@ class SlowAllocator:
             self.retries += 1
             found = self.fresh(size, stream, small)
         if found is None:
-            self.trace.append({"action": "oom", "size": asked, "stream": stream, "device_free": 0, "frames": []})
+            self.trace.append(
+                {"action": "oom", "size": asked, "stream": stream, "device_free": 0, "frames": []}
+            )
             raise Full
         segment, block = found
         left = block[1] - size
         if (left >= 512) if small or self.expandable else (size < self.max_split and left > MIB):
-            segment["blocks"].insert(segment["blocks"].index(block) + 1, [block[0] + size, left, "free", 0])
+            segment["blocks"].insert(
+                segment["blocks"].index(block) + 1, [block[0] + size, left, "free", 0]
+            )
             self.ages[block[0] + size] = self.clock
             block[1] = size
         block[2:] = ["used", asked]
@@ -97,8 +130,13 @@ class SlowAllocator:
         return block[0]
 
     def search(self, size, stream, small):
-        fits = [(b[1], b[0], s, b) for s in self.segments if s["stream"] == stream and s["small"] == small
-                for b in s["blocks"] if b[2] == "free" and b[1] >= size]
+        fits = [
+            (b[1], b[0], s, b)
+            for s in self.segments
+            if s["stream"] == stream and s["small"] == small
+            for b in s["blocks"]
+            if b[2] == "free" and b[1] >= size
+        ]
         if not fits:
             return None
         fits.sort(key=lambda fit: fit[:2])
@@ -107,7 +145,9 @@ class SlowAllocator:
             while at + 1 < len(fits) and self.reach(*fits[at + 1][2:]) < self.reach(*fits[at][2:]):
                 at += 1
         best = fits[at]
-        if size < self.max_split <= best[0] or (size >= self.max_split and best[0] >= size + self.large):
+        if size < self.max_split <= best[0] or (
+            size >= self.max_split and best[0] >= size + self.large
+        ):
             return None
         return best[2:]
 
@@ -140,20 +180,24 @@ class SlowAllocator:
 
     def address(self, size):
         if self.reuse:
-            taken = sorted((s["blocks"][0][0], sum(b[1] for b in s["blocks"])) for s in self.segments)
+            taken = sorted(
+                (s["blocks"][0][0], sum(b[1] for b in s["blocks"])) for s in self.segments
+            )
             at = 0x7F0000000000
             for start, length in taken:
                 if start - at >= size:
                     break
                 at = start + length
             return at
-        if self.places == "down" or (self.places == "both" and (self.next + self.below) // MIB % 4 < 2):
+        if self.places == "down" or (
+            self.places == "both" and (self.next + self.below) // MIB % 4 < 2
+        ):
             self.below -= size
             return self.below
         at, self.next = self.next, self.next + size
         return at
 
-    # expandable segments --------------------------------------------------------------------------------------------
+    # expandable segments --------------------------------------------------------------------------
 
     def expand(self, size, stream, small):
         page = 2 * MIB if small else self.large
@@ -161,7 +205,11 @@ class SlowAllocator:
         if where is None:
             total = HUGE if self.capacity is None else self.capacity + self.capacity // 8
             total = (total + page - 1) // page * page
-            segment = {"stream": stream, "small": small, "blocks": [[self.address(total), total, "unmapped", 0]]}
+            segment = {
+                "stream": stream,
+                "small": small,
+                "blocks": [[self.address(total), total, "unmapped", 0]],
+            }
             self.segments.append(segment)
             where = segment, 0
         segment, at = where
@@ -175,7 +223,9 @@ class SlowAllocator:
                 return None
             self.say("segment_map", hole[0], length, stream)
             if length < hole[1]:
-                blocks.insert(blocks.index(hole) + 1, [hole[0] + length, hole[1] - length, "unmapped", 0])
+                blocks.insert(
+                    blocks.index(hole) + 1, [hole[0] + length, hole[1] - length, "unmapped", 0]
+                )
                 hole[1] = length
             hole[2] = "free"
             self.join(segment)
@@ -183,8 +233,12 @@ class SlowAllocator:
         return segment, next(b for b in blocks if b[0] == address)
 
     def lowest(self, size, stream, small):
-        holes = sorted((b[0], s["blocks"].index(b), s) for s in self.segments for b in s["blocks"]
-                       if b[2] == "unmapped" and s["stream"] == stream and s["small"] == small)
+        holes = sorted(
+            (b[0], s["blocks"].index(b), s)
+            for s in self.segments
+            for b in s["blocks"]
+            if b[2] == "unmapped" and s["stream"] == stream and s["small"] == small
+        )
         for _, at, segment in holes:
             blocks = segment["blocks"]
             if at and blocks[at - 1][2] == "free":
@@ -209,7 +263,7 @@ class SlowAllocator:
             else:
                 at += 1
 
-    # frees ----------------------------------------------------------------------------------------------------------
+    # frees ----------------------------------------------------------------------------------------
 
     def free(self, address):
         self.request(address)
@@ -232,7 +286,7 @@ class SlowAllocator:
             if after[0] <= address < after[0] + after[1]:
                 self.ages[after[0]] = self.clock
 
-    # giving back ----------------------------------------------------------------------------------------------------
+    # giving back ----------------------------------------------------------------------------------
 
     def drop(self, segment):
         self.segments.remove(segment)
@@ -246,8 +300,10 @@ class SlowAllocator:
         if self.max_split == 1 << 62 or self.expandable:
             return False
         target = max(size, self.max_split)
-        mine = sorted((s for s in self.whole() if s["stream"] == stream and s["small"] == small),
-                      key=lambda s: (s["blocks"][0][1], s["blocks"][0][0]))
+        mine = sorted(
+            (s for s in self.whole() if s["stream"] == stream and s["small"] == small),
+            key=lambda s: (s["blocks"][0][1], s["blocks"][0][0]),
+        )
         for segment in mine:
             if segment["blocks"][0][1] >= target:
                 self.drop(segment)
@@ -262,7 +318,11 @@ class SlowAllocator:
         threshold = int(self.collect * self.allowed())
         over = self.reserved - threshold
         while over > 0:
-            idle = [(self.clock - self.ages[s["blocks"][0][0]], s) for s in self.whole() if not s["small"]]
+            idle = [
+                (self.clock - self.ages[s["blocks"][0][0]], s)
+                for s in self.whole()
+                if not s["small"]
+            ]
             if not idle:
                 return
             mean = sum(age for age, _ in idle) / len(idle)
@@ -284,8 +344,11 @@ class SlowAllocator:
                 start = base + (block[0] - base + page - 1) // page * page
                 end = base + (block[0] + block[1] - base) // page * page
                 if start < end:
-                    parts = [[block[0], start - block[0], "free", 0], [start, end - start, "unmapped", 0],
-                             [end, block[0] + block[1] - end, "free", 0]]
+                    parts = [
+                        [block[0], start - block[0], "free", 0],
+                        [start, end - start, "unmapped", 0],
+                        [end, block[0] + block[1] - end, "free", 0],
+                    ]
                     at = segment["blocks"].index(block)
                     segment["blocks"][at : at + 1] = [part for part in parts if part[1]]
                     self.say("segment_unmap", start, end - start, segment["stream"])
@@ -293,7 +356,7 @@ class SlowAllocator:
             if len(segment["blocks"]) == 1 and segment["blocks"][0][2] == "unmapped":
                 self.segments.remove(segment)
 
-    # what PyTorch would dump ----------------------------------------------------------------------------------------
+    # what PyTorch would dump ----------------------------------------------------------------------
 
     def dump(self, first=0, device=0):
         """The snapshot of a recording that began before event `first`. An own copy."""
@@ -303,19 +366,51 @@ class SlowAllocator:
             run = []
             for block in [*segment["blocks"], [0, 0, "unmapped", 0]]:
                 if block[2] != "unmapped":
-                    run.append({"address": block[0], "size": block[1], "requested_size": block[3], "state": states[block[2]],
-                                "frames": []})
+                    run.append(
+                        {
+                            "address": block[0],
+                            "size": block[1],
+                            "requested_size": block[3],
+                            "state": states[block[2]],
+                            "frames": [],
+                        }
+                    )
                 elif run:
-                    out.append({"device": device, "address": run[0]["address"], "total_size": sum(b["size"] for b in run),
-                                "stream": segment["stream"], "segment_type": "small" if segment["small"] else "large",
-                                "allocated_size": 0, "active_size": 0, "requested_size": 0, "blocks": run, "frames": [],
-                                "segment_pool_id": (0, 0), "is_expandable": self.expandable})
+                    out.append(
+                        {
+                            "device": device,
+                            "address": run[0]["address"],
+                            "total_size": sum(b["size"] for b in run),
+                            "stream": segment["stream"],
+                            "segment_type": "small" if segment["small"] else "large",
+                            "allocated_size": 0,
+                            "active_size": 0,
+                            "requested_size": 0,
+                            "blocks": run,
+                            "frames": [],
+                            "segment_pool_id": (0, 0),
+                            "is_expandable": self.expandable,
+                        }
+                    )
                     run = []
-        trace = [{**entry, "time_us": 1_700_000_000_000_000 + at, "user_metadata": "", "compile_context": "N/A"}
-                 for at, entry in enumerate(self.trace)]
-        return {"segments": sorted(out, key=lambda s: s["address"]), "device_traces": [[]] * device + [trace[first:]],
-                "allocator_settings": {"PYTORCH_CUDA_ALLOC_CONF": self.conf(), "expandable_segments": self.expandable},
-                "external_annotations": []}
+        trace = [
+            {
+                **entry,
+                "time_us": 1_700_000_000_000_000 + at,
+                "user_metadata": "",
+                "compile_context": "N/A",
+            }
+            for at, entry in enumerate(self.trace)
+        ]
+        return {
+            "segments": sorted(out, key=lambda s: s["address"]),
+            "device_traces": [[]] * device + [trace[first:]],
+            "allocator_settings": {
+                "PYTORCH_CUDA_ALLOC_CONF": self.conf(),
+                "expandable_segments": self.expandable,
+            },
+            "external_annotations": [],
+        }
 
     def conf(self):
         told = [f"expandable_segments:{self.expandable}"]
@@ -323,4 +418,6 @@ class SlowAllocator:
         told += [f"large_segment_size_mb:{self.large // MIB}"] * (self.large != 20 * MIB)
         told += [f"roundup_power2_divisions:{self.divisions}"] * (self.divisions > 0)
         told += [f"per_process_memory_fraction:{self.fraction}"] * (self.fraction < 1)
-        return ",".join([*told, f"garbage_collection_threshold:{self.collect}"] if self.collect else told)
+        return ",".join(
+            [*told, f"garbage_collection_threshold:{self.collect}"] if self.collect else told
+        )

@@ -1,4 +1,5 @@
-"""Adapters leave the base alone, begin as the base, and train as the library they come from does; packed bases are exact."""
+"""Adapters leave the base alone, begin as the base, and train as the library they come from does;
+packed bases are exact."""
 
 from __future__ import annotations
 
@@ -24,22 +25,30 @@ def _trainer(row: dict) -> Trainer:
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "nf4", "int8"])
-@pytest.mark.parametrize("fields", [{}, {"dora": True}, {"frozen_a": True}, {"adapters": "bf16"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"dora": True}, {"frozen_a": True}, {"adapters": "bf16"}], ids=str
+)
 def test_lora_starts_as_the_identity(weights, fields):
     if weights in ("nf4", "int8") and "dora" in fields:
         pytest.skip("refused")
     adapted = _trainer({"weights": weights, "trains": {"lora": fields}})
     base = _trainer({"weights": weights, "trains": "none", "rule": "none"})
     with torch.no_grad(), adapted.regime.weights.compute("cpu"):
-        assert torch.equal(adapted.model.eval()(**batch(3)).logits, base.model.eval()(**batch(3)).logits)
+        assert torch.equal(
+            adapted.model.eval()(**batch(3)).logits, base.model.eval()(**batch(3)).logits
+        )
 
 
 @pytest.mark.parametrize("fields", [{}, {"dora": True}], ids=str)
 def test_lora_is_pefts(fields):
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=8, lora_alpha=16, use_dora=fields.get("dora", False),
-                        target_modules=["W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    config = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        use_dora=fields.get("dora", False),
+        target_modules=["W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    )
     base = model()
     with _peft(seed=0):  # the trainer's, so that A is drawn alike
         reference = get_peft_model(base, config)
@@ -56,7 +65,10 @@ def test_lora_is_pefts(fields):
 
 
 def test_lora_fa_keeps_rank_numbers_a_token_in_place_of_the_input():
-    lora, frozen = ({"trains": {"lora": {"rank": 2, "targets": ["down_proj"], "frozen_a": on}}} for on in (False, True))
+    lora, frozen = (
+        {"trains": {"lora": {"rank": 2, "targets": ["down_proj"], "frozen_a": on}}}
+        for on in (False, True)
+    )
     # three blocks, 33 tokens, 33 numbers that nothing else in the block keeps; both keep A x
     assert _saved_bytes(lora) - _saved_bytes(frozen) == 3 * 33 * 33 * 4
     _, after, trainer = train(frozen)
@@ -74,7 +86,9 @@ def test_a_prompt_is_all_that_moves_and_a_mask_of_ones_changes_nothing(trains):
     whole = {name: tensor for name, tensor in batch(2).items() if name != "attention_mask"}
     assert float(trainer.model(**whole).loss.detach()) == pytest.approx(masked, rel=1e-6)
     trainer.step([batch(2)])
-    moved = [name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])]
+    moved = [
+        name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])
+    ]
     assert moved == ["prompt_encoder.default.embedding.weight"]
     assert trainer.trainable_parameters() == 5 * 20 * (1 if trains == "prompt" else 2 * 3)
 
@@ -95,7 +109,7 @@ def test_norms_and_top_blocks_are_what_is_said():
     assert _saved_bytes(row, num_hidden_layers=2) == _saved_bytes(row, num_hidden_layers=6)
 
 
-# packed bases ---------------------------------------------------------------------------------------------------------
+# packed bases -------------------------------------------------------------------------------------
 
 
 def dequantized(linear, dtype):
@@ -110,17 +124,24 @@ def test_nf4_is_bitsandbytes(shape, dtype):
 
     torch.manual_seed(0)
     linear = nn.Linear(shape[1], shape[0], bias=False).to(dtype)
-    packed, state = functional.quantize_4bit(linear.weight.data, blocksize=64, compress_statistics=True, quant_type="nf4")
+    packed, state = functional.quantize_4bit(
+        linear.weight.data, blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
     ours = Nf4Linear(linear)
     assert torch.equal(ours.weight, packed)
     torch.testing.assert_close(dequantized(ours, dtype), functional.dequantize_4bit(packed, state))
-    torch.testing.assert_close(torch.tensor(dynamic_codes()), functional.create_dynamic_map(), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(dynamic_codes()), functional.create_dynamic_map(), atol=1e-7, rtol=0
+    )
 
 
 def test_packed_bytes_are_exact():
     linear = nn.Linear(512, 384, bias=False).bfloat16()
     count = 512 * 384
-    assert sum(p.nbytes for p in Nf4Linear(linear).parameters()) == count // 2 + count // 64 + 4 * count // 64 // 256 + 1024 + 4
+    assert (
+        sum(p.nbytes for p in Nf4Linear(linear).parameters())
+        == count // 2 + count // 64 + 4 * count // 64 // 256 + 1024 + 4
+    )
     assert sum(p.nbytes for p in Int8Linear(linear).parameters()) == count + 2 * 384
 
 
@@ -147,13 +168,23 @@ def test_packed_products_pass_gradcheck(kind):
 def test_a_packed_base_stands_still_and_keeps_no_input(weights):
     row = {"weights": weights, "trains": {"lora": {"frozen_a": True, "rank": 1}}}
     _, after, trainer = train(row)
-    base = {name: tensor for name, tensor in _trainer(row).model.state_dict().items() if "lora_" not in name}
+    base = {
+        name: tensor
+        for name, tensor in _trainer(row).model.state_dict().items()
+        if "lora_" not in name
+    }
     assert all(torch.equal(after[name], tensor) for name, tensor in base.items())
-    assert sum("base_layer" in name and tensor.dtype in (torch.uint8, torch.int8) for name, tensor in base.items()) >= 15
+    assert (
+        sum(
+            "base_layer" in name and tensor.dtype in (torch.uint8, torch.int8)
+            for name, tensor in base.items()
+        )
+        >= 15
+    )
     assert _saved_bytes(row) <= _saved_bytes({**row, "weights": "bf16"})
 
 
-# a model cut in two ---------------------------------------------------------------------------------------------------
+# a model cut in two -------------------------------------------------------------------------------
 
 
 def test_a_cut_model_trains_as_lora_and_sends_what_its_shape_says():
@@ -162,19 +193,29 @@ def test_a_cut_model_trains_as_lora_and_sends_what_its_shape_says():
         _, cut, trainer = train(row)
         _, uncut, _ = train({**row, "trains": "lora"})
         assert all(torch.equal(cut[name], uncut[name]) for name in uncut)
-        assert link(trainer.model).read() == {"up_bytes": 4 * ONE_STEP, "down_bytes": 4 * ONE_STEP}, acts
+        assert link(trainer.model).read() == {
+            "up_bytes": 4 * ONE_STEP,
+            "down_bytes": 4 * ONE_STEP,
+        }, acts
 
 
 def test_client_and_server_hold_the_model_between_them():
     meter = Meter()
-    trainer = Trainer(model(), read_row("row", {"trains": {"split_lora": {"cut": 1}}}), Schedule(1e-2, 4), observer=meter)
+    trainer = Trainer(
+        model(),
+        read_row("row", {"trains": {"split_lora": {"cut": 1}}}),
+        Schedule(1e-2, 4),
+        observer=meter,
+    )
     with meter:
         for step in range(2):
             trainer.step([batch(step)])
     crossed = {"up_bytes": ONE_STEP, "down_bytes": ONE_STEP}
     held = sides(meter.frame(), 1, 1, crossed)
     weights = {name: p.nbytes for name, p in trainer.model.named_parameters()}
-    client = sum(size for name, size in weights.items() if "embed_tokens" in name or ".layers.0." in name)
+    client = sum(
+        size for name, size in weights.items() if "embed_tokens" in name or ".layers.0." in name
+    )
     assert held["client"]["weights_bytes"] == client
     assert held["server"]["weights_bytes"] == sum(weights.values()) - client
     whole = meter.peak(1)["peak_bytes"]
@@ -183,26 +224,48 @@ def test_client_and_server_hold_the_model_between_them():
 
 
 def test_the_bytes_of_each_side_by_hand():
-    """Cut at 1. Each side's peak is of the step alone, and what it receives is added; host, workspaces and later steps are not."""
-    rows = [(0, "alloc", 900, "temporaries", "layers.0"), (0, "free", 900, "temporaries", "layers.0"),
-            (0, "alloc", 100, "weights", "layers.0.mlp"), (0, "alloc", 200, "weights", "layers.1.mlp"),
-            (1, "alloc", 7000, "workspace", "layers.0"), (1, "alloc", 8000, "host", "layers.1"),
-            (1, "alloc", 30, "activations", "layers.0"), (1, "alloc", 40, "activations", ""),
-            (1, "free", 30, "activations", "layers.0"),
-            (1, "alloc", 5, "weights", "embed_tokens"), (2, "alloc", 6000, "activations", "layers.0"),
-            (2, "alloc", 6000, "weights", "layers.0")]
+    """Cut at 1. Each side's peak is of the step alone, and what it receives is added; host,
+    workspaces and later steps are not."""
+    rows = [
+        (0, "alloc", 900, "temporaries", "layers.0"),
+        (0, "free", 900, "temporaries", "layers.0"),
+        (0, "alloc", 100, "weights", "layers.0.mlp"),
+        (0, "alloc", 200, "weights", "layers.1.mlp"),
+        (1, "alloc", 7000, "workspace", "layers.0"),
+        (1, "alloc", 8000, "host", "layers.1"),
+        (1, "alloc", 30, "activations", "layers.0"),
+        (1, "alloc", 40, "activations", ""),
+        (1, "free", 30, "activations", "layers.0"),
+        (1, "alloc", 5, "weights", "embed_tokens"),
+        (2, "alloc", 6000, "activations", "layers.0"),
+        (2, "alloc", 6000, "weights", "layers.0"),
+    ]
     frame = pd.DataFrame(rows, columns=["step", "event", "bytes", "category", "module"])
     assert sides(frame, 1, 1, {"up_bytes": 3, "down_bytes": 2}) == {
         "client": {"peak_bytes": 130 + 2, "weights_bytes": 105, "sends_bytes": 3},
-        "server": {"peak_bytes": 240 + 3, "weights_bytes": 200, "sends_bytes": 2}}
+        "server": {"peak_bytes": 240 + 3, "weights_bytes": 200, "sends_bytes": 2},
+    }
 
 
 def test_a_side_is_known_by_the_name():
-    names = ["base_model.model.model.layers.1.mlp", "base_model.model.model.layers.11.mlp", "model.embed_tokens", "lm_head", ""]
+    names = [
+        "base_model.model.model.layers.1.mlp",
+        "base_model.model.model.layers.11.mlp",
+        "model.embed_tokens",
+        "lm_head",
+        "",
+    ]
     assert [side(name, 2) for name in names] == ["client", "server", "client", "server", "server"]
-    assert [side(f"layers.{block}", 2) for block in (0, 1, 2, 3)] == ["client", "client", "server", "server"]
-    assert [side(name, 1) for name in ("input_ids", "attention_mask", "labels", "my_embed_tokens", "rotary_emb")] == [
-        "client", "client", "server", "server", "server"]
+    assert [side(f"layers.{block}", 2) for block in (0, 1, 2, 3)] == [
+        "client",
+        "client",
+        "server",
+        "server",
+    ]
+    assert [
+        side(name, 1)
+        for name in ("input_ids", "attention_mask", "labels", "my_embed_tokens", "rotary_emb")
+    ] == ["client", "client", "server", "server", "server"]
 
 
 def test_a_cut_leaves_the_server_a_block():

@@ -1,4 +1,5 @@
-"""The atlas says what single forecasts say, keeps what it has, and goes on past a cell that fails."""
+"""The atlas says what single forecasts say, keeps what it has, and goes on past a cell that
+fails."""
 
 from __future__ import annotations
 
@@ -32,7 +33,15 @@ CONF = "expandable_segments:True"
 
 @pytest.fixture(scope="module")
 def asked():
-    return Atlas("small", ("tiny",), (16, 32), (1,), ("", "bf16"), regimes=("full", "lomo", "mixed"), allocators=(CONF,))
+    return Atlas(
+        "small",
+        ("tiny",),
+        (16, 32),
+        (1,),
+        ("", "bf16"),
+        regimes=("full", "lomo", "mixed"),
+        allocators=(CONF,),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +56,13 @@ def content(asked, kept):
 
 def test_a_storage_type_that_makes_no_new_step_is_left_out(asked):
     names = [question.name for question in asked.questions() if question.seq == 16]
-    assert names == ["full", "lomo", "mixed", "full (bf16)", "lomo (bf16)"], "mixed with bf16 weights is full with them"
+    assert names == [
+        "full",
+        "lomo",
+        "mixed",
+        "full (bf16)",
+        "lomo (bf16)",
+    ], "mixed with bf16 weights is full with them"
     assert len(asked.questions()) == 10
 
 
@@ -55,11 +70,26 @@ def test_a_row_is_the_forecast_of_its_cell_and_card(asked, content, kept):
     frame = table(content).set_index(["name", "seq", "card"])
     assert len(frame) == 10 * len(read_cards())
     for name, regime, weights in (("full", "full", ""), ("lomo (bf16)", "lomo", "bf16")):
-        for key in ("a100-40", "rtx4090") + (("h100",) if not weights else ()):  # fp32 takes no other kernel on Hopper
-            said = forecast(Question(asked.models[0], regime, 32, 1, weights), card(key), cache_dir=kept)
+        for key in ("a100-40", "rtx4090") + (
+            ("h100",) if not weights else ()
+        ):  # fp32 takes no other kernel on Hopper
+            said = forecast(
+                Question(asked.models[0], regime, 32, 1, weights), card(key), cache_dir=kept
+            )
             row = frame.loc[name, 32, key]
-            assert (row["allocated_bytes"], row["reserved_bytes"], row["margin_bytes"], row["fits"], row["retries"]) == (
-                said.allocated_peak_bytes, said.reserved_peak_bytes, said.margin_bytes, said.fits, said.retries)
+            assert (
+                row["allocated_bytes"],
+                row["reserved_bytes"],
+                row["margin_bytes"],
+                row["fits"],
+                row["retries"],
+            ) == (
+                said.allocated_peak_bytes,
+                said.reserved_peak_bytes,
+                said.margin_bytes,
+                said.fits,
+                said.retries,
+            )
 
 
 def test_a_second_look_traces_and_simulates_nothing(asked, content, kept, monkeypatch):
@@ -70,7 +100,9 @@ def test_a_second_look_traces_and_simulates_nothing(asked, content, kept, monkey
     monkeypatch.setattr(atlas, "traced_step", no)
     assert chart(asked, kept, progress=False) == content
     other = dataclasses.replace(asked, allocators=())
-    assert {cell["reason"] for cell in chart(other, kept, progress=False, jobs=1)["cells"]} == {"AssertionError: simulated again"}
+    assert {cell["reason"] for cell in chart(other, kept, progress=False, jobs=1)["cells"]} == {
+        "AssertionError: simulated again"
+    }
 
 
 def test_a_stopped_atlas_goes_on_where_it_was(asked, content, kept, monkeypatch):
@@ -104,8 +136,14 @@ def test_a_failing_cell_is_a_row_with_its_reason(asked, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_processes_say_what_one_says(asked, content, tmp_path):
     two = dataclasses.replace(asked, seq=(16,), weights=("",), regimes=("full", "lomo"))
-    cells = [{**cell, "trace_s": 0} for cell in chart(two, tmp_path, progress=False, jobs=2)["cells"]]
-    wanted = [{**cell, "trace_s": 0} for cell in content["cells"] if cell["seq"] == 16 and cell["name"] in ("full", "lomo")]
+    cells = [
+        {**cell, "trace_s": 0} for cell in chart(two, tmp_path, progress=False, jobs=2)["cells"]
+    ]
+    wanted = [
+        {**cell, "trace_s": 0}
+        for cell in content["cells"]
+        if cell["seq"] == 16 and cell["name"] in ("full", "lomo")
+    ]
     assert cells == wanted
 
 
@@ -116,14 +154,21 @@ def test_garbage_is_collected_only_beside_a_fraction_and_can_lose_a_step(kept):
     traced = predict.traced_step(Question("baichuan2-7b", "zero_shot", 1024, 1), kept)
     held = card("rtx5090")
     rows = traced.device_rows()
-    alone, both = (summary._on_cards(traced, rows, {"it": held}, Settings.parse(text))["it"]
-                   for text in ("garbage_collection_threshold:0.8", COLLECTS))
+    alone, both = (
+        summary._on_cards(traced, rows, {"it": held}, Settings.parse(text))["it"]
+        for text in ("garbage_collection_threshold:0.8", COLLECTS)
+    )
     assert alone == summary._on_cards(traced, rows, {"it": held}, Settings())["it"]
     assert alone["fits"] and not both["fits"]
     room = dataclasses.replace(held, total_gib=held.total_gib + 1)
-    said = forecast(Question("baichuan2-7b", "zero_shot", 1024, 1), room, Settings.parse(COLLECTS), kept)
+    said = forecast(
+        Question("baichuan2-7b", "zero_shot", 1024, 1), room, Settings.parse(COLLECTS), kept
+    )
     fits = summary._on_cards(traced, rows, {"it": room}, Settings.parse(COLLECTS))["it"]
-    assert fits["fits"] and fits["reserved_bytes"] == said.reserved_peak_bytes > alone["reserved_bytes"]
+    assert (
+        fits["fits"]
+        and fits["reserved_bytes"] == said.reserved_peak_bytes > alone["reserved_bytes"]
+    )
 
 
 def test_only_hoppers_workspaces_differ(asked, kept):
@@ -140,8 +185,12 @@ def test_without_a_group_the_peak_is_that_of_the_other_events(asked, kept):
     assert sum(group["bytes"] for group in summary._groups(traced, 10**6)) == traced.peak_bytes
     rows = traced.device_rows()
     for group in said["without"]:
-        its = rows[(rows["category"] == group["category"]) & (rows["module"].map(summary.pattern) == group["module"])
-                   & (rows["op"] == group["op"]) & (rows["event"] == "alloc")]
+        its = rows[
+            (rows["category"] == group["category"])
+            & (rows["module"].map(summary.pattern) == group["module"])
+            & (rows["op"] == group["op"])
+            & (rows["event"] == "alloc")
+        ]
         assert group["peak_bytes"] == predict.without(traced, its["storage"].to_numpy())
         assert traced.peak_bytes - group["bytes"] <= group["peak_bytes"] <= traced.peak_bytes
     stacked = np.sum(list(said["curve"]["bytes"].values()), axis=0)
@@ -149,13 +198,24 @@ def test_without_a_group_the_peak_is_that_of_the_other_events(asked, kept):
 
 
 def test_a_world_is_the_forecast_of_one_of_its_ranks(asked, kept):
-    cells = chart_worlds(dataclasses.replace(asked, worlds=(1, 8), world_seq=32), kept, progress=False, jobs=1)
+    cells = chart_worlds(
+        dataclasses.replace(asked, worlds=(1, 8), world_seq=32), kept, progress=False, jobs=1
+    )
     assert [cell["world"] for cell in cells] == [1, 8]
     for cell in cells:
-        said = forecast(Question("tiny", "fsdp", 32, 1, world=cell["world"]), card("a100-40"), cache_dir=kept)
+        said = forecast(
+            Question("tiny", "fsdp", 32, 1, world=cell["world"]), card("a100-40"), cache_dir=kept
+        )
         held = cell["cards"]["a100-40"]
-        assert (held["reserved_bytes"], held["fits"], cell["ledger"]) == (said.reserved_peak_bytes, said.fits, said.trace.ledger)
-        assert sum(cell["ledger"].values()) == cell["requested_bytes"] and cell["ledger"]["collectives"] > 0
+        assert (held["reserved_bytes"], held["fits"], cell["ledger"]) == (
+            said.reserved_peak_bytes,
+            said.fits,
+            said.trace.ledger,
+        )
+        assert (
+            sum(cell["ledger"].values()) == cell["requested_bytes"]
+            and cell["ledger"]["collectives"] > 0
+        )
     whole, eighth = (cell["ledger"] for cell in cells)
     assert 7.9 < whole["optimizer"] / eighth["optimizer"] < 8.1
     assert chart_worlds(asked, kept, progress=False) == []
@@ -173,22 +233,30 @@ def test_worlds_are_kept_as_cells_are(asked, kept, monkeypatch):
 
 def test_the_quick_atlas_stays_cheap():
     quick, whole = (read_atlas(ROOT / "params" / name) for name in ("atlas-quick.yml", "atlas.yml"))
-    assert (quick.models, quick.worlds) == (("baichuan2-7b",), (1, 8, 64, 1024)), "four traces of some five seconds"
+    assert (quick.models, quick.worlds) == (
+        ("baichuan2-7b",),
+        (1, 8, 64, 1024),
+    ), "four traces of some five seconds"
     assert whole.worlds == tuple(2**power for power in range(11)) and whole.world_seq == 1024
 
 
 def test_an_atlas_refuses_what_it_does_not_know(tmp_path):
     path = tmp_path / "wrong.yml"
-    for text, said in (("models: [tiny]\nseq: [1]\n", "no batch"), ("modles: [tiny]\nseq: [1]\nbatch: [1]\n", "modles"),
-                       ("models: [tiny]\nseq: [1]\nbatch: [1]\nworlds: [8, 0]", "worlds or world_seq has 0"),
-                       ("models: [tiny]\nseq: [1]\nbatch: [1]\ncards: [gtx]\nregimes: [ful]", "no ful.*no gtx")):
+    for text, said in (
+        ("models: [tiny]\nseq: [1]\n", "no batch"),
+        ("modles: [tiny]\nseq: [1]\nbatch: [1]\n", "modles"),
+        ("models: [tiny]\nseq: [1]\nbatch: [1]\nworlds: [8, 0]", "worlds or world_seq has 0"),
+        ("models: [tiny]\nseq: [1]\nbatch: [1]\ncards: [gtx]\nregimes: [ful]", "no ful.*no gtx"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=said):
             read_atlas(path)
     with pytest.raises(FileNotFoundError, match="atlas-quick"):
         read_atlas(tmp_path / "none.yml")
     questions = read_atlas(ROOT / "params" / "atlas.yml").questions()
-    assert {question.regime for question in questions} == set(read_regimes()) - {"bf16"}  # which is full in bf16
+    assert {question.regime for question in questions} == set(read_regimes()) - {
+        "bf16"
+    }  # which is full in bf16
     assert len(questions) == 2 * 4 * 3 * len({question.name for question in questions})
 
 
@@ -197,34 +265,57 @@ def nothing_remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(charted, "FORECASTS", tmp_path / "kept")
 
 
-def test_a_charted_atlas_is_remembered_until_its_file_or_the_code_changes(tmp_path, capsys, monkeypatch, kept):
+def test_a_charted_atlas_is_remembered_until_its_file_or_the_code_changes(
+    tmp_path, capsys, monkeypatch, kept
+):
     path, asked = tmp_path / "mine.yml", []
-    path.write_text(yaml.safe_dump({"models": ["tiny"], "seq": [16], "batch": [1], "regimes": ["full"]}))
-    monkeypatch.setattr(atlas, "chart", lambda said, progress: asked.append(said) or chart(said, kept, False, 1))
+    path.write_text(
+        yaml.safe_dump({"models": ["tiny"], "seq": [16], "batch": [1], "regimes": ["full"]})
+    )
+    monkeypatch.setattr(
+        atlas, "chart", lambda said, progress: asked.append(said) or chart(said, kept, False, 1)
+    )
     for times, change in ((1, ""), (1, ""), (2, "allocators: []\n")):
         path.write_text(path.read_text() + change)
         assert main(["atlas", str(path), "--out", str(tmp_path)]) == 0 and len(asked) == times
-    monkeypatch.setattr(charted, "importlib", SimpleNamespace(metadata=SimpleNamespace(version=lambda _: "another")))
+    monkeypatch.setattr(
+        charted, "importlib", SimpleNamespace(metadata=SimpleNamespace(version=lambda _: "another"))
+    )
     assert charted.recall(path) is None
     failed = {"cells": [{"reason": "no"}]}
     charted.remember(path, failed)
     assert charted.recall(path) is None
-    light = "import sys; from vramlab.forecast import kept_chart as charted; import vramlab.cli; sys.exit('torch' in sys.modules)"
+    light = (
+        "import sys; from vramlab.forecast import kept_chart as charted; import vramlab.cli;"
+        " sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", light]).returncode == 0
 
 
-def test_the_command_writes_the_table_and_the_reports_file(tmp_path, capsys, monkeypatch, kept, asked, content):
+def test_the_command_writes_the_table_and_the_reports_file(
+    tmp_path, capsys, monkeypatch, kept, asked, content
+):
     monkeypatch.setattr(atlas.chart, "__defaults__", (kept, True, None))
     path = tmp_path / "small.yml"
-    path.write_text(yaml.safe_dump({**{key: list(value) if isinstance(value, tuple) else value
-                                       for key, value in dataclasses.asdict(asked).items()}}))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                **{
+                    key: list(value) if isinstance(value, tuple) else value
+                    for key, value in dataclasses.asdict(asked).items()
+                }
+            }
+        )
+    )
     assert main(["atlas", str(path), "--out", str(tmp_path), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 80 and rows[0]["kind"] == "predicted" and rows[0]["margin_bytes"] > 0
     assert read_checked(tmp_path / "forecast.json") == json.loads(json.dumps(content))
 
 
-def test_the_command_adds_the_worlds_only_where_they_are_asked_for(tmp_path, capsys, monkeypatch, kept):
+def test_the_command_adds_the_worlds_only_where_they_are_asked_for(
+    tmp_path, capsys, monkeypatch, kept
+):
     monkeypatch.setattr(atlas.chart, "__defaults__", (kept, True, None))
     monkeypatch.setattr(chart_worlds, "__defaults__", (kept, True, 1))
     spec = {"models": ["tiny"], "seq": [16], "batch": [1], "regimes": ["full"]}
@@ -236,8 +327,12 @@ def test_the_command_adds_the_worlds_only_where_they_are_asked_for(tmp_path, cap
         assert ("worlds" in content) is bool(more)
 
 
-@pytest.mark.parametrize(("option", "made"), [((), True), (("--no-forecast",), False), (("--no-report",), False)])
-def test_a_sweep_makes_the_atlas_beside_it_before_its_report(option, made, tmp_path, capsys, monkeypatch, kept, asked, content):
+@pytest.mark.parametrize(
+    ("option", "made"), [((), True), (("--no-forecast",), False), (("--no-report",), False)]
+)
+def test_a_sweep_makes_the_atlas_beside_it_before_its_report(
+    option, made, tmp_path, capsys, monkeypatch, kept, asked, content
+):
     monkeypatch.setattr(atlas.chart, "__defaults__", (kept, True, None))
     swept = Swept(0, tmp_path / "out", [{"run_id": "full-0", "outcome": "ok"}])
     monkeypatch.setattr("vramlab.runs.sweep.sweep", lambda *args, **kwargs: swept)
@@ -250,8 +345,17 @@ def test_a_sweep_makes_the_atlas_beside_it_before_its_report(option, made, tmp_p
 
     monkeypatch.setattr("vramlab.report.build", build)
     (tmp_path / "out").mkdir()
-    (tmp_path / "atlas-mine.yml").write_text(yaml.safe_dump({"models": ["tiny"], "seq": [16], "batch": [1], "regimes": ["full"],
-                                                             "allocators": [CONF]}))
+    (tmp_path / "atlas-mine.yml").write_text(
+        yaml.safe_dump(
+            {
+                "models": ["tiny"],
+                "seq": [16],
+                "batch": [1],
+                "regimes": ["full"],
+                "allocators": [CONF],
+            }
+        )
+    )
     assert main(["sweep", str(tmp_path / "mine.yml"), "--out", str(tmp_path / "out"), *option]) == 0
     assert seen == ([] if "--no-report" in option else [made])
     assert "report.html" in capsys.readouterr().out or "--no-report" in option

@@ -19,18 +19,33 @@ GIB = 2**30
 
 
 def _card(**changes) -> Card:
-    sizes = {"total_gib": 24.0, "context_mib": 512.0, "bf16_tflops": 1.0, "fp32_tflops": 1.0, "gb_per_s": 1.0, "host_gb_per_s": 1.0}
-    return Card(**{"key": "k", "name": "K", "compute_capability": (8, 0), "source": {}, **sizes, **changes})
+    sizes = {
+        "total_gib": 24.0,
+        "context_mib": 512.0,
+        "bf16_tflops": 1.0,
+        "fp32_tflops": 1.0,
+        "gb_per_s": 1.0,
+        "host_gb_per_s": 1.0,
+    }
+    return Card(
+        **{"key": "k", "name": "K", "compute_capability": (8, 0), "source": {}, **sizes, **changes}
+    )
 
 
 def test_a_cards_bytes():
     made = _card(total_gib=1.5, context_mib=256.5)
-    assert (made.total_bytes, made.context_bytes, made.capacity_bytes) == (1610612736, 268959744, 1341652992)
+    assert (made.total_bytes, made.context_bytes, made.capacity_bytes) == (
+        1610612736,
+        268959744,
+        1341652992,
+    )
     sizes = [card.total_gib for card in read_cards().values()]
     assert sizes == sorted(sizes) and len(set(sizes)) > 3
 
 
-@pytest.mark.parametrize("name", ["total_gib", "bf16_tflops", "fp32_tflops", "gb_per_s", "host_gb_per_s"])
+@pytest.mark.parametrize(
+    "name", ["total_gib", "bf16_tflops", "fp32_tflops", "gb_per_s", "host_gb_per_s"]
+)
 def test_a_cards_figures_are_above_nothing_and_a_billion_at_most(name):
     for value in (1e-9, 1e9):
         assert getattr(_card(context_mib=0, **{name: value}), name) == value
@@ -40,13 +55,16 @@ def test_a_cards_figures_are_above_nothing_and_a_billion_at_most(name):
 
 
 def test_a_context_leaves_something_of_the_card():
-    assert _card(total_gib=1, context_mib=1023).capacity_bytes == 2**20 and _card(context_mib=0).context_bytes == 0
+    assert (
+        _card(total_gib=1, context_mib=1023).capacity_bytes == 2**20
+        and _card(context_mib=0).context_bytes == 0
+    )
     for value in (-1, 1024, 1025):
         with pytest.raises(ValueError, match=f"context_mib is {value}"):
             _card(total_gib=1, context_mib=value)
 
 
-# an atlas as a table and as text ----------------------------------------------------------------------------------------
+# an atlas as a table and as text ------------------------------------------------------------------
 
 
 def _held(margin: float, fits: bool = True) -> dict:
@@ -54,37 +72,79 @@ def _held(margin: float, fits: bool = True) -> dict:
 
 
 def _cell(name: str, seq: int = 8, **more) -> dict:
-    return {"model": "m", "name": name, "regime": name, "weights": "bf16", "seq": seq, "batch": 2, "reason": "", "phase": "update",
-            "requested_bytes": 7, "host_bytes": 3, **more}
+    return {
+        "model": "m",
+        "name": name,
+        "regime": name,
+        "weights": "bf16",
+        "seq": seq,
+        "batch": 2,
+        "reason": "",
+        "phase": "update",
+        "requested_bytes": 7,
+        "host_bytes": 3,
+        **more,
+    }
 
 
-CONTENT = {"kind": "predicted", "cards": {"a": {"capacity_bytes": 5}, "b": {"capacity_bytes": 6}}, "cells": [
-    _cell("full", cards={"a": _held(-1.5, False), "b": _held(0.0)}), _cell("lomo", cards={"a": _held(-0.25), "b": _held(2.26)}),
-    _cell("full", 16, reason="Error: no")]}
+CONTENT = {
+    "kind": "predicted",
+    "cards": {"a": {"capacity_bytes": 5}, "b": {"capacity_bytes": 6}},
+    "cells": [
+        _cell("full", cards={"a": _held(-1.5, False), "b": _held(0.0)}),
+        _cell("lomo", cards={"a": _held(-0.25), "b": _held(2.26)}),
+        _cell("full", 16, reason="Error: no"),
+    ],
+}
 
 
 def test_the_table_has_a_row_a_cell_and_card_and_one_for_what_failed():
     frame = charted.table(CONTENT)
     assert frame.loc[:3, ["name", "seq", "card", "capacity_bytes", "reason"]].values.tolist() == [
-        ["full", 8, "a", 5, ""], ["full", 8, "b", 6, ""], ["lomo", 8, "a", 5, ""], ["lomo", 8, "b", 6, ""]]
+        ["full", 8, "a", 5, ""],
+        ["full", 8, "b", 6, ""],
+        ["lomo", 8, "a", 5, ""],
+        ["lomo", 8, "b", 6, ""],
+    ]
     assert len(frame) == 5 and frame.loc[4].dropna().to_dict() == {
-        "kind": "predicted", "model": "m", "name": "full", "regime": "full", "weights": "bf16", "seq": 16, "batch": 2,
-        "reason": "Error: no"}
-    assert frame["fits"].tolist()[:4] == [False, True, True, True] and set(frame["kind"]) == {"predicted"}
+        "kind": "predicted",
+        "model": "m",
+        "name": "full",
+        "regime": "full",
+        "weights": "bf16",
+        "seq": 16,
+        "batch": 2,
+        "reason": "Error: no",
+    }
+    assert frame["fits"].tolist()[:4] == [False, True, True, True] and set(frame["kind"]) == {
+        "predicted"
+    }
     assert set(frame.loc[:3, "requested_bytes"]) == {7} and set(frame.loc[:3, "host_bytes"]) == {3}
 
 
 def test_the_text_has_a_margin_a_card_and_a_mark_where_it_does_not_just_fit():
     assert charted.words(CONTENT).splitlines()[1:] == [
-        "", "m, 2 x 8 tokens", f"{'':<20}{'a':>11}{'b':>11}", f"{'full':<20}{'-1.5!':>11}{'+0.0 ':>11}",
+        "",
+        "m, 2 x 8 tokens",
+        f"{'':<20}{'a':>11}{'b':>11}",
+        f"{'full':<20}{'-1.5!':>11}{'+0.0 ':>11}",
         f"{'lomo':<20}{'-0.2*':>11}{'+2.3 ':>11}",
-        "", "m, 2 x 16 tokens", f"{'':<20}{'a':>11}{'b':>11}", f"{'full':<20}Error: no"]
+        "",
+        "m, 2 x 16 tokens",
+        f"{'':<20}{'a':>11}{'b':>11}",
+        f"{'full':<20}Error: no",
+    ]
 
 
 def test_an_atlas_is_remembered_by_all_that_it_depends_on(tmp_path, monkeypatch):
     path, params = tmp_path / "mine.yml", tmp_path / "params"
     (params / "models").mkdir(parents=True)
-    for file in (path, params / "regimes.yml", params / "cards.yml", params / "models" / "tiny.yml"):
+    for file in (
+        path,
+        params / "regimes.yml",
+        params / "cards.yml",
+        params / "models" / "tiny.yml",
+    ):
         file.write_text("a: 1\n")
     monkeypatch.setattr(charted, "ROOT", tmp_path)
     monkeypatch.setattr(charted, "FORECASTS", tmp_path / "kept" / "deep")
@@ -96,7 +156,12 @@ def test_an_atlas_is_remembered_by_all_that_it_depends_on(tmp_path, monkeypatch)
     assert charted.recall(path) is None, "a world failed"
     charted.remember(path, {**good, "worlds": [{"reason": ""}]})
     assert charted.recall(str(path))["worlds"] == [{"reason": ""}]
-    for file in (path, params / "regimes.yml", params / "cards.yml", params / "models" / "tiny.yml"):
+    for file in (
+        path,
+        params / "regimes.yml",
+        params / "cards.yml",
+        params / "models" / "tiny.yml",
+    ):
         before = file.read_text()
         file.write_text("a: 2\n")
         assert charted.recall(path) is None, file
@@ -109,84 +174,149 @@ def test_a_world_is_one_row_a_rank_and_keeps_what_a_stack_needs(monkeypatch):
 
     def chart(asked, *how):
         seen.append((asked, how))
-        return {"cells": [{"name": "fsdp", "curve": 1, "ledger": {"weights": question.world}} for question in asked.questions()]}
+        return {
+            "cells": [
+                {"name": "fsdp", "curve": 1, "ledger": {"weights": question.world}}
+                for question in asked.questions()
+            ]
+        }
 
     monkeypatch.setattr(worlds, "chart", chart)
-    asked = Atlas("a", ("tiny", "llama-7b"), (8,), (4,), allocators=("expandable_segments:True",), worlds=(1, 8), world_seq=64)
+    asked = Atlas(
+        "a",
+        ("tiny", "llama-7b"),
+        (8,),
+        (4,),
+        allocators=("expandable_segments:True",),
+        worlds=(1, 8),
+        world_seq=64,
+    )
     found = worlds.chart_worlds(asked, None, False, 3)
-    (atlas, how), = seen
+    ((atlas, how),) = seen
     assert [(q.model, q.regime, q.seq, q.batch, q.world, q.weights) for q in atlas.questions()] == [
-        (model, "fsdp", 64, 1, world, "") for model in ("tiny", "llama-7b") for world in (1, 8)]
+        (model, "fsdp", 64, 1, world, "") for model in ("tiny", "llama-7b") for world in (1, 8)
+    ]
     assert how == (None, False, 3) and atlas.allocators == ()
-    assert found == [{"world": world, "name": "fsdp", "ledger": {"weights": world}} for world in (1, 8, 1, 8)]
+    assert found == [
+        {"world": world, "name": "fsdp", "ledger": {"weights": world}} for world in (1, 8, 1, 8)
+    ]
     assert worlds.chart_worlds(Atlas("a", ("tiny",), (8,), (1,)), None) == [] and len(seen) == 1
 
 
-# a trace against cards --------------------------------------------------------------------------------------------------
+# a trace against cards ----------------------------------------------------------------------------
 
 
 def _rows(*rows) -> pd.DataFrame:
-    frame = pd.DataFrame(rows, columns=["event", "storage", "bytes", "category", "module", "op", "phase"])
+    frame = pd.DataFrame(
+        rows, columns=["event", "storage", "bytes", "category", "module", "op", "phase"]
+    )
     return frame.assign(stream=0)
 
 
-ROWS = _rows(("alloc", 1, 100, "weights", "layers.0", "x", "init"), ("alloc", 2, 40, "workspace", "", "aten.mm.default", "init"),
-             ("alloc", 3, 30, "activations", "layers.1.mlp", "mm", "forward"),
-             ("free", 3, 30, "activations", "layers.1.mlp", "mm", "forward"),
-             ("alloc", 4, 50, "activations", "layers.0.mlp", "mm", "backward"),
-             ("free", 4, 50, "activations", "layers.0.mlp", "mm", "update"))
+ROWS = _rows(
+    ("alloc", 1, 100, "weights", "layers.0", "x", "init"),
+    ("alloc", 2, 40, "workspace", "", "aten.mm.default", "init"),
+    ("alloc", 3, 30, "activations", "layers.1.mlp", "mm", "forward"),
+    ("free", 3, 30, "activations", "layers.1.mlp", "mm", "forward"),
+    ("alloc", 4, 50, "activations", "layers.0.mlp", "mm", "backward"),
+    ("free", 4, 50, "activations", "layers.0.mlp", "mm", "update"),
+)
 
 
 def _traced(reported: slice, alive: dict | None = None, peak_bytes: int = 190):
     events = {name: ROWS[name].to_numpy() for name in ("event", "storage", "bytes", "stream")}
-    return SimpleNamespace(reported=reported, device_rows=lambda: ROWS, events=events, alive=alive or {}, peak_bytes=peak_bytes,
-                           architecture=(8, 0))
+    return SimpleNamespace(
+        reported=reported,
+        device_rows=lambda: ROWS,
+        events=events,
+        alive=alive or {},
+        peak_bytes=peak_bytes,
+        architecture=(8, 0),
+    )
 
 
 def test_the_curve_is_of_the_reported_step_by_category():
     found = summary._curve(_traced(slice(2, 6)), ROWS)
-    assert found == {"share": [0.0, 25.0, 50.0, 75.0], "phase": ["forward", "forward", "backward", "update"], "bytes": {
-        "weights": [100] * 4, "workspace": [40] * 4, "activations": [30, 0, 50, 0]}}
-    assert set(summary._curve(_traced(slice(0, 2)), ROWS)["bytes"]) == {"weights", "workspace"}, "what is nowhere is left out"
+    assert found == {
+        "share": [0.0, 25.0, 50.0, 75.0],
+        "phase": ["forward", "forward", "backward", "update"],
+        "bytes": {"weights": [100] * 4, "workspace": [40] * 4, "activations": [30, 0, 50, 0]},
+    }
+    assert set(summary._curve(_traced(slice(0, 2)), ROWS)["bytes"]) == {
+        "weights",
+        "workspace",
+    }, "what is nowhere is left out"
 
 
 def test_a_thinned_curve_keeps_the_highest_of_each_bin(monkeypatch):
     monkeypatch.setattr(summary, "POINTS", 2)
-    found = summary._curve(_traced(slice(1, 6)), ROWS)  # of five events three fall into the first bin
+    found = summary._curve(
+        _traced(slice(1, 6)), ROWS
+    )  # of five events three fall into the first bin
     assert found["share"] == [20.0, 60.0] and found["phase"] == ["forward", "backward"]
     assert found["bytes"]["activations"] == [30, 50]
 
 
 def test_groups_are_one_for_all_blocks_largest_first():
-    alive = {("layers.0.mlp", "weights", "mm"): 5, ("layers.12.mlp", "weights", "mm"): 6, ("layers.0.mlp", "weights", "add"): 20,
-             ("layer2", "gradients", "mm"): 1}
+    alive = {
+        ("layers.0.mlp", "weights", "mm"): 5,
+        ("layers.12.mlp", "weights", "mm"): 6,
+        ("layers.0.mlp", "weights", "add"): 20,
+        ("layer2", "gradients", "mm"): 1,
+    }
     assert summary._groups(_traced(slice(0, 6), alive), 2) == [
         {"category": "weights", "module": "layers.*.mlp", "op": "add", "bytes": 20},
-        {"category": "weights", "module": "layers.*.mlp", "op": "mm", "bytes": 11}]
+        {"category": "weights", "module": "layers.*.mlp", "op": "mm", "bytes": 11},
+    ]
     assert summary.pattern("a.10.b2.3") == "a.*.b2.*"
 
 
 def test_without_a_group_the_peak_and_its_phase():
-    alive = {("layers.0.mlp", "activations", "mm"): 50, ("layers.0", "weights", "x"): 100, ("", "workspace", "aten.mm.default"): 40}
-    found = {group["category"]: (group["bytes"], group["peak_bytes"], group["peak_phase"])
-             for group in summary._counterfactuals(_traced(slice(2, 6), alive), ROWS)}
-    assert found == {"weights": (100, 90, "backward"), "activations": (50, 140, "forward"), "workspace": (40, 150, "backward")}
+    alive = {
+        ("layers.0.mlp", "activations", "mm"): 50,
+        ("layers.0", "weights", "x"): 100,
+        ("", "workspace", "aten.mm.default"): 40,
+    }
+    found = {
+        group["category"]: (group["bytes"], group["peak_bytes"], group["peak_phase"])
+        for group in summary._counterfactuals(_traced(slice(2, 6), alive), ROWS)
+    }
+    assert found == {
+        "weights": (100, 90, "backward"),
+        "activations": (50, 140, "forward"),
+        "workspace": (40, 150, "backward"),
+    }
 
 
 def test_only_the_workspaces_of_products_become_the_cards(monkeypatch):
     product = sorted(summary._PRODUCTS)[0]
-    rows = _rows(("alloc", 1, 8, "workspace", "", product, "init"), ("alloc", 2, 8, "workspace", "", "attention", "init"),
-                 ("alloc", 3, 8, "weights", "", product, "init"), ("alloc", 4, 7, "workspace", "", product, "init"))
-    monkeypatch.setattr(summary, "matrix_workspace_bytes", lambda architecture: 8 if architecture == (8, 0) else 32)
-    traced = SimpleNamespace(events={"bytes": rows["bytes"].to_numpy(), "stream": 5}, architecture=(8, 0), device_rows=lambda: rows)
+    rows = _rows(
+        ("alloc", 1, 8, "workspace", "", product, "init"),
+        ("alloc", 2, 8, "workspace", "", "attention", "init"),
+        ("alloc", 3, 8, "weights", "", product, "init"),
+        ("alloc", 4, 7, "workspace", "", product, "init"),
+    )
+    monkeypatch.setattr(
+        summary, "matrix_workspace_bytes", lambda architecture: 8 if architecture == (8, 0) else 32
+    )
+    traced = SimpleNamespace(
+        events={"bytes": rows["bytes"].to_numpy(), "stream": 5},
+        architecture=(8, 0),
+        device_rows=lambda: rows,
+    )
     hopper = summary.events_for(traced, (9, 0))
     assert hopper["bytes"].tolist() == [32, 8, 8, 7] and hopper["stream"] == 5
     assert summary.events_for(traced, (8, 0), rows)["bytes"].tolist() == [8, 8, 8, 7]
 
 
 def _simulated(reserved, allocated=(1, 2, 9), oom=None, retries=0):
-    return SimpleNamespace(allocated_bytes=np.array(allocated), reserved_bytes=np.array(reserved), oom=oom,
-                           num_alloc_retries=retries, peak_reserved_bytes=max(reserved))
+    return SimpleNamespace(
+        allocated_bytes=np.array(allocated),
+        reserved_bytes=np.array(reserved),
+        oom=oom,
+        num_alloc_retries=retries,
+        peak_reserved_bytes=max(reserved),
+    )
 
 
 def test_a_second_simulation_is_made_only_where_its_outcome_is_open(monkeypatch):
@@ -198,16 +328,35 @@ def test_a_second_simulation_is_made_only_where_its_outcome_is_open(monkeypatch)
         return _simulated([3, 8, 8], oom=outcome, retries=4)
 
     monkeypatch.setattr(summary, "simulate", simulate)
-    card, traced = SimpleNamespace(capacity_bytes=10, total_bytes=12), _traced(slice(1, 2), peak_bytes=10)
+    card, traced = (
+        SimpleNamespace(capacity_bytes=10, total_bytes=12),
+        _traced(slice(1, 2), peak_bytes=10),
+    )
 
     def on_card(reserved, text=""):
-        return summary._on_card(traced, {}, _simulated(reserved, retries=0), Settings.parse(text), card)
+        return summary._on_card(
+            traced, {}, _simulated(reserved, retries=0), Settings.parse(text), card
+        )
 
     outcome = None
-    assert on_card([5, 10, 10]) == {"allocated_bytes": 2, "reserved_bytes": 10, "fits": True, "retries": 0, "margin_bytes": 0}
-    assert on_card([5, 7, 10])["reserved_bytes"] == 7 and on_card([8, 7, 10])["reserved_bytes"] == 8, "up to the step's end"
+    assert on_card([5, 10, 10]) == {
+        "allocated_bytes": 2,
+        "reserved_bytes": 10,
+        "fits": True,
+        "retries": 0,
+        "margin_bytes": 0,
+    }
+    assert (
+        on_card([5, 7, 10])["reserved_bytes"] == 7 and on_card([8, 7, 10])["reserved_bytes"] == 8
+    ), "up to the step's end"
     assert not ends
-    assert on_card([5, 11, 11]) == {"allocated_bytes": 2, "reserved_bytes": 11, "fits": True, "retries": 4, "margin_bytes": -1}
+    assert on_card([5, 11, 11]) == {
+        "allocated_bytes": 2,
+        "reserved_bytes": 11,
+        "fits": True,
+        "retries": 4,
+        "margin_bytes": -1,
+    }
     assert ends == [(10, 12)]
     collects = "garbage_collection_threshold:0.8,per_process_memory_fraction:0.9"
     assert on_card([5, 11, 11], collects)["reserved_bytes"] == 8
@@ -216,5 +365,11 @@ def test_a_second_simulation_is_made_only_where_its_outcome_is_open(monkeypatch)
     assert on_card([5, 11, 11])["fits"] is False
     ends.clear()
     traced.peak_bytes = 11
-    assert on_card([5, 11, 11]) == {"allocated_bytes": 2, "reserved_bytes": 11, "fits": False, "retries": 0, "margin_bytes": -1}
+    assert on_card([5, 11, 11]) == {
+        "allocated_bytes": 2,
+        "reserved_bytes": 11,
+        "fits": False,
+        "retries": 0,
+        "margin_bytes": -1,
+    }
     assert not ends, "more is asked for than there is"

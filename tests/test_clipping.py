@@ -1,4 +1,5 @@
-"""What clipping inside backward hands on of a gradient that comes in rows: how often, when, and how much, by value."""
+"""What clipping inside backward hands on of a gradient that comes in rows: how often, when, and how
+much, by value."""
 
 from __future__ import annotations
 
@@ -42,14 +43,25 @@ def one_step(clipper, scale=1.0):
     for number in range(clipper.runs):
         recorder = Recorder()
         with clipper.run(number):
-            feed(clipper.taker(recorder), leaf, [(0, 1), (1, 2)], lambda start, stop: scale * (FIRST, SECOND)[start])
+            feed(
+                clipper.taker(recorder),
+                leaf,
+                [(0, 1), (1, 2)],
+                lambda start, stop: scale * (FIRST, SECOND)[start],
+            )
         runs.append(recorder.calls)
     return runs
 
 
 def seen(factor):
     """The calls of one update whose rows are multiplied by `factor`."""
-    rows = [[(sweep, 0, pytest.approx([3.0 * factor, 0.0])), (sweep, 1, pytest.approx([0.0, 4.0 * factor]))] for sweep in range(2)]
+    rows = [
+        [
+            (sweep, 0, pytest.approx([3.0 * factor, 0.0])),
+            (sweep, 1, pytest.approx([0.0, 4.0 * factor])),
+        ]
+        for sweep in range(2)
+    ]
     return ["begin", *rows[0], *rows[1], "end"]
 
 
@@ -87,7 +99,11 @@ def test_a_scaled_loss_divides_the_learning_rate_and_leaves_the_gradient_alone()
 
 def test_an_overflow_calls_no_optimizer_and_halves_the_scale():
     clipper = ScaledNorm(1.0, 8.0)
-    assert one_step(clipper, math.inf) == [[], []] and clipper.lr_factor == 0.0 and clipper.scale == 8.0
+    assert (
+        one_step(clipper, math.inf) == [[], []]
+        and clipper.lr_factor == 0.0
+        and clipper.scale == 8.0
+    )
     assert one_step(clipper, 4.0) == [[], seen(4.0)] and clipper.scale == 4.0
 
 
@@ -103,11 +119,20 @@ def test_a_scale_doubles_after_so_many_good_steps_in_a_row(monkeypatch):
 @pytest.mark.parametrize(("rule", "weights"), [("adamw", "fp32"), ("adafactor", "master")])
 def test_clipping_inside_backward_is_clipping_at_its_end_for_rules_that_remember(rule, weights):
     """A look that reached the optimizer would count a step, or leave half of one behind."""
-    inside, ended = ({"rule": rule, "weights": weights, "head": "fused", **how}
-                     for how in ({"until": {"backward": {"clip_norm": 0.05}}}, {"clip": 0.05}))
+    inside, ended = (
+        {"rule": rule, "weights": weights, "head": "fused", **how}
+        for how in ({"until": {"backward": {"clip_norm": 0.05}}}, {"clip": 0.05})
+    )
     losses, _, trainer = train(inside, lr=1e-3)
     wanted, _, other = train(ended, lr=1e-3)
     assert losses == pytest.approx(wanted, rel=1e-3)
-    steps = [{float(entry["step"]) for optimizer in turn.updater.optimizers for entry in optimizer.state.values()}
-             for trained in (trainer, other) for turn in trained._turns.values()]
+    steps = [
+        {
+            float(entry["step"])
+            for optimizer in turn.updater.optimizers
+            for entry in optimizer.state.values()
+        }
+        for trained in (trainer, other)
+        for turn in trained._turns.values()
+    ]
     assert steps == [{4.0}, {4.0}]

@@ -1,4 +1,5 @@
-"""The clocks of a step: the host's, and the device's, which never makes the host wait inside a step."""
+"""The clocks of a step: the host's, and the device's, which never makes the host wait inside a
+step."""
 
 from __future__ import annotations
 
@@ -13,10 +14,17 @@ ROW = {"weights": "fp32"}
 
 
 class Device:
-    """A queue that works behind the host: each mark takes its place, and time passes as work is put in between."""
+    """A queue that works behind the host: each mark takes its place, and time passes as work is put
+    in between."""
 
     def __init__(self, work_ms):
-        self.work_ms, self.now_ms, self.passed, self.waited, self.marks = iter(work_ms), 0.0, 0, 0, []
+        self.work_ms, self.now_ms, self.passed, self.waited, self.marks = (
+            iter(work_ms),
+            0.0,
+            0,
+            0,
+            [],
+        )
 
     def mark(self):
         self.marks.append(Mark(self, len(self.marks), self.now_ms))
@@ -57,7 +65,9 @@ def test_phases_are_the_devices_time_and_no_step_waits_for_it():
     assert [row["step"] for row in watch.rows] == [0, 1, 2] and device.waited == 3
     for row in watch.rows:
         told = {name: row[f"{name}_s"] for name in ("forward", "backward", "update", "step")}
-        assert told == pytest.approx({"forward": 0.021, "backward": 0.041, "update": 0.005, "step": 0.07})
+        assert told == pytest.approx(
+            {"forward": 0.021, "backward": 0.041, "update": 0.005, "step": 0.07}
+        )
 
 
 def test_steps_that_the_device_has_done_are_read_without_waiting():

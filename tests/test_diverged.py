@@ -1,4 +1,5 @@
-"""A number that is not finite ends the run where it appears: a result of its own, which no figure and no score has part in."""
+"""A number that is not finite ends the run where it appears: a result of its own, which no figure
+and no score has part in."""
 
 from __future__ import annotations
 
@@ -31,19 +32,37 @@ TRAINED = [name for name in REGIMES if name != "zero_shot"]
 
 
 def spoil(trainer: Trainer, value: float) -> None:
-    """From now on a gradient of a block's leaf has one number that is not finite; the loss of the step knows nothing of it."""
+    """From now on a gradient of a block's leaf has one number that is not finite; the loss of the
+    step knows nothing of it."""
+
     def hook(gradient: torch.Tensor) -> torch.Tensor:
         gradient = gradient.clone()
         gradient.view(-1)[-1] = value
         return gradient
 
-    next(leaf for name, leaf in trainer.active.items() if "layers" in name and leaf.dim() > 1).register_hook(hook)
+    next(
+        leaf for name, leaf in trainer.active.items() if "layers" in name and leaf.dim() > 1
+    ).register_hook(hook)
 
 
-@pytest.mark.parametrize("row", [{}, {"rule": "sgd", "head": "fused"}, {"until": "backward", "rule": "sgd"}, {"weights": "bf16_sr"},
-                                 {"trains": "lora"}, {"trains": {"blocks": {"interval": 9}}}, {"clip": 1.0},
-                                 {"place": "fsdp"}, {"rule": "adam8bit"}, {"rule": "adafactor"}, {"place": "host_state"},
-                                 {"until": {"backward": {"clip_norm": 0.5}}, "rule": "sgd"}], ids=str)
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"rule": "sgd", "head": "fused"},
+        {"until": "backward", "rule": "sgd"},
+        {"weights": "bf16_sr"},
+        {"trains": "lora"},
+        {"trains": {"blocks": {"interval": 9}}},
+        {"clip": 1.0},
+        {"place": "fsdp"},
+        {"rule": "adam8bit"},
+        {"rule": "adafactor"},
+        {"place": "host_state"},
+        {"until": {"backward": {"clip_norm": 0.5}}, "rule": "sgd"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_is_found_at_its_step(row, value):
     regime = read_row("row", row)
@@ -59,9 +78,15 @@ def test_a_gradient_that_is_not_finite_is_found_at_its_step(row, value):
             return
         spoil(trainer, value)
         loss = trainer.step([batch(1)])
-        with pytest.raises(Diverged, match="step 1 left weights that are not finite though its loss of .* is: a gradi") as raised:
+        with pytest.raises(
+            Diverged,
+            match="step 1 left weights that are not finite though its loss of .* is: a gradi",
+        ) as raised:
             trainer.check(loss)
-        assert math.isfinite(float(loss)) and (raised.value.step, raised.value.what) == (1, "weights")
+        assert math.isfinite(float(loss)) and (raised.value.step, raised.value.what) == (
+            1,
+            "weights",
+        )
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -91,18 +116,32 @@ def diverged(tmp_path_factory):
 def test_a_run_that_diverges_is_a_result_with_its_step(diverged):
     result = json.loads((diverged / "sgd-0" / "result.json").read_text())
     step = result["diverged"]["step"]
-    assert result["outcome"] == "diverged" and result["diverged"]["what"] in ("loss", "weights") and 0 <= step < SMALL["steps"]
+    assert (
+        result["outcome"] == "diverged"
+        and result["diverged"]["what"] in ("loss", "weights")
+        and 0 <= step < SMALL["steps"]
+    )
     assert f"step {step}" in result["reason"] and "use a lower lr" in result["reason"]
     assert not {"weights_hash", "speed", "loss_last", "peak"} & set(result)
-    assert not [path.name for path in (diverged / "sgd-0").iterdir() if path.suffix in (".parquet", ".part")]
+    assert not [
+        path.name for path in (diverged / "sgd-0").iterdir() if path.suffix in (".parquet", ".part")
+    ]
 
 
 def test_it_is_in_the_reports_first_lines_and_in_no_figure(diverged):
     runs = read_runs(diverged)
     first = words.takeaways(runs)[0]
     assert first.startswith("1 of 2 runs did not finish: sgd (diverged: ") and "step" in first
-    assert list(tables.summary(runs).set_index("regime").loc["sgd"].dropna().index) == ["outcome", "reason"]
-    for frame in (tables.accuracy(runs), tables.recalls(runs), tables.ledger(runs), tables.against_reference(runs)):
+    assert list(tables.summary(runs).set_index("regime").loc["sgd"].dropna().index) == [
+        "outcome",
+        "reason",
+    ]
+    for frame in (
+        tables.accuracy(runs),
+        tables.recalls(runs),
+        tables.ledger(runs),
+        tables.against_reference(runs),
+    ):
         assert "sgd" not in frame.to_string()
     page = build(diverged).read_text()
     assert page.index("sgd (diverged: ") < page.index("<h2")
@@ -113,9 +152,28 @@ def test_a_sweep_keeps_it_and_runs_it_again_only_when_told(diverged, tmp_path, c
     file.write_text("grid:\n  regime: [sgd]\n")
     cell = read_sweep(file, tmp_path / "out")[2][0]
     shutil.copytree(diverged / "sgd-0", cell.folder)
-    assert {retry for retry, outcomes in RETRY.items() if "diverged" in outcomes} == {"diverged", "all"}
-    for retry, state in ((None, "diverged"), ("failed", "diverged"), ("oom", "diverged"), ("diverged", "due"), ("all", "due")):
-        main(["sweep", str(file), "--out", str(tmp_path / "out"), "--dry-run", "--json", *(["--retry", retry] if retry else [])])
+    assert {retry for retry, outcomes in RETRY.items() if "diverged" in outcomes} == {
+        "diverged",
+        "all",
+    }
+    for retry, state in (
+        (None, "diverged"),
+        ("failed", "diverged"),
+        ("oom", "diverged"),
+        ("diverged", "due"),
+        ("all", "due"),
+    ):
+        main(
+            [
+                "sweep",
+                str(file),
+                "--out",
+                str(tmp_path / "out"),
+                "--dry-run",
+                "--json",
+                *(["--retry", retry] if retry else []),
+            ]
+        )
         assert json.loads(capsys.readouterr().out)["cells"][0]["state"] == state
     assert main(["sweep", str(file), "--out", str(tmp_path / "out"), "--no-report", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["cells"][0]["outcome"] == "diverged"
@@ -128,8 +186,14 @@ def test_scores_that_are_not_finite_are_not_scores(tmp_path, monkeypatch):
     monkeypatch.setattr("vramlab.runs.evaluate.score", score)
     execute({**SMALL, "measure": False}, tmp_path / "r", progress=False)
     result = json.loads((tmp_path / "r" / "result.json").read_text())
-    assert result["outcome"] == "diverged" and result["diverged"] == {"step": SMALL["steps"] - 1, "what": "scores"}
-    assert not (tmp_path / "r" / "scores.parquet").exists() and not (tmp_path / "r" / "accuracy.parquet").exists()
+    assert result["outcome"] == "diverged" and result["diverged"] == {
+        "step": SMALL["steps"] - 1,
+        "what": "scores",
+    }
+    assert (
+        not (tmp_path / "r" / "scores.parquet").exists()
+        and not (tmp_path / "r" / "accuracy.parquet").exists()
+    )
 
 
 def test_a_studys_measurement_that_diverges_is_not_tried_again(tmp_path, monkeypatch):

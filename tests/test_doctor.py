@@ -1,4 +1,5 @@
-"""What a machine can measure is said, and for the rest why not and what would help. No GPU is needed to say it of one."""
+"""What a machine can measure is said, and for the rest why not and what would help. No GPU is
+needed to say it of one."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def by_topic(findings) -> dict:
 
 def test_every_topic_that_cannot_be_had_says_why_and_what_would_help():
     findings = doctor.examine()
-    assert {"torch", "forecast", "cuda", "bf16", "nvml", "energy", "process peak", "ranks"} <= set(by_topic(findings))
+    assert {"torch", "forecast", "cuda", "bf16", "nvml", "energy", "process peak", "ranks"} <= set(
+        by_topic(findings)
+    )
     for finding in findings:
         assert finding.found and (finding.can or finding.way_out), finding
     told = by_topic(findings)
@@ -46,9 +49,14 @@ def test_the_command_speaks_words_and_json(capsys):
 @pytest.fixture
 def cuda(monkeypatch):
     """A machine whose torch sees the first of `cards`."""
+
     def put(*cards: Card, **how):
         library = install(monkeypatch, *cards, **how)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: cards[0].architecture != "Turing")
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation: cards[0].architecture != "Turing",
+        )
         return library
 
     return put
@@ -56,9 +64,17 @@ def cuda(monkeypatch):
 
 def test_a_card_is_told_with_what_it_lacks_and_nothing_that_identifies_it(monkeypatch, cuda):
     monkeypatch.setattr(nvml_process, "block", lambda device: nullcontext())
-    cuda(Card("Pascal", processes={4321: GIB, 8765: 2 * GIB}), host=False, missing=fake_nvml.OLD_DRIVER)
+    cuda(
+        Card("Pascal", processes={4321: GIB, 8765: 2 * GIB}),
+        host=False,
+        missing=fake_nvml.OLD_DRIVER,
+    )
     told = by_topic(doctor.examine())
-    assert told["nvml"].can and "driver 570.00" in told["nvml"].found and "reserved_bytes: N/A" in told["nvml"].found
+    assert (
+        told["nvml"].can
+        and "driver 570.00" in told["nvml"].found
+        and "reserved_bytes: N/A" in told["nvml"].found
+    )
     assert told["energy"].can and told["energy"].found.startswith("power, integrated")
     assert not told["process memory on the card"].can and told["process memory on the card"].way_out
     assert told["cuda"].can and told["allocator history"].can
@@ -68,7 +84,17 @@ def test_a_card_is_told_with_what_it_lacks_and_nothing_that_identifies_it(monkey
 def test_a_card_of_today_can_do_everything(cuda):
     cuda(Card("Hopper", processes={os.getpid(): GIB}))
     told = by_topic(doctor.examine())
-    assert all(told[topic].can for topic in ("cuda", "bf16", "nvml", "energy", "process memory on the card", "allocator history"))
+    assert all(
+        told[topic].can
+        for topic in (
+            "cuda",
+            "bf16",
+            "nvml",
+            "energy",
+            "process memory on the card",
+            "allocator history",
+        )
+    )
     assert "its own number" in told["process memory on the card"].found
 
 
@@ -82,7 +108,9 @@ def test_a_driver_that_torch_cannot_use_is_told_from_none(monkeypatch, cuda):
     cuda(Card(), Card("Ada", uuid="GPU-2"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     told = by_topic(doctor.examine())
-    assert not told["cuda"].can and not told["nvml"].can and "the driver has: 2" in told["nvml"].found
+    assert (
+        not told["cuda"].can and not told["nvml"].can and "the driver has: 2" in told["nvml"].found
+    )
 
 
 def test_a_topic_that_breaks_is_a_finding(monkeypatch):
@@ -93,6 +121,10 @@ def test_a_topic_that_breaks_is_a_finding(monkeypatch):
 
 @pytest.mark.slow
 def test_a_reader_that_has_had_enough_is_no_error():
-    with subprocess.Popen([sys.executable, "-m", "vramlab.cli", "regimes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as told:
+    with subprocess.Popen(
+        [sys.executable, "-m", "vramlab.cli", "regimes"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as told:
         told.stdout.close()
         assert told.stderr.read() == b"" and told.wait() == 0

@@ -1,4 +1,5 @@
-"""Files that are whole or not there, folders that notice damage, and readers that name what they cannot read."""
+"""Files that are whole or not there, folders that notice damage, and readers that name what they
+cannot read."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def test_a_sealed_folder_is_intact_and_may_get_more_files(sealed):
 def test_a_flipped_bit_a_cut_and_a_missing_file_are_noticed(sealed, name):
     path, whole = sealed / name, (sealed / name).read_bytes()
     for at in (0, len(whole) // 2, len(whole) - 2):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         assert not intact(sealed), at
         path.write_bytes(whole[:at])
         assert not intact(sealed), at
@@ -39,7 +40,9 @@ def test_a_flipped_bit_a_cut_and_a_missing_file_are_noticed(sealed, name):
     assert not intact(sealed)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", "null", "3", '{"weights": 3}', '{"": ""}', "\0" * 20])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", "null", "3", '{"weights": 3}', '{"": ""}', "\0" * 20]
+)
 def test_a_seal_that_says_nothing_seals_nothing(sealed, content):
     (sealed / SEAL).write_text(content)
     assert not intact(sealed)

@@ -1,4 +1,5 @@
-"""The forecast: exact where there is an exact figure, equal to the CPU's own peak where there is a CPU run."""
+"""The forecast: exact where there is an exact figure, equal to the CPU's own peak where there is a
+CPU run."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def _layers(spec: ModelSpec, count: int) -> ModelSpec:
     return dataclasses.replace(spec, config=config)
 
 
-@pytest.mark.parametrize("name", [name for name, row in REGIMES.items() if not hasattr(row.trains, "interval")])
+@pytest.mark.parametrize(
+    "name", [name for name, row in REGIMES.items() if not hasattr(row.trains, "interval")]
+)
 def test_on_a_fake_cpu_the_peak_is_the_cpus(name):
     meter, said = Meter(), trace(MICRO, REGIMES[name], 11, 3, mode="cpu")
     regime = dataclasses.replace(REGIMES[name], grads=REGIMES[name].grads.hurried())
@@ -42,8 +45,9 @@ def test_on_a_fake_cpu_the_peak_is_the_cpus(name):
             for _ in range(said.step + 1):
                 ids = torch.zeros(3, 11, dtype=torch.long)
                 trainer.step([{"input_ids": ids, "labels": ids.clone()}], [1.0])
-    assert (said.peak_bytes, said.phase, dict(said.ledger)) == tuple(meter.peak(said.step)[key] for key in
-                                                                      ("peak_bytes", "phase", "categories"))
+    assert (said.peak_bytes, said.phase, dict(said.ledger)) == tuple(
+        meter.peak(said.step)[key] for key in ("peak_bytes", "phase", "categories")
+    )
     assert said.host_bytes == meter.host_peak_bytes
 
 
@@ -59,9 +63,16 @@ def test_the_ledger_adds_up_and_the_events_rebuild_the_peak(name):
     assert len(set(before["storage"])) == len(before["storage"])
 
 
-@pytest.mark.parametrize(("model", "weight_bytes"), [("baichuan2-7b", 15_011_946_496), ("baichuan2-13b", 27_793_336_320)])
+@pytest.mark.parametrize(
+    ("model", "weight_bytes"), [("baichuan2-7b", 15_011_946_496), ("baichuan2-13b", 27_793_336_320)]
+)
 def test_published_models_weigh_what_is_published(model, weight_bytes):
-    said = trace(model_spec(model), read_row("row", {"weights": "bf16", "trains": "none", "rule": "none"}), 16, 1)
+    said = trace(
+        model_spec(model),
+        read_row("row", {"weights": "bf16", "trains": "none", "rule": "none"}),
+        16,
+        1,
+    )
     weights = said.frame.query("category == 'weights' and event == 'alloc'")
     assert weights[~weights["module"].str.endswith("inv_freq")]["bytes"].sum() == weight_bytes
 
@@ -72,22 +83,35 @@ def test_a_7b_step_costs_its_arithmetic_and_no_memory_of_ours():
     with peak_window() as peak:
         said = trace(model_spec("baichuan2-7b"), REGIMES["full"], 1024, 1)
     weights, tensors = 2 * 15_011_946_496, 227
-    assert said.ledger["gradients"] == weights and said.ledger["optimizer"] == 2 * weights + 4 * tensors
+    assert (
+        said.ledger["gradients"] == weights
+        and said.ledger["optimizer"] == 2 * weights + 4 * tensors
+    )
     assert peak.delta_bytes < 200e6
     assert said.took_s < 60
 
 
 @pytest.mark.parametrize("mode", ["vgpu", "cpu"])
 def test_allocated_bytes_are_linear_in_layers(mode):
-    two, three, four = (trace(_layers(MIDDLE, count), REGIMES["full"], 64, 2, mode=mode).peak_bytes for count in (2, 3, 4))
+    two, three, four = (
+        trace(_layers(MIDDLE, count), REGIMES["full"], 64, 2, mode=mode).peak_bytes
+        for count in (2, 3, 4)
+    )
     assert four - three == three - two > 0
 
 
-@pytest.mark.parametrize("row", [
-    {"trains": {"blocks": {"interval": 10}}}, {"trains": {"blocks": {"interval": 1, "ends": "units", "state": "host"}}},
-    {"trains": {"blocks": {"interval": 1}}}, {"trains": {"chunks": {"count": 8}}}, {"trains": {"blocks": {"count": 2}}},
-    {"trains": {"blocks": {"interval": 2, "sample": 2, "ends": "always"}}}],
-    ids=["badam", "ends", "first steps only", "chunkft", "uneven", "lisa"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"trains": {"blocks": {"interval": 10}}},
+        {"trains": {"blocks": {"interval": 1, "ends": "units", "state": "host"}}},
+        {"trains": {"blocks": {"interval": 1}}},
+        {"trains": {"chunks": {"count": 8}}},
+        {"trains": {"blocks": {"count": 2}}},
+        {"trains": {"blocks": {"interval": 2, "sample": 2, "ends": "always"}}},
+    ],
+    ids=["badam", "ends", "first steps only", "chunkft", "uneven", "lisa"],
+)
 def test_the_part_found_has_the_highest_peak_of_all(row):
     regime = read_row("row", row)
     found, second = trace(MICRO, regime, 11, 3), {}
@@ -108,7 +132,9 @@ def test_parked_state_is_on_the_host_of_parts_never_visited_too():
     said = trace(MIDDLE, REGIMES["chunkft"], 32, 2)
     moments = 2 * sum(p.numel() for p in micro.model(**measured_step.SIZES).parameters()) * 4
     batches = 2 * 2 * 32 * 8
-    assert moments < said.host_bytes < moments + batches + 4 * 100, "and a step count for each piece"
+    assert moments < said.host_bytes < moments + batches + 4 * 100, (
+        "and a step count for each piece"
+    )
 
 
 def test_a_turn_that_resets_reports_a_step_with_state():
@@ -130,22 +156,40 @@ def test_the_same_question_has_the_same_answer():
 
 def test_a_card_decides_the_attention_and_the_workspace():
     ampere = trace(MIDDLE, read_row("row", {"weights": "bf16"}), 32, 2)
-    hopper = trace(MIDDLE, read_row("row", {"weights": "bf16"}), 32, 2, card=SimpleNamespace(compute_capability=(9, 0)))
-    kernels = [set(said.frame["op"][said.frame["op"].str.contains("attention")]) for said in (ampere, hopper)]
-    assert kernels[0] == {f"aten._scaled_dot_product_flash_attention{end}.default" for end in ("", "_backward")}
-    assert kernels[1] == {f"aten._scaled_dot_product_cudnn_attention{end}.default" for end in ("", "_backward")}
+    hopper = trace(
+        MIDDLE,
+        read_row("row", {"weights": "bf16"}),
+        32,
+        2,
+        card=SimpleNamespace(compute_capability=(9, 0)),
+    )
+    kernels = [
+        set(said.frame["op"][said.frame["op"].str.contains("attention")])
+        for said in (ampere, hopper)
+    ]
+    assert kernels[0] == {
+        f"aten._scaled_dot_product_flash_attention{end}.default" for end in ("", "_backward")
+    }
+    assert kernels[1] == {
+        f"aten._scaled_dot_product_cudnn_attention{end}.default" for end in ("", "_backward")
+    }
     assert hopper.ledger["workspace"] - ampere.ledger["workspace"] == 2 * ((32 << 20) - 8_519_680)
 
 
 @pytest.mark.parametrize("model", ["baichuan2-7b", "baichuan2-13b"])
 def test_modes_agree_on_what_is_not_a_kernels_choice(model):
-    spec, row = _layers(model_spec(model), 2), read_row("row", {"rule": "sgd", "trains": {"blocks": {"interval": 2}}})
+    spec, row = (
+        _layers(model_spec(model), 2),
+        read_row("row", {"rule": "sgd", "trains": {"blocks": {"interval": 2}}}),
+    )
     cpu, vgpu = (trace(spec, row, 64, 1, mode=mode) for mode in ("cpu", "vgpu"))
     assert cpu.ledger["weights"] == vgpu.ledger["weights"]
     assert vgpu.peak_bytes - vgpu.ledger["workspace"] == pytest.approx(cpu.peak_bytes, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["mixed", "adam4bit", "galore_layerwise", "qlora", "lisa", "fsdp", "host_weights"])
+@pytest.mark.parametrize(
+    "name", ["mixed", "adam4bit", "galore_layerwise", "qlora", "lisa", "fsdp", "host_weights"]
+)
 def test_remembered_shapes_change_nothing(name, monkeypatch):
     """The same timeline with every operation worked out anew; and most operations were not."""
     outputs, asked, worked_out = Shapes.outputs, [], []

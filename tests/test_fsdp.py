@@ -1,4 +1,5 @@
-"""Sharding over ranks: the pieces are torch's to the byte, nothing is counted that is not there, and real ranks agree."""
+"""Sharding over ranks: the pieces are torch's to the byte, nothing is counted that is not there,
+and real ranks agree."""
 
 from __future__ import annotations
 
@@ -33,8 +34,14 @@ from vramlab.regimes.until.until import _InBackward
 from vramlab.report.figures import COLORS
 
 MICRO = ModelSpec("micro", micro.model().config, None)
-ROWS = {"full": {}, "checkpoint": {"acts": "checkpoint", "weights": "bf16"}, "offload": {"acts": "offload"},
-        "lora": {"trains": "lora"}, "lomo": {"until": "backward", "rule": "sgd"}, "clip": {"accumulate": 2, "clip": 1.0}}
+ROWS = {
+    "full": {},
+    "checkpoint": {"acts": "checkpoint", "weights": "bf16"},
+    "offload": {"acts": "offload"},
+    "lora": {"trains": "lora"},
+    "lomo": {"until": "backward", "rule": "sgd"},
+    "clip": {"accumulate": 2, "clip": 1.0},
+}
 
 
 @functools.cache
@@ -45,7 +52,9 @@ def _of(name, world=1):
 def _said(row=None, world=1, place="fsdp", **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's
-        return trace(MICRO, read_row("row", {"place": place, **(row or {})}), 11, 3, world=world, **kwargs)
+        return trace(
+            MICRO, read_row("row", {"place": place, **(row or {})}), 11, 3, world=world, **kwargs
+        )
 
 
 def _piece(parameter, world: int) -> int:
@@ -53,13 +62,18 @@ def _piece(parameter, world: int) -> int:
     return math.ceil(parameter.shape[0] / world) * math.prod(parameter.shape[1:])
 
 
-@pytest.mark.parametrize(("world", "weights"), [*((world, "fp32") for world in (1, 2, 8, 64, 1024)), (8, "bf16"), (8, "mixed")])
+@pytest.mark.parametrize(
+    ("world", "weights"),
+    [*((world, "fp32") for world in (1, 2, 8, 64, 1024)), (8, "bf16"), (8, "mixed")],
+)
 def test_every_rank_holds_its_padded_piece_of_everything(world, weights):
     """`size` bytes a number in a weight, its gradient and moments; `sent` when it is gathered."""
     size, sent = {"fp32": (4, 4), "bf16": (2, 2), "mixed": (4, 2)}[weights]
     frame = _said({"weights": weights}, world).frame
     born = frame[(frame["event"] == "alloc") & (frame["bytes"] > 0)]
-    pieces = {name: _piece(parameter, world) for name, parameter in micro.model().named_parameters()}
+    pieces = {
+        name: _piece(parameter, world) for name, parameter in micro.model().named_parameters()
+    }
     units = Counter()
     for name, piece in pieces.items():
         units[".".join(name.split(".")[:3]) if "layers" in name else ""] += piece
@@ -69,15 +83,25 @@ def test_every_rank_holds_its_padded_piece_of_everything(world, weights):
         return list(zip(rows["module"], rows["bytes"], strict=True))
 
     held = dict(seen("weights", 0))
-    assert {name: held[name] for name in pieces} == {name: size * piece for name, piece in pieces.items()}
+    assert {name: held[name] for name in pieces} == {
+        name: size * piece for name, piece in pieces.items()
+    }
     state = seen("optimizer", 0)
-    assert len(state) == 3 * len(pieces) and sum(n for _, n in state) == sum(2 * size * piece + 4 for piece in pieces.values())
+    assert len(state) == 3 * len(pieces) and sum(n for _, n in state) == sum(
+        2 * size * piece + 4 for piece in pieces.values()
+    )
     assert sorted(seen("gradients", 1)) == sorted((unit, size * n) for unit, n in units.items())
     collectives = set(seen("collectives", 1))
-    assert {(name, n) for name, n in collectives if name in pieces} == {(k, sent * world * p) for k, p in pieces.items()}
-    reduced = {size * n for unit, n in units.items()} if world == 1 else set()  # one rank gathers without a buffer
+    assert {(name, n) for name, n in collectives if name in pieces} == {
+        (k, sent * world * p) for k, p in pieces.items()
+    }
+    reduced = (
+        {size * n for unit, n in units.items()} if world == 1 else set()
+    )  # one rank gathers without a buffer
     buffers = {(unit, width * world * n) for unit, n in units.items() for width in (sent, size)}
-    assert {(name, n) for name, n in collectives if name not in pieces} == buffers and reduced <= {n for _, n in buffers}
+    assert {(name, n) for name, n in collectives if name not in pieces} == buffers and reduced <= {
+        n for _, n in buffers
+    }
 
 
 def _births(said, step, without):
@@ -92,8 +116,11 @@ def _births(said, step, without):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_one_rank_is_one_device_and_its_buffers(name, monkeypatch):
-    """And its gradients, which are one storage a unit beside what autograd forms for each weight."""
-    monkeypatch.setattr(_InBackward, "taker", lambda self, leaf: None)  # on one device the embeddings' is formed in rows
+    """And its gradients, which are one storage a unit beside what autograd forms for each
+    weight."""
+    monkeypatch.setattr(
+        _InBackward, "taker", lambda self, leaf: None
+    )  # on one device the embeddings' is formed in rows
     alone, one = _said(ROWS[name], place="device"), _of(name)
     for step in (0, 1):
         assert _births(one, step, ("collectives", "gradients")) == _births(alone, step, ())
@@ -105,17 +132,30 @@ def test_one_rank_is_one_device_and_its_buffers(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_no_bytes_of_whole_tensors_where_only_pieces_are(name):
-    """A forward and backward are the same on 8 ranks as on one, all but the collectives; an update touches pieces."""
+    """A forward and backward are the same on 8 ranks as on one, all but the collectives; an update
+    touches pieces."""
     largest = max(4 * _piece(parameter, 8) for parameter in micro.model().parameters())
     for step in (0, 1):
-        one, eight = (_births(_of(name, world), step, ("weights", "collectives", "gradients", "optimizer")) for world in (1, 8))
-        assert {key: n for key, n in one.items() if key[0] != "update"} == {k: n for k, n in eight.items() if k[0] != "update"}
-        assert all(size <= largest for phase, _, size in _births(_of(name, 8), step, ()) if phase == "update")
+        one, eight = (
+            _births(_of(name, world), step, ("weights", "collectives", "gradients", "optimizer"))
+            for world in (1, 8)
+        )
+        assert {key: n for key, n in one.items() if key[0] != "update"} == {
+            k: n for k, n in eight.items() if k[0] != "update"
+        }
+        assert all(
+            size <= largest
+            for phase, _, size in _births(_of(name, 8), step, ())
+            if phase == "update"
+        )
 
 
 def test_waiting_for_a_collective_makes_nothing():
     ops = _of("clip", 8).frame["op"]
-    assert ops.str.contains("_c10d_functional.all_reduce").any() and not ops.str.contains("wait_tensor").any()
+    assert (
+        ops.str.contains("_c10d_functional.all_reduce").any()
+        and not ops.str.contains("wait_tensor").any()
+    )
 
 
 @pytest.mark.parametrize("until", ["step", "backward"])
@@ -124,8 +164,13 @@ def test_offloaded_pieces_are_host_bytes(until):
     here, offloaded = _said({"until": until}, 8), _said({"until": until}, 8, place="fsdp_offload")
     pieces = sum(_piece(parameter, 8) for parameter in micro.model().parameters())
     count = len(list(micro.model().parameters()))
-    assert here.before()["bytes"].sum() - offloaded.before()["bytes"].sum() == 12 * pieces + 4 * count
-    assert not {"weights", "optimizer"} & set(offloaded.ledger) and offloaded.peak_bytes < here.peak_bytes
+    assert (
+        here.before()["bytes"].sum() - offloaded.before()["bytes"].sum() == 12 * pieces + 4 * count
+    )
+    assert (
+        not {"weights", "optimizer"} & set(offloaded.ledger)
+        and offloaded.peak_bytes < here.peak_bytes
+    )
     least = 12 * pieces + (4 * pieces if until == "step" else 0)
     assert least <= offloaded.host_bytes < least + 4 * pieces
 
@@ -134,7 +179,10 @@ def test_offloaded_pieces_are_host_bytes(until):
 def test_after_a_step_only_pieces_are_left(world):
     said = _of("full", world)
     left = said.before()["bytes"].sum()
-    held = said.frame.query("event == 'alloc' and step == 0 and category in ('weights', 'buffers', 'optimizer', 'workspace')")
+    held = said.frame.query(
+        "event == 'alloc' and step == 0 and category in ('weights', 'buffers', 'optimizer',"
+        " 'workspace')"
+    )
     scratch = said.frame.query("event == 'free' and step == 0 and category == 'workspace'")
     assert left == held["bytes"].sum() - scratch["bytes"].sum()
 
@@ -163,7 +211,10 @@ def test_the_13b_on_1024_ranks_takes_seconds():
     with torch.device("meta"):
         parameters = list(type(micro.model())(spec.config).parameters())
     pieces = sum(_piece(parameter, 1024) for parameter in parameters)
-    assert (said.ledger["weights"], said.ledger["optimizer"]) == (4 * pieces, 8 * pieces + 4 * len(parameters))
+    assert (said.ledger["weights"], said.ledger["optimizer"]) == (
+        4 * pieces,
+        8 * pieces + 4 * len(parameters),
+    )
     assert said.took_s < 60 and said.world == 1024
 
 
@@ -180,7 +231,12 @@ def test_a_rank_is_not_asked_for_forecasts():
 
 def test_nothing_stays_patched_and_no_group_is_left():
     def state():
-        return device_mesh.init_device_mesh, _fsdp_param._chunk_with_empty, Stream.made, distributed.is_initialized()
+        return (
+            device_mesh.init_device_mesh,
+            _fsdp_param._chunk_with_empty,
+            Stream.made,
+            distributed.is_initialized(),
+        )
 
     before = state()
     with pytest.raises(KeyError), virtual_gpu(world=4):
@@ -194,7 +250,10 @@ def test_collectives_are_a_category_with_a_colour():
 
 
 def test_a_storage_of_two_things_is_called_after_what_both_are_in():
-    assert common("model.layers.3.mlp.up_proj.weight", "model.layers.3.self_attn.o_proj.weight") == "model.layers.3"
+    assert (
+        common("model.layers.3.mlp.up_proj.weight", "model.layers.3.self_attn.o_proj.weight")
+        == "model.layers.3"
+    )
     assert common("lm_head.weight", "model.norm.weight") == "" and common("a.b", "a.b") == "a.b"
 
 
@@ -203,15 +262,31 @@ def two_ranks(tmp_path_factory):
     """What two real ranks wrote."""
     folder = tmp_path_factory.mktemp("ranks")
     here, library = Path(__file__).parent, Path(vramlab.__file__).parents[1]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                    str(here / "ranked_steps.py"), str(folder)], check=True, timeout=300, capture_output=True,
-                   env={**os.environ, "PYTHONPATH": f"{library}{os.pathsep}{here}"})
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(here / "ranked_steps.py"),
+            str(folder),
+        ],
+        check=True,
+        timeout=300,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": f"{library}{os.pathsep}{here}"},
+    )
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
 def _alone(name):
     """The row on one device, where nothing is sharded."""
-    return ranked_steps.train({key: value for key, value in ranked_steps.ROWS[name].items() if key != "place"}, slice(0, 2))
+    return ranked_steps.train(
+        {key: value for key, value in ranked_steps.ROWS[name].items() if key != "place"},
+        slice(0, 2),
+    )
 
 
 @pytest.mark.slow
@@ -227,25 +302,34 @@ def test_two_ranks_train_as_one_device_with_both_batches(name, two_ranks):
 
 @pytest.mark.slow
 def test_two_ranks_in_mixed_precision_err_as_one_device_does(two_ranks):
-    """Not the same roundings: gathered weights make norms and the sum of blocks bf16. Errors are those of fp32's losses and
-    weights, taken together."""
+    """Not the same roundings: gathered weights make norms and the sum of blocks bf16. Errors are
+    those of fp32's losses and weights, taken together."""
     exact, alone = _alone("full"), _alone("mixed")
 
     def errors(trained):
         losses = torch.tensor(trained["losses"]) - torch.tensor(exact["losses"])
-        weights = torch.cat([(trained["weights"][name] - tensor).flatten() for name, tensor in exact["weights"].items()])
+        weights = torch.cat(
+            [
+                (trained["weights"][name] - tensor).flatten()
+                for name, tensor in exact["weights"].items()
+            ]
+        )
         return losses.norm(), weights.norm()
 
     for rank in two_ranks:
         for mine, one_device in zip(errors(rank["trained"]["mixed"]), errors(alone), strict=True):
             assert 0 < mine < 4 * one_device
-        assert all(tensor.dtype == torch.float32 for tensor in rank["trained"]["mixed"]["weights"].values())
+        assert all(
+            tensor.dtype == torch.float32 for tensor in rank["trained"]["mixed"]["weights"].values()
+        )
     for key, tensor in two_ranks[0]["trained"]["mixed"]["weights"].items():
         assert torch.equal(tensor, two_ranks[1]["trained"]["mixed"]["weights"][key])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, row in ranked_steps.ROWS.items() if not row.get("accumulate")])
+@pytest.mark.parametrize(
+    "name", [name for name, row in ranked_steps.ROWS.items() if not row.get("accumulate")]
+)
 def test_a_real_rank_makes_what_was_forecast(name, two_ranks):
     said = _said(ranked_steps.ROWS[name], 2, mode="cpu")
     assert two_ranks[0]["metered"][name] == ranked_steps.births(said.frame)

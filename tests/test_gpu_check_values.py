@@ -1,4 +1,5 @@
-"""Which cells of the check on a GPU are planned, begun and kept, by value: no process is started and nothing is forecast."""
+"""Which cells of the check on a GPU are planned, begun and kept, by value: no process is started
+and nothing is forecast."""
 
 from __future__ import annotations
 
@@ -18,17 +19,31 @@ from vramlab.gpu_check.plan import Cell
 
 LORA, FULL = Question("tiny", "lora", 32, 1, "bf16"), Question("tiny", "full", 32, 1, "")
 MIXED = Question("tiny", "mixed", 64, 2, "mixed")
-FITS = {"reason": "", "fits": True, "host_bytes": 0, "reserved_peak_bytes": 103, "requested_peak_bytes": 90, "parts": [1],
-        "step": 2}
+FITS = {
+    "reason": "",
+    "fits": True,
+    "host_bytes": 0,
+    "reserved_peak_bytes": 103,
+    "requested_peak_bytes": 90,
+    "parts": [1],
+    "step": 2,
+}
 
 
-@pytest.mark.parametrize(("cell", "name", "on_purpose"), [
-    (Cell("describe", None), "describe", False), (Cell("tiny", None, regime="full"), "tiny-full", False),
-    (Cell("measure", LORA), "lora-bf16-1x32", False), (Cell("measure", FULL), "full-1x32", False),
-    (Cell("measure", MIXED), "mixed-2x64", False), (Cell("peer", LORA, FITS), "lora-bf16-1x32-trainer", False),
-    (Cell("measure", LORA, FITS, limit_bytes=1), "lora-bf16-1x32-oom", True),
-    (Cell("measure", LORA, {"fits": False}), "lora-bf16-1x32-oom", True), (Cell("measure", LORA, {"fits": None}), "lora-bf16-1x32",
-                                                                           False)])
+@pytest.mark.parametrize(
+    ("cell", "name", "on_purpose"),
+    [
+        (Cell("describe", None), "describe", False),
+        (Cell("tiny", None, regime="full"), "tiny-full", False),
+        (Cell("measure", LORA), "lora-bf16-1x32", False),
+        (Cell("measure", FULL), "full-1x32", False),
+        (Cell("measure", MIXED), "mixed-2x64", False),
+        (Cell("peer", LORA, FITS), "lora-bf16-1x32-trainer", False),
+        (Cell("measure", LORA, FITS, limit_bytes=1), "lora-bf16-1x32-oom", True),
+        (Cell("measure", LORA, {"fits": False}), "lora-bf16-1x32-oom", True),
+        (Cell("measure", LORA, {"fits": None}), "lora-bf16-1x32", False),
+    ],
+)
 def test_a_cell_has_a_name_by_what_it_does(cell, name, on_purpose):
     assert cell.name == name and cell.on_purpose is on_purpose
     assert gpu_check._as_it_should(cell, {"outcome": "oom"}) is on_purpose
@@ -37,30 +52,61 @@ def test_a_cell_has_a_name_by_what_it_does(cell, name, on_purpose):
 
 def test_rows_whose_point_is_their_type_are_asked_for_as_written_and_once():
     asked = gpu_plan.questions("tiny", (32,), ("full", "mixed", "lora", "fsdp"))
-    assert [(each.regime, each.weights) for each in asked] == [("lora", "bf16"), ("full", "bf16"), ("mixed", "")]
-    assert gpu_plan._row(asked[1]) == "bf16" and gpu_plan._row(FULL) == "full" and gpu_plan._row(asked[0]) == "lora"
+    assert [(each.regime, each.weights) for each in asked] == [
+        ("lora", "bf16"),
+        ("full", "bf16"),
+        ("mixed", ""),
+    ]
+    assert (
+        gpu_plan._row(asked[1]) == "bf16"
+        and gpu_plan._row(FULL) == "full"
+        and gpu_plan._row(asked[0]) == "lora"
+    )
 
 
 def test_of_cards_of_one_kind_the_rates_are_those_of_the_nearest_in_memory():
     for near in read_cards().values():
-        alike = [card for card in read_cards().values() if card.compute_capability == near.compute_capability]
+        alike = [
+            card
+            for card in read_cards().values()
+            if card.compute_capability == near.compute_capability
+        ]
         if len({card.total_bytes for card in alike}) == len(alike):
-            found = gpu_plan.card_of({"name": "it", "total_bytes": near.total_bytes + 1000, "context_bytes": 3 << 20,
-                                      "compute_capability": list(near.compute_capability)})
-            assert found.bf16_tflops == near.bf16_tflops and found.source == {"rates": f"of {near.name}"}
+            found = gpu_plan.card_of(
+                {
+                    "name": "it",
+                    "total_bytes": near.total_bytes + 1000,
+                    "context_bytes": 3 << 20,
+                    "compute_capability": list(near.compute_capability),
+                }
+            )
+            assert found.bf16_tflops == near.bf16_tflops and found.source == {
+                "rates": f"of {near.name}"
+            }
             assert found.total_bytes == near.total_bytes + 1000 and found.context_mib == 3.0
 
 
-@pytest.mark.parametrize(("weights", "each"), [("bf16", 2), ("fp32", 6), ("nf4", 2.5), ("mixed", 6), ("int8", 3), ("other", 2)])
-def test_a_model_is_made_as_published_and_once_more_where_it_is_stored_otherwise(monkeypatch, weights, each):
+@pytest.mark.parametrize(
+    ("weights", "each"),
+    [("bf16", 2), ("fp32", 6), ("nf4", 2.5), ("mixed", 6), ("int8", 3), ("other", 2)],
+)
+def test_a_model_is_made_as_published_and_once_more_where_it_is_stored_otherwise(
+    monkeypatch, weights, each
+):
     monkeypatch.setattr(gpu_plan, "parameters", lambda spec: 1000)
-    assert gpu_plan._model_bytes(Its(row=Its(values={"weights": weights}), spec=None)) == 1000 * each
+    assert (
+        gpu_plan._model_bytes(Its(row=Its(values={"weights": weights}), spec=None)) == 1000 * each
+    )
 
 
 @pytest.mark.parametrize(("host_bytes", "planned"), [(600, True), (601, False)])
-def test_a_row_is_measured_where_seven_tenths_of_host_memory_hold_what_it_puts_there(monkeypatch, host_bytes, planned):
+def test_a_row_is_measured_where_seven_tenths_of_host_memory_hold_what_it_puts_there(
+    monkeypatch, host_bytes, planned
+):
     monkeypatch.setattr(gpu_plan, "_model_bytes", lambda question: 100)
-    cells = gpu_plan.plan([LORA], {"lora-bf16-1x32": {**FITS, "host_bytes": host_bytes}}, {"host_bytes": 1000}, ())
+    cells = gpu_plan.plan(
+        [LORA], {"lora-bf16-1x32": {**FITS, "host_bytes": host_bytes}}, {"host_bytes": 1000}, ()
+    )
     assert bool(cells) is planned
 
 
@@ -72,9 +118,25 @@ def test_what_is_not_forecast_in_time_comes_last_and_none_runs_out_where_there_i
 
 
 def made(**changed):
-    figures = {"allocated_peak_bytes": 5, "reserved_peak_bytes": 6, "fits": True, "retries": 1, "ledger": {"a": 4}, "floor_s": 0.5}
-    step = Its(peak_bytes=4, host_bytes=3, phase="forward", ledger={"b": 4}, step=1, parts=(2,), device="gpu",
-               work={"forward": {"flops": {"bfloat16": 5, "float32": 6}}}, events="events")
+    figures = {
+        "allocated_peak_bytes": 5,
+        "reserved_peak_bytes": 6,
+        "fits": True,
+        "retries": 1,
+        "ledger": {"a": 4},
+        "floor_s": 0.5,
+    }
+    step = Its(
+        peak_bytes=4,
+        host_bytes=3,
+        phase="forward",
+        ledger={"b": 4},
+        step=1,
+        parts=(2,),
+        device="gpu",
+        work={"forward": {"flops": {"bfloat16": 5, "float32": 6}}},
+        events="events",
+    )
     return Its(**{**figures, "trace": step, **changed})
 
 
@@ -82,23 +144,53 @@ def test_a_forecast_in_plain_numbers_with_a_card_and_without_one(monkeypatch):
     monkeypatch.setattr(gpu_plan, "forecast", lambda question, card, cache_dir: made())
     monkeypatch.setattr(gpu_plan, "trace", lambda *asked, mode: made().trace)
     monkeypatch.setattr(gpu_plan, "simulate", lambda events: Its(peak_reserved_bytes=8))
-    monkeypatch.setattr(gpu_plan, "time", Its(perf_counter=iter([10.0, 14.0, 20.0, 21.0, 30.0]).__next__))
-    same = {"reason": "", "requested_peak_bytes": 4, "host_bytes": 3, "phase": "forward", "step": 1, "parts": [2],
-            "flops": {"forward": 11}, "device": "gpu"}
+    monkeypatch.setattr(
+        gpu_plan, "time", Its(perf_counter=iter([10.0, 14.0, 20.0, 21.0, 30.0]).__next__)
+    )
+    same = {
+        "reason": "",
+        "requested_peak_bytes": 4,
+        "host_bytes": 3,
+        "phase": "forward",
+        "step": 1,
+        "parts": [2],
+        "flops": {"forward": 11},
+        "device": "gpu",
+    }
     assert gpu_plan.predicted(LORA, "card") == {
-        **same, "allocated_peak_bytes": 5, "reserved_peak_bytes": 6, "fits": True, "num_alloc_retries": 1, "ledger": {"a": 4},
-        "floor_s": 0.5, "took_s": 4.0}
+        **same,
+        "allocated_peak_bytes": 5,
+        "reserved_peak_bytes": 6,
+        "fits": True,
+        "num_alloc_retries": 1,
+        "ledger": {"a": 4},
+        "floor_s": 0.5,
+        "took_s": 4.0,
+    }
     assert gpu_plan.predicted(LORA, None) == {
-        **same, "allocated_peak_bytes": 4, "reserved_peak_bytes": 8, "fits": None, "num_alloc_retries": 0, "ledger": {"b": 4},
-        "floor_s": None, "took_s": 1.0}
+        **same,
+        "allocated_peak_bytes": 4,
+        "reserved_peak_bytes": 8,
+        "fits": None,
+        "num_alloc_retries": 0,
+        "ledger": {"b": 4},
+        "floor_s": None,
+        "took_s": 1.0,
+    }
     monkeypatch.setattr(gpu_plan, "forecast", lambda question, card, cache_dir: {}["a\n b"])
     assert gpu_plan.predicted(LORA, "card") == {"reason": "KeyError: 'a\\n b'"}
 
 
-def test_forecasts_that_are_done_are_kept_and_those_of_other_code_are_made_again(monkeypatch, tmp_path):
+def test_forecasts_that_are_done_are_kept_and_those_of_other_code_are_made_again(
+    monkeypatch, tmp_path
+):
     class Ended:
         def __init__(self, done, cancelled=False, error=None):
-            self.done, self.cancelled, self.exception = lambda: done, lambda: cancelled, lambda: error
+            self.done, self.cancelled, self.exception = (
+                lambda: done,
+                lambda: cancelled,
+                lambda: error,
+            )
             self.result = lambda: {"reason": "", "made": 1}
 
     ends = {LORA: Ended(True), FULL: Ended(True, error=ValueError("odd")), MIXED: Ended(False)}
@@ -109,7 +201,10 @@ def test_forecasts_that_are_done_are_kept_and_those_of_other_code_are_made_again
     monkeypatch.setattr(gpu_plan, "code", lambda: "now")
     file = tmp_path / "f.json"
     file.write_text(json.dumps({"code": "then", "steps": {"old": 1}}))
-    expected = {"lora-bf16-1x32": {"reason": "", "made": 1}, "full-1x32": {"reason": "ValueError: odd"}}
+    expected = {
+        "lora-bf16-1x32": {"reason": "", "made": 1},
+        "full-1x32": {"reason": "ValueError: odd"},
+    }
     assert gpu_plan.forecasts([LORA, FULL, MIXED], None, file, 1.0) == expected
     assert json.loads(file.read_text()) == {"code": "now", "steps": expected}
     ends[MIXED] = Ended(True, cancelled=True)
@@ -117,7 +212,7 @@ def test_forecasts_that_are_done_are_kept_and_those_of_other_code_are_made_again
     assert gpu_plan.forecasts([LORA, MIXED], None, file, 1.0) == expected
 
 
-# the check --------------------------------------------------------------------------------------------------------------
+# the check ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -137,29 +232,60 @@ def test_minutes_are_of_sixty_seconds(check):
     assert check.left_s == 120.0 and check.ends == 1120.0
 
 
-@pytest.mark.parametrize(("left_s", "limits"), [(19.9, []), (20.0, [20.0]), (89.0, [89.0]), (95.0, [90.0])])
+@pytest.mark.parametrize(
+    ("left_s", "limits"), [(19.9, []), (20.0, [20.0]), (89.0, [89.0]), (95.0, [90.0])]
+)
 def test_a_cell_is_begun_while_there_is_time_and_ended_in_time(check, monkeypatch, left_s, limits):
     asked = []
     check.ends = 1000.0 + left_s
-    monkeypatch.setattr(Check, "_ask", lambda self, cell, limit_s: asked.append(limit_s) or {"outcome": "ok"})
+    monkeypatch.setattr(
+        Check, "_ask", lambda self, cell, limit_s: asked.append(limit_s) or {"outcome": "ok"}
+    )
     check._measure([Cell("measure", LORA, FITS)], None, None)
     assert asked == pytest.approx(limits)
 
 
-@pytest.mark.parametrize(("limit", "capacity", "held", "bytes_"), [(7 << 20, 5 << 20, "limit", 5 << 20), (0, 5 << 20, "here", None),
-                                                                    (7 << 20, None, "limit", 4 << 30)])
-def test_what_would_have_fitted_is_asked_for_what_there_was(check, monkeypatch, limit, capacity, held, bytes_):
+@pytest.mark.parametrize(
+    ("limit", "capacity", "held", "bytes_"),
+    [
+        (7 << 20, 5 << 20, "limit", 5 << 20),
+        (0, 5 << 20, "here", None),
+        (7 << 20, None, "limit", 4 << 30),
+    ],
+)
+def test_what_would_have_fitted_is_asked_for_what_there_was(
+    check, monkeypatch, limit, capacity, held, bytes_
+):
     asked, answered = [], []
-    card = dataclasses.replace(next(iter(read_cards().values())), key="here", total_gib=4.0, context_mib=0.0)
-    monkeypatch.setattr(Check, "_ask", lambda self, cell, limit_s: {"outcome": "oom", "oom": {"capacity_bytes": capacity}})
-    monkeypatch.setattr(Check, "_answered", lambda self, cell, future: answered.append((cell, future)))
-    cell, pool = Cell("measure", LORA, FITS, limit_bytes=limit), Its(submit=lambda *given: asked.append(given) or "future")
+    card = dataclasses.replace(
+        next(iter(read_cards().values())), key="here", total_gib=4.0, context_mib=0.0
+    )
+    monkeypatch.setattr(
+        Check,
+        "_ask",
+        lambda self, cell, limit_s: {"outcome": "oom", "oom": {"capacity_bytes": capacity}},
+    )
+    monkeypatch.setattr(
+        Check, "_answered", lambda self, cell, future: answered.append((cell, future))
+    )
+    cell, pool = (
+        Cell("measure", LORA, FITS, limit_bytes=limit),
+        Its(submit=lambda *given: asked.append(given) or "future"),
+    )
     check._measure([cell], card, pool)
     ((function, question, on),) = asked
-    assert (function, question, on.key) == (gpu_plan.fitted, LORA, held) and answered == [(cell, "future")]
+    assert (function, question, on.key) == (gpu_plan.fitted, LORA, held) and answered == [
+        (cell, "future")
+    ]
     if bytes_:
-        assert on.capacity_bytes == pytest.approx(card.capacity_bytes if capacity is None else bytes_)
-    for found in ({"outcome": "ok"}, {"outcome": "oom"}, {"outcome": "oom", "oom": {"capacity_bytes": 1, "would_fit": []}}):
+        assert on.capacity_bytes == pytest.approx(
+            card.capacity_bytes if capacity is None else bytes_
+        )
+    for found in (
+        {"outcome": "ok"},
+        {"outcome": "oom"},
+        {"outcome": "oom", "oom": {"capacity_bytes": 1, "would_fit": []}},
+    ):
         monkeypatch.setattr(Check, "_ask", lambda self, cell, limit_s, found=found: found)
         check._measure([cell], card, pool)
     assert len(asked) == 1
@@ -167,8 +293,10 @@ def test_what_would_have_fitted_is_asked_for_what_there_was(check, monkeypatch, 
 
 def test_an_answer_goes_into_the_record_or_why_there_is_none(check):
     cell, waited = Cell("measure", LORA, FITS), []
-    for result, expected in ((lambda timeout: waited.append(timeout) or [1], {"said": "a", "would_fit": [1]}),
-                             (lambda timeout: [][0], {"said": "a no answer what would have fitted (IndexError)"})):
+    for result, expected in (
+        (lambda timeout: waited.append(timeout) or [1], {"said": "a", "would_fit": [1]}),
+        (lambda timeout: [][0], {"said": "a no answer what would have fitted (IndexError)"}),
+    ):
         keep(check, cell, outcome="oom", oom={"said": "a"})
         check._answered(cell, Its(result=result))
         assert check._kept(cell) == {"outcome": "oom", "oom": expected}
@@ -177,38 +305,78 @@ def test_an_answer_goes_into_the_record_or_why_there_is_none(check):
     assert waited == [120.0, 0.0]
 
 
-@pytest.mark.parametrize(("kept", "again"), [
-    ({"outcome": "ok", "code": "now"}, False), ({"outcome": "oom", "code": "now"}, False),
-    ({"outcome": "failed", "code": "now"}, True), ({"outcome": "ok", "code": "then"}, True)])
+@pytest.mark.parametrize(
+    ("kept", "again"),
+    [
+        ({"outcome": "ok", "code": "now"}, False),
+        ({"outcome": "oom", "code": "now"}, False),
+        ({"outcome": "failed", "code": "now"}, True),
+        ({"outcome": "ok", "code": "then"}, True),
+    ],
+)
 def test_what_was_measured_by_this_code_is_not_measured_again(check, monkeypatch, kept, again):
     begun = []
-    monkeypatch.setattr(gpu_check.Worker, "started", classmethod(lambda cls: begun.append(1) or Its(
-        does=lambda asked, limit_s: {"asked": asked, "limit_s": limit_s})))
+    monkeypatch.setattr(
+        gpu_check.Worker,
+        "started",
+        classmethod(
+            lambda cls: (
+                begun.append(1)
+                or Its(does=lambda asked, limit_s: {"asked": asked, "limit_s": limit_s})
+            )
+        ),
+    )
     cell = Cell("measure", LORA, FITS)
     keep(check, cell, **kept)
     found = check._ask(cell, 30)
     assert (found != kept) is again and len(begun) == 2 * again
     found = check._ask(cell, 40, keep=False)
-    assert found["limit_s"] == found["asked"]["budget_s"] == 40 and len(begun) == (3 if again else 2)  # one is spare
+    assert found["limit_s"] == found["asked"]["budget_s"] == 40 and len(begun) == (
+        3 if again else 2
+    )  # one is spare
     assert found["asked"]["folder"] == str(check.out / cell.name)
 
 
 def test_a_cell_asks_by_its_forecast_and_a_peer_by_our_steps_time(check):
     keep(check, Cell("measure", LORA), outcome="ok", step_s_median=0.25)
     same = {"device": "cpu", "window_s": 2.2, "code": "now"}
-    assert check._asked(Cell("tiny", None, regime="full")) == {**same, "does": "tiny", "regime": "full"}
+    assert check._asked(Cell("tiny", None, regime="full")) == {
+        **same,
+        "does": "tiny",
+        "regime": "full",
+    }
     asked = {**same, "model": "tiny", "regime": "lora", "weights": "bf16", "seq": 32, "batch": 1}
-    assert check._asked(Cell("peer", LORA, FITS)) == {**asked, "does": "peer", "limit_bytes": 0, "parts": [1], "step": 2,
-                                                      "peer_step_s": 0.25}
-    assert check._asked(Cell("measure", LORA, None, limit_bytes=9)) == {**asked, "does": "measure", "limit_bytes": 9, "parts": None,
-                                                                        "step": None, "peer_step_s": None}
+    assert check._asked(Cell("peer", LORA, FITS)) == {
+        **asked,
+        "does": "peer",
+        "limit_bytes": 0,
+        "parts": [1],
+        "step": 2,
+        "peer_step_s": 0.25,
+    }
+    assert check._asked(Cell("measure", LORA, None, limit_bytes=9)) == {
+        **asked,
+        "does": "measure",
+        "limit_bytes": 9,
+        "parts": None,
+        "step": None,
+        "peer_step_s": None,
+    }
 
 
-@pytest.mark.parametrize(("outcomes", "code", "said"), [(["ok", "ok"], 0, ""), (["ok", "oom"], 1, ""), (["ok"], 0, "1 of 2"),
-                                                        ([], 1, "2 of 2")])
-def test_it_ends_well_when_what_was_begun_ended_as_it_should(check, monkeypatch, capsys, outcomes, code, said):
+@pytest.mark.parametrize(
+    ("outcomes", "code", "said"),
+    [(["ok", "ok"], 0, ""), (["ok", "oom"], 1, ""), (["ok"], 0, "1 of 2"), ([], 1, "2 of 2")],
+)
+def test_it_ends_well_when_what_was_begun_ended_as_it_should(
+    check, monkeypatch, capsys, outcomes, code, said
+):
     table = Its(to_parquet=lambda path: None)
-    monkeypatch.setattr(gpu_check, "gpu_table", Its(table=lambda *_: table, summary=lambda table: {}, text=lambda *_: "the table"))
+    monkeypatch.setattr(
+        gpu_check,
+        "gpu_table",
+        Its(table=lambda *_: table, summary=lambda table: {}, text=lambda *_: "the table"),
+    )
     cells = [Cell("measure", LORA, FITS), Cell("measure", FULL, FITS)]
     for cell, outcome in zip(cells, outcomes, strict=False):
         keep(check, cell, outcome=outcome)
@@ -216,10 +384,17 @@ def test_it_ends_well_when_what_was_begun_ended_as_it_should(check, monkeypatch,
     assert ("were not begun" in (out := capsys.readouterr().out)) is bool(said) and said in out
 
 
-@pytest.mark.parametrize(("argv", "asked"), [
-    ([], (8.7, "cuda", "baichuan2-7b", (1024, 4096), (), gpu_check.TINY, 2.2)),
-    (["--device", "cpu"], (8.7, "cpu", "tiny", (32, 64), (), gpu_check.TINY, 0.2)),
-    (["--minutes", "3", "--model", "m", "--seq", "7", "--only", "a", "--no-tiny"], (3.0, "cuda", "m", (7,), ("a",), (), 2.2))])
+@pytest.mark.parametrize(
+    ("argv", "asked"),
+    [
+        ([], (8.7, "cuda", "baichuan2-7b", (1024, 4096), (), gpu_check.TINY, 2.2)),
+        (["--device", "cpu"], (8.7, "cpu", "tiny", (32, 64), (), gpu_check.TINY, 0.2)),
+        (
+            ["--minutes", "3", "--model", "m", "--seq", "7", "--only", "a", "--no-tiny"],
+            (3.0, "cuda", "m", (7,), ("a",), (), 2.2),
+        ),
+    ],
+)
 def test_what_is_asked_for_unless_told(monkeypatch, argv, asked):
     monkeypatch.setenv("OUT", "there")
     monkeypatch.setattr(gpu_check, "Check", lambda *given: Its(run=lambda: given))

@@ -43,8 +43,16 @@ def small_chunks(monkeypatch):
 
 def _case(dtype, tokens=13, hidden=6, vocabulary=37, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    h = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    w = torch.randn(vocabulary, hidden, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    h = (
+        torch.randn(tokens, hidden, generator=generator, dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+    )
+    w = (
+        torch.randn(vocabulary, hidden, generator=generator, dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+    )
     labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
     labels[[2, 7]] = -100
     return h, w, labels
@@ -67,7 +75,11 @@ def test_gradcheck(z, trained, hidden):
     h, w, labels = _case(torch.float64, 9, 3, 13)
     h.requires_grad_(hidden)
     weight = w.detach()
-    leaf, start = {"head": (w, 0), "rows": (weight[5:11].requires_grad_(), 5), "nothing": (None, 0)}[trained]
+    leaf, start = {
+        "head": (w, 0),
+        "rows": (weight[5:11].requires_grad_(), 5),
+        "nothing": (None, 0),
+    }[trained]
     inputs = [tensor for tensor in (h, leaf) if tensor is not None]
 
     def loss(*_):
@@ -78,19 +90,27 @@ def test_gradcheck(z, trained, hidden):
 
 @pytest.mark.parametrize("z", [0.0, 0.3])
 def test_rows_are_the_whole_gradients(z):
-    """Taken in rows, whatever the sweep, they add up to the gradient that is formed whole; and backward can run twice."""
+    """Taken in rows, whatever the sweep, they add up to the gradient that is formed whole; and
+    backward can run twice."""
     h, w, labels = _case(torch.float64)
     dh, dw = torch.autograd.grad(_plain64(h, w, labels, z) * 0.7, (h, w))
     for start, stop in ((0, 37), (11, 20)):
         leaf, taker = w.detach()[start:stop].requires_grad_(), Collects()
         loss = _fused(h, w, leaf, labels, z, start, taker) * 0.7
         for _ in range(2):
-            assert torch.autograd.grad(loss, (h, leaf), retain_graph=True, allow_unused=True)[1] is None
+            assert (
+                torch.autograd.grad(loss, (h, leaf), retain_graph=True, allow_unused=True)[1]
+                is None
+            )
             torch.testing.assert_close(taker.seen[0], dw[start:stop], rtol=1e-9, atol=1e-12)
         loss = _fused(h, w, leaf, labels, z, start) * 0.7
         for _ in range(2):
-            torch.testing.assert_close(torch.autograd.grad(loss, (h, leaf), retain_graph=True), (dh, dw[start:stop]), rtol=1e-9,
-                                       atol=1e-12)
+            torch.testing.assert_close(
+                torch.autograd.grad(loss, (h, leaf), retain_graph=True),
+                (dh, dw[start:stop]),
+                rtol=1e-9,
+                atol=1e-12,
+            )
 
 
 def _plain64(h, w, labels, z=0.0):
@@ -105,13 +125,16 @@ def test_rows_shorter_than_the_least_length_are_divided_by_it():
     with torch.no_grad():
         w[3], w[5] = 0, w[5] * 1e-13
     plain = torch.autograd.grad(_plain64(h, w, labels), (h, w))
-    torch.testing.assert_close(torch.autograd.grad(_fused(h, w, w, labels), (h, w)), plain, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(_fused(h, w, w, labels), (h, w)), plain, rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("chunks", [1, 4, 20])
 def test_errors_are_no_larger_than_the_plain_heads(dtype, chunks, monkeypatch):
-    """Root mean square over draws of the relative error against fp64, of loss, dh and dW, taken whole and in rows."""
+    """Root mean square over draws of the relative error against fp64, of loss, dh and dW, taken
+    whole and in rows."""
     monkeypatch.setattr(fused_head, "ROWS", 100)
     monkeypatch.setattr(fused_head, "LEAST_PRODUCTS", -(-120 // chunks) * 499)
     squares = torch.zeros(2, 4)
@@ -125,23 +148,48 @@ def test_errors_are_no_larger_than_the_plain_heads(dtype, chunks, monkeypatch):
             (_fused(h.detach(), w, w, labels, taker=taker) * 0.37).backward()
             for index, loss in enumerate((_plain(h, w, labels), _fused(h, w, w, labels))):
                 found = [loss, *torch.autograd.grad(loss * 0.37, (h, w))]
-                errors = [(a.double() - b).norm() / b.norm() for a, b in zip(found, truth, strict=True)]
+                errors = [
+                    (a.double() - b).norm() / b.norm() for a, b in zip(found, truth, strict=True)
+                ]
                 rows = (taker.seen[0].double() - truth[2]).norm() / truth[2].norm()
-                squares[index] += torch.stack([*errors, rows if index else errors[2]]).detach().square()
+                squares[index] += (
+                    torch.stack([*errors, rows if index else errors[2]]).detach().square()
+                )
     plain, fused = squares.sqrt()
-    # fp32 differs by the order of sums, on a CPU without wide units by twice a matrix product's own error; a loss is one number of
-    # fp32, whose error may be nothing by luck
-    assert (fused[1:] <= plain[1:] * (1.0 if dtype is torch.bfloat16 else 3.0)).all(), (plain, fused)
+    # fp32 differs by the order of sums, on a CPU without wide units by twice a matrix product's own
+    # error; a loss is one number of fp32, whose error may be nothing by luck
+    assert (fused[1:] <= plain[1:] * (1.0 if dtype is torch.bfloat16 else 3.0)).all(), (
+        plain,
+        fused,
+    )
     assert fused[0] <= plain[0] * 2 + 4 * torch.finfo(torch.float32).eps, (plain, fused)
 
 
-@pytest.mark.parametrize("row", [
-    {}, {"rule": "sgd"}, {"until": "backward"}, {"until": "backward", "rule": "sgd"}, {"trains": {"chunks": {"count": 5}}},
-    {"trains": {"chunks": {"count": 5}}, "until": "backward"}, {"acts": "checkpoint"}, {"acts": {"offload": {"min_bytes": 0}}},
-    {"accumulate": 2}, {"clip": 0.1}, {"place": "fsdp"}, {"place": "fsdp", "until": "backward"}, {"trains": "lora"},
-    {"trains": "none", "rule": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"rule": "sgd"},
+        {"until": "backward"},
+        {"until": "backward", "rule": "sgd"},
+        {"trains": {"chunks": {"count": 5}}},
+        {"trains": {"chunks": {"count": 5}}, "until": "backward"},
+        {"acts": "checkpoint"},
+        {"acts": {"offload": {"min_bytes": 0}}},
+        {"accumulate": 2},
+        {"clip": 0.1},
+        {"place": "fsdp"},
+        {"place": "fsdp", "until": "backward"},
+        {"trains": "lora"},
+        {"trains": "none", "rule": "none"},
+    ],
+    ids=str,
+)
 def test_fused_trains_as_plain_does(row):
-    (plain, weights, _), (fused, others, _) = train(row, steps=3), train({**row, "head": "fused"}, steps=3)
+    (plain, weights, _), (fused, others, _) = (
+        train(row, steps=3),
+        train({**row, "head": "fused"}, steps=3),
+    )
     assert fused == pytest.approx(plain, rel=1e-5)
     for name in weights:
         torch.testing.assert_close(others[name], weights[name], rtol=1e-4, atol=2e-5)
@@ -157,7 +205,9 @@ def test_fused_trains_in_half_types(weights, until):
 
 def test_lomo_is_plain_sgd_bit_for_bit_on_the_embeddings(monkeypatch):
     monkeypatch.setattr(leaves, "TAKEN_BYTES", 64 * 20 * 4)
-    (_, whole, _), (_, rows, _) = (train({"rule": "sgd", "until": until}, vocab_size=200) for until in ("step", "backward"))
+    (_, whole, _), (_, rows, _) = (
+        train({"rule": "sgd", "until": until}, vocab_size=200) for until in ("step", "backward")
+    )
     assert all(torch.equal(rows[name], whole[name]) for name in whole)
 
 
@@ -185,8 +235,11 @@ UNIT = 125_696 * 4_096 * 2
 """One bf16 copy of the published 7B's head, in bytes."""
 
 
-@pytest.mark.parametrize(("trains", "taken", "most"), [(False, False, 0.25), (True, False, 1.35), (True, True, 0.35)],
-                         ids=["frozen", "trained", "taken in rows"])
+@pytest.mark.parametrize(
+    ("trains", "taken", "most"),
+    [(False, False, 0.25), (True, False, 1.35), (True, True, 0.35)],
+    ids=["frozen", "trained", "taken in rows"],
+)
 def test_extra_bytes_at_the_published_shape(trains, taken, most, monkeypatch):
     monkeypatch.undo()  # the real chunks
     with virtual_gpu() as gpu:
@@ -195,7 +248,9 @@ def test_extra_bytes_at_the_published_shape(trains, taken, most, monkeypatch):
             hidden = torch.empty(1, 1_024, 4_096, dtype=torch.bfloat16, requires_grad=True)
             labels = torch.empty(1, 1_024, dtype=torch.long)
         head.fused = FusedLoss()
-        head.fused.trains(head.weight if trains else None, 0, Sgd().make([head.weight], 1.0) if taken else None)
+        head.fused.trains(
+            head.weight if trains else None, 0, Sgd().make([head.weight], 1.0) if taken else None
+        )
         meter = gpu.meter()
         meter.own("weights", [("head", head.weight), ("hidden", hidden), ("labels", labels)])
         with meter:
@@ -204,27 +259,44 @@ def test_extra_bytes_at_the_published_shape(trains, taken, most, monkeypatch):
             with meter.phase("backward"):
                 loss.backward()
         assert logits is None and (head.weight.grad is not None) == (trains and not taken)
-        extra = meter.peak()["peak_bytes"] - sum(tensor.nbytes for tensor in (head.weight, hidden, labels))
+        extra = meter.peak()["peak_bytes"] - sum(
+            tensor.nbytes for tensor in (head.weight, hidden, labels)
+        )
     least = 1 if trains and not taken else 0
     assert least * UNIT < extra <= most * UNIT, extra / UNIT
 
 
 def test_spans_tile():
-    assert spans(10, 4) == [(0, 3), (3, 6), (6, 10)] and spans(4, 9) == [(0, 4)] and spans(0, 3) == []
+    assert (
+        spans(10, 4) == [(0, 3), (3, 6), (6, 10)] and spans(4, 9) == [(0, 4)] and spans(0, 3) == []
+    )
 
 
 def test_without_normhead_the_head_is_linear_however_it_is_formed():
-    """Whole, fused, in slices, in rows inside backward, and streamed from the host; max-z included."""
-    rows = [{}, {"head": "fused"}, {"until": "backward"}, {"until": "backward", "head": "fused"},
-            {"place": "host_weights", "acts": "checkpoint"}, {"trains": {"chunks": {"count": 5}}},
-            {"trains": {"chunks": {"count": 5}}, "head": "fused"}]
-    found = [train({**row, "rule": "sgd"}, steps=3, norm_head=False, z_loss_weight=0.1) for row in rows]
+    """Whole, fused, in slices, in rows inside backward, and streamed from the host; max-z
+    included."""
+    rows = [
+        {},
+        {"head": "fused"},
+        {"until": "backward"},
+        {"until": "backward", "head": "fused"},
+        {"place": "host_weights", "acts": "checkpoint"},
+        {"trains": {"chunks": {"count": 5}}},
+        {"trains": {"chunks": {"count": 5}}, "head": "fused"},
+    ]
+    found = [
+        train({**row, "rule": "sgd"}, steps=3, norm_head=False, z_loss_weight=0.1) for row in rows
+    ]
     for group in (found[:5], found[5:]):
         for losses, weights, _ in group[1:]:
             assert losses == pytest.approx(group[0][0], rel=1e-5)
-            torch.testing.assert_close(weights["lm_head.weight"], group[0][1]["lm_head.weight"], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                weights["lm_head.weight"], group[0][1]["lm_head.weight"], rtol=1e-4, atol=1e-6
+            )
     ids, model = batch(0)["input_ids"], found[0][2].model
     with torch.no_grad():
         hidden = model.model(ids).last_hidden_state
         assert torch.equal(model(ids).logits, F.linear(hidden, model.lm_head.weight))
-        assert model.lm_head.weight.norm(dim=1).max() < 0.5  # initialised as any linear layer: 0.02 * sqrt(20)
+        assert (
+            model.lm_head.weight.norm(dim=1).max() < 0.5
+        )  # initialised as any linear layer: 0.02 * sqrt(20)

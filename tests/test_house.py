@@ -1,4 +1,5 @@
-"""The folder listing is the architecture: who may import whom, no circles, and folders that are read at a glance."""
+"""The folder listing is the architecture: who may import whom, no circles, and folders that are
+read at a glance."""
 
 import ast
 from functools import cache
@@ -8,26 +9,45 @@ import vramlab
 from vramlab.forecast.forecast import CODE
 
 LIB = Path(vramlab.__file__).parent
-ROOMS = ("", "baichuan", "allocator", "timeline", "regimes", "training", "capture", "forecast", "factcc", "runs", "studies",
-         "report", "gpu_check")
-"""From the ground up, the modules at the root first: a room imports from itself and from those before it."""
+ROOMS = (
+    "",
+    "baichuan",
+    "allocator",
+    "timeline",
+    "regimes",
+    "training",
+    "capture",
+    "forecast",
+    "factcc",
+    "runs",
+    "studies",
+    "report",
+    "gpu_check",
+)
+"""From the ground up, the modules at the root first: a room imports from itself and from those
+before it."""
 FREE = {"vramlab", "vramlab.cli"}
 """They may import anything, and nothing imports them."""
 ANY_TRACE = {"vramlab.files", "vramlab.reading"}
-"""What a trace imports and does not depend on: they find and read what was asked, and that is in a forecast's key."""
+"""What a trace imports and does not depend on: they find and read what was asked, and that is in a
+forecast's key."""
 MOST_AT_THE_ROOT, MOST_IN_A_FOLDER = 10, 16
 
 
 @cache
 def modules() -> dict[str, Path]:
     """Name -> file, of every module of the library."""
-    names = {path: ".".join(path.relative_to(LIB.parent).with_suffix("").parts) for path in LIB.rglob("*.py")}
+    names = {
+        path: ".".join(path.relative_to(LIB.parent).with_suffix("").parts)
+        for path in LIB.rglob("*.py")
+    }
     return {name.removesuffix(".__init__"): path for path, name in names.items()}
 
 
 @cache
 def imports() -> dict[str, set[str]]:
-    """Module -> every absolute name it imports, those inside functions too; a module of the library by its full name."""
+    """Module -> every absolute name it imports, those inside functions too; a module of the library
+    by its full name."""
     found = {}
     for name, path in modules().items():
         package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
@@ -38,14 +58,21 @@ def imports() -> dict[str, set[str]]:
             elif isinstance(node, ast.ImportFrom):
                 above = package[: len(package) - node.level + 1] if node.level else []
                 base = ".".join([*above, *([node.module] if node.module else [])])
-                names |= {full if (full := f"{base}.{alias.name}") in modules() else base for alias in node.names}
+                names |= {
+                    full if (full := f"{base}.{alias.name}") in modules() else base
+                    for alias in node.names
+                }
         found[name] = names
     return found
 
 
 def room(name: str) -> str:
     parts = name.split(".")
-    return parts[1] if len(parts) > 2 or len(parts) == 2 and modules()[name].name == "__init__.py" else ""
+    return (
+        parts[1]
+        if len(parts) > 2 or len(parts) == 2 and modules()[name].name == "__init__.py"
+        else ""
+    )
 
 
 def inside(name: str) -> set[str]:
@@ -57,8 +84,12 @@ def test_every_room_has_its_place_in_the_order():
 
 
 def test_imports_go_up_the_order_and_never_down():
-    wrong = [f"{name} imports {other}" for name in modules().keys() - FREE for other in inside(name)
-             if other in FREE or ROOMS.index(room(other)) > ROOMS.index(room(name))]
+    wrong = [
+        f"{name} imports {other}"
+        for name in modules().keys() - FREE
+        for other in inside(name)
+        if other in FREE or ROOMS.index(room(other)) > ROOMS.index(room(name))
+    ]
     assert not wrong, "\n".join(sorted(wrong))
 
 
@@ -72,8 +103,17 @@ def test_no_module_needs_itself():
 
 
 def test_the_library_knows_no_notebook_and_no_test():
-    outside = {path.stem for folder in ("notebooks", "tests") for path in (LIB.parents[1] / folder).rglob("*.py")}
-    assert not [(name, other) for name in modules() for other in imports()[name] if other.split(".")[0] in outside]
+    outside = {
+        path.stem
+        for folder in ("notebooks", "tests")
+        for path in (LIB.parents[1] / folder).rglob("*.py")
+    }
+    assert not [
+        (name, other)
+        for name in modules()
+        for other in imports()[name]
+        if other.split(".")[0] in outside
+    ]
 
 
 def test_folders_stay_small():
@@ -82,7 +122,11 @@ def test_folders_stay_small():
         count[path.parent] = count.get(path.parent, 0) + 1
     assert count.pop(LIB) <= MOST_AT_THE_ROOT
     count.pop(LIB / "regimes")
-    assert not {str(folder.relative_to(LIB)): files for folder, files in count.items() if files > MOST_IN_A_FOLDER}
+    assert not {
+        str(folder.relative_to(LIB)): files
+        for folder, files in count.items()
+        if files > MOST_IN_A_FOLDER
+    }
 
 
 def test_a_forecast_is_keyed_by_all_the_code_that_a_trace_runs():
@@ -92,7 +136,13 @@ def test_a_forecast_is_keyed_by_all_the_code_that_a_trace_runs():
         if name not in needed:
             needed.add(name)
             waiting += inside(name)
-    keyed = {file for name in CODE for file in ([LIB / name] if name.endswith(".py") else (LIB / name).rglob("*.py"))}
-    packages = {name for name in needed if modules()[name].name == "__init__.py" and not inside(name)}  # a docstring
+    keyed = {
+        file
+        for name in CODE
+        for file in ([LIB / name] if name.endswith(".py") else (LIB / name).rglob("*.py"))
+    }
+    packages = {
+        name for name in needed if modules()[name].name == "__init__.py" and not inside(name)
+    }  # a docstring
     assert not {name for name in needed - packages - ANY_TRACE if modules()[name] not in keyed}
     assert all((LIB / name).exists() for name in CODE)

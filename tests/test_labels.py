@@ -1,4 +1,5 @@
-"""What is not labelled teaches nothing, and what is labelled counts once: the large batch's gradient, however it is cut."""
+"""What is not labelled teaches nothing, and what is labelled counts once: the large batch's
+gradient, however it is cut."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def without_labels(seed: int, **shape) -> dict:
 
 
 def weights(trainer: Trainer) -> dict:
-    return {name: local(tensor).detach().clone() for name, tensor in trainer.model.state_dict().items()}
+    return {
+        name: local(tensor).detach().clone() for name, tensor in trainer.model.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("name", REGIMES)
@@ -34,20 +37,29 @@ def test_a_step_without_labels_is_refused_and_changes_nothing(name):
         unpredicted = without_labels(0)
         unpredicted["labels"][:, 0] = 5  # the first of a row: nothing predicts it
         for rows in (without_labels(1), *([] if name == "prompt" else [unpredicted])):
-            with pytest.raises(ValueError, match="no token of step 0 is labelled, in none of its 1 micro-batches.*leave such a"):
+            with pytest.raises(
+                ValueError,
+                match=(
+                    "no token of step 0 is labelled, in none of its 1 micro-batches.*leave such a"
+                ),
+            ):
                 trainer.step([rows])
         assert all(torch.equal(before[key], tensor) for key, tensor in weights(trainer).items())
         assert torch.isfinite(trainer.step([batch(2)])), "the trainer goes on after a refusal"
 
 
 @pytest.mark.parametrize("label", [-1, -101, 61, 2**40])
-@pytest.mark.parametrize("row", [{}, {"head": "fused"}, {"head": "fused", "trains": "prompt"}], ids=str)
+@pytest.mark.parametrize(
+    "row", [{}, {"head": "fused"}, {"head": "fused", "trains": "prompt"}], ids=str
+)
 def test_a_label_outside_the_vocabulary_is_refused_by_name_and_changes_nothing(row, label):
     """The fused head would train on it: it takes no logit for the label, and goes on."""
     trainer = Trainer(model(), read_row("row", {**row, "accumulate": 2}), Schedule(1e-2, 4))
     before, wrong = deepcopy(weights(trainer)), batch(0)
     wrong["labels"][1, 4] = label
-    with pytest.raises(ValueError, match=f"label of step 0 is {label}, outside the vocabulary of 61: use 0 to 60"):
+    with pytest.raises(
+        ValueError, match=f"label of step 0 is {label}, outside the vocabulary of 61: use 0 to 60"
+    ):
         trainer.step([batch(1), wrong])
     assert all(torch.equal(before[key], tensor) for key, tensor in weights(trainer).items())
     wrong["labels"][1, 4] = 60
@@ -76,7 +88,8 @@ def accumulating() -> list[str]:
 
 @pytest.mark.parametrize("name", accumulating())
 def test_a_micro_batch_without_labels_contributes_nothing(name):
-    """Two steps of three micro-batches, of which one is empty, against the two others; every row that can accumulate."""
+    """Two steps of three micro-batches, of which one is empty, against the two others; every row
+    that can accumulate."""
     trained = []
     for count in (2, 3):
         regime = read_row(name, {**regime_row(name), "accumulate": count})
@@ -85,10 +98,17 @@ def test_a_micro_batch_without_labels_contributes_nothing(name):
             losses = []
             for step in range(2):
                 full = [batch(10 * step), batch(10 * step + 1, rows=2)]
-                losses.append(float(trainer.step([full[0], without_labels(9), full[1]] if count == 3 else full)))
+                losses.append(
+                    float(
+                        trainer.step([full[0], without_labels(9), full[1]] if count == 3 else full)
+                    )
+                )
             trained.append((losses, weights(trainer)))
     assert trained[0][0] == trained[1][0]
-    assert all(torch.equal(tensor, trained[1][1][key]) and tensor.isfinite().all() for key, tensor in trained[0][1].items())
+    assert all(
+        torch.equal(tensor, trained[1][1][key]) and tensor.isfinite().all()
+        for key, tensor in trained[0][1].items()
+    )
 
 
 @pytest.mark.parametrize("z_loss_weight", [0.0, 0.5])
@@ -115,12 +135,15 @@ CUTS = {"many short": (2, 3, 2, 4, 3), "one": (14,), "padded": (5, 2), "singles"
 @pytest.mark.parametrize("head", ["plain", "fused"])
 @pytest.mark.parametrize("trains", ["all", "prompt", "prefix"])
 def test_packed_micro_batches_add_up_to_the_large_batch(trains, head):
-    """The loss drops the first label of each document, so shares have to: here a half to nine tenths of the labels count."""
+    """The loss drops the first label of each document, so shares have to: here a half to nine
+    tenths of the labels count."""
     rows = [packed(seed, lengths) for seed, lengths in enumerate(CUTS.values())]
     together = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
     losses, gradients = [], []
     for accumulate, batches in ((1, [together]), (4, rows)):
-        regime = read_row("row", {"rule": "sgd", "trains": trains, "head": head, "accumulate": accumulate})
+        regime = read_row(
+            "row", {"rule": "sgd", "trains": trains, "head": head, "accumulate": accumulate}
+        )
         trainer = Trainer(model(), regime, Schedule(1.0, 1, warmup=0))
         before = weights(trainer)
         losses.append(float(trainer.step(batches)))
@@ -137,13 +160,21 @@ def test_the_trainer_counts_what_the_loss_counts(trains, monkeypatch):
     seen = []
     head = type(model().lm_head)
     forward = head.forward
-    monkeypatch.setattr(head, "forward", lambda self, hidden, labels=None, z_loss_weight=0.0: (
-        seen.append(int((labels != -100).sum())), forward(self, hidden, labels, z_loss_weight))[1])
+    monkeypatch.setattr(
+        head,
+        "forward",
+        lambda self, hidden, labels=None, z_loss_weight=0.0: (
+            seen.append(int((labels != -100).sum())),
+            forward(self, hidden, labels, z_loss_weight),
+        )[1],
+    )
     trainer = Trainer(model(), read_row("row", {"trains": trains}), Schedule(1e-3, 9))
     batches = [*(packed(seed, lengths) for seed, lengths in enumerate(CUTS.values())), batch(7)]
     batches.append({key: value for key, value in batch(8).items() if key != "attention_mask"})
     if trains == "all":  # peft drops positions that are given to a prompt
-        batches.append({**batches[-1], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3, 4, 0]])})
+        batches.append(
+            {**batches[-1], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3, 4, 0]])}
+        )
     for each in batches:
         trainer.step([each])
     assert seen == [int((trainer.regime.trains.predicted(each) != -100).sum()) for each in batches]
@@ -154,7 +185,9 @@ def test_next_labels_cross_no_edge():
     labels, mask = torch.tensor([[1, 2, 3, 4, 5, 6]]), torch.tensor([[1, 1, 2, 2, 2, 0]])
     assert next_labels(labels).tolist() == [[2, 3, 4, 5, 6, -100]]
     assert next_labels(labels, mask).tolist() == [[2, -100, 4, 5, -100, -100]]
-    assert next_labels(labels, torch.cat([torch.ones(1, 3, dtype=torch.long), mask], 1)).tolist() == [[2, -100, 4, 5, -100, -100]]
+    assert next_labels(
+        labels, torch.cat([torch.ones(1, 3, dtype=torch.long), mask], 1)
+    ).tolist() == [[2, -100, 4, 5, -100, -100]]
 
 
 def test_counting_labels_is_not_seen_by_who_watches_the_step():

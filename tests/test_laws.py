@@ -38,7 +38,11 @@ IDENTICAL_TO_FULL = {
     "host embeddings": {"place": "host_embed"},
     "host embeddings, fused backward": {"place": "host_embed", "until": "backward"},
     "host weights": {"place": "host_weights", "acts": "checkpoint"},
-    "host weights, fused backward": {"place": "host_weights", "acts": {"checkpoint": {"offload": True}}, "until": "backward"},
+    "host weights, fused backward": {
+        "place": "host_weights",
+        "acts": {"checkpoint": {"offload": True}},
+        "until": "backward",
+    },
     "one rank, host": {"place": "fsdp_offload"},
     "one rank, host, fused backward": {"place": "fsdp_offload", "until": "backward"},
 }
@@ -65,7 +69,9 @@ def test_lomo_is_sgd():
         optimizer.step()
     lomo_losses, weights, _ = train({"until": "backward", "rule": "sgd"}, lr=lr)
     assert lomo_losses == losses
-    assert all(torch.equal(weights[name], tensor) for name, tensor in reference.state_dict().items())
+    assert all(
+        torch.equal(weights[name], tensor) for name, tensor in reference.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("head", ["plain", "fused"])
@@ -86,7 +92,9 @@ def test_clipping_inside_backward_is_clipped_sgd(clip_norm, head):
         torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)
     if clip_norm == 1e6:
         lomo_losses, lomo_weights, _ = train({**row, "until": "backward"}, lr=lr)
-        assert losses == lomo_losses and all(torch.equal(weights[name], lomo_weights[name]) for name in weights)
+        assert losses == lomo_losses and all(
+            torch.equal(weights[name], lomo_weights[name]) for name in weights
+        )
 
 
 def test_clipping_inside_backward_costs_no_bytes_but_its_norms():
@@ -102,7 +110,8 @@ def test_clipping_inside_backward_costs_no_bytes_but_its_norms():
 @pytest.mark.parametrize("head", ["plain", "fused"])
 @pytest.mark.parametrize("how", ["value", "last"])
 def test_clipping_inside_backward_without_a_second_look(how, head):
-    """By value, as `clip_grad_value_` does it; by the last step's norm, of which the first step has none."""
+    """By value, as `clip_grad_value_` does it; by the last step's norm, of which the first step has
+    none."""
     reference, lr, largest, last = model(), 1e-1, 0.02 if how == "value" else 0.5, None
     schedule, optimizer = Schedule(lr, 4), torch.optim.SGD(reference.parameters(), lr=lr)
     for step in range(4):
@@ -127,21 +136,30 @@ def test_clipping_inside_backward_without_a_second_look(how, head):
 
 
 def test_a_loss_scale_changes_nothing_where_nothing_overflows():
-    """Powers of two are exact, so that the weights are LOMO's to the bit but for lr's own rounding; gradients stay scaled."""
+    """Powers of two are exact, so that the weights are LOMO's to the bit but for lr's own rounding;
+    gradients stay scaled."""
     clipped, weights, _ = train({"until": {"backward": {"clip_norm": 0.5}}, "rule": "sgd"}, lr=0.1)
     for scale in (2.0**10, 2.0**-10):
-        losses, others, _ = train({"until": {"backward": {"clip_norm": 0.5, "loss_scale": scale}}, "rule": "sgd"}, lr=0.1)
+        losses, others, _ = train(
+            {"until": {"backward": {"clip_norm": 0.5, "loss_scale": scale}}, "rule": "sgd"}, lr=0.1
+        )
         assert losses == pytest.approx(clipped, rel=1e-5)
         for name, tensor in weights.items():
             torch.testing.assert_close(others[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_an_overflow_leaves_the_whole_step_out_and_halves_the_scale():
-    row = {"weights": "fp16", "until": {"backward": {"clip_norm": 1.0, "loss_scale": 2.0**24}}, "rule": "sgd"}
+    row = {
+        "weights": "fp16",
+        "until": {"backward": {"clip_norm": 1.0, "loss_scale": 2.0**24}},
+        "rule": "sgd",
+    }
     trainer = Trainer(model(), read_row("row", row), Schedule(0.5, 40))
     seen = []
     for step in range(20):
-        matrices = {name: p for name, p in trainer.model.named_parameters() if p.dim() > 1}  # a norm's update may round to none
+        matrices = {
+            name: p for name, p in trainer.model.named_parameters() if p.dim() > 1
+        }  # a norm's update may round to none
         before = {name: p.detach().clone() for name, p in matrices.items()}
         trainer.step([batch(step)])
         moved = [not torch.equal(before[name], p) for name, p in matrices.items()]
@@ -155,7 +173,10 @@ def test_an_overflow_leaves_the_whole_step_out_and_halves_the_scale():
 
 def test_full_is_torch_adamw():
     reference = model()
-    optimizer, schedule = torch.optim.AdamW(reference.parameters(), weight_decay=0.0), Schedule(1e-2, 4)
+    optimizer, schedule = (
+        torch.optim.AdamW(reference.parameters(), weight_decay=0.0),
+        Schedule(1e-2, 4),
+    )
     for step in range(4):
         optimizer.param_groups[0]["lr"] = schedule.at(step)
         optimizer.zero_grad()
@@ -174,7 +195,9 @@ def test_accumulation_is_the_large_batch():
     together = {key: torch.cat([small[key], large[key]]) for key in small}
     grads = []
     for row, batches in (({}, [together]), ({"accumulate": 2}, [small, large])):
-        trainer = Trainer(model(), read_row("row", {**row, "rule": "sgd"}), Schedule(1.0, 1, warmup=0))
+        trainer = Trainer(
+            model(), read_row("row", {**row, "rule": "sgd"}), Schedule(1.0, 1, warmup=0)
+        )
         before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
         trainer.step(batches)
         grads.append({name: before[name] - p for name, p in trainer.model.named_parameters()})
@@ -195,7 +218,11 @@ def test_chunk_gradients_tile_the_exact_gradient(count, position):
         leaves = ActiveLeaves(tiled, part)
         leaves.switch_on()
         tiled(**batch(7)).loss.backward()
-        for leaf, param in zip(part, leaves.named.values() if all(x.whole for x in part) else _in_order(leaves, part), strict=True):
+        for leaf, param in zip(
+            part,
+            leaves.named.values() if all(x.whole for x in part) else _in_order(leaves, part),
+            strict=True,
+        ):
             grads[leaf.name][leaf.start : leaf.stop] = param.grad
             param.grad = None
         leaves.switch_off()
@@ -204,7 +231,10 @@ def test_chunk_gradients_tile_the_exact_gradient(count, position):
 
 
 def _in_order(leaves, part):
-    return [leaves.named[leaf.name if leaf.whole else f"{leaf.name}[{leaf.start}:{leaf.stop}]"] for leaf in part]
+    return [
+        leaves.named[leaf.name if leaf.whole else f"{leaf.name}[{leaf.start}:{leaf.stop}]"]
+        for leaf in part
+    ]
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 100])
@@ -212,9 +242,13 @@ def test_chunks_tile_every_row_once_in_equal_bytes(count):
     tiny = model()
     parts = read_row("row", {"trains": {"chunks": {"count": count}}}).trains.parts(tiny)
     params = dict(tiny.named_parameters())
-    rows = sorted((leaf.name, row) for part in parts for leaf in part for row in range(leaf.start, leaf.stop))
+    rows = sorted(
+        (leaf.name, row) for part in parts for leaf in part for row in range(leaf.start, leaf.stop)
+    )
     assert rows == sorted((name, row) for name, p in params.items() for row in range(p.shape[0]))
-    sizes = [sum(params[x.name].nbytes // x.rows * (x.stop - x.start) for x in part) for part in parts]
+    sizes = [
+        sum(params[x.name].nbytes // x.rows * (x.stop - x.start) for x in part) for part in parts
+    ]
     largest_row = max(p.nbytes // p.shape[0] for p in params.values())
     assert max(sizes) <= sum(sizes) / count + 2 * largest_row
 
@@ -222,18 +256,26 @@ def test_chunks_tile_every_row_once_in_equal_bytes(count):
 def test_sliced_backwards_pass_gradcheck():
     torch.manual_seed(0)
     weight = torch.randn(7, 5, dtype=torch.float64)
-    leaf = nn.Parameter(weight.detach()[2:5])  # shares storage, so a perturbed leaf perturbs the weight
+    leaf = nn.Parameter(
+        weight.detach()[2:5]
+    )  # shares storage, so a perturbed leaf perturbs the weight
     x = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, leaf: SlicedLinear.apply(x, weight, leaf, 2), (x, leaf))
+    assert torch.autograd.gradcheck(
+        lambda x, leaf: SlicedLinear.apply(x, weight, leaf, 2), (x, leaf)
+    )
     ids = torch.tensor([[0, 2, 3], [4, 4, 6]])
-    assert torch.autograd.gradcheck(lambda leaf: SlicedEmbedding.apply(ids, weight, leaf, 2, None), (leaf,))
+    assert torch.autograd.gradcheck(
+        lambda leaf: SlicedEmbedding.apply(ids, weight, leaf, 2, None), (leaf,)
+    )
 
 
 def test_padding_row_of_a_sliced_embedding_gets_no_gradient():
     weight = torch.randn(6, 4)
     leaf = nn.Parameter(weight.detach()[0:3])
     SlicedEmbedding.apply(torch.tensor([0, 1, 0, 5]), weight, leaf, 0, 0).sum().backward()
-    assert leaf.grad[0].abs().sum() == 0 and leaf.grad[1].eq(1).all() and leaf.grad[2].abs().sum() == 0
+    assert (
+        leaf.grad[0].abs().sum() == 0 and leaf.grad[1].eq(1).all() and leaf.grad[2].abs().sum() == 0
+    )
 
 
 class _Saved(Observer):
@@ -270,10 +312,16 @@ def test_inactive_blocks_save_nothing():
 
 
 def test_inactive_leaves_have_no_gradient():
-    trainer = Trainer(model(), read_row("row", {"trains": {"chunks": {"count": 6}}}), Schedule(1e-2, 6))
+    trainer = Trainer(
+        model(), read_row("row", {"trains": {"chunks": {"count": 6}}}), Schedule(1e-2, 6)
+    )
     seen = set()
     for step in range(6):
-        hooks = [p.register_hook(lambda grad, n=n: seen.add(n)) for n, p in trainer.model.named_parameters() if p.requires_grad]
+        hooks = [
+            p.register_hook(lambda grad, n=n: seen.add(n))
+            for n, p in trainer.model.named_parameters()
+            if p.requires_grad
+        ]
         trainer.step([batch(step)])
         whole = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
         assert whole == {n for n in trainer.active if "[" not in n}
@@ -282,13 +330,19 @@ def test_inactive_leaves_have_no_gradient():
 
 
 def test_moving_parts_touch_only_the_active_leaves():
-    trainer = Trainer(model(), read_row("row", {"trains": {"chunks": {"count": 5}}}), Schedule(1e-2, 5))
+    trainer = Trainer(
+        model(), read_row("row", {"trains": {"chunks": {"count": 5}}}), Schedule(1e-2, 5)
+    )
     for step in range(5):
         before = deepcopy(trainer.model.state_dict())
         trainer.step([batch(step)])
         part = {leaf.name: leaf for leaf in trainer.parts[step]}
         for name, tensor in trainer.model.state_dict().items():
-            changed = (tensor != before[name]).flatten(1).any(1) if tensor.dim() > 1 else tensor != before[name]
+            changed = (
+                (tensor != before[name]).flatten(1).any(1)
+                if tensor.dim() > 1
+                else tensor != before[name]
+            )
             outside = changed.clone()
             if name in part:
                 outside[part[name].start : part[name].stop] = False
@@ -299,27 +353,49 @@ def test_moving_parts_touch_only_the_active_leaves():
 LISA = {"blocks": {"interval": 2, "sample": 1, "ends": "always"}}
 
 
-@pytest.mark.parametrize("row", [FULL, {"until": "backward"}, {"trains": "lora"}, {"rule": "sgd"}, {"weights": "bf16"},
-                                 {"trains": {"chunks": {"count": 4, "state": "device"}}}, {"trains": "norms"}, {"trains": "top"},
-                                 {"trains": {"lora": {"dora": True}}}, {"trains": {"lora": {"frozen_a": True}}},
-                                 {"trains": {"lora": {"adapters": "bf16"}}, "weights": "nf4"}, {"trains": "split_lora"},
-                                 {"trains": "lora", "weights": "int8"}, {"trains": "prompt"}, {"trains": "prefix"},
-                                 {"trains": {"blocks": {"ends": "units", "interval": 1, "state": "device"}}},
-                                 {"place": "host_state"},
-                                 {"place": "host_embed", "trains": {"chunks": {"count": 4, "state": "host"}}},
-                                 {"place": "host_weights", "acts": "checkpoint", "until": "backward"}], ids=str)
+@pytest.mark.parametrize(
+    "row",
+    [
+        FULL,
+        {"until": "backward"},
+        {"trains": "lora"},
+        {"rule": "sgd"},
+        {"weights": "bf16"},
+        {"trains": {"chunks": {"count": 4, "state": "device"}}},
+        {"trains": "norms"},
+        {"trains": "top"},
+        {"trains": {"lora": {"dora": True}}},
+        {"trains": {"lora": {"frozen_a": True}}},
+        {"trains": {"lora": {"adapters": "bf16"}}, "weights": "nf4"},
+        {"trains": "split_lora"},
+        {"trains": "lora", "weights": "int8"},
+        {"trains": "prompt"},
+        {"trains": "prefix"},
+        {"trains": {"blocks": {"ends": "units", "interval": 1, "state": "device"}}},
+        {"place": "host_state"},
+        {"place": "host_embed", "trains": {"chunks": {"count": 4, "state": "host"}}},
+        {"place": "host_weights", "acts": "checkpoint", "until": "backward"},
+    ],
+    ids=str,
+)
 def test_optimizer_state_is_exactly_what_the_rule_promises(row):
     _, _, trainer = train(row, steps=4)
     leaves = {name: p for turn in trainer._turns.values() for name, p in turn.leaves.named.items()}
-    assert trainer.optimizer_state_bytes() == trainer.regime.rule_for(trainer.model, leaves).state_bytes(leaves.values())
+    assert trainer.optimizer_state_bytes() == trainer.regime.rule_for(
+        trainer.model, leaves
+    ).state_bytes(leaves.values())
     if row == FULL:
         parameters = list(trainer.model.parameters())
-        assert trainer.optimizer_state_bytes() == 8 * sum(p.numel() for p in parameters) + 4 * len(parameters)
+        assert trainer.optimizer_state_bytes() == 8 * sum(p.numel() for p in parameters) + 4 * len(
+            parameters
+        )
 
 
 @pytest.mark.parametrize(("fate", "parts_left"), [("reset", 0), ("host", 3), ("device", 3)])
 def test_the_fate_of_a_resting_parts_state(fate, parts_left):
-    _, _, trainer = train({"trains": {"blocks": {"interval": 1, "order": "ascending", "state": fate}}}, steps=3)
+    _, _, trainer = train(
+        {"trains": {"blocks": {"interval": 1, "order": "ascending", "state": fate}}}, steps=3
+    )
     assert len(trainer._turns) == parts_left
     assert bool(trainer.optimizer_state_bytes()) == bool(parts_left)
 
@@ -334,7 +410,11 @@ def test_lisas_state_is_that_of_the_active_leaves_and_never_more(until):
         active = trainer.active
         blocks = {name.split(".")[2] for name in active if ".layers." in name}
         drawn |= blocks
-        assert len(blocks) == 1 and {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} < set(active)
+        assert len(blocks) == 1 and {
+            "model.embed_tokens.weight",
+            "model.norm.weight",
+            "lm_head.weight",
+        } < set(active)
         assert trainer.optimizer_state_bytes() == regime.rule.state_bytes(active.values())
         state = dict(item for index in trainer._active for item in trainer._turns[index].state())
         assert int(state["lm_head.weight.step"]) == step + 1
@@ -344,12 +424,18 @@ def test_lisas_state_is_that_of_the_active_leaves_and_never_more(until):
 
 def test_lisa_of_all_blocks_is_full():
     losses, weights, _ = train(FULL)
-    other_losses, other, _ = train({"trains": {"blocks": {"interval": 1, "sample": 3, "ends": "always"}}})
-    assert other_losses == losses and all(torch.equal(other[name], weights[name]) for name in weights)
+    other_losses, other, _ = train(
+        {"trains": {"blocks": {"interval": 1, "sample": 3, "ends": "always"}}}
+    )
+    assert other_losses == losses and all(
+        torch.equal(other[name], weights[name]) for name in weights
+    )
 
 
 def test_draws_are_uniform():
-    trains = read_row("row", {"trains": {"blocks": {"interval": 3, "sample": 2, "ends": "always"}}}).trains
+    trains = read_row(
+        "row", {"trains": {"blocks": {"interval": 3, "sample": 2, "ends": "always"}}}
+    ).trains
     drawn = [trains.active(step, 5) for step in range(3 * 600)]
     assert all(drawn[3 * turn] == drawn[3 * turn + 2] for turn in range(600))
     assert all(len(set(parts)) == 3 and parts[-1] == 4 for parts in drawn)
@@ -366,17 +452,38 @@ def test_every_order_visits_every_part_once_a_cycle(order):
 
 
 def test_hift_trains_all_its_parts_at_one_rate():
-    regime = read_row("row", {"trains": {"blocks": {"interval": 2, "ends": "units", "order": "descending", "state": "host",
-                                                    "delayed_lr": True}}})
+    regime = read_row(
+        "row",
+        {
+            "trains": {
+                "blocks": {
+                    "interval": 2,
+                    "ends": "units",
+                    "order": "descending",
+                    "state": "host",
+                    "delayed_lr": True,
+                }
+            }
+        },
+    )
     trainer = Trainer(model(), regime, Schedule(1e-2, 30))
     names, rates = [], []
     for step in range(20):
         trainer.step([batch(step)])
         names.append(next(iter(trainer.active)))
-        rates.append({group["lr"] for index in trainer._active for optimizer in trainer._turns[index].updater.optimizers
-                      for group in optimizer.param_groups})
+        rates.append(
+            {
+                group["lr"]
+                for index in trainer._active
+                for optimizer in trainer._turns[index].updater.optimizers
+                for group in optimizer.param_groups
+            }
+        )
     assert names[0] == names[1] == "model.norm.weight" and names[8] == "model.embed_tokens.weight"
-    assert rates[:10] == [{trainer.schedule.at(0)}] * 10 and rates[10:] == [{trainer.schedule.at(10)}] * 10
+    assert (
+        rates[:10] == [{trainer.schedule.at(0)}] * 10
+        and rates[10:] == [{trainer.schedule.at(10)}] * 10
+    )
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending"])
@@ -386,18 +493,27 @@ def test_badam_is_badams(order):
     reference, schedule = model(), Schedule(1e-2, 5)
     inner = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.0)
     with pytest.warns(UserWarning, match="fp16/bf16"):
-        theirs = BlockOptimizer(inner, list(reference.named_parameters()), switch_block_every=2, switch_mode=order, verbose=0)
+        theirs = BlockOptimizer(
+            inner,
+            list(reference.named_parameters()),
+            switch_block_every=2,
+            switch_mode=order,
+            verbose=0,
+        )
     theirs.global_step = -1  # it counts before it asks, so its first block would get a step less
     for step in range(5):
         theirs.param_groups[0]["lr"] = schedule.at(step)
         reference(**batch(step)).loss.backward()
         theirs.step()
         theirs.zero_grad()
-    trainer = Trainer(model(), read_row("row", {"trains": {"blocks": {"interval": 2, "order": order}}}), schedule)
+    trainer = Trainer(
+        model(), read_row("row", {"trains": {"blocks": {"interval": 2, "order": order}}}), schedule
+    )
     for step in range(5):
         trainer.step([batch(step)])
     for name, tensor in reference.state_dict().items():
-        # an Adam that has just begun divides a gradient by itself, so rounding in it shows: a thousandth of one update
+        # an Adam that has just begun divides a gradient by itself, so rounding in it shows: a
+        # thousandth of one update
         torch.testing.assert_close(trainer.model.state_dict()[name], tensor, rtol=0, atol=1e-5)
 
 
@@ -407,7 +523,11 @@ def test_host_and_device_state_train_the_same():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-COLUMNS = {**{axis: list(known) for axis, known in AXES.items()}, "accumulate": [1, 2], "clip": [0.0, 0.5]}
+COLUMNS = {
+    **{axis: list(known) for axis, known in AXES.items()},
+    "accumulate": [1, 2],
+    "clip": [0.0, 0.5],
+}
 
 
 ADAPTERS = ("lora", "split_lora", "prompt", "prefix", "writers", "update_head")
@@ -429,15 +549,25 @@ def _pairs(row) -> set:
 
 
 def _covering(tries: int = 60) -> list[dict]:
-    """Few legal rows, with every pair of values that can be had together: a defect of two values shows in one of them. A pair
-    is looked for in rows filled up by chance, half with defaults; of the legal ones the one with most new pairs."""
+    """Few legal rows, with every pair of values that can be had together: a defect of two values
+    shows in one of them. A pair is looked for in rows filled up by chance, half with defaults; of
+    the legal ones the one with most new pairs.
+    """
     chance, covered, chosen = random.Random(0), set(), []
     for (axis, values), (other, others) in itertools.combinations(COLUMNS.items(), 2):
-        for pair in itertools.product([(axis, value) for value in values], [(other, value) for value in others]):
+        for pair in itertools.product(
+            [(axis, value) for value in values], [(other, value) for value in others]
+        ):
             if pair in covered:
                 continue
-            filled = [{key: chance.choice((known[0], chance.choice(known))) for key, known in COLUMNS.items()} | dict(pair)
-                      for _ in range(tries)]
+            filled = [
+                {
+                    key: chance.choice((known[0], chance.choice(known)))
+                    for key, known in COLUMNS.items()
+                }
+                | dict(pair)
+                for _ in range(tries)
+            ]
             legal = [row for row in filled if _legal(row)]
             if legal:
                 chosen.append(max(legal, key=lambda row: len(_pairs(row) - covered)))
@@ -452,7 +582,10 @@ ROWS = _covering()
 def test_whatever_constructs_trains(row):
     losses, after, _ = train(row, steps=2, lr=3.0 if row["rule"] == "sgd" else 0.1)
     assert all(math.isfinite(loss) for loss in losses), row
-    moved = any(not torch.equal(p, q.to(p.dtype)) for p, q in zip(after.values(), model().state_dict().values(), strict=False))
+    moved = any(
+        not torch.equal(p, q.to(p.dtype))
+        for p, q in zip(after.values(), model().state_dict().values(), strict=False)
+    )
     assert moved or row["trains"] in ("none", *ADAPTERS), row
 
 

@@ -28,7 +28,9 @@ def test_a_loop_ends_a_step_for_every_batch_and_reads_its_losses_at_the_end(monk
     data = [{"input_ids": torch.full((2,), at)} for at in range(5)]
     seen = peer_loops.ours("row")(Job("model", data, 2, 3, 0.5, 7), Observer())
     assert asked == [("model", "row", [0.5, 0.5, 0.5], 7)]
-    assert seen.losses == [2, 10, 8] and len(seen.ends_s) == 4 and seen.ends_s == sorted(seen.ends_s)
+    assert (
+        seen.losses == [2, 10, 8] and len(seen.ends_s) == 4 and seen.ends_s == sorted(seen.ends_s)
+    )
     assert Seen().losses == []
 
 
@@ -64,7 +66,10 @@ def test_adamw_in_rows_is_adamw():
 
 def test_state_bytes_are_two_moments_and_a_count_or_nothing():
     leaves = [torch.zeros(3, 4), torch.zeros(5, dtype=torch.bfloat16)]
-    assert AdamW().state_bytes(leaves) == (2 * 12 * 4 + 4) + (2 * 5 * 2 + 4) and Sgd().state_bytes(leaves) == 0
+    assert (
+        AdamW().state_bytes(leaves) == (2 * 12 * 4 + 4) + (2 * 5 * 2 + 4)
+        and Sgd().state_bytes(leaves) == 0
+    )
     assert Rule().fitted(None).__class__ is Rule and not Rule.row_wise and Rule.pieces
     assert Sgd().make([leaves[0]], 0.1).param_groups[0]["fused"] is True
     assert Sgd().make(leaves, 0.1).param_groups[0]["fused"] is False
@@ -85,9 +90,16 @@ def test_parameters_are_updated_as_often_as_their_part_has_its_turn(monkeypatch)
 
     monkeypatch.setattr(updates, "BaichuanForCausalLM", Model)
     parts = [[leaf("a", 4, 0, 4), leaf("extra", 2, 0, 1)], [leaf("b", 6, 2, 5)]]
-    trains = Its(prepare=prepare, parts=lambda model: parts, active=lambda step, count: (step % 3 % count,))
+    trains = Its(
+        prepare=prepare, parts=lambda model: parts, active=lambda step, count: (step % 3 % count,)
+    )
     row = Its(trains=trains, grads=Its(prepare=lambda model, seed: model))
-    # of 5 steps the first part has 0, 2, 3 and the second 1, 4: 12 numbers 3 times, 9 twice, 9 never
-    assert updates.updates(Its(config=None), row, 5) == updates.Updates((12 * 3 + 9 * 2) / 30, 0, 3, 5)
+    # of 5 steps the first part has 0, 2, 3 and the second 1, 4: 12 numbers 3 times, 9 twice, 9
+    # never
+    assert updates.updates(Its(config=None), row, 5) == updates.Updates(
+        (12 * 3 + 9 * 2) / 30, 0, 3, 5
+    )
     parts[1] = [leaf("b", 6, 0, 6)]
-    assert updates.updates(Its(config=None), row, 5) == updates.Updates((12 * 3 + 18 * 2) / 30, 2, 3, 5)
+    assert updates.updates(Its(config=None), row, 5) == updates.Updates(
+        (12 * 3 + 18 * 2) / 30, 2, 3, 5
+    )

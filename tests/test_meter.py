@@ -1,4 +1,5 @@
-"""The event meter: what it sees is what happens, to the byte; and the operating system agrees to one percent."""
+"""The event meter: what it sees is what happens, to the byte; and the operating system agrees to
+one percent."""
 
 from __future__ import annotations
 
@@ -37,7 +38,10 @@ def test_watching_changes_no_loss_and_no_weight(name):
     watched_losses, watched = _trained(REGIMES[name], Meter())
     assert watched_losses == losses
     wanted = trainer.finish().state_dict()
-    assert all(torch.equal(local(wanted[key]), local(tensor)) for key, tensor in watched.finish().state_dict().items())
+    assert all(
+        torch.equal(local(wanted[key]), local(tensor))
+        for key, tensor in watched.finish().state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("name", REGIMES)
@@ -108,13 +112,21 @@ def test_backward_bytes_are_given_to_the_module_whose_forward_made_the_node():
     meter = Meter()
     _trained(REGIMES["full"], meter)
     backward = meter.frame().query("phase == 'backward' and event == 'alloc'")
-    assert backward["module"].str.contains("layers.1.mlp").any() and (backward["module"] != "").mean() > 0.8
+    assert (
+        backward["module"].str.contains("layers.1.mlp").any()
+        and (backward["module"] != "").mean() > 0.8
+    )
 
 
-@pytest.mark.parametrize("row", [
-    pytest.param({}, id="full"), pytest.param({"acts": "checkpoint"}, id="checkpoint", marks=pytest.mark.slow),
-    pytest.param({"until": "backward", "rule": "sgd"}, id="lomo", marks=pytest.mark.slow),
-    pytest.param({"weights": "mixed"}, id="mixed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param({}, id="full"),
+        pytest.param({"acts": "checkpoint"}, id="checkpoint", marks=pytest.mark.slow),
+        pytest.param({"until": "backward", "rule": "sgd"}, id="lomo", marks=pytest.mark.slow),
+        pytest.param({"weights": "mixed"}, id="mixed", marks=pytest.mark.slow),
+    ],
+)
 def test_the_operating_system_agrees_to_one_percent(row, monkeypatch):
     if not os.path.exists("/proc/self/clear_refs"):
         pytest.skip("no /proc here: the kernel's high-water mark cannot be read")
@@ -122,7 +134,9 @@ def test_the_operating_system_agrees_to_one_percent(row, monkeypatch):
     meter = Meter()
     with meter:
         measured_step.steps(row, meter)
-    answer = run_in_measured_process("measured_step:measured", {"row": row}, timeout_s=120, threads=1)
+    answer = run_in_measured_process(
+        "measured_step:measured", {"row": row}, timeout_s=120, threads=1
+    )
     assert answer["outcome"] == "ok", answer["reason"]
     assert answer["peak_bytes"] == pytest.approx(meter.peak()["peak_bytes"], rel=0.01)
 
@@ -133,10 +147,18 @@ def test_a_process_that_dies_is_a_result(tmp_path, monkeypatch):
         "def killed(_): os.kill(os.getpid(), signal.SIGKILL)\n"
         "def full(_): raise MemoryError('no room')\n"
         "def wrong(_): raise KeyError('what')\n"
-        "def slow(_): time.sleep(60)\n")
+        "def slow(_): time.sleep(60)\n"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    outcome = {name: run_in_measured_process(f"victim:{name}", {}, timeout_s=20) for name in ("killed", "full", "wrong")}
-    assert {name: answer["outcome"] for name, answer in outcome.items()} == {"killed": "oom", "full": "oom", "wrong": "failed"}
+    outcome = {
+        name: run_in_measured_process(f"victim:{name}", {}, timeout_s=20)
+        for name in ("killed", "full", "wrong")
+    }
+    assert {name: answer["outcome"] for name, answer in outcome.items()} == {
+        "killed": "oom",
+        "full": "oom",
+        "wrong": "failed",
+    }
     assert "no room" in outcome["full"]["reason"] and "what" in outcome["wrong"]["reason"]
     assert "no answer" in run_in_measured_process("victim:slow", {}, timeout_s=0.5)["reason"]
 

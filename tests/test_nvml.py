@@ -1,4 +1,5 @@
-"""What the driver says of a card, on every card and driver we know of, however it ends. The driver is `fake_nvml`'s."""
+"""What the driver says of a card, on every card and driver we know of, however it ends. The driver
+is `fake_nvml`'s."""
 
 from __future__ import annotations
 
@@ -29,23 +30,51 @@ def reason(reader, name: str) -> str:
     return next(said for said in reader.said if said.startswith(name))
 
 
-@pytest.mark.parametrize(("architecture", "missing"), [
-    ("Pascal", {"energy_j"}), ("Volta", set()), ("Turing", set()), ("Ampere", set()), ("Ada", set()), ("Hopper", set()),
-    ("Blackwell", set()), ("Grace Blackwell", {"used_bytes", "reserved_bytes"}), ("laptop", {"power_w", "energy_j"})])
-def test_what_an_architecture_does_not_know_is_na_with_a_reason_and_the_rest_is_read(monkeypatch, architecture, missing):
+@pytest.mark.parametrize(
+    ("architecture", "missing"),
+    [
+        ("Pascal", {"energy_j"}),
+        ("Volta", set()),
+        ("Turing", set()),
+        ("Ampere", set()),
+        ("Ada", set()),
+        ("Hopper", set()),
+        ("Blackwell", set()),
+        ("Grace Blackwell", {"used_bytes", "reserved_bytes"}),
+        ("laptop", {"power_w", "energy_j"}),
+    ],
+)
+def test_what_an_architecture_does_not_know_is_na_with_a_reason_and_the_rest_is_read(
+    monkeypatch, architecture, missing
+):
     install(monkeypatch, Card(architecture, processes={MINE: 3 * GIB}, others=GIB))
     reader = find("cuda:0")
-    assert lacking(reader) == missing and reader.card == f"NVIDIA {architecture}" and reader.driver == "570.00"
+    assert (
+        lacking(reader) == missing
+        and reader.card == f"NVIDIA {architecture}"
+        and reader.driver == "570.00"
+    )
     assert all("Not Supported" in reason(reader, name) for name in missing - {"reserved_bytes"})
-    told = {"used_bytes": 4 * GIB, "reserved_bytes": GIB // 2, "process_bytes": 3 * GIB, "power_w": 300.0, "utilization": 0.87,
-            "sm_clock_mhz": 1755, "memory_clock_mhz": 2619, "temperature_c": 41}
+    told = {
+        "used_bytes": 4 * GIB,
+        "reserved_bytes": GIB // 2,
+        "process_bytes": 3 * GIB,
+        "power_w": 300.0,
+        "utilization": 0.87,
+        "sm_clock_mhz": 1755,
+        "memory_clock_mhz": 2619,
+        "temperature_c": 41,
+    }
     assert {name: reader.sample()[name] for name in told if name not in missing} == {
-        name: value for name, value in told.items() if name not in missing}
+        name: value for name, value in told.items() if name not in missing
+    }
     assert len(reader.said) == len(missing - {"reserved_bytes"})  # nothing is said twice
 
 
-@pytest.mark.parametrize(("seconds", "watts", "joules"), [
-    (1234.56, 300.0, 370_350.0), (0.05, 300.0, 0.0), (1000.05, 71.234, 71_234.0)])
+@pytest.mark.parametrize(
+    ("seconds", "watts", "joules"),
+    [(1234.56, 300.0, 370_350.0), (0.05, 300.0, 0.0), (1000.05, 71.234, 71_234.0)],
+)
 def test_the_drivers_thousandths_are_joules_and_watts_exactly(monkeypatch, seconds, watts, joules):
     """The stand-in counts millijoules in steps of 100 ms from its own zero."""
     install(monkeypatch, Card(watts=watts, others=1, reserved=3, total=1001))
@@ -56,8 +85,13 @@ def test_the_drivers_thousandths_are_joules_and_watts_exactly(monkeypatch, secon
     assert (row["used_bytes"], row["reserved_bytes"], reader.total_bytes) == (1, 3, 1001)
 
 
-@pytest.mark.parametrize(("change_before", "change_after", "known"), [(0, 0, True), (1, 0, False), (0, 1, False), (-1, -1, True)])
-def test_a_process_rises_and_falls_by_a_block_to_the_byte_or_is_not_ours(monkeypatch, change_before, change_after, known):
+@pytest.mark.parametrize(
+    ("change_before", "change_after", "known"),
+    [(0, 0, True), (1, 0, False), (0, 1, False), (-1, -1, True)],
+)
+def test_a_process_rises_and_falls_by_a_block_to_the_byte_or_is_not_ours(
+    monkeypatch, change_before, change_after, known
+):
     card = Card(processes={7: 512, 8: 2 * GIB})
 
     @contextmanager
@@ -69,7 +103,9 @@ def test_a_process_rises_and_falls_by_a_block_to_the_byte_or_is_not_ours(monkeyp
     monkeypatch.setattr(nvml_process, "block", block)
     install(monkeypatch, card, host=False)
     reader = find("cuda:0")
-    assert reader.sample()["process_bytes"] == (512 - change_before + change_after if known else None)
+    assert reader.sample()["process_bytes"] == (
+        512 - change_before + change_after if known else None
+    )
     assert nvml_process.PROBE_BYTES == 2**28
 
 
@@ -87,16 +123,24 @@ def test_a_process_that_comes_with_the_block_counts_from_nothing(monkeypatch):
     assert "rose and fell" in find("cuda:0").process_method
 
 
-@pytest.mark.parametrize(("inode", "host"), [(4026531836, True), (4026531837, False), (4026532281, False)])
+@pytest.mark.parametrize(
+    ("inode", "host"), [(4026531836, True), (4026531837, False), (4026532281, False)]
+)
 def test_a_kernels_first_namespace_has_a_fixed_number(monkeypatch, inode, host):
     real = os.stat
     own = "/proc/self/ns/pid"
-    monkeypatch.setattr(os, "stat", lambda path, **rest: SimpleNamespace(st_ino=inode) if path == own else real(path, **rest))
+    monkeypatch.setattr(
+        os,
+        "stat",
+        lambda path, **rest: SimpleNamespace(st_ino=inode) if path == own else real(path, **rest),
+    )
     assert nvml_process.in_host_namespace() == host
 
 
 def test_every_architecture_of_the_stand_in_is_tested():
-    marks = test_what_an_architecture_does_not_know_is_na_with_a_reason_and_the_rest_is_read.pytestmark
+    marks = (
+        test_what_an_architecture_does_not_know_is_na_with_a_reason_and_the_rest_is_read.pytestmark
+    )
     assert {case[0] for case in marks[0].args[1]} == set(LACKS)
 
 
@@ -111,7 +155,11 @@ def test_an_old_driver_has_its_own_bytes_in_used_and_the_older_list_of_processes
     install(monkeypatch, Card(processes={MINE: 3 * GIB}), missing=OLD_DRIVER)
     reader = find("cuda:0")
     now = reader.sample()
-    assert now["used_bytes"] == 3 * GIB + GIB // 2 and now["reserved_bytes"] is None and now["process_bytes"] == 3 * GIB
+    assert (
+        now["used_bytes"] == 3 * GIB + GIB // 2
+        and now["reserved_bytes"] is None
+        and now["process_bytes"] == 3 * GIB
+    )
     assert "version 1" in reason(reader, "reserved_bytes") and reader.total_bytes == 80 * GIB
 
 
@@ -123,14 +171,23 @@ def test_the_card_is_torchs_by_its_uuid_whatever_the_order(monkeypatch):
     assert "does not know the card that torch calls cuda:0" in find("cuda:0").said[0]
 
 
-@pytest.mark.parametrize(("host", "processes", "mine", "method"), [
-    (True, {MINE: 2 * GIB, 7: GIB}, 2 * GIB, "its own number"),
-    (False, {4242: 2 * GIB}, 2 * GIB, "the only process"),
-    (False, {MINE: 2 * GIB}, 2 * GIB, "the only process"),  # a number like ours, by chance or not
-    (False, {}, None, "lists no process"),
-    (True, {}, None, "lists no process"),
-    (True, {MINE: None, 7: None}, None, "WDDM"),
-    (False, {7: None}, None, "WDDM")])
+@pytest.mark.parametrize(
+    ("host", "processes", "mine", "method"),
+    [
+        (True, {MINE: 2 * GIB, 7: GIB}, 2 * GIB, "its own number"),
+        (False, {4242: 2 * GIB}, 2 * GIB, "the only process"),
+        (
+            False,
+            {MINE: 2 * GIB},
+            2 * GIB,
+            "the only process",
+        ),  # a number like ours, by chance or not
+        (False, {}, None, "lists no process"),
+        (True, {}, None, "lists no process"),
+        (True, {MINE: None, 7: None}, None, "WDDM"),
+        (False, {7: None}, None, "WDDM"),
+    ],
+)
 def test_this_process_is_told_from_others_or_not_at_all(monkeypatch, host, processes, mine, method):
     install(monkeypatch, Card(processes=processes, others=GIB), host=host)
     reader = find("cuda:0")
@@ -138,10 +195,18 @@ def test_this_process_is_told_from_others_or_not_at_all(monkeypatch, host, proce
     assert method in (reader.process_method or reason(reader, "process_bytes"))
 
 
-@pytest.mark.parametrize(("moves", "mine", "words"), [
-    ({7: 0, 8: nvml_process.PROBE_BYTES}, 2 * GIB, "rose and fell"), ({7: 0, 8: 0}, None, "none rose"),
-    ({7: nvml_process.PROBE_BYTES, 8: nvml_process.PROBE_BYTES}, None, "2 rose"), (None, None, "OutOfMemoryError")])
-def test_in_a_container_a_block_tells_which_of_several_is_this_process(monkeypatch, moves, mine, words):
+@pytest.mark.parametrize(
+    ("moves", "mine", "words"),
+    [
+        ({7: 0, 8: nvml_process.PROBE_BYTES}, 2 * GIB, "rose and fell"),
+        ({7: 0, 8: 0}, None, "none rose"),
+        ({7: nvml_process.PROBE_BYTES, 8: nvml_process.PROBE_BYTES}, None, "2 rose"),
+        (None, None, "OutOfMemoryError"),
+    ],
+)
+def test_in_a_container_a_block_tells_which_of_several_is_this_process(
+    monkeypatch, moves, mine, words
+):
     card = Card(processes={7: GIB, 8: 2 * GIB})
 
     @contextmanager
@@ -155,7 +220,9 @@ def test_in_a_container_a_block_tells_which_of_several_is_this_process(monkeypat
     monkeypatch.setattr(nvml_process, "block", block)
     install(monkeypatch, card, host=False)
     reader = find("cuda:0")
-    assert reader.sample()["process_bytes"] == mine and words in (reader.process_method or reason(reader, "process_bytes"))
+    assert reader.sample()["process_bytes"] == mine and words in (
+        reader.process_method or reason(reader, "process_bytes")
+    )
 
 
 def test_one_that_keeps_a_block_as_big_is_not_this_process(monkeypatch):
@@ -176,23 +243,48 @@ def mig(*instances: Card) -> Card:
 
 
 def test_an_instance_of_mig_has_its_own_memory_and_no_energy(monkeypatch):
-    one, two = (Card("Hopper", uuid=f"MIG-{n}", total=20 * GIB, others=n * GIB, fails={
-        name: fake_nvml.NOT_SUPPORTED for name in ("nvmlDeviceGetUtilizationRates", "nvmlDeviceGetClockInfo",
-                                                   "nvmlDeviceGetTemperature")}) for n in (1, 2))
+    one, two = (
+        Card(
+            "Hopper",
+            uuid=f"MIG-{n}",
+            total=20 * GIB,
+            others=n * GIB,
+            fails={
+                name: fake_nvml.NOT_SUPPORTED
+                for name in (
+                    "nvmlDeviceGetUtilizationRates",
+                    "nvmlDeviceGetClockInfo",
+                    "nvmlDeviceGetTemperature",
+                )
+            },
+        )
+        for n in (1, 2)
+    )
     install(monkeypatch, mig(one, two))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-2")
     reader = find("cuda:0")
     assert reader.total_bytes == 20 * GIB and reader.sample()["used_bytes"] == 2 * GIB
-    assert lacking(reader) == {"process_bytes", "power_w", "energy_j", "utilization"}  # the clocks are the whole card's
+    assert lacking(reader) == {
+        "process_bytes",
+        "power_w",
+        "energy_j",
+        "utilization",
+    }  # the clocks are the whole card's
     assert all("MIG" in reason(reader, name) for name in ("power_w", "energy_j", "utilization"))
 
 
 def test_an_instance_is_found_without_being_named_only_where_there_is_no_choice(monkeypatch):
-    one, two = Card("Hopper", uuid="MIG-1", others=GIB), Card("Hopper", uuid=f"MIG-{fake_nvml.UUID}", others=2 * GIB)
+    one, two = (
+        Card("Hopper", uuid="MIG-1", others=GIB),
+        Card("Hopper", uuid=f"MIG-{fake_nvml.UUID}", others=2 * GIB),
+    )
     install(monkeypatch, mig(one))
     assert find("cuda:0").sample()["used_bytes"] == GIB
     install(monkeypatch, mig(one, Card("Hopper", uuid="MIG-3")))
-    assert "2 MIG instances" in find("cuda:0").said[0] and "CUDA_VISIBLE_DEVICES" in find("cuda:0").said[0]
+    assert (
+        "2 MIG instances" in find("cuda:0").said[0]
+        and "CUDA_VISIBLE_DEVICES" in find("cuda:0").said[0]
+    )
     install(monkeypatch, mig(one, two))  # torch names the instance itself
     assert find("cuda:0").sample()["used_bytes"] == 2 * GIB
 
@@ -227,11 +319,27 @@ def test_an_error_of_a_moment_costs_a_sample_and_not_the_quantity(monkeypatch):
     assert lacking(reader) == set() and len(reader.said) == 1 and "some samples" in reader.said[0]
 
 
-@pytest.mark.parametrize(("device", "prepare", "words"), [
-    ("cpu", lambda m: None, "the device is cpu"), ("cuda", lambda m: None, "torch finds no CUDA device"),
-    ("cuda", lambda m: install(m, Card(), init=pynvml.NVML_ERROR_DRIVER_NOT_LOADED), "Driver Not Loaded"),
-    ("cuda", lambda m: (install(m, Card()), m.setitem(sys.modules, "pynvml", None)), "pynvml"),
-    ("cuda:0", lambda m: (install(m, Card()), m.setattr(pynvml, "nvmlDeviceGetName", lambda handle: 1 / 0)), "ZeroDivisionError")])
+@pytest.mark.parametrize(
+    ("device", "prepare", "words"),
+    [
+        ("cpu", lambda m: None, "the device is cpu"),
+        ("cuda", lambda m: None, "torch finds no CUDA device"),
+        (
+            "cuda",
+            lambda m: install(m, Card(), init=pynvml.NVML_ERROR_DRIVER_NOT_LOADED),
+            "Driver Not Loaded",
+        ),
+        ("cuda", lambda m: (install(m, Card()), m.setitem(sys.modules, "pynvml", None)), "pynvml"),
+        (
+            "cuda:0",
+            lambda m: (
+                install(m, Card()),
+                m.setattr(pynvml, "nvmlDeviceGetName", lambda handle: 1 / 0),
+            ),
+            "ZeroDivisionError",
+        ),
+    ],
+)
 def test_where_there_is_nothing_to_read_the_reader_says_why(monkeypatch, device, prepare, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     prepare(monkeypatch)
@@ -243,14 +351,25 @@ def test_where_there_is_nothing_to_read_the_reader_says_why(monkeypatch, device,
 def test_the_environment_of_a_run_names_card_and_driver_and_nothing_more(monkeypatch):
     install(monkeypatch, Card())
     told = environment.record("cuda")["device"]
-    assert told == {"kind": "cuda", "name": "a card", "memory_bytes": 80 * GIB, "compute_capability": [9, 0],
-                    "cuda": torch.version.cuda, "driver": "570.00"}
+    assert told == {
+        "kind": "cuda",
+        "name": "a card",
+        "memory_bytes": 80 * GIB,
+        "compute_capability": [9, 0],
+        "cuda": torch.version.cuda,
+        "driver": "570.00",
+    }
     install(monkeypatch, Card(), init=pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
     assert driver() == "N/A: NVMLError_DriverNotLoaded: Driver Not Loaded"
 
 
 def test_nothing_that_is_said_identifies_the_card_or_a_process(monkeypatch):
-    install(monkeypatch, Card("Pascal", processes={1234567: GIB, 7654321: None}), host=True, missing=OLD_DRIVER)
+    install(
+        monkeypatch,
+        Card("Pascal", processes={1234567: GIB, 7654321: None}),
+        host=True,
+        missing=OLD_DRIVER,
+    )
     monkeypatch.setattr(nvml_process, "block", lambda device: nullcontext())
     words = " ".join(find("cuda:0").said)
     assert words and not any(secret in words for secret in (fake_nvml.UUID, "1234567", "7654321"))

@@ -1,4 +1,5 @@
-"""Low-rank rules: GaLore is the published one, APOLLO the paper's, and their bytes are exactly what they say."""
+"""Low-rank rules: GaLore is the published one, APOLLO the paper's, and their bytes are exactly what
+they say."""
 
 from __future__ import annotations
 
@@ -18,14 +19,23 @@ from vramlab.regimes.regime import read_row
 from vramlab.regimes.rule.projected import Apollo, GaLore
 from vramlab.regimes.rule.sliced import Fit
 
-SHAPES = {"layers.0.wide": (7, 12), "layers.0.tall": (33, 5), "layers.0.square": (9, 9), "layers.0.norm": (6,), "embed": (11, 4)}
+SHAPES = {
+    "layers.0.wide": (7, 12),
+    "layers.0.tall": (33, 5),
+    "layers.0.square": (9, 9),
+    "layers.0.norm": (6,),
+    "embed": (11, 4),
+}
 
 MATRICES = ("layers.0.wide", "layers.0.tall", "layers.0.square")
 
 
 def _params(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    return {name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
+    return {
+        name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+        for name, shape in SHAPES.items()
+    }
 
 
 def _gradients(params, step, growth=1.0):
@@ -35,7 +45,9 @@ def _gradients(params, step, growth=1.0):
 
 
 def _optimizer(rule, params, lr=0.1):
-    return rule.fitted(Fit(names={id(p): name for name, p in params.items()})).make(params.values(), lr)
+    return rule.fitted(Fit(names={id(p): name for name, p in params.items()})).make(
+        params.values(), lr
+    )
 
 
 def _ours(rule, params, steps=6, growth=1.0, optimizer=None, first=0):
@@ -51,7 +63,13 @@ def _published(params, rank, gap, scale, eps, steps=6):
 
     matrices = [params[name] for name in MATRICES]
     rest = [p for p in params.values() if all(p is not matrix for matrix in matrices)]
-    low = {"params": matrices, "rank": rank, "update_proj_gap": gap, "scale": scale, "proj_type": "std"}
+    low = {
+        "params": matrices,
+        "rank": rank,
+        "update_proj_gap": gap,
+        "scale": scale,
+        "proj_type": "std",
+    }
     optimizer = GaLoreAdamW([low, {"params": rest}], lr=0.1, eps=eps, no_deprecation_warning=True)
     for step in range(steps):
         _gradients(params, step)
@@ -61,7 +79,8 @@ def _published(params, rank, gap, scale, eps, steps=6):
 @pytest.mark.parametrize("rank", [1, 3, 99])
 @pytest.mark.parametrize("gap", [1, 4])
 def test_galore_is_the_published_galore(rank, gap):
-    """eps 0: the published code adds it before the moment's bias is corrected, torch and the paper after."""
+    """eps 0: the published code adds it before the moment's bias is corrected, torch and the paper
+    after."""
     ours, theirs = _params(), _params()
     _ours(GaLore(rank=rank, gap=gap, eps=0.0), ours)
     _published(theirs, rank, gap, 0.25, 0.0)
@@ -90,7 +109,8 @@ def test_galore_at_full_rank_with_sgd_inside_is_sgd():
 
 
 def _apollo_of_the_paper(name, weight, rule, lr, steps, growth):
-    """Algorithm 1 of arXiv:2412.05270 for one matrix, dense and slow, in fp64 but for the drawn projection."""
+    """Algorithm 1 of arXiv:2412.05270 for one matrix, dense and slow, in fp64 but for the drawn
+    projection."""
     weight, flip = weight.detach().double(), weight.shape[0] >= weight.shape[1]
     weight = weight.T if flip else weight
     m = v = before = None
@@ -100,12 +120,20 @@ def _apollo_of_the_paper(name, weight, rule, lr, steps, growth):
         grad = params[name].grad.double()
         grad = grad.T if flip else grad
         rank = min(rule.rank, grad.shape[0])
-        drawn = normal((grad.shape[0], rank), generator(torch.device("cpu"), rule.seed, name, step // rule.gap)).double()
+        drawn = normal(
+            (grad.shape[0], rank), generator(torch.device("cpu"), rule.seed, name, step // rule.gap)
+        ).double()
         low = drawn.T @ grad / math.sqrt(rank)
         m = (1 - rule.beta1) * low if m is None else rule.beta1 * m + (1 - rule.beta1) * low
         v = (1 - rule.beta2) * low**2 if v is None else rule.beta2 * v + (1 - rule.beta2) * low**2
-        adam = (m / (1 - rule.beta1 ** (step + 1))) / ((v / (1 - rule.beta2 ** (step + 1))).sqrt() + rule.eps)
-        factor = adam.norm() / low.norm() if rule.per_tensor else torch.diag(adam.norm(dim=0) / low.norm(dim=0))
+        adam = (m / (1 - rule.beta1 ** (step + 1))) / (
+            (v / (1 - rule.beta2 ** (step + 1))).sqrt() + rule.eps
+        )
+        factor = (
+            adam.norm() / low.norm()
+            if rule.per_tensor
+            else torch.diag(adam.norm(dim=0) / low.norm(dim=0))
+        )
         update = math.sqrt(rule.scale) * (grad * factor if rule.per_tensor else grad @ factor)
         if before is not None and update.norm() > rule.growth * before:
             update *= rule.growth * before / update.norm()
@@ -150,8 +178,13 @@ def test_what_is_not_a_matrix_of_a_block_gets_adamw():
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-6)
 
 
-RULES = [{"galore": {"rank": 4}}, {"galore": {"rank": 99}}, {"galore": {"rank": 3, "inner": "sgd"}}, {"apollo": {"rank": 5}},
-         {"apollo": {"rank": 1, "per_tensor": True}}]
+RULES = [
+    {"galore": {"rank": 4}},
+    {"galore": {"rank": 99}},
+    {"galore": {"rank": 3, "inner": "sgd"}},
+    {"apollo": {"rank": 5}},
+    {"apollo": {"rank": 1, "per_tensor": True}},
+]
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
@@ -159,7 +192,9 @@ RULES = [{"galore": {"rank": 4}}, {"galore": {"rank": 99}}, {"galore": {"rank": 
 def test_state_is_exactly_what_the_rule_promises(rule, weights):
     _, _, trainer = train({"rule": rule, "weights": weights}, steps=2)
     named = dict(trainer.model.named_parameters())
-    assert trainer.optimizer_state_bytes() == trainer.regime.rule_for(trainer.model, named).state_bytes(named.values())
+    assert trainer.optimizer_state_bytes() == trainer.regime.rule_for(
+        trainer.model, named
+    ).state_bytes(named.values())
 
 
 def test_state_bytes_of_one_packed_projection():
@@ -171,8 +206,11 @@ def test_state_bytes_of_one_packed_projection():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rule", [GaLore(rank=3, gap=4), Apollo(rank=3, gap=4), Apollo(rank=3, gap=4, follows="package")],
-                         ids=["galore", "apollo", "apollo as packaged"])
+@pytest.mark.parametrize(
+    "rule",
+    [GaLore(rank=3, gap=4), Apollo(rank=3, gap=4), Apollo(rank=3, gap=4, follows="package")],
+    ids=["galore", "apollo", "apollo as packaged"],
+)
 def test_a_run_stopped_between_two_projections_goes_on_as_if_it_had_not(rule, dtype):
     whole, halves = _params(dtype), _params(dtype)
     _ours(rule, whole, steps=7)
@@ -185,7 +223,9 @@ def test_a_run_stopped_between_two_projections_goes_on_as_if_it_had_not(rule, dt
 
 def test_the_forecast_reports_a_step_that_projects_anew():
     traced = trace(model_spec("tiny"), read_row("row", {"rule": "galore"}), 64, 1)
-    made = traced.frame[(traced.frame["step"] == traced.step) & traced.frame["op"].str.contains("linalg_svd")]
+    made = traced.frame[
+        (traced.frame["step"] == traced.step) & traced.frame["op"].str.contains("linalg_svd")
+    ]
     assert traced.step == 1 and (made["phase"] == "update").all() and len(made)
 
 
@@ -193,10 +233,20 @@ O, I, MIB = 1024, 4096, 1 << 20  # noqa: E741
 ROWS = 2 * O * I  # bytes of the matrix in bf16
 
 
-@pytest.mark.parametrize(("rule", "steps", "least", "most"), [
-    (GaLore(rank=16, gap=200), 2, 0, MIB),
-    (GaLore(rank=16, gap=200), 1, 4 * (O * I + O * O + O * I), 4 * (O * I + O * O + O * I) + MIB),
-    (Apollo(rank=16), 2, 0, MIB)], ids=["galore", "galore projects anew", "apollo"])
+@pytest.mark.parametrize(
+    ("rule", "steps", "least", "most"),
+    [
+        (GaLore(rank=16, gap=200), 2, 0, MIB),
+        (
+            GaLore(rank=16, gap=200),
+            1,
+            4 * (O * I + O * O + O * I),
+            4 * (O * I + O * O + O * I) + MIB,
+        ),
+        (Apollo(rank=16), 2, 0, MIB),
+    ],
+    ids=["galore", "galore projects anew", "apollo"],
+)
 def test_only_the_svd_has_temporaries_of_a_matrixs_size(rule, steps, least, most):
     with virtual_gpu() as gpu:
         weight = nn.Parameter(torch.empty(O, I, device=gpu.device, dtype=torch.bfloat16))
@@ -210,6 +260,8 @@ def test_only_the_svd_has_temporaries_of_a_matrixs_size(rule, steps, least, most
                 with meter.phase("update"):
                     optimizer.step()
         peak = meter.peak(steps - 1)["categories"]
-    beside = sum(size for name, size in peak.items() if name not in ("weights", "gradients", "workspace"))
+    beside = sum(
+        size for name, size in peak.items() if name not in ("weights", "gradients", "workspace")
+    )
     held = rule.fitted(Fit(names={id(weight): "layers.0.matrix"})).state_bytes([weight])
     assert least <= beside <= most + held

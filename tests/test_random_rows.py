@@ -1,4 +1,5 @@
-"""A row over all axes, kinds and field values is refused by name, or trains: nothing that is read ends in a traceback or a NaN."""
+"""A row over all axes, kinds and field values is refused by name, or trains: nothing that is read
+ends in a traceback or a NaN."""
 
 from __future__ import annotations
 
@@ -20,20 +21,58 @@ from vramlab.regimes.registry import AXES
 from vramlab.regimes.sharded import local
 from vramlab.training.trainer import Schedule, Trainer
 
-WRONG = (None, True, -1, 0, 0.5, -0.5, 1e308, 10**30, -(10**30), 10**400, 1 << 20_000, math.nan, math.inf, -math.inf, "", "8",
-         "1e-3", "\N{SNOWMAN}", [], ["o_proj"], ["q_proj"], ["o_proj", 3], {}, {"a": 1}, [[[]]], b"8", float, "adamw")
+WRONG = (
+    None,
+    True,
+    -1,
+    0,
+    0.5,
+    -0.5,
+    1e308,
+    10**30,
+    -(10**30),
+    10**400,
+    1 << 20_000,
+    math.nan,
+    math.inf,
+    -math.inf,
+    "",
+    "8",
+    "1e-3",
+    "\N{SNOWMAN}",
+    [],
+    ["o_proj"],
+    ["q_proj"],
+    ["o_proj", 3],
+    {},
+    {"a": 1},
+    [[[]]],
+    b"8",
+    float,
+    "adamw",
+)
 """Values that most fields cannot hold. Where one can, the row is to train."""
 
 
 def fitting(annotation: Any, chance: random.Random) -> Any:
-    """A value that a field with this annotation takes: its bounds too, but of what has no end, or makes matrices, few."""
+    """A value that a field with this annotation takes: its bounds too, but of what has no end, or
+    makes matrices, few."""
     kind, arguments = get_origin(annotation), get_args(annotation)
     if kind is Annotated and arguments[0] is int:
         least, most = arguments[1].least, arguments[1].most
-        return chance.choice((least, least + 1, least + chance.randrange(9), min(most, 40), min(most, 300)))
+        return chance.choice(
+            (least, least + 1, least + chance.randrange(9), min(most, 40), min(most, 300))
+        )
     if kind is Annotated:
         least, most = arguments[1].least, arguments[1].most
-        return chance.choice((least, most, chance.uniform(least, min(most, least + 1)), chance.choice((0.01, 0.5, 1)) * most))
+        return chance.choice(
+            (
+                least,
+                most,
+                chance.uniform(least, min(most, least + 1)),
+                chance.choice((0.01, 0.5, 1)) * most,
+            )
+        )
     if kind is Literal:
         return chance.choice(arguments)
     if kind is tuple:
@@ -42,30 +81,56 @@ def fitting(annotation: Any, chance: random.Random) -> Any:
 
 
 def random_cell(axis: str, chance: random.Random, wrong: float) -> Any:
-    """A kind of the axis, the default more often than others, with some of its fields; a share `wrong` of them any value."""
+    """A kind of the axis, the default more often than others, with some of its fields; a share
+    `wrong` of them any value."""
     known = AXES[axis]
     name = chance.choice((next(iter(known)), chance.choice(list(known))))
     owned = [field.name for field in dataclasses.fields(known[name])]
-    given = {field: chance.choice(WRONG) if chance.random() < wrong else fitting(fields.annotations(known[name])[field], chance)
-             for field in owned if chance.random() < 0.4}
+    given = {
+        field: (
+            chance.choice(WRONG)
+            if chance.random() < wrong
+            else fitting(fields.annotations(known[name])[field], chance)
+        )
+        for field in owned
+        if chance.random() < 0.4
+    }
     if chance.random() < wrong / 8:
-        return chance.choice((*WRONG, {name: 3}, {name: []}, {name: {}, "other": {}}, {name: {"rnk": 1}}, {3: {}}, name[:-1]))
+        return chance.choice(
+            (
+                *WRONG,
+                {name: 3},
+                {name: []},
+                {name: {}, "other": {}},
+                {name: {"rnk": 1}},
+                {3: {}},
+                name[:-1],
+            )
+        )
     return {name: given} if given else name
 
 
 def random_row(chance: random.Random) -> Any:
-    """Half of the rows have none of the values that do not fit, so that what excludes what is met, and what trains."""
+    """Half of the rows have none of the values that do not fit, so that what excludes what is met,
+    and what trains."""
     wrong = chance.choice((0.0, 0.3))
-    row: dict[Any, Any] = {axis: random_cell(axis, chance, wrong) for axis in AXES if chance.random() < 0.5}
+    row: dict[Any, Any] = {
+        axis: random_cell(axis, chance, wrong) for axis in AXES if chance.random() < 0.5
+    }
     scalars = {"accumulate": (1, 2, 3), "clip": (0.0, 1e-6, 0.5, 1e6), "lr": (0, 1e-5, 1e-3, 0.1)}
-    row |= {name: chance.choice(values) for name, values in scalars.items() if chance.random() < 0.25}
+    row |= {
+        name: chance.choice(values) for name, values in scalars.items() if chance.random() < 0.25
+    }
     if chance.random() < wrong / 4:
-        row[chance.choice(("lr", "clip", "accumulate", "says", "colour", 3, None))] = chance.choice(WRONG)
+        row[chance.choice(("lr", "clip", "accumulate", "says", "colour", 3, None))] = chance.choice(
+            WRONG
+        )
     return chance.choice(WRONG) if chance.random() < wrong / 20 else row
 
 
 def outcome(row: Any) -> str:
-    """What becomes of the row: `unreadable`, `illegal` for what excludes what, `not here` for this model or machine, `trained`."""
+    """What becomes of the row: `unreadable`, `illegal` for what excludes what, `not here` for this
+    model or machine, `trained`."""
     try:
         regime = read_row("row", row)
     except IllegalRegime as refusal:
@@ -81,12 +146,17 @@ def outcome(row: Any) -> str:
         assert "use" in str(refusal)
         return "not here"
     assert all(math.isfinite(loss) for loss in losses), losses
-    assert all(bool(weight.isfinite().all()) for weight in weights.values() if weight.is_floating_point())
+    assert all(
+        bool(weight.isfinite().all()) for weight in weights.values() if weight.is_floating_point()
+    )
     return "trained"
 
 
-def outcomes(first: int, count: int, wanted: Callable[[Any], bool] = lambda row: True) -> collections.Counter:
-    """How often each outcome came of the `wanted` of `count` rows. Raises: AssertionError, with the rows that failed."""
+def outcomes(
+    first: int, count: int, wanted: Callable[[Any], bool] = lambda row: True
+) -> collections.Counter:
+    """How often each outcome came of the `wanted` of `count` rows. Raises: AssertionError, with the
+    rows that failed."""
     seen, failed = collections.Counter(), []
     for number in range(first, first + count):
         row = random_row(random.Random(number))
@@ -101,7 +171,8 @@ def outcomes(first: int, count: int, wanted: Callable[[Any], bool] = lambda row:
 
 
 def test_a_random_row_is_refused_by_name_or_trains():
-    """At 55 ms a row that trains. Of `weights: nf4` there are none here: its library compiles for seconds when it is first used."""
+    """At 55 ms a row that trains. Of `weights: nf4` there are none here: its library compiles for
+    seconds when it is first used."""
     seen = outcomes(0, 160, lambda row: not isinstance(row, dict) or row.get("weights") != "nf4")
     assert min(seen[name] for name in ("unreadable", "illegal", "trained")) > 15, seen
 
@@ -109,7 +180,9 @@ def test_a_random_row_is_refused_by_name_or_trains():
 @pytest.mark.slow
 def test_many_random_rows_are_refused_by_name_or_train():
     seen = outcomes(10_000, 3000)
-    assert min(seen[name] for name in ("unreadable", "illegal", "trained")) > 500 and seen["not here"], seen
+    assert (
+        min(seen[name] for name in ("unreadable", "illegal", "trained")) > 500 and seen["not here"]
+    ), seen
 
 
 KINDS = [(axis, name) for axis, known in AXES.items() for name in known]
@@ -119,7 +192,10 @@ def companions(axis: str, name: str) -> dict:
     """A legal row with this value, of few others."""
     chance = random.Random(0)
     for _ in range(2000):
-        row = {other: chance.choice((next(iter(known)), chance.choice(list(known)))) for other, known in AXES.items()}
+        row = {
+            other: chance.choice((next(iter(known)), chance.choice(list(known))))
+            for other, known in AXES.items()
+        }
         try:
             read_row("row", {**row, axis: name})
         except IllegalRegime:
@@ -133,7 +209,9 @@ def companions(axis: str, name: str) -> dict:
 def test_every_field_refuses_by_name_what_it_cannot_hold(axis, name):
     row, annotations = companions(axis, name), fields.annotations(AXES[axis][name])
     for field in dataclasses.fields(AXES[axis][name]):
-        assert get_args(annotations[field.name]) or annotations[field.name] is bool, f"{field.name} has no range, choice or items"
+        assert get_args(annotations[field.name]) or annotations[field.name] is bool, (
+            f"{field.name} has no range, choice or items"
+        )
         refused = 0
         for value in WRONG:
             try:
@@ -150,18 +228,48 @@ def test_whatever_a_field_holds_trains(axis, name):
     """The bounds of its range, and what of the odd values it takes."""
     row, annotations = companions(axis, name), fields.annotations(AXES[axis][name])
     for field in dataclasses.fields(AXES[axis][name]):
-        bounds = get_args(annotations[field.name])[1:] if get_origin(annotations[field.name]) is Annotated else ()
-        for value in (*WRONG, *(bound for span in bounds for bound in (span.least, min(span.most, 4096)))):
+        bounds = (
+            get_args(annotations[field.name])[1:]
+            if get_origin(annotations[field.name]) is Annotated
+            else ()
+        )
+        for value in (
+            *WRONG,
+            *(bound for span in bounds for bound in (span.least, min(span.most, 4096))),
+        ):
             assert outcome({**row, axis: {name: {field.name: value}}}), field.name
 
 
 ROWS = {"one": {"acts": "checkpoint"}}
 
 
-@pytest.mark.parametrize("text", [
-    "", "[]", "3", "one", "one: 3", "one: [acts]", "one:", "3: {acts: keep}", "one: {acts: keep", "\ufeff[]",
-    "one: {lr: .nan}", "one: {lr: 1e-3x}", "one: {acts: on}", "one: {rule: {galore: {rank: 0x" + "f" * 5000 + "}}}", "[" * 5000,
-    "one: {accumulate: yes}", "one: {says: [1]}", "\0", "one: &a [*a]", "? [a]\n: 3", b"\xff\xfe\x00", b"one: {says: \xe9}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "3",
+        "one",
+        "one: 3",
+        "one: [acts]",
+        "one:",
+        "3: {acts: keep}",
+        "one: {acts: keep",
+        "\ufeff[]",
+        "one: {lr: .nan}",
+        "one: {lr: 1e-3x}",
+        "one: {acts: on}",
+        "one: {rule: {galore: {rank: 0x" + "f" * 5000 + "}}}",
+        "[" * 5000,
+        "one: {accumulate: yes}",
+        "one: {says: [1]}",
+        "\0",
+        "one: &a [*a]",
+        "? [a]\n: 3",
+        b"\xff\xfe\x00",
+        b"one: {says: \xe9}",
+    ],
+)
 def test_a_file_of_rows_that_cannot_be_read_is_refused_by_name(text, tmp_path):
     path = tmp_path / "mine.yml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -173,7 +281,10 @@ def test_a_file_of_rows_that_cannot_be_read_is_refused_by_name(text, tmp_path):
 def test_a_file_of_rows_may_begin_with_a_byte_order_mark_and_must_exist(tmp_path):
     path = tmp_path / "mine.yml"
     path.write_text(yaml.safe_dump(ROWS), encoding="utf-8-sig")
-    assert read_regimes(path)["one"].values["acts"] == "checkpoint" and regime_row("one", path) == ROWS["one"]
+    assert (
+        read_regimes(path)["one"].values["acts"] == "checkpoint"
+        and regime_row("one", path) == ROWS["one"]
+    )
     for missing in (tmp_path / "other.yml", tmp_path):
         with pytest.raises((OSError, BadFile), match=missing.name):
             regime_row("one", missing)
@@ -181,7 +292,15 @@ def test_a_file_of_rows_may_begin_with_a_byte_order_mark_and_must_exist(tmp_path
 
 def test_every_fault_of_a_row_is_named_at_once():
     with pytest.raises(IllegalRegime) as refusal:
-        read_row("row", {"rule": {"galore": {"rnk": 3}}, "trains": {"lora": {"rank": 0, "alpha": "8"}}, "lr": math.nan, "clp": 1})
+        read_row(
+            "row",
+            {
+                "rule": {"galore": {"rnk": 3}},
+                "trains": {"lora": {"rank": 0, "alpha": "8"}},
+                "lr": math.nan,
+                "clp": 1,
+            },
+        )
     reasons = str(refusal.value).splitlines()[1:]
     assert len(reasons) == 5 and [reason.count("use ") for reason in reasons] == [1] * 5
     assert any("rule.galore has no 'rnk': use rank" in reason for reason in reasons)

@@ -4,7 +4,14 @@ import pytest
 
 from vramlab.cli import main, table
 from vramlab.regimes.forbidden import ILLEGAL
-from vramlab.regimes.regime import IllegalRegime, ImpossibleHere, check_machine, read_regimes, read_row, regime
+from vramlab.regimes.regime import (
+    IllegalRegime,
+    ImpossibleHere,
+    check_machine,
+    read_regimes,
+    read_row,
+    regime,
+)
 
 
 @pytest.mark.parametrize("prohibition", ILLEGAL, ids=lambda prohibition: prohibition.reason[:40])
@@ -21,29 +28,44 @@ def test_all_reasons_come_together():
     assert str(refusal.value).count("\n  - ") == 2
 
 
-@pytest.mark.parametrize(("row", "words"), [
-    ({"acts": "chekpoint"}, ["chekpoint", "keep, checkpoint, offload, selective"]),
-    ({"colour": 1}, ["colour", "weights, trains"]),
-    ({"trains": {"chunks": {"k": 3}}}, ["k", "count"]),
-    ({"trains": {"chunks": {"count": 0}}}, ["trains.chunks.count is 0", "1 to 1,000,000"]),
-    ({"trains": {"blocks": {"order": "sideways"}}}, ["sideways", "descending"]),
-    ({"acts": {"checkpoint": {}, "offload": {}}}, ["checkpoint", "one of keep"]),
-    ({"rule": {"galore": {"rank": 0}}}, ["0", "1 or more"]),
-    ({"rule": {"galore": {"inner": "adam"}}}, ["adam", "adamw, sgd"]),
-    ({"grads": {"zeroth_order": {"eps": 0.0}}, "rule": "sgd"}, ["grads.zeroth_order.eps is 0.0", "1e-12 to 1"]),
-    ({"until": {"backward": {"clip_norm": -1.0}}}, ["until.backward.clip_norm is -1.0", "0 to 1,000,000"]),
-    ({"until": {"backward": {"clip_norm": 1.0, "clip_value": 1.0}}}, ["clip_value", "one of them"]),
-    ({"until": {"backward": {"clip_norm": 1.0, "norm": "next"}}}, ["next", "this, last"]),
-    ({"until": {"backward": {"loss_scale": 8.0}}}, ["loss_scale", "clip_norm"]),
-    ({"trains": {"blocks": {"ends": "both"}}}, ["both", "rest, units, always"]),
-    ({"trains": {"blocks": {"sample": 2, "order": "ascending"}}}, ["sample", "use order: random"]),
-    ({"trains": {"blocks": {"sample": -1}}}, ["-1", "0 or more"]),
-    ({"trains": {"top": {"share": 0}}}, ["trains.top.share is 0", "0.001 to 1"]),
-    ({"trains": {"lora": {"adapters": "fp8"}}}, ["fp8", "fp32, bf16"]),
-    ({"trains": {"lora": {"rank": 0}}}, ["trains.lora.rank is 0", "1 to 65,536"]),
-    ({"trains": {"split_lora": {"cut": 0}}}, ["0", "1 or more"]),
-    ({"trains": {"prefix": {"tokens": 0}}}, ["trains.prefix.tokens is 0", "1 to 65,536"]),
-])
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"acts": "chekpoint"}, ["chekpoint", "keep, checkpoint, offload, selective"]),
+        ({"colour": 1}, ["colour", "weights, trains"]),
+        ({"trains": {"chunks": {"k": 3}}}, ["k", "count"]),
+        ({"trains": {"chunks": {"count": 0}}}, ["trains.chunks.count is 0", "1 to 1,000,000"]),
+        ({"trains": {"blocks": {"order": "sideways"}}}, ["sideways", "descending"]),
+        ({"acts": {"checkpoint": {}, "offload": {}}}, ["checkpoint", "one of keep"]),
+        ({"rule": {"galore": {"rank": 0}}}, ["0", "1 or more"]),
+        ({"rule": {"galore": {"inner": "adam"}}}, ["adam", "adamw, sgd"]),
+        (
+            {"grads": {"zeroth_order": {"eps": 0.0}}, "rule": "sgd"},
+            ["grads.zeroth_order.eps is 0.0", "1e-12 to 1"],
+        ),
+        (
+            {"until": {"backward": {"clip_norm": -1.0}}},
+            ["until.backward.clip_norm is -1.0", "0 to 1,000,000"],
+        ),
+        (
+            {"until": {"backward": {"clip_norm": 1.0, "clip_value": 1.0}}},
+            ["clip_value", "one of them"],
+        ),
+        ({"until": {"backward": {"clip_norm": 1.0, "norm": "next"}}}, ["next", "this, last"]),
+        ({"until": {"backward": {"loss_scale": 8.0}}}, ["loss_scale", "clip_norm"]),
+        ({"trains": {"blocks": {"ends": "both"}}}, ["both", "rest, units, always"]),
+        (
+            {"trains": {"blocks": {"sample": 2, "order": "ascending"}}},
+            ["sample", "use order: random"],
+        ),
+        ({"trains": {"blocks": {"sample": -1}}}, ["-1", "0 or more"]),
+        ({"trains": {"top": {"share": 0}}}, ["trains.top.share is 0", "0.001 to 1"]),
+        ({"trains": {"lora": {"adapters": "fp8"}}}, ["fp8", "fp32, bf16"]),
+        ({"trains": {"lora": {"rank": 0}}}, ["trains.lora.rank is 0", "1 to 65,536"]),
+        ({"trains": {"split_lora": {"cut": 0}}}, ["0", "1 or more"]),
+        ({"trains": {"prefix": {"tokens": 0}}}, ["trains.prefix.tokens is 0", "1 to 65,536"]),
+    ],
+)
 def test_a_wrong_row_names_the_value_and_the_known_ones(row, words):
     with pytest.raises(IllegalRegime) as refusal:
         read_row("mine", row)
@@ -82,4 +104,6 @@ def test_readme_shows_the_table_of_the_file():
 
     readme = (ROOT / "README.md").read_text()
     shown = readme.split("<!-- regimes -->")[1].split("<!-- /regimes -->")[0]
-    assert shown.strip() == table(read_regimes()), "run `vramlab regimes` and paste its output between the markers"
+    assert shown.strip() == table(read_regimes()), (
+        "run `vramlab regimes` and paste its output between the markers"
+    )

@@ -43,20 +43,26 @@ def test_the_summary_is_the_results(runs):
 def test_a_bar_of_the_ledger_is_the_peak(runs):
     frame = tables.ledger(runs)
     for run in (run for run in runs if run.ok):
-        assert frame.loc[frame["regime"] == run.name, "mib"].sum() == pytest.approx(run.result["peak"]["peak_bytes"] / 2**20)
+        assert frame.loc[frame["regime"] == run.name, "mib"].sum() == pytest.approx(
+            run.result["peak"]["peak_bytes"] / 2**20
+        )
     stacked = {}
     for bar in figures.ledger(runs).data:
         if bar.type == "bar":
             for regime, mib in zip(bar.x, bar.y, strict=True):
                 stacked[regime] = stacked.get(regime, 0) + mib
-    assert stacked["full"] == pytest.approx(_by_name(runs)["full"].result["peak"]["peak_bytes"] / 2**20)
+    assert stacked["full"] == pytest.approx(
+        _by_name(runs)["full"].result["peak"]["peak_bytes"] / 2**20
+    )
 
 
 def test_thinning_a_timeline_keeps_its_peak_and_its_sum(runs):
     run = _by_name(runs)["full"]
     for points in (20, 500):
         curve = tables.curve(run, points)
-        assert len(curve) <= points and curve["live"].max() == run.timeline["live_bytes"].max() / 2**20
+        assert (
+            len(curve) <= points and curve["live"].max() == run.timeline["live_bytes"].max() / 2**20
+        )
         categories = [name for name in curve if name in figures.COLORS]
         assert (curve[categories].sum(axis=1) - curve["live"]).abs().max() < 1e-6
 
@@ -71,8 +77,23 @@ def test_what_is_alive_at_an_event_sums_to_the_live_bytes(runs):
 def test_the_matrix_has_every_domain_for_every_run_and_judge(runs):
     for scoring in figures.SCORINGS:
         heat = figures.matrix_of(runs, scoring).data[0]
-        assert list(heat.x) == ["news", "news, mild", "news, moderate", "general", "law", "medicine"]
-        assert list(heat.y) == ["zero_shot", "full", "checkpoint", "claim only", "unigram overlap", "bigram overlap", "majority"]
+        assert list(heat.x) == [
+            "news",
+            "news, mild",
+            "news, moderate",
+            "general",
+            "law",
+            "medicine",
+        ]
+        assert list(heat.y) == [
+            "zero_shot",
+            "full",
+            "checkpoint",
+            "claim only",
+            "unigram overlap",
+            "bigram overlap",
+            "majority",
+        ]
         assert all(cell is not None for row in heat.z for cell in row)
         home = tables.in_domain(_by_name(runs)["full"]).set_index("scoring").loc[scoring, "value"]
         assert heat.z[1][0] == pytest.approx(home, abs=1e-4)
@@ -81,17 +102,30 @@ def test_the_matrix_has_every_domain_for_every_run_and_judge(runs):
 def test_checkpoint_lies_on_full_and_differs_from_it_by_nothing(runs):
     frame = tables.against_reference(runs)
     same = frame[frame["regime"] == "checkpoint"]
-    assert len(same) == 12 and (same[["difference", "low", "high"]] == 0).all().all() and (same["holm_p"] == 1).all()
+    assert (
+        len(same) == 12
+        and (same[["difference", "low", "high"]] == 0).all().all()
+        and (same["holm_p"] == 1).all()
+    )
     assert "checkpoint 0.0e+00" in "".join(words.takeaways(runs))
 
 
 def test_takeaways_hold_the_runs_own_figures_and_failures(runs):
     said = " ".join(words.takeaways(runs))
     full = tables.in_domain(_by_name(runs)["full"]).set_index("scoring")
-    assert "lora (oom: no room <here>)" in said and f"full reaches {full.loc['yesno', 'value']:.3f}" in said
+    assert (
+        "lora (oom: no room <here>)" in said
+        and f"full reaches {full.loc['yesno', 'value']:.3f}" in said
+    )
     assert re.search(r"is (NOT )?above the interval of the better overlap judge", said)
-    least = min((run for run in runs if run.ok and run.name != "zero_shot"), key=lambda run: run.result["peak"]["peak_bytes"])
-    assert f"regimes that train: {least.name}, {least.result['peak']['peak_bytes'] / 2**20:.1f} MiB" in said
+    least = min(
+        (run for run in runs if run.ok and run.name != "zero_shot"),
+        key=lambda run: run.result["peak"]["peak_bytes"],
+    )
+    assert (
+        f"regimes that train: {least.name}, {least.result['peak']['peak_bytes'] / 2**20:.1f} MiB"
+        in said
+    )
     assert "one training seed (0)" in " ".join(words.caveats(runs))
 
 
@@ -99,7 +133,9 @@ def test_the_page_is_small_whole_and_asks_for_nothing(page):
     text = page.read_text()
     assert page.stat().st_size < 8_000_000 and "default-src 'none'" in text
     assert not re.search(r"(?:src|href)\s*=\s*['\"]?(?:https?:)?//", text.split("id=plotly>")[0])
-    for drawn in re.findall(r"<script type='application/json' id=figure\d+>(.*?)</script>", text, re.S):
+    for drawn in re.findall(
+        r"<script type='application/json' id=figure\d+>(.*?)</script>", text, re.S
+    ):
         assert json.loads(drawn.replace("<\\/", "</"))["config"]["showSendToCloud"] is False
     assert "no room &lt;here&gt;" in text and "<here>" not in text
     assert text.count("<details>") == text.count("data-figure=")
@@ -134,20 +170,40 @@ def browser():
     if not CHROMIUM:
         pytest.skip("no Chromium on this machine: install the package chromium, see the README")
     with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=[
-            "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"])
+        opened = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"],
+        )
         yield opened
         opened.close()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [
-    pytest.param(1280, "light", marks=pytest.mark.slow), (1280, "dark"), (390, "light")])
-def test_with_the_network_off_every_figure_is_drawn_and_nothing_is_wider_than_the_window(browser, page, width, scheme):
-    context = browser.new_context(viewport={"width": width, "height": 900}, offline=True, color_scheme=scheme)
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [pytest.param(1280, "light", marks=pytest.mark.slow), (1280, "dark"), (390, "light")],
+)
+def test_with_the_network_off_every_figure_is_drawn_and_nothing_is_wider_than_the_window(
+    browser, page, width, scheme
+):
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, offline=True, color_scheme=scheme
+    )
     tab, wrong = context.new_page(), []
-    tab.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    tab.on(
+        "console",
+        lambda message: (
+            wrong.append(message.text) if message.type in ("error", "warning") else None
+        ),
+    )
     tab.on("pageerror", lambda error: wrong.append(str(error)))
-    tab.on("request", lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else wrong.append(request.url))
+    tab.on(
+        "request",
+        lambda request: (
+            None
+            if request.url.startswith(("file:", "data:", "blob:"))
+            else wrong.append(request.url)
+        ),
+    )
     tab.goto(page.as_uri())
     count = tab.locator("[data-figure]").count()
     for index in range(count):
@@ -166,22 +222,45 @@ def test_with_the_network_off_every_figure_is_drawn_and_nothing_is_wider_than_th
 def test_a_cards_ledger_and_the_evidence_of_a_run_that_ran_out_are_sections(finished, tmp_path):
     folder = tmp_path / "runs"
     shutil.copytree(finished, folder)
-    ledger = Ledger({"weights": 3 << 20, "activations": 5 << 20}, 1 << 19, 2 << 20, None, 7 << 20, 20 << 20)
+    ledger = Ledger(
+        {"weights": 3 << 20, "activations": 5 << 20}, 1 << 19, 2 << 20, None, 7 << 20, 20 << 20
+    )
     assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
-    evidence = {"source": "the simulated allocator", "phase": "backward", "asked_bytes": 9 << 20, "free_bytes": 1 << 20,
-                "capacity_bytes": 64 << 20, "reserved_bytes": 63 << 20, "allocated_bytes": 60 << 20,
-                "largest_free_block_bytes": 1 << 19,
-                "owners": [{"category": "weights", "module": "lm_head", "bytes": 40 << 20}], "said": "",
-                "would_fit": [{"change": "half the batch, 2", "regime": "lora", "kind": "predicted", "fits": True, "reason": "",
-                               "peak_reserved_bytes": 50 << 20}]}
+    evidence = {
+        "source": "the simulated allocator",
+        "phase": "backward",
+        "asked_bytes": 9 << 20,
+        "free_bytes": 1 << 20,
+        "capacity_bytes": 64 << 20,
+        "reserved_bytes": 63 << 20,
+        "allocated_bytes": 60 << 20,
+        "largest_free_block_bytes": 1 << 19,
+        "owners": [{"category": "weights", "module": "lm_head", "bytes": 40 << 20}],
+        "said": "",
+        "would_fit": [
+            {
+                "change": "half the batch, 2",
+                "regime": "lora",
+                "kind": "predicted",
+                "fits": True,
+                "reason": "",
+                "peak_reserved_bytes": 50 << 20,
+            }
+        ],
+    }
     for name, more in (("full-0", {"ledger": ledger.to_json()}), ("lora-0", {"oom": evidence})):
         path = folder / name / "result.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
     assert measured.driver_ledgers(read_runs(folder)) == {"full": ledger}
     page = build(folder).read_text()
-    assert "What the driver reports" in page and "the rest" in page and "2.50" in page  # 20 less 3, 5, .5, 2 and 7, in MiB
+    assert (
+        "What the driver reports" in page and "the rest" in page and "2.50" in page
+    )  # 20 less 3, 5, .5, 2 and 7, in MiB
     assert "lora, out of memory in backward: asked for 9.0 MiB, 1.0 MiB free of 64.0 MiB" in page
-    assert "40.0 MiB  weights lm_head" in page and "lora, predicted to fit: with half the batch, 2" in page
+    assert (
+        "40.0 MiB  weights lm_head" in page
+        and "lora, predicted to fit: with half the batch, 2" in page
+    )
     row = tables.would_fit(read_runs(folder)).iloc[0]
     assert (row["with"], row["reserved_mib"], row["verdict"]) == ("half the batch, 2", 50.0, "fits")
     without = build(finished).read_text()

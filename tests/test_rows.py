@@ -46,10 +46,18 @@ def test_state_is_what_is_promised_and_no_gradient_outlives_its_step(name):
     with ranks(ROWS[name]):
         trainer = _trainer(ROWS[name])
         _steps(trainer, 0, 2)
-        promised = sum(trainer.regime.rule_for(trainer.model, turn.leaves.named).state_bytes(turn.leaves.named.values())
-                       for turn in trainer._turns.values())
+        promised = sum(
+            trainer.regime.rule_for(trainer.model, turn.leaves.named).state_bytes(
+                turn.leaves.named.values()
+            )
+            for turn in trainer._turns.values()
+        )
         assert trainer.optimizer_state_bytes() == promised
-        assert not any(leaf.grad is not None for turn in trainer._turns.values() for leaf in turn.leaves.named.values())
+        assert not any(
+            leaf.grad is not None
+            for turn in trainer._turns.values()
+            for leaf in turn.leaves.named.values()
+        )
         assert not any(parameter.grad is not None for parameter in trainer.model.parameters())
 
 

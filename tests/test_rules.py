@@ -1,4 +1,5 @@
-"""Each rule is what its paper or library says, on slices of any height, and holds the bytes it promises."""
+"""Each rule is what its paper or library says, on slices of any height, and holds the bytes it
+promises."""
 
 from __future__ import annotations
 
@@ -22,8 +23,14 @@ from vramlab.regimes.weights.storage import Master, Nearest, Stochastic
 from vramlab.training.trainer import Schedule, Trainer
 
 SHAPES = [(37, 20), (33,), (64, 96)]
-WALKING = {"sgd": Sgd(), "adamw": AdamW(weight_decay=0.1), "adafactor": Adafactor(), "adalomo": AdaLomo(),
-           "adam_mini": AdamMini(weight_decay=0.1), "adam4bit": Adam4bit(weight_decay=0.1)}
+WALKING = {
+    "sgd": Sgd(),
+    "adamw": AdamW(weight_decay=0.1),
+    "adafactor": Adafactor(),
+    "adalomo": AdaLomo(),
+    "adam_mini": AdamMini(weight_decay=0.1),
+    "adam4bit": Adam4bit(weight_decay=0.1),
+}
 STORED = {"nearest": Nearest(), "stochastic": Stochastic(), "master": Master()}
 
 
@@ -35,7 +42,10 @@ def low(monkeypatch):
 
 def _weights(dtype=torch.float32, shapes=SHAPES, scale=0.1):
     generator = torch.Generator().manual_seed(3)
-    return [nn.Parameter((scale * torch.randn(shape, generator=generator)).to(dtype)) for shape in shapes]
+    return [
+        nn.Parameter((scale * torch.randn(shape, generator=generator)).to(dtype))
+        for shape in shapes
+    ]
 
 
 def _gradients(step, weights, scale=1.0):
@@ -60,13 +70,15 @@ def _close(ours, theirs, rtol=1e-5, atol=1e-7):
 def test_adafactor_is_torchs_in_fp32(scale, low):
     ours, theirs = _weights(), _weights()
     reference = torch.optim.Adafactor(theirs, lr=0.05, weight_decay=0.0)
-    _close(_run(Adafactor().make(ours, 0.05), ours, scale=scale), _run(reference, theirs, scale=scale))
+    _close(
+        _run(Adafactor().make(ours, 0.05), ours, scale=scale), _run(reference, theirs, scale=scale)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adalomo_is_the_published_one(dtype, low, monkeypatch):
-    """Which needs a model, loses its loss scale, and calls .cuda() wherever it is. In bf16 both round the same fp32 update:
-    apart by one rounding where the order of sums decides."""
+    """Which needs a model, loses its loss scale, and calls .cuda() wherever it is. In bf16 both
+    round the same fp32 update: apart by one rounding where the order of sums decides."""
     from lomo_optim import AdaLomo as Published
 
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
@@ -89,7 +101,9 @@ def test_adam8bit_is_bitsandbytes_bit_for_bit():
     bitsandbytes = moment_codes.library()
     ours, theirs = _weights(), _weights()
     reference = bitsandbytes.AdamW8bit(theirs, lr=0.01, weight_decay=0.0)
-    for mine, other in zip(_run(Adam8bit().make(ours, 0.01), ours), _run(reference, theirs), strict=True):
+    for mine, other in zip(
+        _run(Adam8bit().make(ours, 0.01), ours), _run(reference, theirs), strict=True
+    ):
         assert torch.equal(mine, other)
 
 
@@ -98,25 +112,46 @@ def test_codebooks_are_the_libraries():
     from torchao.optim.subclass_4bit import get_qmap_signed, get_qmap_unsigned
 
     for name, signed in (("dynamic", True), ("udynamic", False)):
-        assert torch.equal(torch.tensor(moment_codes.CODEBOOKS_8BIT[name]), create_dynamic_map(signed))
+        assert torch.equal(
+            torch.tensor(moment_codes.CODEBOOKS_8BIT[name]), create_dynamic_map(signed)
+        )
     for name, values in (("exp_avg", get_qmap_signed()), ("exp_avg_sq", get_qmap_unsigned())):
-        torch.testing.assert_close(torch.tensor(moment_codes.CODEBOOKS_4BIT[name]), torch.tensor(values), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            torch.tensor(moment_codes.CODEBOOKS_4BIT[name]), torch.tensor(values), rtol=1e-6, atol=0
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adam4bit_is_torchaos(dtype, low):
-    """Its step, uncompiled. A moment half-way between two codes may be coded either way: of one weight in a thousand."""
+    """Its step, uncompiled. A moment half-way between two codes may be coded either way: of one
+    weight in a thousand."""
     from torchao.optim.adam import single_param_adam
     from torchao.optim.subclass_4bit import OptimState4bit
 
     (ours,), (theirs,) = _weights(dtype, [(64, 96)]), _weights(dtype, [(64, 96)])
     optimizer = Adam4bit(weight_decay=0.1).make([ours], 0.01)
-    moments = [OptimState4bit.zeros(theirs.shape, signed, 128, dtype=dtype) for signed in (True, False)]
+    moments = [
+        OptimState4bit.zeros(theirs.shape, signed, 128, dtype=dtype) for signed in (True, False)
+    ]
     for step in range(4):
         _run(optimizer, [ours], steps=1, first=step)
-        single_param_adam(theirs.detach(), _gradients(step, [theirs])[0], torch.tensor(step + 1.0), *moments, None,
-                          torch.tensor(0.01), 0.9, 0.999, 0.1, 1e-8, True, False)
-        same = torch.isclose(ours, theirs, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-6)
+        single_param_adam(
+            theirs.detach(),
+            _gradients(step, [theirs])[0],
+            torch.tensor(step + 1.0),
+            *moments,
+            None,
+            torch.tensor(0.01),
+            0.9,
+            0.999,
+            0.1,
+            1e-8,
+            True,
+            False,
+        )
+        same = torch.isclose(
+            ours, theirs, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-6
+        )
         assert (~same).float().mean() < 1e-3
         for name, moment in zip(moment_codes.CODEBOOKS_4BIT, moments, strict=True):
             entry = optimizer.state[ours]
@@ -126,8 +161,10 @@ def test_adam4bit_is_torchaos(dtype, low):
 
 def test_adam_mini_with_one_weight_a_row_is_adamw(low):
     ours, theirs = _weights(shapes=[(41, 1)]), _weights(shapes=[(41, 1)])
-    _close(_run(AdamMini(weight_decay=0.1).make(ours, 0.01), ours),
-           _run(torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.1), theirs))
+    _close(
+        _run(AdamMini(weight_decay=0.1).make(ours, 0.01), ours),
+        _run(torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.1), theirs),
+    )
 
 
 def test_adam_mini_has_a_moment_a_head_of_q_and_k_and_a_row_of_v(low):
@@ -136,7 +173,9 @@ def test_adam_mini_has_a_moment_a_head_of_q_and_k_and_a_row_of_v(low):
     (leaf,), (norm,) = _weights(shapes=[(3 * width, width)]), _weights(shapes=[(width,)])
     fit = Fit(names={id(leaf): "model.layers.0.self_attn.W_pack.weight"}, head_dim=head_dim)
     optimizer = AdamMini().fitted(fit).make([leaf, norm], 0.01)
-    index = torch.cat((torch.arange(2 * width) // head_dim, 2 * width // head_dim + torch.arange(width)))
+    index = torch.cat(
+        (torch.arange(2 * width) // head_dim, 2 * width // head_dim + torch.arange(width))
+    )
     assert len(index.unique()) == 2 * 4 + width
     wide = leaf.detach().double()
     m, v = torch.zeros_like(wide), torch.zeros(len(index.unique()), dtype=torch.double)
@@ -149,7 +188,9 @@ def test_adam_mini_has_a_moment_a_head_of_q_and_k_and_a_row_of_v(low):
         root = (v / (1 - 0.999 ** (step + 1))).sqrt()[index, None] + 1e-8
         wide -= 0.01 / (1 - 0.9 ** (step + 1)) * m / root
         torch.testing.assert_close(leaf.detach().double(), wide, rtol=1e-5, atol=1e-6)
-    assert optimizer.state[leaf]["exp_avg_sq"].shape == v.shape and optimizer.state[norm]["exp_avg_sq"].shape == (1,)
+    assert optimizer.state[leaf]["exp_avg_sq"].shape == v.shape and optimizer.state[norm][
+        "exp_avg_sq"
+    ].shape == (1,)
 
 
 @pytest.mark.parametrize("stored", STORED)
@@ -172,13 +213,24 @@ def test_slices_do_not_matter_and_rows_may_be_handed_over(name, stored, monkeypa
                 optimizer.begin_rows(weight)
                 for sweep in range(optimizer.sweeps):
                     for start in range(0, len(weight), 7):
-                        optimizer.rows(weight, start, min(start + 7, len(weight)), gradient[start : start + 7].clone(), sweep)
+                        optimizer.rows(
+                            weight,
+                            start,
+                            min(start + 7, len(weight)),
+                            gradient[start : start + 7].clone(),
+                            sweep,
+                        )
                 optimizer.end_rows(weight)
         results.append([weight.detach().float() for weight in weights])
-    # torch's own bf16 addition rounds the end of a vector otherwise than its middle, and slices end elsewhere
+    # torch's own bf16 addition rounds the end of a vector otherwise than its middle, and slices end
+    # elsewhere
     exact = name in ("adamw", "adam4bit") or (name == "sgd" and stored != "nearest")
     for other in results[1:]:
-        _close(other, results[0], **({"rtol": 0, "atol": 0} if exact else {"rtol": 2**-6, "atol": 1e-4}))
+        _close(
+            other,
+            results[0],
+            **({"rtol": 0, "atol": 0} if exact else {"rtol": 2**-6, "atol": 1e-4}),
+        )
 
 
 @pytest.mark.parametrize("name", WALKING)
@@ -191,7 +243,14 @@ def test_no_temporary_has_a_parameters_size(name, monkeypatch):
     meter = Meter()
     meter.own("weights", [("weight", weight)])
     meter.own("gradients", [("weight", weight.grad)])
-    meter.own("optimizer", [(key, value) for key, value in optimizer.state[weight].items() if isinstance(value, torch.Tensor)])
+    meter.own(
+        "optimizer",
+        [
+            (key, value)
+            for key, value in optimizer.state[weight].items()
+            if isinstance(value, torch.Tensor)
+        ],
+    )
     with meter:
         optimizer.step()
     made = meter.frame().query("event == 'alloc' and phase == 'init' and category == 'temporaries'")
@@ -201,7 +260,13 @@ def test_no_temporary_has_a_parameters_size(name, monkeypatch):
 def test_slices_tile_in_grains(monkeypatch):
     monkeypatch.setattr(rowwise, "SLICE_BYTES", 4 * 10 * 7)
     assert [(s.start, s.stop) for s in slices(torch.Size((17, 10)))] == [(0, 7), (7, 14), (14, 17)]
-    assert [(s.start, s.stop) for s in slices(torch.Size((17, 10)), grain=4)] == [(0, 4), (4, 8), (8, 12), (12, 16), (16, 17)]
+    assert [(s.start, s.stop) for s in slices(torch.Size((17, 10)), grain=4)] == [
+        (0, 4),
+        (4, 8),
+        (8, 12),
+        (12, 16),
+        (16, 17),
+    ]
     assert [(s.start, s.stop) for s in slices(torch.Size((3, 1000)), grain=2)] == [(0, 2), (2, 3)]
     assert not list(slices(torch.Size((0, 10))))
 
@@ -209,14 +274,17 @@ def test_slices_tile_in_grains(monkeypatch):
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("name", [*WALKING, "adam8bit"])
 def test_stopping_and_resuming_changes_nothing(name, stored, low):
-    """state_dict out, a new optimizer, state_dict in: fp32 state of bf16 weights survives, which torch's own cast would not."""
+    """state_dict out, a new optimizer, state_dict in: fp32 state of bf16 weights survives, which
+    torch's own cast would not."""
     rule = WALKING.get(name, Adam8bit())
     if stored != "nearest" and not rule.row_wise:
         pytest.skip("refused")
     dtype = torch.float32 if (name, stored) == ("adam8bit", "nearest") else torch.bfloat16
 
     def make(weights):
-        return rule.fitted(Fit(STORED[stored], {id(weight): str(i) for i, weight in enumerate(weights)})).make(weights, 0.02)
+        return rule.fitted(
+            Fit(STORED[stored], {id(weight): str(i) for i, weight in enumerate(weights)})
+        ).make(weights, 0.02)
 
     straight = _weights(dtype)
     _run(make(straight), straight, steps=4)
@@ -249,8 +317,11 @@ def test_torchs_adamw_in_bf16_is_the_one_on_fp32_slices(low):
     assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
 
 
-ROWS = {f"{weights}, {rule}": {"weights": weights, "rule": rule} for weights in AXES["weights"]
-        for rule in ("adamw", "sgd", "adafactor", "adalomo", "adam_mini", "adam8bit", "adam4bit")}
+ROWS = {
+    f"{weights}, {rule}": {"weights": weights, "rule": rule}
+    for weights in AXES["weights"]
+    for rule in ("adamw", "sgd", "adafactor", "adalomo", "adam_mini", "adam8bit", "adam4bit")
+}
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -260,12 +331,17 @@ def test_state_is_what_the_rule_promises(name):
         rows = [ROWS[name], {**ROWS[name], "until": "backward"}]
         read_row("row", rows[0])
     except IllegalRegime as refusal:
-        assert any(words in str(refusal) for words in ("writes weights itself", "are packed", "keeps squares of gradients"))
+        assert any(
+            words in str(refusal)
+            for words in ("writes weights itself", "are packed", "keeps squares of gradients")
+        )
         return
     for row in rows:
         _, _, trainer = micro.train(row, steps=2, hidden_size=64, num_hidden_layers=1)
         named = trainer._turns[0].leaves.named
-        assert trainer.optimizer_state_bytes() == trainer.regime.rule_for(trainer.model, named).state_bytes(named.values())
+        assert trainer.optimizer_state_bytes() == trainer.regime.rule_for(
+            trainer.model, named
+        ).state_bytes(named.values())
 
 
 def test_a_row_that_trains_nothing_holds_no_state_and_makes_no_optimizer():
@@ -277,7 +353,9 @@ def test_a_row_that_trains_nothing_holds_no_state_and_makes_no_optimizer():
         rule.make(named.values(), 1.0)
 
 
-@pytest.mark.parametrize("name", ["master", "bf16_sr", "adam8bit", "adam4bit", "adam_mini", "adafactor_backward"])
+@pytest.mark.parametrize(
+    "name", ["master", "bf16_sr", "adam8bit", "adam4bit", "adam_mini", "adafactor_backward"]
+)
 def test_the_forecasts_ledger_holds_what_the_rule_promises(name):
     regime = read_regimes()[name]
     config = micro.model(hidden_size=64, num_hidden_layers=1).config
@@ -289,8 +367,19 @@ def test_the_forecasts_ledger_holds_what_the_rule_promises(name):
     assert held == regime.rule_for(model, named).state_bytes(named.values())
 
 
-NEW = ("bf16", "bf16_sr", "master", "sgd", "lomo", "adafactor", "adafactor_backward", "adalomo", "adam8bit", "adam4bit",
-       "adam_mini")
+NEW = (
+    "bf16",
+    "bf16_sr",
+    "master",
+    "sgd",
+    "lomo",
+    "adafactor",
+    "adafactor_backward",
+    "adalomo",
+    "adam8bit",
+    "adam4bit",
+    "adam_mini",
+)
 
 
 @pytest.mark.parametrize("name", NEW)

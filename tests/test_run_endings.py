@@ -1,4 +1,5 @@
-"""However the driver, the card or the disk ends in mid-run, the folder can be read: every file in it is whole."""
+"""However the driver, the card or the disk ends in mid-run, the folder can be read: every file in
+it is whole."""
 
 from __future__ import annotations
 
@@ -52,7 +53,11 @@ def readable(folder: Path) -> Run:
     for table in folder.glob("*.parquet"):
         assert len(pd.read_parquet(table))
     found = Run(folder)
-    assert found.result["outcome"] and found.params["regime"] == "lomo" and found.environment["versions"]
+    assert (
+        found.result["outcome"]
+        and found.params["regime"] == "lomo"
+        and found.environment["versions"]
+    )
     return found
 
 
@@ -61,12 +66,21 @@ def test_a_run_beside_a_card_keeps_its_samples_on_the_clock_of_its_steps(card, t
     samples = found.samples
     assert list(samples) == ["t_s", *COLUMNS]
     steps, during = found.steps, samples["t_s"]
-    assert during.min() < steps["t_s"].iloc[0] and steps["t_s"].iloc[-1] + steps["step_s"].iloc[-1] < during.max()
+    assert (
+        during.min() < steps["t_s"].iloc[0]
+        and steps["t_s"].iloc[-1] + steps["step_s"].iloc[-1] < during.max()
+    )
     inside = during.between(steps["t_s"].iloc[0], steps["t_s"].iloc[-1])
     assert inside.sum() >= 3
     seen = found.result["nvml"]
-    assert seen == {"used_peak_bytes": 2 * GIB, "process_peak_bytes": GIB, "reserved_bytes": GIB // 2, "samples": len(samples),
-                    "process_method": "listed under its own number", "said": []}
+    assert seen == {
+        "used_peak_bytes": 2 * GIB,
+        "process_peak_bytes": GIB,
+        "reserved_bytes": GIB // 2,
+        "samples": len(samples),
+        "process_method": "listed under its own number",
+        "said": [],
+    }
     told = found.result["energy"]
     assert told["j_per_1000_tokens"] is None and "2 s are the shortest" in told["how"]
 
@@ -79,7 +93,10 @@ def test_joules_for_a_thousand_tokens_are_in_the_result(card, tmp_path, monkeypa
     window_s = warm["t_s"].iloc[-1] + warm["step_s"].iloc[-1] - warm["t_s"].iloc[0]
     true = 300.0 * window_s / warm["tokens"].sum() * 1000
     assert told["how"] == "the card's counter" and told["windows"] >= 1
-    assert abs(told["j_per_1000_tokens"] - true) <= told["error_j_per_1000_tokens"] and told["start_temperature_c"] == 41
+    assert (
+        abs(told["j_per_1000_tokens"] - true) <= told["error_j_per_1000_tokens"]
+        and told["start_temperature_c"] == 41
+    )
 
 
 def test_steps_that_nobody_sampled_have_no_joules(card, tmp_path, monkeypatch):
@@ -100,7 +117,10 @@ def test_without_a_card_the_result_says_why_and_there_is_no_file(tmp_path):
     found = readable(execute(QUICK, tmp_path / "r", progress=False))
     assert not (found.folder / "nvml.parquet").exists() and found.samples.empty
     assert found.result["nvml"]["used_peak_bytes"] is None
-    assert "the device is cpu" in found.result["nvml"]["said"][0] and found.result["energy"]["j_per_1000_tokens"] is None
+    assert (
+        "the device is cpu" in found.result["nvml"]["said"][0]
+        and found.result["energy"]["j_per_1000_tokens"] is None
+    )
 
 
 def test_a_card_lost_to_nvml_costs_the_rest_of_the_samples(card, tmp_path, monkeypatch):
@@ -127,12 +147,23 @@ def test_a_sampling_thread_that_dies_costs_the_rest_of_the_samples(card, tmp_pat
 
     monkeypatch.setattr(nvml.CardReader, "sample", dying)
     found = readable(execute(QUICK, tmp_path / "r", progress=False))
-    assert found.ok and found.result["nvml"]["samples"] == 3 and "no thread lives" in found.result["nvml"]["said"][-1]
+    assert (
+        found.ok
+        and found.result["nvml"]["samples"] == 3
+        and "no thread lives" in found.result["nvml"]["said"][-1]
+    )
 
 
-@pytest.mark.parametrize(("error", "outcome"), [("CUDA error: unspecified launch failure", "failed"),
-                                                ("CUDA error: the GPU has fallen off the bus", "failed")])
-def test_a_card_lost_to_training_leaves_what_the_driver_said_until_then(card, tmp_path, monkeypatch, error, outcome):
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        ("CUDA error: unspecified launch failure", "failed"),
+        ("CUDA error: the GPU has fallen off the bus", "failed"),
+    ],
+)
+def test_a_card_lost_to_training_leaves_what_the_driver_said_until_then(
+    card, tmp_path, monkeypatch, error, outcome
+):
     learn = passes.learn
 
     def lose(*given):
@@ -172,7 +203,10 @@ def test_no_room_for_the_samples_is_said_and_the_run_goes_on(card, full_for, tmp
     full_for("nvml.parquet")
     found = readable(execute(QUICK, tmp_path / "r", progress=False))
     assert found.ok and not (found.folder / "nvml.parquet").exists()
-    assert "not written" in found.result["nvml"]["said"][-1] and "No space left" in found.result["nvml"]["said"][-1]
+    assert (
+        "not written" in found.result["nvml"]["said"][-1]
+        and "No space left" in found.result["nvml"]["said"][-1]
+    )
 
 
 @pytest.mark.parametrize("name", ["steps.parquet", "accuracy.parquet"])
@@ -214,12 +248,22 @@ except OSError as error:
 @pytest.mark.slow
 def test_a_disk_that_has_become_full_still_holds_the_result():
     """On a real file system of 256 KiB, to its last byte."""
-    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
+    ):
         pytest.skip("no mount namespace for a file system of its own here")
     mount = 'mount -t tmpfs -o size=256k none /mnt && cd /mnt && exec "$0" -c "$1"'
     lib = str(Path(run.__file__).parents[2])
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", mount, sys.executable, ON_A_FULL_DISK], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": lib, "PYTHONDONTWRITEBYTECODE": "1"})
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount, sys.executable, ON_A_FULL_DISK],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": lib, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
     first, _, written = done.stdout.partition("\n")
     assert first == f"{errno.ENOSPC} env.json params.yml result.json", done.stderr
-    assert json.loads(written)["outcome"] == "failed" and "No space left" in json.loads(written)["reason"]
+    assert (
+        json.loads(written)["outcome"] == "failed"
+        and "No space left" in json.loads(written)["reason"]
+    )

@@ -1,4 +1,5 @@
-"""Samples beside a run: on its clock, bounded, and nothing that ends them ends the run. Energy is within its own bound."""
+"""Samples beside a run: on its clock, bounded, and nothing that ends them ends the run. Energy is
+within its own bound."""
 
 from __future__ import annotations
 
@@ -50,7 +51,11 @@ def test_samples_lie_on_the_clock_of_the_steps_and_carry_whole_bytes(monkeypatch
     assert began < frame["t_s"].min() and frame["t_s"].max() < time.perf_counter()
     assert frame["t_s"].diff().median() > 0.004  # slower on a busy machine, never faster
     assert set(frame["used_bytes"]) == {3 * GIB + 1} and str(frame["used_bytes"].dtype) == "Int64"
-    assert frame["energy_j"].isna().all() and frame["process_bytes"].isna().all() and (frame["power_w"] == 300).all()
+    assert (
+        frame["energy_j"].isna().all()
+        and frame["process_bytes"].isna().all()
+        and (frame["power_w"] == 300).all()
+    )
 
 
 def test_without_a_card_no_thread_runs_and_energy_says_why():
@@ -71,8 +76,10 @@ def test_a_lost_card_ends_the_sampling_and_keeps_what_was_seen(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize(("ending", "words"), [(ValueError("odd bytes"), "ValueError: odd bytes"),
-                                               (SystemExit(), "its thread was ended")])
+@pytest.mark.parametrize(
+    ("ending", "words"),
+    [(ValueError("odd bytes"), "ValueError: odd bytes"), (SystemExit(), "its thread was ended")],
+)
 def test_a_thread_that_dies_leaves_its_samples_and_says_so(ending, words):
     def script(n):
         if n > 7:
@@ -88,11 +95,17 @@ def test_a_thread_that_dies_leaves_its_samples_and_says_so(ending, words):
 def test_a_driver_that_hangs_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(sampler_module, "PATIENCE_S", 0.05)
     answer = threading.Event()
-    beside = Sampler(Scripted(lambda n: {"used_bytes": n} if n < 4 or answer.wait(20) else {}), period_s=0.001)
+    beside = Sampler(
+        Scripted(lambda n: {"used_bytes": n} if n < 4 or answer.wait(20) else {}), period_s=0.001
+    )
     began = time.monotonic()
     with beside:
         until(lambda: beside.reader.count == 4)
-    assert time.monotonic() - began < 5 and len(beside.frame()) == 3 and "does not answer" in beside.said[0]
+    assert (
+        time.monotonic() - began < 5
+        and len(beside.frame()) == 3
+        and "does not answer" in beside.said[0]
+    )
     answer.set()
 
 
@@ -105,11 +118,23 @@ def test_rows_are_bounded_and_the_peak_stays():
     with Sampler(Scripted(script), period_s=0.0, most_rows=64) as beside:
         until(lambda: beside.reader.count >= 1300, 20)
     frame = beside.frame()
-    assert 16 < len(frame) < 64 and frame["used_bytes"].max() == 10**9 and frame["t_s"].is_monotonic_increasing
+    assert (
+        16 < len(frame) < 64
+        and frame["used_bytes"].max() == 10**9
+        and frame["t_s"].is_monotonic_increasing
+    )
 
 
-def recorded(watts, seconds: float = 12.0, period_s: float = 0.03, tick_s: float = 0.1, phase_s: float = 0.0, **columns):
-    """What a sampler sees of a card that draws `watts(t)`: a counter that moves every `tick_s`, power of the moment."""
+def recorded(
+    watts,
+    seconds: float = 12.0,
+    period_s: float = 0.03,
+    tick_s: float = 0.1,
+    phase_s: float = 0.0,
+    **columns,
+):
+    """What a sampler sees of a card that draws `watts(t)`: a counter that moves every `tick_s`,
+    power of the moment."""
     fine = np.arange(0, seconds, 1e-3)
     joules = np.concatenate([[0], np.cumsum(watts(fine) * 1e-3)])
     t = np.arange(phase_s, seconds - 1e-3, period_s)
@@ -119,18 +144,30 @@ def recorded(watts, seconds: float = 12.0, period_s: float = 0.03, tick_s: float
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(st.floats(30, 700), min_size=12, max_size=12), st.floats(0.5, 3), st.floats(2.01, 8), st.floats(0.0, 0.03))
+@given(
+    st.lists(st.floats(30, 700), min_size=12, max_size=12),
+    st.floats(0.5, 3),
+    st.floats(2.01, 8),
+    st.floats(0.0, 0.03),
+)
 def test_the_counter_is_right_to_within_its_own_bound(levels, t0, length, phase):
-    frame, true = recorded(lambda t: np.asarray(levels)[np.minimum(t.astype(int), 11)], phase_s=phase)
+    frame, true = recorded(
+        lambda t: np.asarray(levels)[np.minimum(t.astype(int), 11)], phase_s=phase
+    )
     found = energy(frame, t0, t0 + length)
-    assert found.how == "the card's counter" and abs(found.j - true(t0, t0 + length)) <= found.error_j + 1
+    assert (
+        found.how == "the card's counter"
+        and abs(found.j - true(t0, t0 + length)) <= found.error_j + 1
+    )
     assert found.error_j <= 4 * 0.14 * max(levels) + 1
 
 
 def test_a_steady_card_is_told_to_two_parts_in_a_hundred():
     frame, true = recorded(lambda t: np.full(len(t), 400.0))
     found = energy(frame, 1.234, 6.789)
-    assert true(1.234, 6.789) == pytest.approx(2222, rel=1e-3) and found.j == pytest.approx(2222, rel=0.02)
+    assert true(1.234, 6.789) == pytest.approx(2222, rel=1e-3) and found.j == pytest.approx(
+        2222, rel=0.02
+    )
 
 
 def test_without_a_counter_power_is_integrated():
@@ -141,11 +178,21 @@ def test_without_a_counter_power_is_integrated():
     assert found.error_j == pytest.approx(400, rel=0.02)
 
 
-@pytest.mark.parametrize(("spoil", "window", "words"), [
-    (lambda f: f, (1.0, 2.9), "1.90 s"), (lambda f: f[f.t_s > 4], (2.0, 8.0), "do not span"),
-    (lambda f: f[f.t_s < 7], (2.0, 8.0), "do not span"), (lambda f: f[(f.t_s < 2.5) | (f.t_s > 3.3)], (3.0, 8.0), "s apart"),
-    (lambda f: f.assign(energy_j=f.energy_j.where(f.t_s < 5, 7.0), power_w=np.nan), (2.0, 8.0), "set back"),
-    (lambda f: f.assign(energy_j=np.nan, power_w=np.nan), (2.0, 8.0), "cannot be read")])
+@pytest.mark.parametrize(
+    ("spoil", "window", "words"),
+    [
+        (lambda f: f, (1.0, 2.9), "1.90 s"),
+        (lambda f: f[f.t_s > 4], (2.0, 8.0), "do not span"),
+        (lambda f: f[f.t_s < 7], (2.0, 8.0), "do not span"),
+        (lambda f: f[(f.t_s < 2.5) | (f.t_s > 3.3)], (3.0, 8.0), "s apart"),
+        (
+            lambda f: f.assign(energy_j=f.energy_j.where(f.t_s < 5, 7.0), power_w=np.nan),
+            (2.0, 8.0),
+            "set back",
+        ),
+        (lambda f: f.assign(energy_j=np.nan, power_w=np.nan), (2.0, 8.0), "cannot be read"),
+    ],
+)
 def test_a_window_that_cannot_be_told_is_na_with_the_reason(spoil, window, words):
     found = energy(spoil(recorded(lambda t: np.full(len(t), 300.0))[0]), *window)
     assert found.j is None and found.error_j is None and words in found.how

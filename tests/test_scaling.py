@@ -23,7 +23,10 @@ TRACED = ((256, 1), (2048, 4), (512, 2))
 
 def _traces(regime: str, weights: str = ""):
     row = Question("tiny", regime, 1, 1, weights)
-    return [predict.traced_step(dataclasses.replace(row, seq=seq, batch=batch), None) for seq, batch in (*TRACED, (384, 3))]
+    return [
+        predict.traced_step(dataclasses.replace(row, seq=seq, batch=batch), None)
+        for seq, batch in (*TRACED, (384, 3))
+    ]
 
 
 @pytest.mark.parametrize("regime", ["full", "offload", "lora", "fsdp"])
@@ -47,24 +50,43 @@ def _same(found, wanted):
 
 @pytest.fixture
 def chunked(monkeypatch):
-    """(regime, seq, batch) -> a step whose head has 1, 2, 3, 4, 4 and 5 chunks of 256, 512, 768, 1024, 1280 and 1536 tokens, and
-    8 to 58 chunks of rows."""
+    """(regime, seq, batch) -> a step whose head has 1, 2, 3, 4, 4 and 5 chunks of 256, 512, 768,
+    1024, 1280 and 1536 tokens, and 8 to 58 chunks of rows."""
     for name, value in (("HELD", 16), ("LEAST_ROWS", 1), ("LEAST_PRODUCTS", 1)):
         monkeypatch.setattr(fused_head, name, value)
-    spec = ModelSpec("micro", micro.model(vocab_size=173, num_hidden_layers=1, max_position_embeddings=4096).config, None)
+    spec = ModelSpec(
+        "micro",
+        micro.model(vocab_size=173, num_hidden_layers=1, max_position_embeddings=4096).config,
+        None,
+    )
 
     def step(regime: str, seq: int, batch: int):
         row = read_regimes()[regime]
         weights = "fp32" if row.values["place"] == "host_weights" else "bf16"
-        return trace(spec, read_row(regime, {**regime_row(regime), "weights": weights}), seq, batch, counted=False)
+        return trace(
+            spec,
+            read_row(regime, {**regime_row(regime), "weights": weights}),
+            seq,
+            batch,
+            counted=False,
+        )
 
     return step
 
 
-@pytest.mark.parametrize("regime", ["lomo_clip", *(pytest.param(name, marks=pytest.mark.slow)
-                                                  for name in ("lora_checkpoint", "adalomo", "host_weights"))])
+@pytest.mark.parametrize(
+    "regime",
+    [
+        "lomo_clip",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("lora_checkpoint", "adalomo", "host_weights")
+        ),
+    ],
+)
 def test_a_head_goes_round_its_loops_as_often_as_it_is_traced_to(regime, chunked):
-    """Frozen; rows whose norms outlive their loop; three sweeps; rows on their way from the host."""
+    """Frozen; rows whose norms outlive their loop; three sweeps; rows on their way from the
+    host."""
     sizes, wanted = Sizes(), chunked(regime, 128, 2)
     turns = [[len(loop.edges) for loop in wanted.loops]]
     for place in ((128, 8), (256, 2), (384, 2)):
@@ -89,8 +111,12 @@ def test_turns_that_do_not_tell_are_not_repeated(chunked):
     for column, value in (("op", "another"), ("storage", 0)):
         frame = four.frame.copy()
         frame.loc[event, column] = value
-        assert unfold(dataclasses.replace(four, frame=frame), 512, 1) is None, "turns in the middle differ"
-    assert unfold(dataclasses.replace(four, batch=9), 512, 1) is None, "the head has not seen these tokens"
+        assert unfold(dataclasses.replace(four, frame=frame), 512, 1) is None, (
+            "turns in the middle differ"
+        )
+    assert unfold(dataclasses.replace(four, batch=9), 512, 1) is None, (
+        "the head has not seen these tokens"
+    )
 
 
 def test_lengths_that_kernels_round_up_are_not_solved():
@@ -111,17 +137,34 @@ def test_what_is_a_sum_of_two_takes_a_third_size():
     for one in given[:2]:
         sizes.add(one)
     assert sizes.at(384, 3) is None
-    assert all(_bytes(list(TRACED[:2]), [size(*place) for place in TRACED[:2]], (384, 3)) == answer for size, answer in (
-        (lambda s, b: 8 * s * b, 8 * 384 * 3), (lambda s, b: 4 * b * (s - 1), 4 * 3 * 383), (lambda s, b: 64 + 8 * s * b, None)))
+    assert all(
+        _bytes(list(TRACED[:2]), [size(*place) for place in TRACED[:2]], (384, 3)) == answer
+        for size, answer in (
+            (lambda s, b: 8 * s * b, 8 * 384 * 3),
+            (lambda s, b: 4 * b * (s - 1), 4 * 3 * 383),
+            (lambda s, b: 64 + 8 * s * b, None),
+        )
+    )
     turns, wanted, count = [(256, 1, 7), (2048, 4, 14)], (384, 3, 21), [lambda s, b, turns: turns]
     assert _bytes(turns, [28, 56], wanted, (), count, count) == 84, "four bytes a turn"
     for sizes in ([27, 54], [4 * 700, 8 * 700]):
-        assert _bytes(turns, sizes, wanted, (), count) and _bytes(turns, sizes, wanted, (), count, count) is None, "no number"
+        assert (
+            _bytes(turns, sizes, wanted, (), count)
+            and _bytes(turns, sizes, wanted, (), count, count) is None
+        ), "no number"
 
 
-@pytest.mark.parametrize("size, answer", [
-    (lambda s, b: 4096, 4096), (lambda s, b: 8 * s * b, 8 * 384 * 3), (lambda s, b: 100 + 6 * s * s, 100 + 6 * 384 * 384),
-    (lambda s, b: 2 * (s - 1) * b, 2 * 383 * 3), (lambda s, b: 7 + s + b * s, None), (lambda s, b: -(-s // 1000) * 64, None)])
+@pytest.mark.parametrize(
+    "size, answer",
+    [
+        (lambda s, b: 4096, 4096),
+        (lambda s, b: 8 * s * b, 8 * 384 * 3),
+        (lambda s, b: 100 + 6 * s * s, 100 + 6 * 384 * 384),
+        (lambda s, b: 2 * (s - 1) * b, 2 * 383 * 3),
+        (lambda s, b: 7 + s + b * s, None),
+        (lambda s, b: -(-s // 1000) * 64, None),
+    ],
+)
 def test_a_size_is_solved_only_where_it_follows(size, answer):
     assert _bytes(list(TRACED), [size(*place) for place in TRACED], (384, 3)) == answer
 
@@ -141,4 +184,6 @@ def test_an_atlas_traces_two_sizes_of_a_row_and_says_which(tmp_path, monkeypatch
     monkeypatch.setattr(atlas, "ENOUGH", 100)
     monkeypatch.setattr(Sizes, "at", lambda self, seq, batch: None)
     whole = chart(asked, None, progress=False, jobs=1)["cells"]
-    assert [{**cell, "solved": 0, "trace_s": 0} for cell in cells] == [{**cell, "solved": 0, "trace_s": 0} for cell in whole]
+    assert [{**cell, "solved": 0, "trace_s": 0} for cell in cells] == [
+        {**cell, "solved": 0, "trace_s": 0} for cell in whole
+    ]

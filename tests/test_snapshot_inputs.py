@@ -1,7 +1,8 @@
-"""Every file that is given to `vramlab replay` ends in a result or in one error that names it, in bounded time and memory.
+"""Every file that is given to `vramlab replay` ends in a result or in one error that names it, in
+bounded time and memory.
 
-The inputs: `BYTES` random damages to the bytes of recorded pickles, `VALUES` random damages to their structure, pickled whole
-again, and the hostile files written out below.
+The inputs: `BYTES` random damages to the bytes of recorded pickles, `VALUES` random damages to
+their structure, pickled whole again, and the hostile files written out below.
 """
 
 from __future__ import annotations
@@ -31,14 +32,31 @@ PRIME = (1 << 61) - 1  # Python's hash of an int is its rest from this
 
 @cache
 def _recorded(seed):
-    """A short program of two streams, in one of four kinds of allocator; its recording may begin late."""
+    """A short program of two streams, in one of four kinds of allocator; its recording may begin
+    late."""
     chance = random.Random(seed)
-    slow, live = SlowAllocator(**chance.choice([{}, {"expandable": True}, {"max_split": 24 * MIB, "capacity": 150 * MIB},
-                                                {"places": "down"}])), []
+    slow, live = (
+        SlowAllocator(
+            **chance.choice(
+                [
+                    {},
+                    {"expandable": True},
+                    {"max_split": 24 * MIB, "capacity": 150 * MIB},
+                    {"places": "down"},
+                ]
+            )
+        ),
+        [],
+    )
     for _ in range(25):
         if chance.random() < 0.6 or not live:
             try:
-                live.append(slow.malloc(chance.choice([1000, MIB, 3 * MIB, 12 * MIB, 30 * MIB]), chance.choice([0, 0, 7])))
+                live.append(
+                    slow.malloc(
+                        chance.choice([1000, MIB, 3 * MIB, 12 * MIB, 30 * MIB]),
+                        chance.choice([0, 0, 7]),
+                    )
+                )
             except Full:
                 live = []
         else:
@@ -56,7 +74,11 @@ def _ends_well(path):
         assert isinstance(found, Replay) and found.error >= 0 and found.verdict()
     except ValueError as error:
         found = str(error)
-        assert found.startswith(f"{path}: ") and 10 < len(found) < len(str(path)) + 2_100 and "\n" not in found
+        assert (
+            found.startswith(f"{path}: ")
+            and 10 < len(found) < len(str(path)) + 2_100
+            and "\n" not in found
+        )
     assert time.process_time() - began < SECONDS
     return found
 
@@ -67,9 +89,18 @@ def _damaged(data, chance):
     for _ in range(chance.randint(1, 3)):
         at, length = chance.randrange(len(data)), chance.choice([1, 1, 1, 2, 9, 40])
         other = chance.randrange(len(data))
-        data[at : at + chance.choice([0, length])] = chance.choice([
-            b"", chance.randbytes(length), data[at : at + length] * 2, data[other : other + length], b"\xff" * length,
-            bytes(chance.choices(b"KMJGhjqr\x8a\x95\x8c\x8dX()}]aesu.N\x85\x86\x87\x94", k=length))])
+        data[at : at + chance.choice([0, length])] = chance.choice(
+            [
+                b"",
+                chance.randbytes(length),
+                data[at : at + length] * 2,
+                data[other : other + length],
+                b"\xff" * length,
+                bytes(
+                    chance.choices(b"KMJGhjqr\x8a\x95\x8c\x8dX()}]aesu.N\x85\x86\x87\x94", k=length)
+                ),
+            ]
+        )
         data = data or bytearray(b".")
     return bytes(data)
 
@@ -77,29 +108,68 @@ def _damaged(data, chance):
 def test_damaged_bytes_end_in_a_result_or_an_error(tmp_path):
     chance, path, results = random.Random(0), tmp_path / "damaged.pickle", 0
     for number in range(BYTES):
-        path.write_bytes(_damaged(pickle.dumps(_recorded(number % 20), protocol=chance.choice([2, 3, 4, 5])), chance))
+        path.write_bytes(
+            _damaged(
+                pickle.dumps(_recorded(number % 20), protocol=chance.choice([2, 3, 4, 5])), chance
+            )
+        )
         results += isinstance(_ends_well(path), Replay)
     assert 20 < results < BYTES - 100  # some damages change nothing that counts, most do
 
 
-JUNK = [None, True, -1, 0, 1, 512, MIB, 1 << 44, 1 << 63, (1 << 64) - 1, 0.5, float("nan"), float("inf"), "", "alloc", "inactive",
-        "large", "x" * 5_000, "expandable_segments:True,max_split_size_mb:20", "roundup_power2_divisions:[>:9999999999999999]",
-        [], {}, (0, 0), (0, 1), [[]], [{}], {"size": 1}]
+JUNK = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    512,
+    MIB,
+    1 << 44,
+    1 << 63,
+    (1 << 64) - 1,
+    0.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "alloc",
+    "inactive",
+    "large",
+    "x" * 5_000,
+    "expandable_segments:True,max_split_size_mb:20",
+    "roundup_power2_divisions:[>:9999999999999999]",
+    [],
+    {},
+    (0, 0),
+    (0, 1),
+    [[]],
+    [{}],
+    {"size": 1},
+]
 
 
 def _places(thing, place=()):
     """(place,) of everything inside, at most three entries of a list."""
-    items = thing.items() if isinstance(thing, dict) else enumerate(thing) if isinstance(thing, list) else ()
+    items = (
+        thing.items()
+        if isinstance(thing, dict)
+        else enumerate(thing)
+        if isinstance(thing, list)
+        else ()
+    )
     for key, value in items:
         yield (*place, key)
         yield from _places(value, (*place, key))
 
 
 def _wrong(snapshot, chance):
-    """The same structure with one to three values of another type or size, left out, doubled or moved."""
+    """The same structure with one to three values of another type or size, left out, doubled or
+    moved."""
     snapshot = copy.deepcopy(snapshot)
     for _ in range(chance.randint(1, 3)):
-        *within, key = chance.choice([place for place in _places(snapshot) if "frames" not in place])
+        *within, key = chance.choice(
+            [place for place in _places(snapshot) if "frames" not in place]
+        )
         holder = snapshot
         for step in within:
             holder = holder[step]
@@ -123,7 +193,7 @@ def test_wrong_values_end_in_a_result_or_an_error(tmp_path):
     assert 50 < results < VALUES - 100
 
 
-# written to do harm --------------------------------------------------------------------------------------------------
+# written to do harm -------------------------------------------------------------------------------
 
 
 def _dict_of(keys):
@@ -136,8 +206,14 @@ def _wide(number):
 
 
 def _colliding_pairs(length):
-    """Pairs of whole numbers that have one hash: the second undoes what the first did to it, by CPython's own arithmetic."""
-    five, two, one, bits = 2870177450012600261, 14029467366897019727, 11400714785074694791, (1 << 64) - 1
+    """Pairs of whole numbers that have one hash: the second undoes what the first did to it, by
+    CPython's own arithmetic."""
+    five, two, one, bits = (
+        2870177450012600261,
+        14029467366897019727,
+        11400714785074694791,
+        (1 << 64) - 1,
+    )
 
     def mixed(state, lane):
         state = (state + lane * two) & bits
@@ -154,14 +230,26 @@ def _colliding_pairs(length):
 
 
 def _named_often(field, entry, times):
-    """A snapshot with one entry in its list `field`, named over and over by the two bytes of its place in the memo."""
+    """A snapshot with one entry in its list `field`, named over and over by the two bytes of its
+    place in the memo."""
+
     def pickled(value):
         return pickletools.optimize(pickle.dumps(value, protocol=2))[2:-1]
 
     named = pickled(entry) + b"q\x00" + b"h\x00" * times
     segments, events = (b"", named) if field == "device_traces" else (named, pickled(EVENT))
-    return (b"\x80\x04}(" + pickled("segments") + b"](" + segments + b"e" + pickled("device_traces") + b"](](" + events + b"ee"
-            + b"u.")
+    return (
+        b"\x80\x04}("
+        + pickled("segments")
+        + b"]("
+        + segments
+        + b"e"
+        + pickled("device_traces")
+        + b"](]("
+        + events
+        + b"ee"
+        + b"u."
+    )
 
 
 EVENT = {"action": "alloc", "addr": 1 << 40, "size": 512, "stream": 0}
@@ -169,18 +257,44 @@ HOSTILE = {
     "huge length": (b"\x80\x04\x8d" + b"\xff" * 8 + b"abc.", "the file ends in the middle"),
     "huge frame": (b"\x80\x04\x95" + b"\xff" * 8 + b"N.", "the pickle is damaged"),
     "huge memo": (b"\x80\x04]r" + struct.pack("<I", 1 << 31) + b"N" * 20 + b".", "byte 3 is 0x72"),
-    "ints of one hash": (_dict_of(_wide(number * PRIME) for number in range(1, 2_000)), "byte .* is 0x8a, which no snapshot has"),
-    "pairs of one hash": (_dict_of(pickle.dumps(pair, protocol=2)[2:-3] for pair in _colliding_pairs(5_000)), "byte .* is 0x86"),
-    "one event often": (_named_often("device_traces", EVENT, 300_000), "300001 events, segments and blocks in .* fewer than 16"),
-    "one segment often": (_named_often("segments", {"blocks": []}, 300_000), "300002 events, segments and .* fewer than 16"),
-    "empty dicts": (b"\x80\x04](" + b"}" * 500_000 + b"e.", "more lists and dicts than 500006 bytes"),
-    "nested lists": (b"\x80\x04" + b"]" * 300_000 + b"a" * 299_999 + b".", "more lists and dicts than"),
+    "ints of one hash": (
+        _dict_of(_wide(number * PRIME) for number in range(1, 2_000)),
+        "byte .* is 0x8a, which no snapshot has",
+    ),
+    "pairs of one hash": (
+        _dict_of(pickle.dumps(pair, protocol=2)[2:-3] for pair in _colliding_pairs(5_000)),
+        "byte .* is 0x86",
+    ),
+    "one event often": (
+        _named_often("device_traces", EVENT, 300_000),
+        "300001 events, segments and blocks in .* fewer than 16",
+    ),
+    "one segment often": (
+        _named_often("segments", {"blocks": []}, 300_000),
+        "300002 events, segments and .* fewer than 16",
+    ),
+    "empty dicts": (
+        b"\x80\x04](" + b"}" * 500_000 + b"e.",
+        "more lists and dicts than 500006 bytes",
+    ),
+    "nested lists": (
+        b"\x80\x04" + b"]" * 300_000 + b"a" * 299_999 + b".",
+        "more lists and dicts than",
+    ),
     "marks": (b"\x80\x04" + b"(" * 500_000 + b".", "the pickle is damaged"),
-    "git lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
-                "a Git LFS pointer.*: fetch .* git lfs pull"),
-    "memory_viz page": (b"\n<!DOCTYPE html>\n<html>\n<head>\n", "a web page, as memory_viz writes .*: replay the .pickle"),
+    "git lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "a Git LFS pointer.*: fetch .* git lfs pull",
+    ),
+    "memory_viz page": (
+        b"\n<!DOCTYPE html>\n<html>\n<head>\n",
+        "a web page, as memory_viz writes .*: replay the .pickle",
+    ),
     "torch.save": (b"PK\x03\x04\x00\x00", "a zip archive, as torch.save writes: torch.load it"),
-    "list of segments": (pickle.dumps([{"address": 1}]), r"a list of segments without a history, as .*memory_snapshot\(\)"),
+    "list of segments": (
+        pickle.dumps([{"address": 1}]),
+        r"a list of segments without a history, as .*memory_snapshot\(\)",
+    ),
 }
 
 
@@ -200,7 +314,10 @@ def test_hostile_files_are_refused_in_little_time_and_memory(tmp_path, name):
 
 
 def test_the_pairs_of_one_hash_have_one_hash():
-    assert len({hash(pair) for pair in _colliding_pairs(100)}) == 1 and len(set(_colliding_pairs(100))) == 100
+    assert (
+        len({hash(pair) for pair in _colliding_pairs(100)}) == 1
+        and len(set(_colliding_pairs(100))) == 100
+    )
 
 
 def test_a_pickle_cut_from_a_page_of_memory_viz_is_read(tmp_path):
@@ -210,27 +327,48 @@ def test_a_pickle_cut_from_a_page_of_memory_viz_is_read(tmp_path):
     for padding in range(5):
         path.write_bytes(whole + b"\0" * padding)
         found.append(_ends_well(path))
-    assert found[0] == found[1] == found[2] == found[3] and isinstance(found[0], Replay) and "is 0x2e" in found[4]
+    assert (
+        found[0] == found[1] == found[2] == found[3]
+        and isinstance(found[0], Replay)
+        and "is 0x2e" in found[4]
+    )
 
 
 def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, "/dev/null", "/dev/zero"):
         assert main(["replay", str(path)]) == 2
-        assert f"vramlab replay: {path}: not a file but a folder, a pipe or a device" in capsys.readouterr().err
-    assert main(["replay", str(tmp_path / ("x" * 300))]) == 2 and main(["replay", str(tmp_path / "none")]) == 2
+        assert (
+            f"vramlab replay: {path}: not a file but a folder, a pipe or a device"
+            in capsys.readouterr().err
+        )
+    assert (
+        main(["replay", str(tmp_path / ("x" * 300))]) == 2
+        and main(["replay", str(tmp_path / "none")]) == 2
+    )
 
 
 def _costly(entries):
-    """Each entry that returns memory makes the simulator look through all that is free, and it can return nothing."""
+    """Each entry that returns memory makes the simulator look through all that is free, and it can
+    return nothing."""
     base, step = 1 << 40, 2 * MIB
     states = ("active_allocated", "inactive", "active_allocated", "inactive")
-    segments = [{"address": base + at * step, "total_size": step, "stream": 0, "segment_type": "small",
-                 "blocks": [{"size": MIB // 2, "state": state} for state in states]} for at in range(entries)]
+    segments = [
+        {
+            "address": base + at * step,
+            "total_size": step,
+            "stream": 0,
+            "segment_type": "small",
+            "blocks": [{"size": MIB // 2, "state": state} for state in states],
+        }
+        for at in range(entries)
+    ]
     trace = []
     for at in range(entries):
-        trace += [{"action": "segment_free", "addr": (1 << 44) + at * step, "size": step, "stream": 0},
-                  {"action": "alloc", "addr": (1 << 45) + at * step, "size": 512, "stream": 0}]
+        trace += [
+            {"action": "segment_free", "addr": (1 << 44) + at * step, "size": step, "stream": 0},
+            {"action": "alloc", "addr": (1 << 45) + at * step, "size": 512, "stream": 0},
+        ]
     return {"segments": segments, "device_traces": [trace]}
 
 
@@ -240,7 +378,9 @@ def test_a_replay_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     path = tmp_path / "costly.pickle"
     path.write_bytes(pickle.dumps(_costly(2_000), protocol=4))
     began = time.process_time()
-    with pytest.raises(ValueError, match=f"{path}: replaying .* of 4000 entries took over 0 s of CPU"):
+    with pytest.raises(
+        ValueError, match=f"{path}: replaying .* of 4000 entries took over 0 s of CPU"
+    ):
         replay_file(path)
     assert time.process_time() - began < SECONDS
     monkeypatch.undo()

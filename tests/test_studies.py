@@ -21,17 +21,48 @@ from vramlab.studies.plan import PARAMS, StudyCell, read_plan
 from vramlab.studies.records import Records
 from vramlab.studies.study import Lab
 
-SMOKE = {"recipe": "smoke", "steps": 3, "train_items": 40, "val_items": 20, "test_items": 20, "measure": False, "batch_size": 2,
-         "max_length": 128, "threads": 1}
+SMOKE = {
+    "recipe": "smoke",
+    "steps": 3,
+    "train_items": 40,
+    "val_items": 20,
+    "test_items": 20,
+    "measure": False,
+    "batch_size": 2,
+    "max_length": 128,
+    "threads": 1,
+}
 
 
 def _file(tmp_path, **changes):
-    said = {"name": "lomo", "says": "a test", "defaults": SMOKE, "pairs": {
-        "lomo against full": {"arm": "quality", "one": {"regime": "lomo"}, "other": {"regime": "full"}, "equal": "tokens"}},
-        "runs": {"quality": {"grid": {"with": [{"regime": "full"}, {"regime": "lomo", "lr": 0.1}], "seed": [0, 1]}},
-                 "again": {"grid": {"regime": ["full"], "seed": [1]}},
-                 "bytes": {"call": "vramlab.studies.measurements:predicted", "defaults": {"model": "tiny", "seq": 64},
-                           "grid": {"regime": ["full", "lomo"]}}}, **changes}
+    said = {
+        "name": "lomo",
+        "says": "a test",
+        "defaults": SMOKE,
+        "pairs": {
+            "lomo against full": {
+                "arm": "quality",
+                "one": {"regime": "lomo"},
+                "other": {"regime": "full"},
+                "equal": "tokens",
+            }
+        },
+        "runs": {
+            "quality": {
+                "grid": {
+                    "with": [{"regime": "full"}, {"regime": "lomo", "lr": 0.1}],
+                    "seed": [0, 1],
+                }
+            },
+            "again": {"grid": {"regime": ["full"], "seed": [1]}},
+            "bytes": {
+                "call": "vramlab.studies.measurements:predicted",
+                "defaults": {"model": "tiny", "seq": 64},
+                "grid": {"regime": ["full", "lomo"]},
+            },
+        },
+        **changes,
+    }
     path = tmp_path / "small.yml"
     path.write_text(yaml.safe_dump(said, sort_keys=False))
     return path
@@ -45,10 +76,15 @@ def test_plan_has_every_combination_once(tmp_path):
     assert len(plan.every_cell()) == 7  # full at seed 1 stands in two arms
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"speed": 1}, "may have name"), ({"runs": {"a": {"grid": {"seed": []}}}, "pairs": {}}, "give a list"),
-    ({"runs": {"a": {"grid": {"stepps": [1]}}}, "pairs": {}}, "unknown parameter 'stepps'"),
-    ({"pairs": {"x": {"arm": "nowhere", "one": {}, "other": {}, "equal": "tokens"}}}, "no arm")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"speed": 1}, "may have name"),
+        ({"runs": {"a": {"grid": {"seed": []}}}, "pairs": {}}, "give a list"),
+        ({"runs": {"a": {"grid": {"stepps": [1]}}}, "pairs": {}}, "unknown parameter 'stepps'"),
+        ({"pairs": {"x": {"arm": "nowhere", "one": {}, "other": {}, "equal": "tokens"}}}, "no arm"),
+    ],
+)
 def test_plan_refuses(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         read_plan(_file(tmp_path, **changes))
@@ -57,22 +93,34 @@ def test_plan_refuses(tmp_path, changes, words):
 def test_records_from_runs_and_from_the_gallery_agree(tmp_path):
     plan = read_plan(_file(tmp_path))
     # a failing cell says so, and does not stop the others
-    broken = StudyCell("bytes", {"model": "tiny", "seq": 64, "regime": "lomo", "axes": {"acts": "nothing"}},
-                       "vramlab.studies.measurements:predicted")
+    broken = StudyCell(
+        "bytes",
+        {"model": "tiny", "seq": 64, "regime": "lomo", "axes": {"acts": "nothing"}},
+        "vramlab.studies.measurements:predicted",
+    )
     assert "acts is 'nothing': use one of keep" in runner.one(tmp_path / "runs", broken)
     assert [runner.one(tmp_path / "runs", cell) for cell in plan.every_cell()] == [""] * 7
-    assert runner.due([(tmp_path / "runs", cell) for cell in [*plan.every_cell(), broken]]) == [(tmp_path / "runs", broken)]
+    assert runner.due([(tmp_path / "runs", cell) for cell in [*plan.every_cell(), broken]]) == [
+        (tmp_path / "runs", broken)
+    ]
     made = Records.of(plan, tmp_path / "runs")
     made.write(tmp_path / "gallery")
     for records in (made, Records.read(tmp_path / "gallery")):
         full, lomo = (records.select("quality", regime=name) for name in ("full", "lomo"))
-        assert list(full["seed"]) == [0, 1] and set(records.tables["bytes"]["regime"]) == {"full", "lomo"}
-        assert full["weights_hash"].nunique() == 2 and set(full["weights_hash"]).isdisjoint(lomo["weights_hash"])
+        assert list(full["seed"]) == [0, 1] and set(records.tables["bytes"]["regime"]) == {
+            "full",
+            "lomo",
+        }
+        assert full["weights_hash"].nunique() == 2 and set(full["weights_hash"]).isdisjoint(
+            lomo["weights_hash"]
+        )
         right, labels = records.right(full, "news", "none", "yesno")
         assert right.shape == (2, 20)
         for row, run in zip(right, full["run_id"], strict=True):  # noqa: B007  as `statistics.summarise` counted them
-            wanted = records.accuracy.query("run_id == @run and domain == 'news' and shift == 'none' and scoring == 'yesno' "
-                                            "and metric == 'balanced_accuracy'")["value"].item()
+            wanted = records.accuracy.query(
+                "run_id == @run and domain == 'news' and shift == 'none' and scoring == 'yesno' "
+                "and metric == 'balanced_accuracy'"
+            )["value"].item()
             assert np.isclose((row[labels == 1].mean() + row[labels == 0].mean()) / 2, wanted)
         assert records.difference(full, full, "news", "tokens").value == 0
         assert len(records.steps.query("run_id == @run")) == 3
@@ -96,7 +144,8 @@ def test_same_weights_have_the_same_hash():
 
 
 def test_two_level_holds_both_variances():
-    """Against the variance that the model of the data has: seeds' means vary with sd .03, items are Bernoulli."""
+    """Against the variance that the model of the data has: seeds' means vary with sd .03, items are
+    Bernoulli."""
     rng, spreads, errors = np.random.default_rng(0), [], []
     labels = np.repeat([0, 1], 500)
     for _ in range(40):
@@ -106,14 +155,21 @@ def test_two_level_holds_both_variances():
         errors.append(figure.value - 0.7)
     # seeds: .03² / 5, and of items the part that differs between seeds
     expected = math.sqrt(0.03**2 / 5 + 0.7 * 0.3 / 5000)
-    assert np.mean(spreads) == pytest.approx(expected, rel=0.15) and np.std(errors) == pytest.approx(expected, rel=0.3)
+    assert np.mean(spreads) == pytest.approx(expected, rel=0.15) and np.std(
+        errors
+    ) == pytest.approx(expected, rel=0.3)
 
 
 def test_two_level_of_a_constant_shift_is_certain_about_seeds_only():
     labels = np.repeat([0, 1], 50)
     one = np.tile(np.arange(100) % 2 == 0, (5, 1))
     same = two_level(one, labels, one)
-    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1) and same.contains == evidence.BOTH
+    assert (same.value, same.low, same.high, same.p) == (
+        0,
+        0,
+        0,
+        1,
+    ) and same.contains == evidence.BOTH
     assert two_level(one[:1], labels).contains == evidence.ITEMS
     with pytest.raises(ValueError, match="label 0"):
         two_level(one, np.ones(100))
@@ -123,24 +179,58 @@ def test_by_seed_is_students_paired_t():
     one, other = [1.0, 1.2, 0.9, 1.4, 1.1], [0.8, 1.1, 0.95, 1.0, 1.0]
     found, oracle = by_seed(one, other), stats.ttest_rel(one, other)
     interval = oracle.confidence_interval(0.95)
-    assert (found.p, found.low, found.high) == pytest.approx((oracle.pvalue, interval.low, interval.high))
+    assert (found.p, found.low, found.high) == pytest.approx(
+        (oracle.pvalue, interval.low, interval.high)
+    )
     assert ratio_by_seed([2.0, 4.0], [1.0, 2.0]).value == pytest.approx(2.0)
     assert not math.isfinite(by_seed([1.0]).low)
 
 
-@pytest.mark.parametrize("figure, rule, word", [
-    (Figure(0.1, "learned", low=0.05, high=0.15, seeds=5, n=1000), {"above": {"figure": "x"}}, REPRODUCED),
-    (Figure(0.1, "learned", low=0.05, high=0.15, seeds=5, n=1000, p=.01, p_holm=.2), {"above": {"figure": "x"}}, UNTESTED),
-    (Figure(0.1, "learned", low=-0.05, high=0.15, seeds=5, n=1000), {"above": {"figure": "x"}}, UNTESTED),
-    (Figure(-0.1, "learned", low=-0.15, high=-0.05, seeds=5, n=1000), {"above": {"figure": "x"}}, NOT_REPRODUCED),
-    (Figure(0.1, "learned", low=0.05, high=0.15, seeds=1, n=1000), {"above": {"figure": "x"}}, UNTESTED),
-    (Figure(0.1, "learned", low=0.05, high=0.15, seeds=5, n=500), {"above": {"figure": "x"}}, UNTESTED),
-    (Figure(13.5, "predicted"), {"at_most": {"figure": "x", "bound": 13.72}}, REPRODUCED),
-    (Figure(13.5, "predicted"), {"within": {"figure": "x", "low": 14, "high": 15}}, NOT_REPRODUCED),
-    (Figure(0.0, "learned", seeds=5), {"equal": {"figure": "x", "to": 0}}, REPRODUCED),
-    (Figure(math.nan, "predicted"), {"at_most": {"figure": "x", "bound": 1}}, UNTESTED),
-    (Figure(1.0, "predicted"), {"untestable": "no GPU"}, UNTESTED),
-    (None, {"above": {"figure": "x"}}, UNTESTED)])
+@pytest.mark.parametrize(
+    "figure, rule, word",
+    [
+        (
+            Figure(0.1, "learned", low=0.05, high=0.15, seeds=5, n=1000),
+            {"above": {"figure": "x"}},
+            REPRODUCED,
+        ),
+        (
+            Figure(0.1, "learned", low=0.05, high=0.15, seeds=5, n=1000, p=0.01, p_holm=0.2),
+            {"above": {"figure": "x"}},
+            UNTESTED,
+        ),
+        (
+            Figure(0.1, "learned", low=-0.05, high=0.15, seeds=5, n=1000),
+            {"above": {"figure": "x"}},
+            UNTESTED,
+        ),
+        (
+            Figure(-0.1, "learned", low=-0.15, high=-0.05, seeds=5, n=1000),
+            {"above": {"figure": "x"}},
+            NOT_REPRODUCED,
+        ),
+        (
+            Figure(0.1, "learned", low=0.05, high=0.15, seeds=1, n=1000),
+            {"above": {"figure": "x"}},
+            UNTESTED,
+        ),
+        (
+            Figure(0.1, "learned", low=0.05, high=0.15, seeds=5, n=500),
+            {"above": {"figure": "x"}},
+            UNTESTED,
+        ),
+        (Figure(13.5, "predicted"), {"at_most": {"figure": "x", "bound": 13.72}}, REPRODUCED),
+        (
+            Figure(13.5, "predicted"),
+            {"within": {"figure": "x", "low": 14, "high": 15}},
+            NOT_REPRODUCED,
+        ),
+        (Figure(0.0, "learned", seeds=5), {"equal": {"figure": "x", "to": 0}}, REPRODUCED),
+        (Figure(math.nan, "predicted"), {"at_most": {"figure": "x", "bound": 1}}, UNTESTED),
+        (Figure(1.0, "predicted"), {"untestable": "no GPU"}, UNTESTED),
+        (None, {"above": {"figure": "x"}}, UNTESTED),
+    ],
+)
 def test_rules(figure, rule, word):
     claim = Claim("c", "lomo", "s", "w", "m", [rule])
     verdict = decide(claim, {"x": figure} if figure else {})
@@ -150,7 +240,11 @@ def test_rules(figure, rule, word):
 
 def test_a_claim_fails_if_one_condition_fails_and_never_by_one_seed():
     yes, no, open_ = ({"at_most": {"figure": name, "bound": 1}} for name in ("yes", "no", "open"))
-    figures = {"yes": Figure(0, "predicted"), "no": Figure(2, "predicted"), "open": Figure(0, "learned", seeds=1)}
+    figures = {
+        "yes": Figure(0, "predicted"),
+        "no": Figure(2, "predicted"),
+        "open": Figure(0, "learned", seeds=1),
+    }
     rules = [yes, no, open_], [yes, open_], [yes, yes]
     words = [decide(Claim("c", "lomo", "s", "w", "m", rule), figures).word for rule in rules]
     assert words == [NOT_REPRODUCED, UNTESTED, REPRODUCED]
@@ -159,28 +253,56 @@ def test_a_claim_fails_if_one_condition_fails_and_never_by_one_seed():
 
 
 def test_holm_is_over_the_family():
-    found = corrected({"a": Figure(1, "learned", p=0.01), "b": Figure(1, "learned", p=0.04), "c": Figure(1, "learned")})
+    found = corrected(
+        {
+            "a": Figure(1, "learned", p=0.01),
+            "b": Figure(1, "learned", p=0.04),
+            "c": Figure(1, "learned"),
+        }
+    )
     assert found["a"].p_holm == 0.02 and found["b"].p_holm == 0.04 and math.isnan(found["c"].p_holm)
 
 
 def test_a_line_for_each_cell_that_failed_and_none_for_the_others(tmp_path, monkeypatch, capsys):
     cells = [(tmp_path / "lomo", StudyCell("bytes", {"seq": seq}, "m:f")) for seq in range(3)]
-    ended = list(zip(cells, ("", "ValueError: no", None), (None, None, OSError("killed")), strict=True))
-    monkeypatch.setattr(runner, "side_by_side", lambda _, asked, jobs: [one for one in ended if one[0] in asked])
-    lines = [f"lomo, bytes, {cells[1][1].name}: ValueError: no", f"lomo, bytes, {cells[2][1].name}: OSError: killed"]
-    assert runner.make(cells, jobs=2, progress=False) == lines and capsys.readouterr().err.splitlines() == lines
+    ended = list(
+        zip(cells, ("", "ValueError: no", None), (None, None, OSError("killed")), strict=True)
+    )
+    monkeypatch.setattr(
+        runner, "side_by_side", lambda _, asked, jobs: [one for one in ended if one[0] in asked]
+    )
+    lines = [
+        f"lomo, bytes, {cells[1][1].name}: ValueError: no",
+        f"lomo, bytes, {cells[2][1].name}: OSError: killed",
+    ]
+    assert (
+        runner.make(cells, jobs=2, progress=False) == lines
+        and capsys.readouterr().err.splitlines() == lines
+    )
 
 
 @pytest.mark.slow
 def test_what_is_timed_comes_last_with_nothing_beside_it(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(runner, "side_by_side",
-                        lambda _, asked, jobs: seen.append(([cell.arm for _, cell in asked], jobs)) or ())
+    monkeypatch.setattr(
+        runner,
+        "side_by_side",
+        lambda _, asked, jobs: seen.append(([cell.arm for _, cell in asked], jobs)) or (),
+    )
     plan = read_plan("lomo")
-    runner.make([(tmp_path, cell) for cell in plan.every_cell() if cell.call], jobs=2, progress=False)
+    runner.make(
+        [(tmp_path, cell) for cell in plan.every_cell() if cell.call], jobs=2, progress=False
+    )
     (shared, many), alone = seen
-    assert alone == (["seconds"], 1) and many == 2 and "seconds" not in shared and "loaded" in shared
-    timed = {cell.call.rpartition(":")[2] for study in STUDIES for cell in read_plan(study).every_cell() if cell.alone}
+    assert (
+        alone == (["seconds"], 1) and many == 2 and "seconds" not in shared and "loaded" in shared
+    )
+    timed = {
+        cell.call.rpartition(":")[2]
+        for study in STUDIES
+        for cell in read_plan(study).every_cell()
+        if cell.alone
+    }
     assert timed == {"timed", "cost"}
 
 
@@ -198,10 +320,17 @@ def small_lomo(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_study_goes_from_its_file_to_the_gallery_and_a_second_time_runs_nothing(small_lomo, tmp_path):
-    first, = batch.run([small_lomo], tmp_path / "out", tmp_path / "gallery", jobs=1, quiet=True)
+def test_a_study_goes_from_its_file_to_the_gallery_and_a_second_time_runs_nothing(
+    small_lomo, tmp_path
+):
+    (first,) = batch.run([small_lomo], tmp_path / "out", tmp_path / "gallery", jobs=1, quiet=True)
     assert not first["failed"] and not first["reason"] and first["due"] == first["cells"]
-    assert {row["verdict"] for row in first["verdicts"]} == {UNTESTED}  # two seeds and few items decide nothing
-    assert Lab.shown(small_lomo, tmp_path / "gallery").figures.keys() == read_figures(tmp_path / "gallery" / "lomo").keys()
-    again, = batch.run([small_lomo], tmp_path / "out", dry_run=True)
+    assert {row["verdict"] for row in first["verdicts"]} == {
+        UNTESTED
+    }  # two seeds and few items decide nothing
+    assert (
+        Lab.shown(small_lomo, tmp_path / "gallery").figures.keys()
+        == read_figures(tmp_path / "gallery" / "lomo").keys()
+    )
+    (again,) = batch.run([small_lomo], tmp_path / "out", dry_run=True)
     assert again["due"] == 0

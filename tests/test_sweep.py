@@ -1,5 +1,5 @@
-"""A sweep survives what happens to sweeps: kill -9, Ctrl-C, cells that fail, kernels that die. The cells here run a notebook
-that trains nothing, so that only the sweep is tested."""
+"""A sweep survives what happens to sweeps: kill -9, Ctrl-C, cells that fail, kernels that die. The
+cells here run a notebook that trains nothing, so that only the sweep is tested."""
 
 from __future__ import annotations
 
@@ -40,15 +40,29 @@ if regime == "chunkft":
 @pytest.fixture
 def sweep_file(tmp_path):
     """Write a sweep over the given regimes and return its path; output goes to tmp_path / "out"."""
-    parameters = nbformat.v4.new_code_cell('regime = "full"\nrecipe = ""\nout_dir = ""', metadata={"tags": ["parameters"]})
-    cells = [parameters, nbformat.v4.new_code_cell(CELLS), nbformat.v4.new_code_cell("print('after')")]
+    parameters = nbformat.v4.new_code_cell(
+        'regime = "full"\nrecipe = ""\nout_dir = ""', metadata={"tags": ["parameters"]}
+    )
+    cells = [
+        parameters,
+        nbformat.v4.new_code_cell(CELLS),
+        nbformat.v4.new_code_cell("print('after')"),
+    ]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "cells.ipynb")
 
     def write(*regimes: str) -> Path:
         path = tmp_path / "some.yml"
-        path.write_text(yaml.safe_dump({"name": "some", "notebook": str(tmp_path / "cells.ipynb"), "defaults": {"recipe": "smoke"},
-                                        "grid": {"regime": list(regimes)}}))
+        path.write_text(
+            yaml.safe_dump(
+                {
+                    "name": "some",
+                    "notebook": str(tmp_path / "cells.ipynb"),
+                    "defaults": {"recipe": "smoke"},
+                    "grid": {"regime": list(regimes)},
+                }
+            )
+        )
         return path
 
     return write
@@ -59,13 +73,19 @@ def _sweep(path, *more):
 
 
 def _results(path):
-    return {file.parent.name.split("-")[0]: json.loads(file.read_text()) for file in path.parent.glob("out/*/result.json")}
+    return {
+        file.parent.name.split("-")[0]: json.loads(file.read_text())
+        for file in path.parent.glob("out/*/result.json")
+    }
 
 
 def _start(path):
     out = str(path.parent / "out")
-    return subprocess.Popen([sys.executable, "-m", "vramlab.cli", "sweep", str(path), "--out", out, "--no-report"],
-                            stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "vramlab.cli", "sweep", str(path), "--out", out, "--no-report"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def _wait_for(what, timeout_s=60.0):
@@ -88,7 +108,9 @@ def _alive(pid):
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_in_its_third_cell_goes_on_without_repeating_the_first_two(sweep_file, tmp_path):
+def test_a_sweep_killed_in_its_third_cell_goes_on_without_repeating_the_first_two(
+    sweep_file, tmp_path
+):
     path = sweep_file("full", "lomo", "offload")
     process = _start(path)
     _wait_for(lambda: _pid_of_third(path) or process.poll() is not None)
@@ -96,12 +118,16 @@ def test_a_sweep_killed_in_its_third_cell_goes_on_without_repeating_the_first_tw
     process.communicate()
     before, orphan = _results(path), _pid_of_third(path)
     assert set(before) == {"full", "lomo"}
-    _wait_for(lambda: not _alive(orphan), 20)  # no kernel is left to write into the next sweep's folders
-    cells = (tmp_path / "cells.ipynb")
+    _wait_for(
+        lambda: not _alive(orphan), 20
+    )  # no kernel is left to write into the next sweep's folders
+    cells = tmp_path / "cells.ipynb"
     cells.write_text(cells.read_text().replace('\\"offload\\": 60', '\\"offload\\": 0'))
     assert _sweep(path) == 0
     after = _results(path)
-    assert set(after) == {"full", "lomo", "offload"} and all(after[name] == before[name] for name in before)
+    assert set(after) == {"full", "lomo", "offload"} and all(
+        after[name] == before[name] for name in before
+    )
 
 
 def test_ctrl_c_keeps_what_is_finished_and_leaves_the_rest_due(sweep_file, capsys):
@@ -116,7 +142,11 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_the_rest_due(sweep_file, capsy
     assert process.returncode == 130 and "1 of 3 cells are finished and kept" in said
     assert set(_results(path)) == {"full"}
     assert _sweep(path, "--dry-run", "--json") == 0
-    assert [row["state"] for row in json.loads(capsys.readouterr().out)["cells"]] == ["ok", "due", "due"]
+    assert [row["state"] for row in json.loads(capsys.readouterr().out)["cells"]] == [
+        "ok",
+        "due",
+        "due",
+    ]
 
 
 IN_TURN = """
@@ -136,17 +166,25 @@ said.append(time.time())
 
 
 @pytest.mark.slow
-def test_a_cells_process_starts_when_nothing_is_timed_and_works_when_the_one_before_has_ended(sweep_file, tmp_path):
+def test_a_cells_process_starts_when_nothing_is_timed_and_works_when_the_one_before_has_ended(
+    sweep_file, tmp_path
+):
     cells = tmp_path / "cells.ipynb"
     path = sweep_file("full", "lomo", "offload")
     notebook = nbformat.read(cells, 4)
     notebook.cells[1].source = IN_TURN
     nbformat.write(notebook, cells)
-    (stale,) = (tmp_path / "out" / cell.run_id for cell in read_sweep(path, tmp_path / "out")[2] if cell.params["regime"] == "full")
+    (stale,) = (
+        tmp_path / "out" / cell.run_id
+        for cell in read_sweep(path, tmp_path / "out")[2]
+        if cell.params["regime"] == "full"
+    )
     stale.mkdir(parents=True)
     (stale / "steps.parquet").write_text("of a run that was killed")
     assert _sweep(path) == 0
-    (_, _, ended), (loaded, began, done), (later, last, _) = (_results(path)[name]["said"] for name in ("full", "lomo", "offload"))
+    (_, _, ended), (loaded, began, done), (later, last, _) = (
+        _results(path)[name]["said"] for name in ("full", "lomo", "offload")
+    )
     assert loaded < ended <= began and later < done <= last
     assert loaded > ended - 8, "not while the first was timed"
 
@@ -161,7 +199,12 @@ def test_cells_that_fail_are_rows_with_their_reason_and_the_sweep_goes_on(sweep_
     assert "RuntimeError: no such luck" in rows["badam"]["reason"]
     assert "killed by signal 9" in rows["lora"]["reason"] and "code 3" in rows["chunkft"]["reason"]
     assert _sweep(path, "--retry", "oom", "--dry-run", "--json") == 0
-    assert [row["state"] for row in json.loads(capsys.readouterr().out)["cells"]] == ["failed", "due", "failed", "ok"]
+    assert [row["state"] for row in json.loads(capsys.readouterr().out)["cells"]] == [
+        "failed",
+        "due",
+        "failed",
+        "ok",
+    ]
 
 
 def test_the_saved_notebook_of_a_dead_kernel_says_so_and_runs_nothing_after_it(sweep_file):
@@ -169,7 +212,9 @@ def test_the_saved_notebook_of_a_dead_kernel_says_so_and_runs_nothing_after_it(s
     _sweep(path)
     saved = nbformat.read(next(path.parent.glob("out/lora-*/run.ipynb")), 4)
     code = [cell for cell in saved.cells if cell.cell_type == "code"]
-    said = [output.ename for cell in code for output in cell.outputs if output.output_type == "error"]
+    said = [
+        output.ename for cell in code for output in cell.outputs if output.output_type == "error"
+    ]
     assert said == ["KernelDied"] and not code[-1].outputs
     assert any("papermill-error-cell-tag" in cell.metadata.get("tags", []) for cell in saved.cells)
 
@@ -177,11 +222,18 @@ def test_the_saved_notebook_of_a_dead_kernel_says_so_and_runs_nothing_after_it(s
 def test_a_cell_that_runs_too_long_is_an_error_of_the_notebook(sweep_file, tmp_path):
     sweep_file("full")
     with pytest.raises(Exception, match="(?s)CellTimeout"):
-        papermill.execute_notebook(str(tmp_path / "cells.ipynb"), str(tmp_path / "out.ipynb"), engine_name="vramlab",
-                                   parameters={"regime": "offload", "out_dir": str(tmp_path)}, execution_timeout=2,
-                                   progress_bar=False)
+        papermill.execute_notebook(
+            str(tmp_path / "cells.ipynb"),
+            str(tmp_path / "out.ipynb"),
+            engine_name="vramlab",
+            parameters={"regime": "offload", "out_dir": str(tmp_path)},
+            execution_timeout=2,
+            progress_bar=False,
+        )
     saved = nbformat.read(tmp_path / "out.ipynb", 4)
-    assert "CellTimeout" in [output.get("ename") for cell in saved.cells for output in cell.get("outputs", [])]
+    assert "CellTimeout" in [
+        output.get("ename") for cell in saved.cells for output in cell.get("outputs", [])
+    ]
 
 
 def test_changed_parameters_are_another_run_and_force_runs_all_again(sweep_file, capsys):
@@ -192,7 +244,11 @@ def test_changed_parameters_are_another_run_and_force_runs_all_again(sweep_file,
     assert _results(path)["full"] == first
     _sweep(path, "--force")
     assert _results(path)["full"]["written_at"] > first["written_at"]
-    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "defaults": {"recipe": "smoke", "seed": 3}}))
+    path.write_text(
+        yaml.safe_dump(
+            {**yaml.safe_load(path.read_text()), "defaults": {"recipe": "smoke", "seed": 3}}
+        )
+    )
     capsys.readouterr()
     assert _sweep(path, "--dry-run", "--json") == 0
     assert json.loads(capsys.readouterr().out)["cells"][0]["state"] == "due"
@@ -200,7 +256,9 @@ def test_changed_parameters_are_another_run_and_force_runs_all_again(sweep_file,
 
 def test_a_dry_run_names_data_that_is_not_there(sweep_file, capsys):
     path = sweep_file("full")
-    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "defaults": {"items": "no/items"}}))
+    path.write_text(
+        yaml.safe_dump({**yaml.safe_load(path.read_text()), "defaults": {"items": "no/items"}})
+    )
     assert _sweep(path, "--dry-run", "--json") == 0
     assert "items no/items does not exist here" in capsys.readouterr().err
 
@@ -218,10 +276,18 @@ def test_two_sweeps_in_one_folder_are_refused(sweep_file):
         process.communicate(timeout=30)
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ({"grid": {"regime": []}}, "give a list of values"), ({"gird": {"regime": ["full"]}}, "gird"), ({"name": "x"}, "no grid"),
-    ({"grid": {"regime": ["lomoo"]}}, "lomoo"), ({"grid": {"regime": ["full"], "step": [1]}}, "unknown parameter 'step'"),
-    ({"grid": {"steps": ["many"]}}, "it takes int"), ([1], "its whole content")])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"grid": {"regime": []}}, "give a list of values"),
+        ({"gird": {"regime": ["full"]}}, "gird"),
+        ({"name": "x"}, "no grid"),
+        ({"grid": {"regime": ["lomoo"]}}, "lomoo"),
+        ({"grid": {"regime": ["full"], "step": [1]}}, "unknown parameter 'step'"),
+        ({"grid": {"steps": ["many"]}}, "it takes int"),
+        ([1], "its whole content"),
+    ],
+)
 def test_a_wrong_sweep_file_is_refused_before_anything_runs(tmp_path, content, words, capsys):
     path = tmp_path / "wrong.yml"
     path.write_text(yaml.safe_dump(content))
@@ -246,18 +312,20 @@ def test_shipped_sweeps_have_as_many_cells_as_regimes(name, count, tmp_path):
 
 def test_the_sweep_over_every_row_has_every_row():
     _, _, cells = read_sweep(ROOT / "params" / "every_row.yml")
-    assert {cell.params["regime"] for cell in cells} == set(read_regimes()) and len(cells) == len(read_regimes())
+    assert {cell.params["regime"] for cell in cells} == set(read_regimes()) and len(cells) == len(
+        read_regimes()
+    )
 
 
 def test_a_pools_worker_ends_with_the_process_that_asked_it(tmp_path):
     script = tmp_path / "asks.py"
-    script.write_text("import multiprocessing, os, time\n"
-                      "from concurrent.futures import ProcessPoolExecutor\n"
-                      "from vramlab.processes import worker\n"
-                      "if __name__ == '__main__':\n"
-                      "    pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), worker, (os.getpid(),))\n"
-                      "    print(pool.submit(os.getpid).result(), flush=True)\n"
-                      "    pool.submit(time.sleep, 60).result()\n")
+    script.write_text(
+        "import multiprocessing, os, time\nfrom concurrent.futures import ProcessPoolExecutor\nfrom"
+        " vramlab.processes import worker\nif __name__ == '__main__':\n    pool ="
+        " ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), worker, (os.getpid(),))\n   "
+        " print(pool.submit(os.getpid).result(), flush=True)\n    pool.submit(time.sleep,"
+        " 60).result()\n"
+    )
     asks = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     child = int(asks.stdout.readline())
     asks.kill()

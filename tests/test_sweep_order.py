@@ -1,4 +1,5 @@
-"""A sweep's order: each cell in its own process, the next one's started ahead of it, and what is finished counted."""
+"""A sweep's order: each cell in its own process, the next one's started ahead of it, and what is
+finished counted."""
 
 from __future__ import annotations
 
@@ -18,13 +19,17 @@ def cells(folder: Path, *outcomes: str | None) -> list[Cell]:
     for cell, outcome in zip(made, outcomes, strict=True):
         cell.folder.mkdir()
         if outcome:
-            (cell.folder / "result.json").write_text(json.dumps({"regime": "full", "outcome": outcome, "reason": ""}))
+            (cell.folder / "result.json").write_text(
+                json.dumps({"regime": "full", "outcome": outcome, "reason": ""})
+            )
     return made
 
 
 @pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_every_cell_runs_in_the_process_that_was_started_for_it(monkeypatch, tmp_path, count, ahead):
+def test_every_cell_runs_in_the_process_that_was_started_for_it(
+    monkeypatch, tmp_path, count, ahead
+):
     events, due = [], cells(tmp_path, *["ok"] * count)
 
     def run(notebook, cell, process, following):
@@ -36,20 +41,37 @@ def test_every_cell_runs_in_the_process_that_was_started_for_it(monkeypatch, tmp
     monkeypatch.setattr(sweep, "_run", run)
     sweep._run_all(tmp_path / "cells.ipynb", due, 0, quiet=True)
     names = [cell.run_id for cell in due]
-    assert events == [(name, f"process of {name}", after) for name, after in zip(names, [*names[1:], None], strict=True)]
+    assert events == [
+        (name, f"process of {name}", after)
+        for name, after in zip(names, [*names[1:], None], strict=True)
+    ]
 
 
-@pytest.mark.parametrize(("arguments", "due"), [
-    ({}, "bd"), ({"retry": "failed"}, "abd"), ({"retry": "oom"}, "bcd"), ({"retry": "all"}, "abcd"), ({"force": True}, "abcde")])
-def test_what_is_due_is_what_has_not_ended_or_is_to_be_tried_again(monkeypatch, tmp_path, arguments, due):
+@pytest.mark.parametrize(
+    ("arguments", "due"),
+    [
+        ({}, "bd"),
+        ({"retry": "failed"}, "abd"),
+        ({"retry": "oom"}, "bcd"),
+        ({"retry": "all"}, "abcd"),
+        ({"force": True}, "abcde"),
+    ],
+)
+def test_what_is_due_is_what_has_not_ended_or_is_to_be_tried_again(
+    monkeypatch, tmp_path, arguments, due
+):
     made, ran = cells(tmp_path, "failed", None, "oom", None, "ok"), []
 
     def run_all(notebook, due, finished, quiet):
         ran.append(("".join(cell.run_id for cell in due), finished))
         for cell in due:
-            (cell.folder / "result.json").write_text(json.dumps({"regime": "full", "outcome": "ok", "reason": ""}))
+            (cell.folder / "result.json").write_text(
+                json.dumps({"regime": "full", "outcome": "ok", "reason": ""})
+            )
 
-    monkeypatch.setattr(sweep, "read_sweep", lambda path, out: (tmp_path / "cells.ipynb", tmp_path, made))
+    monkeypatch.setattr(
+        sweep, "read_sweep", lambda path, out: (tmp_path / "cells.ipynb", tmp_path, made)
+    )
     monkeypatch.setattr(sweep, "_run_all", run_all)
     left = {"failed", "oom"} - {"failed" if "a" in due else "", "oom" if "c" in due else ""}
     assert sweep.sweep("any.yml", quiet=True, **arguments).code == (1 if left else 0)
@@ -61,28 +83,46 @@ def test_an_interrupted_sweep_says_how_many_are_finished(monkeypatch, tmp_path, 
         raise KeyboardInterrupt
 
     made = cells(tmp_path, "ok", None, "oom")
-    monkeypatch.setattr(sweep, "read_sweep", lambda path, out: (tmp_path / "cells.ipynb", tmp_path, made))
+    monkeypatch.setattr(
+        sweep, "read_sweep", lambda path, out: (tmp_path / "cells.ipynb", tmp_path, made)
+    )
     monkeypatch.setattr(sweep, "_run_all", interrupted)
-    assert sweep.sweep("any.yml", quiet=True).code == 130 and "2 of 3 cells are finished" in capsys.readouterr().err
+    assert (
+        sweep.sweep("any.yml", quiet=True).code == 130
+        and "2 of 3 cells are finished" in capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize(("log", "code", "outcome", "reason"), [
-    ("", 3, "failed", "papermill ended with code 3"), ("one\nlast words", 1, "failed", "last words"),
-    (f"ValueError: first\nKernelDied: {KILLED}\nafter", 1, "oom", f"KernelDied: {KILLED}"),
-    ("x\nCellTimeout: 60 s\nmore", 1, "failed", "CellTimeout: 60 s"),
-    ("ValueError: a\nKeyError: b\n  at the end", 1, "failed", "KeyError: b")])
+@pytest.mark.parametrize(
+    ("log", "code", "outcome", "reason"),
+    [
+        ("", 3, "failed", "papermill ended with code 3"),
+        ("one\nlast words", 1, "failed", "last words"),
+        (f"ValueError: first\nKernelDied: {KILLED}\nafter", 1, "oom", f"KernelDied: {KILLED}"),
+        ("x\nCellTimeout: 60 s\nmore", 1, "failed", "CellTimeout: 60 s"),
+        ("ValueError: a\nKeyError: b\n  at the end", 1, "failed", "KeyError: b"),
+    ],
+)
 def test_a_cell_that_wrote_no_result_gets_one_from_its_log(tmp_path, log, code, outcome, reason):
     (cell,) = cells(tmp_path, None)
     (cell.folder / "notebook.log").write_text(log)
     found = sweep._ended(cell, code)
-    assert (found["outcome"], found["reason"], found["run_id"], found["regime"]) == (outcome, reason, "a", "full")
+    assert (found["outcome"], found["reason"], found["run_id"], found["regime"]) == (
+        outcome,
+        reason,
+        "a",
+        "full",
+    )
 
 
 def test_a_grid_is_every_combination_in_its_own_order_and_with_sets_several():
     grid = {"regime": ["full", "lomo"], "with": [{"lr": 1, "clip": 2}, {"lr": 3}], "seed": [0]}
     assert combinations("x", grid) == [
-        {"lr": 1, "clip": 2, "regime": "full", "seed": 0}, {"lr": 3, "regime": "full", "seed": 0},
-        {"lr": 1, "clip": 2, "regime": "lomo", "seed": 0}, {"lr": 3, "regime": "lomo", "seed": 0}]
+        {"lr": 1, "clip": 2, "regime": "full", "seed": 0},
+        {"lr": 3, "regime": "full", "seed": 0},
+        {"lr": 1, "clip": 2, "regime": "lomo", "seed": 0},
+        {"lr": 3, "regime": "lomo", "seed": 0},
+    ]
     for wrong in ({"seed": 1}, {"seed": []}, {"with": [1]}):
         with pytest.raises(ValueError, match=f"x: grid.{next(iter(wrong))}"):
             combinations("x", wrong)

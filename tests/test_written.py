@@ -1,4 +1,5 @@
-"""A snapshot that the simulator writes reads back as what was simulated, and replays without an error."""
+"""A snapshot that the simulator writes reads back as what was simulated, and replays without an
+error."""
 
 from __future__ import annotations
 
@@ -16,12 +17,28 @@ from vramlab.allocator.simulate import simulate
 from vramlab.allocator.snapshot import parse_snapshot, read_snapshot
 from vramlab.capture.simulated_recording import Written, write_snapshot, written
 
-SIZES = st.one_of(st.integers(1, 3000), st.integers(1, 2 * MIB), st.integers(MIB, 12 * MIB), st.integers(8 * MIB, 60 * MIB),
-                  st.sampled_from([0, 512, MIB, MIB + 1, 10 * MIB, 20 * MIB]))
-KINDS = st.sampled_from(["alloc"] * 6 + ["free"] * 3 + ["free_requested", "free_completed", "empty_cache"])
-ACTS = st.lists(st.tuples(KINDS, SIZES, st.integers(0, 1), st.integers(0, 1 << 30)), min_size=1, max_size=120)
-SETTINGS = st.sampled_from([Settings(), Settings(expandable_segments=True), Settings(max_split_size_mb=24),
-                            Settings(large_segment_size_mb=32), Settings(roundup_power2_divisions=(4,) * 16)])
+SIZES = st.one_of(
+    st.integers(1, 3000),
+    st.integers(1, 2 * MIB),
+    st.integers(MIB, 12 * MIB),
+    st.integers(8 * MIB, 60 * MIB),
+    st.sampled_from([0, 512, MIB, MIB + 1, 10 * MIB, 20 * MIB]),
+)
+KINDS = st.sampled_from(
+    ["alloc"] * 6 + ["free"] * 3 + ["free_requested", "free_completed", "empty_cache"]
+)
+ACTS = st.lists(
+    st.tuples(KINDS, SIZES, st.integers(0, 1), st.integers(0, 1 << 30)), min_size=1, max_size=120
+)
+SETTINGS = st.sampled_from(
+    [
+        Settings(),
+        Settings(expandable_segments=True),
+        Settings(max_split_size_mb=24),
+        Settings(large_segment_size_mb=32),
+        Settings(roundup_power2_divisions=(4,) * 16),
+    ]
+)
 
 
 def _program(acts):
@@ -43,7 +60,10 @@ def _program(acts):
 
 
 def _told(history):
-    return [(entry["action"], entry["addr"], entry["size"], entry["stream"], entry["user_metadata"]) for entry in history.trace]
+    return [
+        (entry["action"], entry["addr"], entry["size"], entry["stream"], entry["user_metadata"])
+        for entry in history.trace
+    ]
 
 
 @tries(max_examples=600, deadline=None)
@@ -52,21 +72,29 @@ def test_what_is_written_is_read_and_replays_exactly(tmp_path_factory, acts, set
     history = Written(settings, capacity)
     for number, event in enumerate(_program(acts)):
         history.metadata = f"v{number}"
-        with contextlib.suppress(OutOfMemory, ValueError):  # full; or of what could then not be made
+        with contextlib.suppress(
+            OutOfMemory, ValueError
+        ):  # full; or of what could then not be made
             history.does(*event)
     if not history.trace:
         return
     path = write_snapshot(tmp_path_factory.mktemp("written") / "snapshot.pickle", history)
     snapshot = read_snapshot(path)
-    assert [(e.action, e.address, e.bytes, e.stream, e.metadata) for e in snapshot.events] == _told(history)
+    assert [(e.action, e.address, e.bytes, e.stream, e.metadata) for e in snapshot.events] == _told(
+        history
+    )
     assert snapshot == parse_snapshot(history.snapshot(), 0)
     assert sum(segment.bytes for segment in snapshot.segments) == history.allocator.reserved_bytes
     assert Settings.parse(snapshot.settings) == settings
     found = replay(snapshot)
-    assert found.max_error == 0.0 and found.simulated_peak_bytes == history.allocator.peak_reserved_bytes
+    assert (
+        found.max_error == 0.0
+        and found.simulated_peak_bytes == history.allocator.peak_reserved_bytes
+    )
     last = snapshot.events[-1]
     assert last.action in ("oom", "segment_free", "segment_unmap") or (
-        allocated_bytes(snapshot)[last.number] == history.allocator.allocated_bytes)
+        allocated_bytes(snapshot)[last.number] == history.allocator.allocated_bytes
+    )
 
 
 @tries(max_examples=60, deadline=None)
@@ -80,10 +108,21 @@ def test_a_history_is_what_the_simulation_says(acts, settings):
 
 
 def test_running_out_is_the_last_entry_and_has_what_the_driver_had_left(tmp_path):
-    history = written([("alloc", 1, 20 * MIB, 0), ("alloc", 2, 50 * MIB, 0), ("free", 1, 0, 0)], capacity_bytes=64 * MIB)
+    history = written(
+        [("alloc", 1, 20 * MIB, 0), ("alloc", 2, 50 * MIB, 0), ("free", 1, 0, 0)],
+        capacity_bytes=64 * MIB,
+    )
     assert history.trace[-1] | {"time_us": 0} == {
-        "action": "oom", "addr": 0, "size": 50 * MIB, "stream": 0, "frames": [], "time_us": 0, "user_metadata": "",
-        "compile_context": "N/A", "device_free": 44 * MIB}
+        "action": "oom",
+        "addr": 0,
+        "size": 50 * MIB,
+        "stream": 0,
+        "frames": [],
+        "time_us": 0,
+        "user_metadata": "",
+        "compile_context": "N/A",
+        "device_free": 44 * MIB,
+    }
     assert replay_file(write_snapshot(tmp_path / "oom.pickle", history)).max_error == 0.0
 
 
@@ -91,8 +130,15 @@ def test_a_full_device_completes_what_is_awaited_before_it_returns_it():
     history = Written(capacity_bytes=64 * MIB)
     for event in (("alloc", 1, 40 * MIB), ("free_requested", 1), ("alloc", 2, 50 * MIB)):
         history.does(*event)
-    assert [entry["action"] for entry in history.trace] == ["segment_alloc", "alloc", "free_requested", "free_completed",
-                                                            "segment_free", "segment_alloc", "alloc"]
+    assert [entry["action"] for entry in history.trace] == [
+        "segment_alloc",
+        "alloc",
+        "free_requested",
+        "free_completed",
+        "segment_free",
+        "segment_alloc",
+        "alloc",
+    ]
     assert replay(parse_snapshot(history.snapshot(), 0)).max_error == 0.0
 
 
@@ -107,8 +153,13 @@ def test_a_history_that_began_late_replays(tmp_path):
 
 
 def test_settings_are_written_as_they_are_read():
-    told = Settings(expandable_segments=True, max_split_size_mb=64, garbage_collection_threshold=0.8,
-                    per_process_memory_fraction=0.5, roundup_power2_divisions=(0, 0, 4, 8) + (2,) * 12)
+    told = Settings(
+        expandable_segments=True,
+        max_split_size_mb=64,
+        garbage_collection_threshold=0.8,
+        per_process_memory_fraction=0.5,
+        roundup_power2_divisions=(0, 0, 4, 8) + (2,) * 12,
+    )
     assert Settings.parse(told.text()) == told and Settings().text() == ""
 
 

@@ -1,8 +1,10 @@
-"""Baichuan-2 for transformers' Auto classes: importing this lets them find it by name, and imports neither torch nor transformers.
+"""Baichuan-2 for transformers' Auto classes: importing this lets them find it by name, and imports
+neither torch nor transformers.
 
-transformers may be imported before or after. Its tables of names get an entry each, as soon as the modules that hold them have
-run; the module in which it looks these names up, `transformers.models.baichuan`, has what `vramlab.baichuan` has, which
-registers its classes in the usual way when it is imported.
+transformers may be imported before or after. Its tables of names get an entry each, as soon as the
+modules that hold them have run; the module in which it looks these names up,
+`transformers.models.baichuan`, has what `vramlab.baichuan` has, which registers its classes in the
+usual way when it is imported.
 """
 
 import sys
@@ -11,14 +13,20 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import PathFinder
 from importlib.util import spec_from_loader
 
-TABLES = {"transformers.models.auto.configuration_auto": ("CONFIG_MAPPING_NAMES", "BaichuanConfig"),
-          # in which transformers' Trainer looks whether label smoothing has to move the labels
-          "transformers.models.auto.modeling_auto": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "BaichuanForCausalLM"),
-          "transformers.models.auto.tokenization_auto": ("TOKENIZER_MAPPING_NAMES", "BaichuanTokenizer")}
+TABLES = {
+    "transformers.models.auto.configuration_auto": ("CONFIG_MAPPING_NAMES", "BaichuanConfig"),
+    # in which transformers' Trainer looks whether label smoothing has to move the labels
+    "transformers.models.auto.modeling_auto": (
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        "BaichuanForCausalLM",
+    ),
+    "transformers.models.auto.tokenization_auto": ("TOKENIZER_MAPPING_NAMES", "BaichuanTokenizer"),
+}
 
 
 class Finder(MetaPathFinder, Loader):
-    """Finds the module that is not there, and has the tables filled in once their modules have run."""
+    """Finds the module that is not there, and has the tables filled in once their modules have
+    run."""
 
     def find_spec(self, name, path=None, target=None):
         if name == "transformers.models.baichuan":
@@ -30,7 +38,9 @@ class Finder(MetaPathFinder, Loader):
             return spec
 
     def exec_module(self, module) -> None:
-        vars(module).update({**vars(import_module("vramlab.baichuan")), "__name__": module.__name__})
+        vars(module).update(
+            {**vars(import_module("vramlab.baichuan")), "__name__": module.__name__}
+        )
 
 
 def add_name(module) -> None:

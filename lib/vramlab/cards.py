@@ -16,7 +16,8 @@ CARDS_FILE = Path(__file__).parents[2] / "params" / "cards.yml"
 
 @dataclass(frozen=True)
 class Card:
-    """One card. Peak rates are dense and never reached; the context is a public report's, not ours."""
+    """One card. Peak rates are dense and never reached; the context is a public report's, not
+    ours."""
 
     key: str
     name: str
@@ -36,10 +37,17 @@ class Card:
 
     def __post_init__(self):
         positive = ("total_gib", "bf16_tflops", "fp32_tflops", "gb_per_s", "host_gb_per_s")
-        wrong = [f"{name} is {getattr(self, name)}" for name in positive if not 1e-9 <= getattr(self, name) <= 1e9]
+        wrong = [
+            f"{name} is {getattr(self, name)}"
+            for name in positive
+            if not 1e-9 <= getattr(self, name) <= 1e9
+        ]
         if wrong or not 0 <= self.context_mib < self.total_gib * 1024:
-            raise ValueError(f"card {self.key}: {'; '.join(wrong) or f'context_mib is {self.context_mib}'}: rates and sizes are "
-                             "more than 0, a billion at most, and the context leaves something of the card")
+            raise ValueError(
+                f"card {self.key}: {'; '.join(wrong) or f'context_mib is {self.context_mib}'}:"
+                " rates and sizes are more than 0, a billion at most, and the context leaves"
+                " something of the card"
+            )
 
     @property
     def total_bytes(self) -> int:
@@ -56,9 +64,11 @@ class Card:
 
 
 def read_cards(path: Path = CARDS_FILE) -> dict[str, Card]:
-    """Every card of the file, by key, smallest first. Raises: BadFile, for a field that is missing, unknown or
-    of another type."""
-    cards = {key: typed(Card, row, f"{path}: {key}", key=key) for key, row in read_yaml(path).items()}
+    """Every card of the file, by key, smallest first. Raises: BadFile, for a field that is missing,
+    unknown or of another type."""
+    cards = {
+        key: typed(Card, row, f"{path}: {key}", key=key) for key, row in read_yaml(path).items()
+    }
     return dict(sorted(cards.items(), key=lambda item: item[1].total_gib))
 
 
@@ -66,5 +76,7 @@ def card(key: str, path: Path = CARDS_FILE) -> Card:
     """The card called `key`. Raises: ValueError, naming the cards there are."""
     cards = read_cards(path)
     if key not in cards:
-        raise ValueError(f"no card {key!r} in {Path(path).name}{nearest(key, cards)}; it has: {', '.join(cards)}")
+        raise ValueError(
+            f"no card {key!r} in {Path(path).name}{nearest(key, cards)}; it has: {', '.join(cards)}"
+        )
     return cards[key]

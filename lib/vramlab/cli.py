@@ -1,7 +1,9 @@
-"""The command line: each command is a thin caller of the library, and each speaks JSON with `--json`.
+"""The command line: each command is a thin caller of the library, and each speaks JSON with
+`--json`.
 
-A command returns `Answer`: what it found as plain data, the same as text, and the exit code. `main` prints one of the two, so
-that with `--json` standard output is exactly one JSON document, of an error too.
+A command returns `Answer`: what it found as plain data, the same as text, and the exit code. `main`
+prints one of the two, so that with `--json` standard output is exactly one JSON document, of an
+error too.
 """
 
 from __future__ import annotations
@@ -26,12 +28,26 @@ def _regimes(args) -> Answer:
     from .regimes.regime import read_regimes
 
     rows = read_regimes(args.file) if args.file else read_regimes()
-    return Answer({name: {**row.axes(), "accumulate": row.accumulate, "clip": row.clip, "lr": row.lr, "says": row.says,
-                          "source": row.source, "differs": row.differs} for name, row in rows.items()}, table(rows))
+    return Answer(
+        {
+            name: {
+                **row.axes(),
+                "accumulate": row.accumulate,
+                "clip": row.clip,
+                "lr": row.lr,
+                "says": row.says,
+                "source": row.source,
+                "differs": row.differs,
+            }
+            for name, row in rows.items()
+        },
+        table(rows),
+    )
 
 
 def table(rows: dict) -> str:
-    """The regimes-by-axes table in Markdown, as the README shows it. A cell left empty is the axis's default."""
+    """The regimes-by-axes table in Markdown, as the README shows it. A cell left empty is the
+    axis's default."""
     from .regimes.registry import AXES
 
     def cell(row, axis: str) -> str:
@@ -43,8 +59,12 @@ def table(rows: dict) -> str:
         return row.values[axis] + (f" ({', '.join(told)})" if told else "")
 
     head = "| regime | " + " | ".join(AXES) + " | what it does to the bytes |"
-    lines = [f"| `{name}` | " + " | ".join(cell(row, axis) for axis in AXES) + f" | {row.says} ({row.source}) |"
-             for name, row in rows.items()]
+    lines = [
+        f"| `{name}` | "
+        + " | ".join(cell(row, axis) for axis in AXES)
+        + f" | {row.says} ({row.source}) |"
+        for name, row in rows.items()
+    ]
     return "\n".join([head, "|---" * (len(AXES) + 2) + "|", *lines])
 
 
@@ -53,21 +73,33 @@ def _items(args) -> Answer:
 
     described = describe_items(args.path, source=args.source, stories=args.stories)
     if not described["items"] + described["unlabelled"]:
-        first = [f"{p['path']}, line {p['line']}: {p['message']}" for p in described["problems"][:1]]
+        first = [
+            f"{p['path']}, line {p['line']}: {p['message']}" for p in described["problems"][:1]
+        ]
         raise ValueError(": ".join([f"{args.path} has no item of {described['source']}", *first]))
     if args.write and args.write.resolve() in {file.resolve() for file in item_files(args.path)}:
-        raise ValueError(f"--write {args.write} is a file that the items are read from: give another")
+        raise ValueError(
+            f"--write {args.write} is a file that the items are read from: give another"
+        )
     if args.write:
         write_items(load_items(args.path, args.source, args.stories).items, args.write)
-    return Answer(described, "\n".join(f"{key}: {json.dumps(value) if isinstance(value, dict | list) else value}"
-                                       for key, value in described.items()))
+    return Answer(
+        described,
+        "\n".join(
+            f"{key}: {json.dumps(value) if isinstance(value, dict | list) else value}"
+            for key, value in described.items()
+        ),
+    )
 
 
 def _replay(args) -> Answer:
     from .allocator.replay import replay_file
 
     outcome = replay_file(args.snapshot, args.device, args.max_mib << 20).as_dict(args.tolerance)
-    words = "\n".join(value if key == "verdict" else f"{key}: {json.dumps(value)}" for key, value in outcome.items())
+    words = "\n".join(
+        value if key == "verdict" else f"{key}: {json.dumps(value)}"
+        for key, value in outcome.items()
+    )
     return Answer(outcome, words, 0 if outcome["agrees"] else 1)
 
 
@@ -81,8 +113,11 @@ def _sweep(args) -> Answer:
         if of_sweep.exists() and not args.no_forecast and swept.code != 130:
             _chart(of_sweep, swept.folder, quiet=args.json)
         report = _build(swept.folder)
-    return Answer({"folder": str(swept.folder), "cells": swept.rows, **report.document},
-                  f"{sweep.words(swept.rows)}\n{report.words}".strip(), swept.code)
+    return Answer(
+        {"folder": str(swept.folder), "cells": swept.rows, **report.document},
+        f"{sweep.words(swept.rows)}\n{report.words}".strip(),
+        swept.code,
+    )
 
 
 def _chart(path: Path, folder: Path, quiet: bool) -> dict:
@@ -112,10 +147,24 @@ def _atlas(args) -> Answer:
         from .forecast import chart as atlas
 
         asked = atlas.read_atlas(args.path)
-        cells = [{"model": q.model, "name": q.name, "seq": q.seq, "batch": q.batch, "kept": atlas.kept(asked, q)}
-                 for q in asked.questions()]
-        return Answer(cells, "\n".join(f"{'kept' if c['kept'] else 'due':<5}{c['model']}  {c['name']}  {c['batch']} x {c['seq']}"
-                                       for c in cells))
+        cells = [
+            {
+                "model": q.model,
+                "name": q.name,
+                "seq": q.seq,
+                "batch": q.batch,
+                "kept": atlas.kept(asked, q),
+            }
+            for q in asked.questions()
+        ]
+        return Answer(
+            cells,
+            "\n".join(
+                f"{'kept' if c['kept'] else 'due':<5}{c['model']}  {c['name']}  {c['batch']} x"
+                f" {c['seq']}"
+                for c in cells
+            ),
+        )
     content = _chart(args.path, args.out or Path("outputs") / args.path.stem, quiet=args.json)
     failed = any(cell["reason"] for cell in (*content["cells"], *content.get("worlds", ())))
     return Answer(charted.table(content).to_dict("records"), charted.words(content), int(failed))
@@ -131,8 +180,10 @@ def _build(folder: Path) -> Answer:
     left_out: list[str] = []
     path = build(folder, left_out)
     size = path.stat().st_size
-    return Answer({"report": str(path), "size_bytes": size, "left_out": left_out},
-                  "\n".join([f"{path}  {size / 1e6:.2f} MB", *left_out]))
+    return Answer(
+        {"report": str(path), "size_bytes": size, "left_out": left_out},
+        "\n".join([f"{path}  {size / 1e6:.2f} MB", *left_out]),
+    )
 
 
 def _studies(args) -> Answer:
@@ -147,17 +198,26 @@ def _predict(args) -> Answer:
     from .cards import card
     from .forecast.forecast import Question, forecast, largest
 
-    question = Question(args.model, args.regime, args.seq, args.batch, args.weights or "", world=args.world)
-    held, settings = None if args.card is None else card(args.card), Settings.parse(args.allocator or "")
+    question = Question(
+        args.model, args.regime, args.seq, args.batch, args.weights or "", world=args.world
+    )
+    held, settings = (
+        None if args.card is None else card(args.card),
+        Settings.parse(args.allocator or ""),
+    )
     if args.max:
         if held is None:
             raise ValueError("--max searches what fits on a card: say which with --card")
         say = (lambda _: None) if args.json else (lambda words: print(words, file=sys.stderr))
         value, found = largest(question, args.max, held, settings, said=say)
-        return Answer({"max": args.max, "value": value, "forecast": found and found.to_json()},
-                      f"largest {args.max} that fits on {held.name}: {value}")
+        return Answer(
+            {"max": args.max, "value": value, "forecast": found and found.to_json()},
+            f"largest {args.max} that fits on {held.name}: {value}",
+        )
     found = forecast(question, held, settings)
-    return Answer({**found.to_json(), "reserved_range_bytes": found.reserved_range_bytes}, found.words())
+    return Answer(
+        {**found.to_json(), "reserved_range_bytes": found.reserved_range_bytes}, found.words()
+    )
 
 
 def _base(args) -> Answer:
@@ -190,63 +250,176 @@ class _JsonParser(argparse.ArgumentParser):
 def parser(as_json: bool = False) -> argparse.ArgumentParser:
     """All commands with their options. `as_json`: errors of use are a JSON document too."""
     kind = _JsonParser if as_json else argparse.ArgumentParser
-    top = kind(prog="vramlab", description="Which memory regime fine-tunes Baichuan-2 on the GPU at hand, "
-                                           "and what it costs in factual consistency.")
+    top = kind(
+        prog="vramlab",
+        description=(
+            "Which memory regime fine-tunes Baichuan-2 on the GPU at hand, "
+            "and what it costs in factual consistency."
+        ),
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, does, about: str):
         sub = commands.add_parser(name, help=about, description=about)
-        sub.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+        sub.add_argument(
+            "--json", action="store_true", help="print one JSON document instead of text"
+        )
         sub.set_defaults(does=does)
         return sub
 
     sub = command("regimes", _regimes, "The rows of params/regimes.yml, with their axes.")
     sub.add_argument("--file", type=Path, help="another file of rows")
-    sub = command("items", _items, "What a FactCC, SummEdits, BoolQ or generated data set holds: counts, labels, problems.")
+    sub = command(
+        "items",
+        _items,
+        "What a FactCC, SummEdits, BoolQ or generated data set holds: counts, labels, problems.",
+    )
     sub.add_argument("path", type=Path)
-    sub.add_argument("--source", choices=("factcc", "boolq", "summedits", "generated"), help="default: found from the content")
-    sub.add_argument("--stories", type=Path, help="folder with CNN/DM .story files, for FactCC releases without articles")
-    sub.add_argument("--write", type=Path, help="a .jsonl file to write the items to, their articles included, as a run reads them")
-    sub = command("replay", _replay, "The allocator simulator against a recorded CUDA snapshot, event by event.")
-    sub.add_argument("snapshot", type=Path, help="a pickle of torch.cuda.memory._dump_snapshot; none of it is run")
+    sub.add_argument(
+        "--source",
+        choices=("factcc", "boolq", "summedits", "generated"),
+        help="default: found from the content",
+    )
+    sub.add_argument(
+        "--stories",
+        type=Path,
+        help="folder with CNN/DM .story files, for FactCC releases without articles",
+    )
+    sub.add_argument(
+        "--write",
+        type=Path,
+        help="a .jsonl file to write the items to, their articles included, as a run reads them",
+    )
+    sub = command(
+        "replay",
+        _replay,
+        "The allocator simulator against a recorded CUDA snapshot, event by event.",
+    )
+    sub.add_argument(
+        "snapshot",
+        type=Path,
+        help="a pickle of torch.cuda.memory._dump_snapshot; none of it is run",
+    )
     sub.add_argument("--device", type=int, help="default: the only device with events")
-    sub.add_argument("--max-mib", type=int, default=1024, help="largest file that is read (default: 1024 MiB)")
-    sub.add_argument("--tolerance", type=float, default=0.01, help="relative error of peak reserved bytes and of bytes allocated "
-                     "at the end that still counts as agreement (default: 0.01); beyond it the exit code is 1")
-    sub = command("sweep", _sweep, "Every cell of a sweep through papermill, resumable, then the report.")
+    sub.add_argument(
+        "--max-mib", type=int, default=1024, help="largest file that is read (default: 1024 MiB)"
+    )
+    sub.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.01,
+        help=(
+            "relative error of peak reserved bytes and of bytes allocated at the end that still"
+            " counts as agreement (default: 0.01); beyond it the exit code is 1"
+        ),
+    )
+    sub = command(
+        "sweep", _sweep, "Every cell of a sweep through papermill, resumable, then the report."
+    )
     sub.add_argument("path", type=Path, help="for example params/quick.yml")
     sub.add_argument("--out", type=Path, help="default: outputs/<name of the sweep>")
     sub.add_argument("--force", action="store_true", help="run finished cells again")
-    sub.add_argument("--retry", choices=("failed", "oom", "diverged", "all"), help="run again the cells that ended so")
+    sub.add_argument(
+        "--retry",
+        choices=("failed", "oom", "diverged", "all"),
+        help="run again the cells that ended so",
+    )
     sub.add_argument("--dry-run", action="store_true", help="list the cells and what would run")
     sub.add_argument("--no-report", action="store_true")
-    sub.add_argument("--no-forecast", action="store_true", help="leave out the atlas beside the sweep, params/atlas-<sweep>.yml")
-    sub = command("predict", _predict, "The real training step of a model on a virtual GPU: every byte, and whether it fits.")
-    sub.add_argument("--model", default="baichuan2-7b", help="a file of params/models, or the path of one")
+    sub.add_argument(
+        "--no-forecast",
+        action="store_true",
+        help="leave out the atlas beside the sweep, params/atlas-<sweep>.yml",
+    )
+    sub = command(
+        "predict",
+        _predict,
+        "The real training step of a model on a virtual GPU: every byte, and whether it fits.",
+    )
+    sub.add_argument(
+        "--model", default="baichuan2-7b", help="a file of params/models, or the path of one"
+    )
     sub.add_argument("--regime", default="full", help="a row of params/regimes.yml")
     sub.add_argument("--seq", type=int, default=1024, help="tokens a row")
     sub.add_argument("--batch", type=int, default=1, help="rows a micro-batch")
-    sub.add_argument("--weights", choices=("fp32", "mixed", "bf16", "bf16_sr", "master"),
-                     help="another storage type than the row's own")
-    sub.add_argument("--world", type=int, default=1, help="ranks of a sharded regime; the forecast is one rank's")
+    sub.add_argument(
+        "--weights",
+        choices=("fp32", "mixed", "bf16", "bf16_sr", "master"),
+        help="another storage type than the row's own",
+    )
+    sub.add_argument(
+        "--world", type=int, default=1, help="ranks of a sharded regime; the forecast is one rank's"
+    )
     sub.add_argument("--card", help="a card of params/cards.yml, for example rtx4090")
-    sub.add_argument("--allocator", metavar="CONF", help="as in PYTORCH_ALLOC_CONF, for example expandable_segments:True")
-    sub.add_argument("--max", choices=("seq", "batch"), help="search the largest that fits on the card")
-    sub = command("atlas", _atlas, "Every regime against every card, predicted; kept, so that it goes on where it was stopped.")
-    sub.add_argument("path", type=Path, nargs="?", default=Path("params/atlas.yml"), help="default: params/atlas.yml")
-    sub.add_argument("--out", type=Path, help="folder for forecast.json (default: outputs/<name of the atlas>)")
-    sub.add_argument("--dry-run", action="store_true", help="list the cells and what would be traced")
-    sub = command("studies", _studies, "The studies of the source papers: their runs, their notebooks, verdicts on their claims.")
-    sub.add_argument("study", nargs="*", help="a study or a file of params/studies (default: all five, small)")
-    sub.add_argument("--out", type=Path, default=Path("outputs/studies"), help="folder for runs (default: outputs/studies)")
-    sub.add_argument("--gallery", type=Path, help="folder for the thinned records, for example outputs/gallery")
+    sub.add_argument(
+        "--allocator",
+        metavar="CONF",
+        help="as in PYTORCH_ALLOC_CONF, for example expandable_segments:True",
+    )
+    sub.add_argument(
+        "--max", choices=("seq", "batch"), help="search the largest that fits on the card"
+    )
+    sub = command(
+        "atlas",
+        _atlas,
+        "Every regime against every card, predicted; kept, so that it goes on where it was"
+        " stopped.",
+    )
+    sub.add_argument(
+        "path",
+        type=Path,
+        nargs="?",
+        default=Path("params/atlas.yml"),
+        help="default: params/atlas.yml",
+    )
+    sub.add_argument(
+        "--out", type=Path, help="folder for forecast.json (default: outputs/<name of the atlas>)"
+    )
+    sub.add_argument(
+        "--dry-run", action="store_true", help="list the cells and what would be traced"
+    )
+    sub = command(
+        "studies",
+        _studies,
+        "The studies of the source papers: their runs, their notebooks, verdicts on their claims.",
+    )
+    sub.add_argument(
+        "study", nargs="*", help="a study or a file of params/studies (default: all five, small)"
+    )
+    sub.add_argument(
+        "--out",
+        type=Path,
+        default=Path("outputs/studies"),
+        help="folder for runs (default: outputs/studies)",
+    )
+    sub.add_argument(
+        "--gallery", type=Path, help="folder for the thinned records, for example outputs/gallery"
+    )
     sub.add_argument("--jobs", type=int, default=0, help="cells side by side (default: one a core)")
     sub.add_argument("--dry-run", action="store_true", help="count the cells and what would run")
-    sub = command("base", _base, "The base model that runs start from: its recipe, scores and seeds; or trains it again.")
-    sub.add_argument("--model", default="tiny", help="a file of params/models, or the path of one (default: tiny)")
-    sub.add_argument("--recipe", default="standard", choices=("standard", "reading"), help="default: standard")
-    sub.add_argument("--make", action="store_true", help="train it again, some five minutes; it then ships in place of the old")
-    sub.add_argument("--seed", type=int, help="with --make: another seed, which adds a row to the table and ships nothing")
+    sub = command(
+        "base",
+        _base,
+        "The base model that runs start from: its recipe, scores and seeds; or trains it again.",
+    )
+    sub.add_argument(
+        "--model",
+        default="tiny",
+        help="a file of params/models, or the path of one (default: tiny)",
+    )
+    sub.add_argument(
+        "--recipe", default="standard", choices=("standard", "reading"), help="default: standard"
+    )
+    sub.add_argument(
+        "--make",
+        action="store_true",
+        help="train it again, some five minutes; it then ships in place of the old",
+    )
+    sub.add_argument(
+        "--seed",
+        type=int,
+        help="with --make: another seed, which adds a row to the table and ships nothing",
+    )
     command("doctor", _doctor, "What this machine can measure, what it cannot, and why.")
     sub = command("report", _report, "One self-contained HTML file from a folder of finished runs.")
     sub.add_argument("folder", type=Path, help="for example outputs/quick")
@@ -267,13 +440,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _answer(args) -> Answer:
-    """What the command found. An error of use or of the file system is a line on standard error and code 2."""
+    """What the command found. An error of use or of the file system is a line on standard error and
+    code 2."""
     try:
         return args.does(args)
     except KeyboardInterrupt:
         return Answer({"error": "interrupted"}, "", 130)
     except (ValueError, OSError) as error:
-        words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        words = (
+            f"{error.filename}: {error.strerror}"
+            if isinstance(error, OSError) and error.filename
+            else str(error)
+        )
         print(f"vramlab {args.command}: {words}", file=sys.stderr)
         return Answer({"error": words}, "", 2)
 

@@ -1,4 +1,5 @@
-"""Where the project's files lie; and files that are whole or not there, whoever is stopped while writing them."""
+"""Where the project's files lie; and files that are whole or not there, whoever is stopped while
+writing them."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ FORECASTS = CACHE / "forecasts"
 BASES = ROOT / "outputs" / "reference" / "bases"
 """The base models that ship with the project, one folder each, named after model and recipe."""
 SEAL = "checksums.json"
-"""In a sealed folder: the name of each file, relative to the folder, with the SHA-256 of its content."""
+"""In a sealed folder: the name of each file, relative to the folder, with the SHA-256 of its
+content."""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -38,7 +40,8 @@ def write_table(frame: pd.DataFrame, path: Path, **options) -> None:
 
 
 def remove_stale(folder: Path, pattern: str, age_s: float = 86_400.0) -> None:
-    """Remove files and folders that match and are older than `age_s` seconds: parts that a killed process left."""
+    """Remove files and folders that match and are older than `age_s` seconds: parts that a killed
+    process left."""
     for path in folder.glob(pattern):
         try:
             old = time.time() - path.lstat().st_mtime > age_s
@@ -73,7 +76,8 @@ def write_checked(path: Path, content: Mapping) -> None:
 
 
 def read_checked(path: Path) -> dict:
-    """What `write_checked` wrote. Raises: OSError; BadFile, for a file that is not JSON or does not match its checksum."""
+    """What `write_checked` wrote. Raises: OSError; BadFile, for a file that is not JSON or does not
+    match its checksum."""
     content = read_json(path)
     if content.pop("checksum", None) != _digest(content):
         raise BadFile(f"{path} does not match its checksum, or has none")
@@ -84,8 +88,11 @@ def _digest(content: Mapping) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def recall(path: Path, read: Callable[[Path], Any] = read_checked, say: Callable[[str], object] = notice) -> Any:
-    """What is kept at `path`; None where nothing is, or what does not read back: then `say` gets a sentence that names it."""
+def recall(
+    path: Path, read: Callable[[Path], Any] = read_checked, say: Callable[[str], object] = notice
+) -> Any:
+    """What is kept at `path`; None where nothing is, or what does not read back: then `say` gets a
+    sentence that names it."""
     try:
         return read(path)
     except FileNotFoundError:
@@ -96,19 +103,31 @@ def recall(path: Path, read: Callable[[Path], Any] = read_checked, say: Callable
 
 
 def seal(folder: Path, *names: str) -> None:
-    """Record the checksums of the files called `names` (default: every file under `folder`), so that `intact` notices a file that
-    was changed, cut short or removed. Call it last: a folder whose writer was killed has no seal, so it is not intact."""
-    paths = [folder / name for name in names] or [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    """Record the checksums of the files called `names` (default: every file under `folder`), so
+    that `intact` notices a file that was changed, cut short or removed. Call it last: a folder
+    whose writer was killed has no seal, so it is not intact.
+    """
+    paths = [folder / name for name in names] or [
+        path for path in sorted(folder.rglob("*")) if path.is_file()
+    ]
     sums = {str(path.relative_to(folder)): checksum(path) for path in paths if path.name != SEAL}
     write_whole(folder / SEAL, json.dumps(sums, indent=1))
 
 
 def intact(folder: Path) -> bool:
-    """Whether `folder` was sealed and each sealed file still has its content. Files that came later do not count."""
+    """Whether `folder` was sealed and each sealed file still has its content. Files that came later
+    do not count."""
     try:
         sums = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        return bool(sums) and all(checksum(folder / name) == digest for name, digest in sums.items())
-    except (OSError, ValueError, AttributeError, TypeError):  # no seal, a sealed file that is missing, or a damaged seal
+        return bool(sums) and all(
+            checksum(folder / name) == digest for name, digest in sums.items()
+        )
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        TypeError,
+    ):  # no seal, a sealed file that is missing, or a damaged seal
         return False
 
 

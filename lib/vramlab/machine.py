@@ -1,4 +1,5 @@
-"""What a run was made with: enough to say whether two runs may be compared, nothing that identifies the machine."""
+"""What a run was made with: enough to say whether two runs may be compared, nothing that identifies
+the machine."""
 
 from __future__ import annotations
 
@@ -16,7 +17,16 @@ import torch
 
 from .files import ROOT
 
-PACKAGES = ("torch", "transformers", "peft", "pandas", "plotly", "papermill", "sentencepiece", "nvidia-ml-py")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "pandas",
+    "plotly",
+    "papermill",
+    "sentencepiece",
+    "nvidia-ml-py",
+)
 
 
 def record(device: str = "cpu") -> dict:
@@ -33,7 +43,10 @@ def record(device: str = "cpu") -> dict:
         "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": _device(device),
         "versions": {name: version(name) for name in PACKAGES},
-        "allocator": os.environ.get("PYTORCH_ALLOC_CONF", "") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
+        "allocator": (
+            os.environ.get("PYTORCH_ALLOC_CONF", "")
+            or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+        ),
         **_commit(),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -44,8 +57,14 @@ def _device(device: str) -> dict:
         return {"kind": "cuda", "name": "none that torch sees"}
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
-        return {"kind": "cuda", "name": properties.name, "memory_bytes": properties.total_memory,
-                "compute_capability": [properties.major, properties.minor], "cuda": torch.version.cuda, "driver": driver()}
+        return {
+            "kind": "cuda",
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+            "compute_capability": [properties.major, properties.minor],
+            "cuda": torch.version.cuda,
+            "driver": driver(),
+        }
     return {"kind": "cpu", "name": _cpu_name()}
 
 
@@ -68,10 +87,15 @@ def version(package: str) -> str:
 
 def _commit() -> dict:
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+        return {
+            "commit": git("rev-parse", "--short=12", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "-uno")),
+        }
     except (OSError, subprocess.CalledProcessError):
         return {"commit": "unknown", "dirty": None}
 
@@ -80,11 +104,18 @@ def _commit() -> dict:
 def needed() -> tuple[bool, str]:
     """Whether this CPU should form bf16 products in fp32, and why."""
     try:
-        flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
+        flags = set(
+            Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
+        )
     except (OSError, IndexError):
         return True, "the CPU's features are not known"
-    units, used = sorted(flags & {"avx512_bf16", "amx_bf16"}), torch.backends.cpu.get_cpu_capability()
-    if units and not used.startswith("AVX512"):  # torch was built or told to use less, and its attention then fails in bf16
+    units, used = (
+        sorted(flags & {"avx512_bf16", "amx_bf16"}),
+        torch.backends.cpu.get_cpu_capability(),
+    )
+    if units and not used.startswith(
+        "AVX512"
+    ):  # torch was built or told to use less, and its attention then fails in bf16
         return True, f"the CPU has {', '.join(units)}, but torch uses {used} only"
     if units:
         return False, f"the CPU has {', '.join(units)}"
@@ -92,7 +123,8 @@ def needed() -> tuple[bool, str]:
 
 
 def library():
-    """The NVML module, initialised. Raises: ImportError or NVMLError, which is what there is to say."""
+    """The NVML module, initialised. Raises: ImportError or NVMLError, which is what there is to
+    say."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -114,20 +146,35 @@ def _text(name: str | bytes) -> str:
 def describe(asked: Mapping) -> dict:
     """The machine, as far as figures need it: card, driver, versions."""
     device = asked["device"]
-    found = {"device": device, "versions": record(device)["versions"], "python": sys.version.split()[0],
-             "cores": os.cpu_count(), "host_bytes": _host_bytes(), "name": "CPU", "total_bytes": None, "context_bytes": None,
-             "compute_capability": None, "driver": None, "cuda": torch.version.cuda}
+    found = {
+        "device": device,
+        "versions": record(device)["versions"],
+        "python": sys.version.split()[0],
+        "cores": os.cpu_count(),
+        "host_bytes": _host_bytes(),
+        "name": "CPU",
+        "total_bytes": None,
+        "context_bytes": None,
+        "compute_capability": None,
+        "driver": None,
+        "cuda": torch.version.cuda,
+    }
     if device.startswith("cuda"):
         free, total = torch.cuda.mem_get_info(device)
         told = torch.cuda.get_device_properties(device)
-        found |= {"name": told.name, "total_bytes": told.total_memory, "driver": _driver(),
-                  "context_bytes": total - free - torch.cuda.memory_reserved(device),
-                  "compute_capability": list(torch.cuda.get_device_capability(device))}
+        found |= {
+            "name": told.name,
+            "total_bytes": told.total_memory,
+            "driver": _driver(),
+            "context_bytes": total - free - torch.cuda.memory_reserved(device),
+            "compute_capability": list(torch.cuda.get_device_capability(device)),
+        }
     return found
 
 
 def _host_bytes() -> int:
-    """What a process may take: free host memory, or a container's share of it where that is less."""
+    """What a process may take: free host memory, or a container's share of it where that is
+    less."""
     told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(told["MemAvailable"].split()[0]) * 1024
     limit = Path("/sys/fs/cgroup/memory.max")

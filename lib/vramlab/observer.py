@@ -1,7 +1,7 @@
 """What a training step tells whoever watches it.
 
-The trainer speaks to one `Observer` and does not know which: nobody, a clock, or the event meter. So the code that is
-timed is the code that is metered, and neither is in the other's way.
+The trainer speaks to one `Observer` and does not know which: nobody, a clock, or the event meter.
+So the code that is timed is the code that is metered, and neither is in the other's way.
 """
 
 from __future__ import annotations
@@ -13,8 +13,17 @@ from typing import Any
 from torch import Tensor
 
 PHASES = ("init", "forward", "backward", "recompute", "update", "eval")
-CATEGORIES = ("weights", "buffers", "gradients", "optimizer", "activations", "temporaries", "inputs", "workspace",
-              "collectives")
+CATEGORIES = (
+    "weights",
+    "buffers",
+    "gradients",
+    "optimizer",
+    "activations",
+    "temporaries",
+    "inputs",
+    "workspace",
+    "collectives",
+)
 
 
 class _Recomputation:
@@ -52,9 +61,12 @@ class _Chunking:
 
     def __init__(self):
         self.listeners: list[Callable[[Any, int, int], object]] = []
-        """Called with the cut, the tokens it was made for, and the turn that begins, counted from 0; one more at the end."""
+        """Called with the cut, the tokens it was made for, and the turn that begins, counted from
+        0; one more at the end."""
 
-    def __call__(self, cut: Any, tokens: int, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    def __call__(
+        self, cut: Any, tokens: int, spans: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[int, int]]:
         for turn, span in enumerate(spans):
             self._now(cut, tokens, turn)
             yield span
@@ -66,7 +78,8 @@ class _Chunking:
 
 
 chunking = _Chunking()
-"""The `spans`, one after the other; for loops that take another number of turns for another number of tokens."""
+"""The `spans`, one after the other; for loops that take another number of turns for another number
+of tokens."""
 
 
 class Observer:
@@ -77,13 +90,14 @@ class Observer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Everything inside belongs to `name`, one of `PHASES` except recompute, which is inside backward and which
-        checkpointing tells, see `recomputing`."""
+        """Everything inside belongs to `name`, one of `PHASES` except recompute, which is inside
+        backward and which checkpointing tells, see `recomputing`."""
         yield
 
     @contextmanager
     def region(self, place: str) -> Iterator[None]:
-        """Storages made inside live in `place`; "host" is the only place that differs from the device."""
+        """Storages made inside live in `place`; "host" is the only place that differs from the
+        device."""
         yield
 
     def own(self, category: str, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -97,7 +111,8 @@ class Observer:
 
 
 class GradientsToo(Observer):
-    """Declares each trained leaf's gradient when it is whole. A part of observers that are told what tensors are for."""
+    """Declares each trained leaf's gradient when it is whole. A part of observers that are told
+    what tensors are for."""
 
     def __init__(self) -> None:
         self._hooks: list = []
@@ -110,7 +125,9 @@ class GradientsToo(Observer):
 
     def _whole_gradient(self, name: str):
         def hook(leaf: Tensor) -> None:
-            if leaf.grad is not None:  # else it was taken in rows, and torch says so by the same hook
+            if (
+                leaf.grad is not None
+            ):  # else it was taken in rows, and torch says so by the same hook
                 self.own("gradients", [(name, leaf.grad)])
 
         return hook

@@ -1,7 +1,8 @@
 """A progress bar that a terminal, a notebook and a saved notebook can all show.
 
-In a kernel it is one output, rewritten at most four times a second, whose last state is what the saved notebook holds;
-widget bars freeze at 0 % in an exported page, and a bar printed line by line floods it.
+In a kernel it is one output, rewritten at most four times a second, whose last state is what the
+saved notebook holds; widget bars freeze at 0 % in an exported page, and a bar printed line by line
+floods it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ class _NotebookBar:
         left_s = elapsed_s / self.done * (self.total - self.done) if self.done else float("nan")
         left = f", {left_s:.0f} s left" if 0 < self.done < self.total else ""
         words = f"{self.done}/{self.total}, {elapsed_s:.0f} s{left}"
-        return HTML(f'<label>{self.label} <progress value="{self.done}" max="{self.total}"></progress> {words}</label>')
+        return HTML(
+            f'<label>{self.label} <progress value="{self.done}" max="{self.total}"></progress>'
+            f" {words}</label>"
+        )
 
     def update(self, count: int = 1) -> None:
         self.done += count

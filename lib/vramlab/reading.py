@@ -1,11 +1,13 @@
 """Files that others wrote, read within bounds or refused by name.
 
-Every reader here ends in the content or in one error that begins with the file's path: `BadFile`, or Python's own `OSError` where
-there is no such file or no permission. Pipes, devices and folders are refused before they are opened, since reading one may never
-end; sizes are bounded, and so is what a YAML file grows to once its aliases are written out.
+Every reader here ends in the content or in one error that begins with the file's path: `BadFile`,
+or Python's own `OSError` where there is no such file or no permission. Pipes, devices and folders
+are refused before they are opened, since reading one may never end; sizes are bounded, and so is
+what a YAML file grows to once its aliases are written out.
 
-A type is an annotation (`int`, `Mapping[str, Any]`, `tuple[str, ...]`), or as data {field: type} of a mapping that has at least
-these fields, [type] of a list, and a tuple of the values that there are.
+A type is an annotation (`int`, `Mapping[str, Any]`, `tuple[str, ...]`), or as data {field: type} of
+a mapping that has at least these fields, [type] of a list, and a tuple of the values that there
+are.
 """
 
 from __future__ import annotations
@@ -32,21 +34,30 @@ MOST_TEXT_BYTES, MOST_YAML_BYTES, MOST_YAML_VALUES = 1 << 28, 1 << 19, 100_000
 
 
 class BadFile(ValueError):
-    """A file that cannot be what it is read as. The message names the file, the cause and, where there is one, the way out."""
+    """A file that cannot be what it is read as. The message names the file, the cause and, where
+    there is one, the way out."""
 
 
 def regular_file(path: Path | str) -> Path:
-    """The path, where a plain file is. Raises: OSError, where nothing can be read; BadFile, for a folder, a pipe or a device."""
+    """The path, where a plain file is. Raises: OSError, where nothing can be read; BadFile, for a
+    folder, a pipe or a device."""
     path = Path(path)
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+        kind = (
+            "a folder"
+            if stat.S_ISDIR(mode)
+            else "a pipe"
+            if stat.S_ISFIFO(mode)
+            else "a device or socket"
+        )
         raise BadFile(f"{path} is {kind}: give a file")
     return path
 
 
 def read_text(path: Path | str, most_bytes: int = MOST_TEXT_BYTES) -> str:
-    """A file's text, without a byte order mark. Raises: OSError; BadFile, for one that is too large or not UTF-8, with the line."""
+    """A file's text, without a byte order mark. Raises: OSError; BadFile, for one that is too large
+    or not UTF-8, with the line."""
     if (size := regular_file(path).stat().st_size) > most_bytes:
         raise BadFile(f"{path} has {size:,} bytes: at most {most_bytes:,} are read")
     content = Path(path).read_bytes()
@@ -54,7 +65,9 @@ def read_text(path: Path | str, most_bytes: int = MOST_TEXT_BYTES) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise BadFile(f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8 text") from None
+        raise BadFile(
+            f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8 text"
+        ) from None
 
 
 def read_json(path: Path | str) -> dict:
@@ -73,76 +86,139 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         counts = Counter(key.value for key, _ in node.value)
         if twice := [key for key, _ in node.value if counts[key.value] > 1]:
-            raise yaml.MarkedYAMLError(problem=f"{twice[-1].value!r:.80} stands twice", problem_mark=twice[-1].start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"{twice[-1].value!r:.80} stands twice", problem_mark=twice[-1].start_mark
+            )
         return node
 
 
-_Loader.add_implicit_resolver(  # YAML 1.2 reads 1e-3 as a number; YAML 1.1, without a point, as text
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789"))
+# YAML 1.2 reads 1e-3 as a number; YAML 1.1, without a point, as text
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
 
 
 def read_yaml(path: Path | str) -> dict:
-    """The mapping in a YAML file, of plain data. Raises: OSError; BadFile, also for a key that stands twice, with its line."""
+    """The mapping in a YAML file, of plain data. Raises: OSError; BadFile, also for a key that
+    stands twice, with its line."""
     text = read_text(path, MOST_YAML_BYTES)
     try:
         content = yaml.load(text, _Loader)
         _check_plain(content, [MOST_YAML_VALUES])
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:  # KeyError: `!!bool 3`
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        RecursionError,
+    ) as error:  # KeyError: `!!bool 3`
         mark = getattr(error, "problem_mark", None)
-        where, why = (f", line {mark.line + 1}", error.problem) if mark else ("", str(error).split("\n")[0])
+        where, why = (
+            (f", line {mark.line + 1}", error.problem) if mark else ("", str(error).split("\n")[0])
+        )
         raise BadFile(f"{path}{where} is not YAML of plain data: {why}") from None
     return checked(content, {}, str(path), others=True)
 
 
 def _check_plain(value: Any, left: list[int]) -> None:
-    """Raises: ValueError, for a date, a set or bytes, for keys that are not text or whole numbers, and for too many values, each
-    alias written out: a few lines of aliases of aliases are billions."""
+    """Raises: ValueError, for a date, a set or bytes, for keys that are not text or whole numbers,
+    and for too many values, each alias written out: a few lines of aliases of aliases are
+    billions."""
     left[0] -= 1
-    if isinstance(value, int) and value.bit_length() > 14_000:  # in hexadecimal; Python writes no more than 4,300 digits
+    if (
+        isinstance(value, int) and value.bit_length() > 14_000
+    ):  # in hexadecimal; Python writes no more than 4,300 digits
         raise ValueError("a whole number of thousands of digits")
     if left[0] < 0:
         raise ValueError(f"more than {MOST_YAML_VALUES:,} values once its aliases are written out")
     keys = [key for key in value if type(key) not in (str, int)] if isinstance(value, dict) else []
     if keys or not isinstance(value, str | int | float | dict | list | None):
-        raise ValueError(f"{reprlib.repr(keys[0] if keys else value)} is neither text nor a number: put it in quotes")
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        raise ValueError(
+            f"{reprlib.repr(keys[0] if keys else value)} is neither text nor a number: put it in"
+            " quotes"
+        )
+    for part in (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
         _check_plain(part, left)
 
 
 def read_table(path: Path | str) -> pd.DataFrame:
-    """A parquet file, its checksums compared. Raises: OSError, where nothing can be read; BadFile."""
+    """A parquet file, its checksums compared. Raises: OSError, where nothing can be read;
+    BadFile."""
     regular_file(path)
     try:
         return pd.read_parquet(path, page_checksum_verification=True)
-    except (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise BadFile(f"{path} is not a whole parquet file: {error}") from None
 
 
 def typed(kind: type, content: Any, where: str, **more) -> Any:
-    """The dataclass `kind` from plain data, lists as tuples. `more`: fields that `content` does not hold. Raises: as `checked`."""
+    """The dataclass `kind` from plain data, lists as tuples. `more`: fields that `content` does not
+    hold. Raises: as `checked`."""
     known = {field.name: field for field in fields(kind) if field.name not in more}
-    needed = [name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
+    needed = [
+        name
+        for name, field in known.items()
+        if field.default is MISSING and field.default_factory is MISSING
+    ]
     hints = {name: hint for name, hint in typing.get_type_hints(kind).items() if name in known}
     content = checked(content, hints, where, needed)
     try:
-        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}, **more)
+        return kind(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in content.items()
+            },
+            **more,
+        )
     except ValueError as error:  # a value that its own type excludes
         raise BadFile(f"{where}: {error}") from None
 
 
-def checked(content: Any, hints: Mapping[str, Any], where: str, needed: Sequence[str] = (), others: bool = False) -> dict:
+def checked(
+    content: Any,
+    hints: Mapping[str, Any],
+    where: str,
+    needed: Sequence[str] = (),
+    others: bool = False,
+) -> dict:
     """`content`, when it is a mapping whose fields are of the types in `hints`.
 
-    Raises: BadFile, with every field that is needed and missing, of another type or, unless there may be `others`, unknown.
+    Raises: BadFile, with every field that is needed and missing, of another type or, unless there
+    may be `others`, unknown.
     """
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
-        raise BadFile(f"{where}: its whole content is {reprlib.repr(content)}: a mapping from names was expected")
+        raise BadFile(
+            f"{where}: its whole content is {reprlib.repr(content)}: a mapping from names was"
+            " expected"
+        )
     wrong = [f"no {name}" for name in needed if name not in content]
-    wrong += [f"unknown {name}{nearest(name, hints)}" for name in content if not others and name not in hints]
-    wrong += [f"{name} {reprlib.repr(content[name])}, where it takes {getattr(hint, '__name__', hint)}"
-              for name, hint in hints.items() if name in content and not matches(content[name], hint)]
+    wrong += [
+        f"unknown {name}{nearest(name, hints)}"
+        for name in content
+        if not others and name not in hints
+    ]
+    wrong += [
+        f"{name} {reprlib.repr(content[name])}, where it takes {getattr(hint, '__name__', hint)}"
+        for name, hint in hints.items()
+        if name in content and not matches(content[name], hint)
+    ]
     if wrong:
-        raise BadFile(f"{where} has {'; '.join(wrong)}" + ("" if others else f": it may have {', '.join(hints)}"))
+        raise BadFile(
+            f"{where} has {'; '.join(wrong)}"
+            + ("" if others else f": it may have {', '.join(hints)}")
+        )
     return dict(content)
 
 
@@ -150,29 +226,46 @@ def matches(value: Any, hint: Any) -> bool:
     """Whether `value` is of the type `hint`."""
     origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
     if isinstance(hint, dict):
-        return isinstance(value, Mapping) and all(name in value and matches(value[name], one) for name, one in hint.items())
+        return isinstance(value, Mapping) and all(
+            name in value and matches(value[name], one) for name, one in hint.items()
+        )
     if isinstance(hint, tuple):
         return value in hint
     if isinstance(hint, list) or origin in (tuple, Sequence):
         kinds = (args or hint)[:1] * len(value) if isinstance(value, list | tuple) else ()
         fixed = origin is tuple and args[-1] is not ...
-        return isinstance(value, list | tuple) and (not fixed or len(value) == len(args)) and all(map(matches, value, kinds))
+        return (
+            isinstance(value, list | tuple)
+            and (not fixed or len(value) == len(args))
+            and all(map(matches, value, kinds))
+        )
     if origin in (types.UnionType, typing.Union):
         return any(matches(value, one) for one in args)
-    if origin is Mapping or is_dataclass(origin):  # a dataclass's fields are checked when it is made
+    if origin is Mapping or is_dataclass(
+        origin
+    ):  # a dataclass's fields are checked when it is made
         return isinstance(value, Mapping) and all(
-            matches(key, args[0]) and matches(part, args[1]) for key, part in value.items() if args)
+            matches(key, args[0]) and matches(part, args[1]) for key, part in value.items() if args
+        )
     if origin in (int, float):
-        return isinstance(value, int | origin) and not isinstance(value, bool) and -math.inf < value < math.inf
+        return (
+            isinstance(value, int | origin)
+            and not isinstance(value, bool)
+            and -math.inf < value < math.inf
+        )
     return hint is Any or isinstance(value, origin)
 
 
 def plain_name(name: str) -> bool:
-    """Whether `name` can be that of one folder, so that a path built from it stays where it belongs."""
-    return Path(name).name == name and name not in ("", "..") and "\0" not in name and len(name) < 200
+    """Whether `name` can be that of one folder, so that a path built from it stays where it
+    belongs."""
+    return (
+        Path(name).name == name and name not in ("", "..") and "\0" not in name and len(name) < 200
+    )
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
-    """` (did you mean lora?)`, or nothing where no known name is near: for errors about one name out of a set."""
+    """` (did you mean lora?)`, or nothing where no known name is near: for errors about one name
+    out of a set."""
     near = difflib.get_close_matches(str(name), list(known), 1)
     return f" (did you mean {near[0]}?)" if near else ""

@@ -1,4 +1,5 @@
-"""The chapters of Baichuan 2's study, drawn from the records alone. What kind a figure's numbers are stands on it."""
+"""The chapters of Baichuan 2's study, drawn from the records alone. What kind a figure's numbers
+are stands on it."""
 
 from __future__ import annotations
 
@@ -17,44 +18,85 @@ LEARNED = "learned, this CPU"
 
 
 def curves(lab: Lab) -> go.Figure:
-    """Cross-entropy by step, one panel a learning rate; every seed a line, without the max-z term in loss or model."""
+    """Cross-entropy by step, one panel a learning rate; every seed a line, without the max-z term
+    in loss or model."""
     table = pretraining(lab)
     rates = sorted(table["lr"].unique())
-    figure = make_subplots(1, len(rates), shared_yaxes=True, subplot_titles=[f"lr {rate:g}" for rate in rates],
-                           horizontal_spacing=0.02)
+    figure = make_subplots(
+        1,
+        len(rates),
+        shared_yaxes=True,
+        subplot_titles=[f"lr {rate:g}" for rate in rates],
+        horizontal_spacing=0.02,
+    )
     steps = lab.records.steps.groupby("run_id")
     for _, run in table[~table["max_z"]].iterrows():
         its, head = steps.get_group(run["run_id"]).sort_values("step"), HEADS[run["norm_head"]]
         first = run["lr"] == rates[0] and run["seed"] == table["seed"].min()
-        figure.add_scatter(x=its["step"].tolist(), y=its["cross_entropy"].round(3).tolist(), mode="lines", name=head,
-                           legendgroup=head, showlegend=bool(first), line={"color": COLORS[head], "width": 1}, row=1,
-                           col=1 + rates.index(run["lr"]),
-                           hovertemplate=f"{head}, seed {run['seed']}, step %{{x}}: %{{y}}<extra></extra>")
+        figure.add_scatter(
+            x=its["step"].tolist(),
+            y=its["cross_entropy"].round(3).tolist(),
+            mode="lines",
+            name=head,
+            legendgroup=head,
+            showlegend=bool(first),
+            line={"color": COLORS[head], "width": 1},
+            row=1,
+            col=1 + rates.index(run["lr"]),
+            hovertemplate=f"{head}, seed {run['seed']}, step %{{x}}: %{{y}}<extra></extra>",
+        )
     floor = float(lab.records.tables["frequencies"]["cross_entropy"].mean())
     figure.add_hline(y=floor, line={"dash": "dash", "color": "#555", "width": 1})
     figure.update_yaxes(type="log")
     figure.update_yaxes(title_text="cross-entropy, nats (log)", col=1)
     figure.update_xaxes(title_text="step")
     figure.update_annotations(font_size=13)
-    return dressed(figure, "Pre-training from random weights; dashed: the frequencies of tokens", LEARNED, 260)
+    return dressed(
+        figure, "Pre-training from random weights; dashed: the frequencies of tokens", LEARNED, 260
+    )
 
 
 def ends(lab: Lab) -> go.Figure:
-    """Where runs ended by learning rate, and their highest logit: the mean over seeds, with each seed as a dot."""
+    """Where runs ended by learning rate, and their highest logit: the mean over seeds, with each
+    seed as a dot."""
     table = pretraining(lab)
-    figure = make_subplots(1, 2, subplot_titles=["cross-entropy at the end, nats", "highest logit at the end"],
-                           horizontal_spacing=0.09)
+    figure = make_subplots(
+        1,
+        2,
+        subplot_titles=["cross-entropy at the end, nats", "highest logit at the end"],
+        horizontal_spacing=0.09,
+    )
     for (norm, max_z), its in table.groupby(["norm_head", "max_z"]):
         name = HEADS[norm] + (", max-z" if max_z else "")
         for column, what in ((1, "final"), (2, "logit")):
             mean = its.groupby("lr")[what].mean()
             style = {"color": COLORS[HEADS[norm]], "dash": "dot" if max_z else "solid"}
-            figure.add_scatter(x=mean.index.tolist(), y=mean.round(3).tolist(), mode="lines", name=name, legendgroup=name,
-                               showlegend=column == 1, line=style, row=1, col=column)
-            figure.add_scatter(x=its["lr"].tolist(), y=its[what].round(3).tolist(), mode="markers", legendgroup=name,
-                               showlegend=False, marker={"color": COLORS[HEADS[norm]], "size": 5,
-                                                         "symbol": "circle-open" if max_z else "circle"},
-                               hovertemplate=f"{name}, lr %{{x}}: %{{y}}<extra>one seed</extra>", row=1, col=column)
+            figure.add_scatter(
+                x=mean.index.tolist(),
+                y=mean.round(3).tolist(),
+                mode="lines",
+                name=name,
+                legendgroup=name,
+                showlegend=column == 1,
+                line=style,
+                row=1,
+                col=column,
+            )
+            figure.add_scatter(
+                x=its["lr"].tolist(),
+                y=its[what].round(3).tolist(),
+                mode="markers",
+                legendgroup=name,
+                showlegend=False,
+                marker={
+                    "color": COLORS[HEADS[norm]],
+                    "size": 5,
+                    "symbol": "circle-open" if max_z else "circle",
+                },
+                hovertemplate=f"{name}, lr %{{x}}: %{{y}}<extra>one seed</extra>",
+                row=1,
+                col=column,
+            )
     figure.update_xaxes(type="log", title_text="learning rate")
     figure.update_annotations(font_size=13)
     return dressed(figure, "What a learning rate ends in", LEARNED, 260)
@@ -63,83 +105,152 @@ def ends(lab: Lab) -> go.Figure:
 def stability(lab: Lab) -> pd.DataFrame:
     """One row a head, max-z and learning rate, the mean over seeds: the table behind the curves."""
     table = pretraining(lab).assign(head=lambda its: its["norm_head"].map(HEADS))
-    return table.groupby(["head", "max_z", "lr"]).agg(
-        seeds=("seed", "nunique"), diverged=("diverged", "sum"), final=("final", "mean"), spikes=("spikes", "mean"),
-        jump=("jump", "max"), logit=("logit", "mean")).round(3)
+    return (
+        table.groupby(["head", "max_z", "lr"])
+        .agg(
+            seeds=("seed", "nunique"),
+            diverged=("diverged", "sum"),
+            final=("final", "mean"),
+            spikes=("spikes", "mean"),
+            jump=("jump", "max"),
+            logit=("logit", "mean"),
+        )
+        .round(3)
+    )
 
 
 def pairs(lab: Lab) -> pd.DataFrame:
     """The comparisons named before the runs."""
-    found = {name.removeprefix("stability.pair."): figure for name, figure in lab.figures.items() if "stability.pair." in name}
-    return pd.DataFrame({"difference": {name: figure.words() for name, figure in found.items()},
-                         "p, Holm": {name: f"{figure.p_holm:.2g}" for name, figure in found.items()},
-                         "seeds": {name: figure.seeds for name, figure in found.items()}})
+    found = {
+        name.removeprefix("stability.pair."): figure
+        for name, figure in lab.figures.items()
+        if "stability.pair." in name
+    }
+    return pd.DataFrame(
+        {
+            "difference": {name: figure.words() for name, figure in found.items()},
+            "p, Holm": {name: f"{figure.p_holm:.2g}" for name, figure in found.items()},
+            "seeds": {name: figure.seeds for name, figure in found.items()},
+        }
+    )
 
 
 def rungs(lab: Lab) -> go.Figure:
     """The trained rungs against the power law fitted to all but the largest."""
     table = ladder(lab)
-    figure = go.Figure(go.Scatter(x=table["counted"].tolist(), y=table["final"].round(4).tolist(), mode="markers", name="a run",
-                                  marker={"color": "#4e79a7", "size": 7}))
+    figure = go.Figure(
+        go.Scatter(
+            x=table["counted"].tolist(),
+            y=table["final"].round(4).tolist(),
+            mode="markers",
+            name="a run",
+            marker={"color": "#4e79a7", "size": 7},
+        )
+    )
     below = table[table["counted"] < table["counted"].max()]
     a, b = power_law(below["counted"].to_numpy(float), below["final"].to_numpy())
     sizes = sorted(table["counted"].unique())
-    figure.add_scatter(x=sizes, y=[a * size**-b for size in sizes], mode="lines", name="fitted to all but the largest",
-                       line={"color": "#e15759", "dash": "dash"})
+    figure.add_scatter(
+        x=sizes,
+        y=[a * size**-b for size in sizes],
+        mode="lines",
+        name="fitted to all but the largest",
+        line={"color": "#e15759", "dash": "dash"},
+    )
     figure.update_xaxes(type="log", title_text="parameters beside embedding and head")
     figure.update_yaxes(title_text=f"cross-entropy, last {LAST:.0%} of the steps, nats")
     return dressed(figure, "The ladder, an eighth as wide, on the same tokens", LEARNED, 260)
 
 
 def shapes(lab: Lab) -> pd.DataFrame:
-    """The ladder as published: counted parameters beside the quoted ones, and the forecast of a step."""
+    """The ladder as published: counted parameters beside the quoted ones, and the forecast of a
+    step."""
     tables, quoted = lab.records.tables, lab.plan.settings["table_10"]
-    its = tables["shapes"].merge(tables["forecasts"][["model", "peak_allocated_bytes", "flops"]], on="model", how="left")
-    return pd.DataFrame({"counted, M": (its["counted"] / 1e6).round(2), "quoted, M": its["model"].map(quoted),
-                         "embedding and head, %": (200 * its["head_parameters"] / its["parameters"]).round(1),
-                         "predicted peak, GiB": (its["peak_allocated_bytes"] / GIB).round(2),
-                         "TFLOP a step": (its["flops"] / 1e12).round(1)}).set_index(its["model"].rename(None))
+    its = tables["shapes"].merge(
+        tables["forecasts"][["model", "peak_allocated_bytes", "flops"]], on="model", how="left"
+    )
+    return pd.DataFrame(
+        {
+            "counted, M": (its["counted"] / 1e6).round(2),
+            "quoted, M": its["model"].map(quoted),
+            "embedding and head, %": (200 * its["head_parameters"] / its["parameters"]).round(1),
+            "predicted peak, GiB": (its["peak_allocated_bytes"] / GIB).round(2),
+            "TFLOP a step": (its["flops"] / 1e12).round(1),
+        }
+    ).set_index(its["model"].rename(None))
 
 
 def domains(lab: Lab) -> pd.DataFrame:
-    """Balanced accuracy, one row a training domain, one column a domain scored on, with the gain over the base and its interval."""
+    """Balanced accuracy, one row a training domain, one column a domain scored on, with the gain
+    over the base and its interval."""
     found: dict[str, dict[str, str]] = {}
     for name, figure in lab.figures.items():
         if name.startswith("domains.") and name.endswith(".gain"):
             _, domain, other, _ = name.split(".")
             reached = lab.figures[f"domains.{domain}.{other}"].value
-            found.setdefault(f"on {other}", {})[f"trained on {domain}"] = f"{reached:.3f}, gain {figure.words()}"
+            found.setdefault(f"on {other}", {})[f"trained on {domain}"] = (
+                f"{reached:.3f}, gain {figure.words()}"
+            )
     return pd.DataFrame(found)
 
 
 def collisions(lab: Lab) -> go.Figure:
-    """How many of the distances have a number of their own in bf16, by head, the steepest slope first."""
+    """How many of the distances have a number of their own in bf16, by head, the steepest slope
+    first."""
     its = lab.records.tables["collisions"]
     longest = its[its["length"] == its["length"].max()].sort_values("slope", ascending=False)
-    figure = make_subplots(1, 2, subplot_titles=["different numbers", "first distance that collides"], horizontal_spacing=0.09)
+    figure = make_subplots(
+        1,
+        2,
+        subplot_titles=["different numbers", "first distance that collides"],
+        horizontal_spacing=0.09,
+    )
     for form, color in FORMS.items():
         rows = longest[longest["form"] == form]
         for column, what in ((1, "distinct"), (2, "first_collision")):
-            figure.add_scatter(x=rows["slope"].tolist(), y=rows[what].tolist(), mode="lines+markers", name=form, legendgroup=form,
-                               showlegend=column == 1, line={"color": color}, marker={"size": 4}, row=1, col=column)
+            figure.add_scatter(
+                x=rows["slope"].tolist(),
+                y=rows[what].tolist(),
+                mode="lines+markers",
+                name=form,
+                legendgroup=form,
+                showlegend=column == 1,
+                line={"color": color},
+                marker={"size": 4},
+                row=1,
+                col=column,
+            )
     figure.update_xaxes(type="log", title_text="slope of the head")
     figure.update_yaxes(rangemode="tozero")
     figure.update_annotations(font_size=13)
-    return dressed(figure, f"ALiBi's {longest['length'].iloc[0]:,} distances in bf16", "computed", 240)
+    return dressed(
+        figure, f"ALiBi's {longest['length'].iloc[0]:,} distances in bf16", "computed", 240
+    )
 
 
 def attention(lab: Lab) -> go.Figure:
-    """The share of the last query's attention that moves to other keys, by head; scores beside positions are normal."""
+    """The share of the last query's attention that moves to other keys, by head; scores beside
+    positions are normal."""
     its = lab.records.tables["attention"]
     its = its[its["scores"] == "normal"].groupby(["form", "slope"])["moved"].mean().reset_index()
     figure = go.Figure()
     for form, color in FORMS.items():
         rows = its[its["form"] == form]
-        figure.add_scatter(x=rows["slope"].tolist(), y=rows["moved"].tolist(), mode="lines+markers", name=form,
-                           line={"color": color})
+        figure.add_scatter(
+            x=rows["slope"].tolist(),
+            y=rows["moved"].tolist(),
+            mode="lines+markers",
+            name=form,
+            line={"color": color},
+        )
     figure.update_xaxes(type="log", title_text="slope of the head")
     figure.update_yaxes(type="log", title_text="share of attention moved (log)")
-    return dressed(figure, "What a rounded ALiBi table does to attention", "computed, mean over drawn scores", 240)
+    return dressed(
+        figure,
+        "What a rounded ALiBi table does to attention",
+        "computed, mean over drawn scores",
+        240,
+    )
 
 
 def rotary(lab: Lab) -> go.Figure:
@@ -147,24 +258,41 @@ def rotary(lab: Lab) -> go.Figure:
     its, figure = lab.records.tables["rotary"], go.Figure()
     for rounded, color in ROUNDED.items():
         rows = its[its["rounded"] == rounded].sort_values("offset")
-        figure.add_scatter(x=[str(offset) for offset in rows["offset"]], y=rows["changed"].tolist(), mode="lines+markers",
-                           name=rounded, line={"color": color})
+        figure.add_scatter(
+            x=[str(offset) for offset in rows["offset"]],
+            y=rows["changed"].tolist(),
+            mode="lines+markers",
+            name=rounded,
+            line={"color": color},
+        )
     figure.update_xaxes(title_text="every position moved up by", type="category")
     figure.update_yaxes(title_text="share of answers that change", range=[-0.02, 0.6])
-    return dressed(figure, "Rotary positions in bf16: what is rounded", "computed, the trained tiny model", 240)
+    return dressed(
+        figure, "Rotary positions in bf16: what is rounded", "computed, the trained tiny model", 240
+    )
 
 
 def head(lab: Lab) -> go.Figure:
-    """The head's own bytes, formed naively and fused, beside the linear head's, trained and frozen."""
+    """The head's own bytes, formed naively and fused, beside the linear head's, trained and
+    frozen."""
     its = lab.records.tables["head"]
     models = list(dict.fromkeys(its["model"]))
-    figure = make_subplots(1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.05)
+    figure = make_subplots(
+        1, len(models), subplot_titles=models, shared_yaxes=True, horizontal_spacing=0.05
+    )
     for column, model in enumerate(models, 1):
         for trained, color in ((True, "#4e79a7"), (False, "#a0cbe8")):
             rows = its[(its["model"] == model) & (its["trained"] == trained)]
-            figure.add_bar(x=rows["head"].tolist(), y=(rows["extra_bytes"] / GIB).round(3).tolist(),
-                           name="trained" if trained else "frozen", legendgroup=str(trained), showlegend=column == 1,
-                           marker_color=color, row=1, col=column)
+            figure.add_bar(
+                x=rows["head"].tolist(),
+                y=(rows["extra_bytes"] / GIB).round(3).tolist(),
+                name="trained" if trained else "frozen",
+                legendgroup=str(trained),
+                showlegend=column == 1,
+                marker_color=color,
+                row=1,
+                col=column,
+            )
     figure.update_yaxes(title_text="GiB beside weight and input", col=1)
     figure.update_annotations(font_size=13)
     return dressed(figure, "What forming the loss takes", "predicted", 240)
@@ -173,38 +301,69 @@ def head(lab: Lab) -> go.Figure:
 def steps(lab: Lab) -> pd.DataFrame:
     """The forecast peak of a whole step by head, and the head's share of it."""
     its = lab.records.tables["step"].set_index(["model", "head"])
-    return pd.DataFrame({"predicted peak, GiB": (its["peak_bytes"] / GIB).round(2), "in": its["phase"],
-                         "the head's, %": (100 * its["head_share"]).round(1)})
+    return pd.DataFrame(
+        {
+            "predicted peak, GiB": (its["peak_bytes"] / GIB).round(2),
+            "in": its["phase"],
+            "the head's, %": (100 * its["head_share"]).round(1),
+        }
+    )
 
 
 def answer(lab: Lab) -> str:
-    """The study in one paragraph, of computed numbers, in Markdown. Chapters that have no runs are not in it."""
+    """The study in one paragraph, of computed numbers, in Markdown. Chapters that have no runs are
+    not in it."""
     figures, said = lab.figures, []
     if "stability.diverged.NormHead" in figures:
         linear, norm = (figures[f"stability.diverged.{name}"] for name in ("linear", "NormHead"))
         jump = figures["stability.jump.linear_minus_norm"]
-        said.append(f"From random weights {linear.value:.0%} of {linear.seeds} runs with a linear head end no better than the "
-                    f"frequencies of tokens, with NormHead {norm.value:.0%}; the linear head's highest jump of the loss is larger "
-                    f"by {jump.words()}. Where they end differs by {figures['stability.final.linear_minus_norm'].words()} over all "
-                    f"rates, and max-z changes that by {figures['stability.final.without_minus_with_max_z'].words()}.")
+        said.append(
+            f"From random weights {linear.value:.0%} of {linear.seeds} runs with a linear head end"
+            f" no better than the frequencies of tokens, with NormHead {norm.value:.0%}; the linear"
+            f" head's highest jump of the loss is larger by {jump.words()}. Where they end differs"
+            f" by {figures['stability.final.linear_minus_norm'].words()} over all rates, and max-z"
+            f" changes that by {figures['stability.final.without_minus_with_max_z'].words()}."
+        )
     if "ladder.predicted_over_found" in figures:
-        said.append("What a power law in the smaller rungs says of the largest one's end is off by "
-                    f"{figures['ladder.predicted_over_found'].words()}.")
+        said.append(
+            "What a power law in the smaller rungs says of the largest one's end is off by "
+            f"{figures['ladder.predicted_over_found'].words()}."
+        )
     gains = {name: figure for name, figure in figures.items() if name.endswith(".gain")}
     if gains:
-        own = [figure.value for name, figure in gains.items() if name.split(".")[1] == name.split(".")[2]]
-        other = [figure.value for name, figure in gains.items() if name.split(".")[1] != name.split(".")[2]]
-        said.append(f"Trained on law or medicine, the base gains {100 * sum(own) / len(own):.1f} points of balanced accuracy there "
-                    f"and {100 * sum(other) / len(other):.1f} in the other.")
+        own = [
+            figure.value
+            for name, figure in gains.items()
+            if name.split(".")[1] == name.split(".")[2]
+        ]
+        other = [
+            figure.value
+            for name, figure in gains.items()
+            if name.split(".")[1] != name.split(".")[2]
+        ]
+        said.append(
+            f"Trained on law or medicine, the base gains {100 * sum(own) / len(own):.1f} points of"
+            f" balanced accuracy there and {100 * sum(other) / len(other):.1f} in the other."
+        )
     if "positions.moved.absolute.normal" in figures:
-        absolute, relative = (figures[f"positions.moved.{form}.normal"] for form in ("absolute", "relative"))
-        said.append(f"In bf16 ALiBi by absolute columns moves up to {absolute.value:.0%} of a head's attention to other keys, by "
-                    f"distances {relative.value:.2%}; rotary positions in bf16 change "
-                    f"{figures['positions.changed.positions.2048'].value:.0%} of answers 2,048 tokens up.")
+        absolute, relative = (
+            figures[f"positions.moved.{form}.normal"] for form in ("absolute", "relative")
+        )
+        said.append(
+            f"In bf16 ALiBi by absolute columns moves up to {absolute.value:.0%} of a head's"
+            f" attention to other keys, by distances {relative.value:.2%}; rotary positions in bf16"
+            f" change {figures['positions.changed.positions.2048'].value:.0%} of answers 2,048"
+            " tokens up."
+        )
     for model in ("baichuan2-7b", "baichuan2-13b"):
         if f"head.{model}.trained.price" in figures:
-            price, copies = (figures[f"head.{model}.trained.{name}"] for name in ("price", "price_copies"))
+            price, copies = (
+                figures[f"head.{model}.trained.{name}"] for name in ("price", "price_copies")
+            )
             fused = figures[f"head.{model}.trained.price_fused"]
-            said.append(f"Normalising the trained head of {model} takes {price.words()} formed naively "
-                        f"({copies.value:.1f} copies of its weight), and {1024 * fused.value:.1f} MiB fused, predicted.")
+            said.append(
+                f"Normalising the trained head of {model} takes {price.words()} formed naively"
+                f" ({copies.value:.1f} copies of its weight), and {1024 * fused.value:.1f} MiB"
+                " fused, predicted."
+            )
     return " ".join(said)

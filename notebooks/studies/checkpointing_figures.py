@@ -1,4 +1,5 @@
-"""The chapters of the study of checkpointing: its tables, its figures and its answer, from the records alone."""
+"""The chapters of the study of checkpointing: its tables, its figures and its answer, from the
+records alone."""
 
 from __future__ import annotations
 
@@ -8,12 +9,30 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from checkpointing import FULL, GIB, KEEP, changed, counted, differences, forecasts, groups, places, timed, trained
+from checkpointing import (
+    FULL,
+    GIB,
+    KEEP,
+    changed,
+    counted,
+    differences,
+    forecasts,
+    groups,
+    places,
+    timed,
+    trained,
+)
 from vramlab.report.figures import dressed
 from vramlab.studies.claims import ALPHA
 from vramlab.studies.estimates import Figure
 
-COLORS = {KEEP: "#4e79a7", FULL: "#e15759", "checkpoint every 2": "#f28e2b", "selective": "#59a14f", "offload": "#b07aa1"}
+COLORS = {
+    KEEP: "#4e79a7",
+    FULL: "#e15759",
+    "checkpoint every 2": "#f28e2b",
+    "selective": "#59a14f",
+    "offload": "#b07aa1",
+}
 REGIMES = {"full": "#4e79a7", "mixed": "#f28e2b", "bf16": "#59a14f", "base": "#bab0ac"}
 MIB = 2**20
 LOWERED = 0.99
@@ -21,28 +40,62 @@ LOWERED = 0.99
 
 
 def exactness(lab) -> pd.DataFrame:
-    """Of each cell: how many runs stand beside one that keeps everything, and in how many of them a loss or a weight differs."""
+    """Of each cell: how many runs stand beside one that keeps everything, and in how many of them a
+    loss or a weight differs."""
     rows = changed(lab.records)
-    by = rows.assign(runs=1, losses=rows["losses"].astype(int), weights=rows["weights"].astype(int)).groupby(
-        ["regime", "acts", "steps"], sort=False)[["runs", "losses", "weights"]].sum().reset_index()
-    return by.rename(columns={"losses": "with another loss", "weights": "with other weights"}).set_index("regime").rename_axis(None)
+    by = (
+        rows.assign(runs=1, losses=rows["losses"].astype(int), weights=rows["weights"].astype(int))
+        .groupby(["regime", "acts", "steps"], sort=False)[["runs", "losses", "weights"]]
+        .sum()
+        .reset_index()
+    )
+    return (
+        by.rename(columns={"losses": "with another loss", "weights": "with other weights"})
+        .set_index("regime")
+        .rename_axis(None)
+    )
 
 
-def lines(table: pd.DataFrame, value: str, title: str, kind: str, y: str, shared: bool = False) -> go.Figure:
-    """`value` against tokens, one panel for each `panel`, one line for each thing kept; `shared`: on one scale."""
+def lines(
+    table: pd.DataFrame, value: str, title: str, kind: str, y: str, shared: bool = False
+) -> go.Figure:
+    """`value` against tokens, one panel for each `panel`, one line for each thing kept; `shared`:
+    on one scale."""
     panels = list(dict.fromkeys(table["panel"]))
-    figure = make_subplots(1, len(panels), subplot_titles=panels, horizontal_spacing=0.07, shared_yaxes=shared)
+    figure = make_subplots(
+        1, len(panels), subplot_titles=panels, horizontal_spacing=0.07, shared_yaxes=shared
+    )
     for column, panel in enumerate(panels, 1):
         for acts, color in COLORS.items():
             its = table[(table["panel"] == panel) & (table["acts"] == acts)].sort_values("seq")
-            bars = {"type": "data", "symmetric": False, "array": its["high"] - its[value], "arrayminus": its[value] - its["low"],
-                    "thickness": 1} if "high" in its else None
+            bars = (
+                {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": its["high"] - its[value],
+                    "arrayminus": its[value] - its["low"],
+                    "thickness": 1,
+                }
+                if "high" in its
+                else None
+            )
             if len(its):
-                figure.add_scatter(x=its["seq"].tolist(), y=its[value].round(4).tolist(), name=acts, legendgroup=acts, error_y=bars,
-                                   showlegend=not any(trace.name == acts for trace in figure.data), mode="lines+markers",
-                                   line={"color": color, "dash": "dot" if acts == KEEP else "solid"}, row=1, col=column,
-                                   hovertemplate=f"%{{x}} tokens: %{{y:.4g}}<extra>{acts}</extra>")
-    figure.update_xaxes(title_text="tokens of a row", type="log", tickvals=sorted(table["seq"].unique()))
+                figure.add_scatter(
+                    x=its["seq"].tolist(),
+                    y=its[value].round(4).tolist(),
+                    name=acts,
+                    legendgroup=acts,
+                    error_y=bars,
+                    showlegend=not any(trace.name == acts for trace in figure.data),
+                    mode="lines+markers",
+                    line={"color": color, "dash": "dot" if acts == KEEP else "solid"},
+                    row=1,
+                    col=column,
+                    hovertemplate=f"%{{x}} tokens: %{{y:.4g}}<extra>{acts}</extra>",
+                )
+    figure.update_xaxes(
+        title_text="tokens of a row", type="log", tickvals=sorted(table["seq"].unique())
+    )
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title_text=y, col=1)
     figure.update_annotations(font_size=13)
@@ -53,8 +106,14 @@ def bytes_by_length(lab) -> go.Figure | None:
     """Peaks of real steps of the small model, in MiB."""
     table = counted(lab.records)
     if len(table):
-        return lines(table.assign(panel=table["regime"], mib=table["peak_bytes"] / MIB), "mib", "Peak of a step, tiny model",
-                     "counted on this CPU", "MiB at the peak", shared=True)
+        return lines(
+            table.assign(panel=table["regime"], mib=table["peak_bytes"] / MIB),
+            "mib",
+            "Peak of a step, tiny model",
+            "counted on this CPU",
+            "MiB at the peak",
+            shared=True,
+        )
 
 
 def seconds_by_length(lab) -> go.Figure | None:
@@ -62,11 +121,31 @@ def seconds_by_length(lab) -> go.Figure | None:
     table = timed(lab.records)
     if not len(table):
         return None
-    rows = [{"panel": regime, "seq": seq, "acts": acts, "value": figure.value, "low": figure.low, "high": figure.high}
-            for regime, acts, seq in table[["regime", "acts", "seq"]].drop_duplicates().itertuples(index=False)
-            if (figure := lab.figures.get(f"step time, {'' if regime == 'full' else f'{regime}, '}{acts} of {KEEP}, {seq}"))]
-    return lines(pd.DataFrame(rows), "value", "Step time over that of keeping everything, tiny model; bars: 95 %, repeats",
-                 "measured on this CPU", "times")
+    rows = [
+        {
+            "panel": regime,
+            "seq": seq,
+            "acts": acts,
+            "value": figure.value,
+            "low": figure.low,
+            "high": figure.high,
+        }
+        for regime, acts, seq in (
+            table[["regime", "acts", "seq"]].drop_duplicates().itertuples(index=False)
+        )
+        if (
+            figure := lab.figures.get(
+                f"step time, {'' if regime == 'full' else f'{regime}, '}{acts} of {KEEP}, {seq}"
+            )
+        )
+    ]
+    return lines(
+        pd.DataFrame(rows),
+        "value",
+        "Step time over that of keeping everything, tiny model; bars: 95 %, repeats",
+        "measured on this CPU",
+        "times",
+    )
 
 
 def forecast_by_length(lab, model: str) -> go.Figure | None:
@@ -74,33 +153,53 @@ def forecast_by_length(lab, model: str) -> go.Figure | None:
     table = forecasts(lab.records)
     table = table[(table["model"] == model) & (table["weights"] != "")] if len(table) else table
     if len(table):
-        table = table.assign(panel=table["regime"] + ", " + table["weights"], gib=table["peak_bytes"] / GIB)
-        return lines(table, "gib", f"Peak of a step, {model}, one row", "predicted", "GiB at the peak")
+        table = table.assign(
+            panel=table["regime"] + ", " + table["weights"], gib=table["peak_bytes"] / GIB
+        )
+        return lines(
+            table, "gib", f"Peak of a step, {model}, one row", "predicted", "GiB at the peak"
+        )
 
 
 def lowered(lab) -> pd.DataFrame:
-    """Each forecast with everything kept beside every block checkpointed: what is saved, and where the peak is."""
+    """Each forecast with everything kept beside every block checkpointed: what is saved, and where
+    the peak is."""
     rows = []
     for model, regime, seq, by in groups(lab.records):
         if {KEEP, FULL} <= set(by.index):
             keep, less = by.loc[KEEP], by.loc[FULL]
             saved = less["peak_bytes"] <= LOWERED * keep["peak_bytes"]
-            rows.append({"model": model, "regime": regime, "tokens": seq, "keep, GiB": round(keep["peak_bytes"] / GIB, 2),
-                         "checkpoint, GiB": round(less["peak_bytes"] / GIB, 2), "lower": bool(saved),
-                         "peak of keep in": keep["phase"], "alive at the peak of keep, GiB": _alive(keep["ledger"]),
-                         "FLOPs, times": round(less["flops"] / keep["flops"], 3)})
+            rows.append(
+                {
+                    "model": model,
+                    "regime": regime,
+                    "tokens": seq,
+                    "keep, GiB": round(keep["peak_bytes"] / GIB, 2),
+                    "checkpoint, GiB": round(less["peak_bytes"] / GIB, 2),
+                    "lower": bool(saved),
+                    "peak of keep in": keep["phase"],
+                    "alive at the peak of keep, GiB": _alive(keep["ledger"]),
+                    "FLOPs, times": round(less["flops"] / keep["flops"], 3),
+                }
+            )
     return pd.DataFrame(rows)
 
 
 def why_not(lab) -> str:
-    """A line for each model and regime: from which length on checkpointing lowers the peak, and what lives there where not."""
+    """A line for each model and regime: from which length on checkpointing lowers the peak, and
+    what lives there where not."""
     table, said = lowered(lab), []
     for (model, regime), its in table.groupby(["model", "regime"]) if len(table) else ():
         first, rest = its[its["lower"]]["tokens"].min(), its[~its["lower"]]
-        words = f"* `{model}`, {regime}: lower " + (f"from {first:,.0f} tokens on" if first == first else "at no length asked for")
+        words = f"* `{model}`, {regime}: lower " + (
+            f"from {first:,.0f} tokens on" if first == first else "at no length asked for"
+        )
         if len(rest):
             last = rest.loc[rest["tokens"].idxmax()]
-            words += f"; at {last['tokens']:,} tokens its peak is {last['alive at the peak of keep, GiB']}"
+            words += (
+                f"; at {last['tokens']:,} tokens its peak is"
+                f" {last['alive at the peak of keep, GiB']}"
+            )
         said.append(words + ".")
     return "\n".join(said)
 
@@ -108,7 +207,11 @@ def why_not(lab) -> str:
 def _alive(ledger: str) -> str:
     """The categories at a peak that are a hundredth of it or more."""
     sizes = {name: size for name, size in json.loads(ledger).items() if name != "cached"}
-    return ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size >= sum(sizes.values()) / 100)
+    return ", ".join(
+        f"{name} {size / GIB:.2f}"
+        for name, size in sizes.items()
+        if size >= sum(sizes.values()) / 100
+    )
 
 
 def updates_lost(lab) -> pd.DataFrame:
@@ -123,30 +226,69 @@ def scores(lab) -> go.Figure | None:
     own = list(dict.fromkeys(domain for _, domain, _ in found))
     if not found:
         return None
-    figure = make_subplots(1, len(own), subplot_titles=[f"trained on {domain}" for domain in own], shared_yaxes=True,
-                           horizontal_spacing=0.03)
+    figure = make_subplots(
+        1,
+        len(own),
+        subplot_titles=[f"trained on {domain}" for domain in own],
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+    )
     for regime, domain, rows in found:
         names = [name for name, _, _ in places(lab.records, rows)]
         its = [lab.figures[f"{regime}, {domain}: {name}"] for name in names]
         shift = (list(REGIMES).index(regime) - 1.5) * 0.14
-        figure.add_scatter(x=[at + shift for at in range(len(names))], y=[round(one.value, 4) for one in its], mode="markers",
-                           error_y={"type": "data", "symmetric": False, "array": [one.high - one.value for one in its],
-                                    "arrayminus": [one.value - one.low for one in its], "thickness": 1, "width": 2},
-                           name=regime, legendgroup=regime, marker={"color": REGIMES[regime], "size": 8},
-                           showlegend=not any(trace.name == regime for trace in figure.data), row=1, col=own.index(domain) + 1,
-                           customdata=names, hovertemplate="%{customdata}: %{y:.3f}<extra>" + regime + "</extra>")
-        figure.update_xaxes(tickvals=list(range(len(names))), ticktext=names, col=own.index(domain) + 1)
+        figure.add_scatter(
+            x=[at + shift for at in range(len(names))],
+            y=[round(one.value, 4) for one in its],
+            mode="markers",
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [one.high - one.value for one in its],
+                "arrayminus": [one.value - one.low for one in its],
+                "thickness": 1,
+                "width": 2,
+            },
+            name=regime,
+            legendgroup=regime,
+            marker={"color": REGIMES[regime], "size": 8},
+            showlegend=not any(trace.name == regime for trace in figure.data),
+            row=1,
+            col=own.index(domain) + 1,
+            customdata=names,
+            hovertemplate="%{customdata}: %{y:.3f}<extra>" + regime + "</extra>",
+        )
+        figure.update_xaxes(
+            tickvals=list(range(len(names))), ticktext=names, col=own.index(domain) + 1
+        )
     figure.add_hline(0.5, line_dash="dot", line_width=1)
     figure.update_yaxes(title_text="balanced accuracy", col=1)
     figure.update_annotations(font_size=13)
-    return dressed(figure, "Scores by precision and shift; bars: 95 %, seeds and items (base: items)", "learned", 280)
+    return dressed(
+        figure,
+        "Scores by precision and shift; bars: 95 %, seeds and items (base: items)",
+        "learned",
+        280,
+    )
 
 
 def compared(family: dict[str, Figure]) -> pd.DataFrame:
     """A family of differences in points, with what is equal and Holm's p."""
-    return pd.DataFrame([{"comparison": name, "points": round(100 * its.value, 2), "low": round(100 * its.low, 2),
-                          "high": round(100 * its.high, 2), "p (Holm)": round(its.p_holm, 4), "n": its.n, "seeds": its.seeds,
-                          "equal": its.equal} for name, its in family.items()])
+    return pd.DataFrame(
+        [
+            {
+                "comparison": name,
+                "points": round(100 * its.value, 2),
+                "low": round(100 * its.low, 2),
+                "high": round(100 * its.high, 2),
+                "p (Holm)": round(its.p_holm, 4),
+                "n": its.n,
+                "seeds": its.seeds,
+                "equal": its.equal,
+            }
+            for name, its in family.items()
+        ]
+    )
 
 
 def exact_words(lab) -> str:
@@ -155,8 +297,15 @@ def exact_words(lab) -> str:
     if None in found:
         return ""
     weights, losses = found
-    so = "scores with checkpointing are those without it" if not weights.value + losses.value else "it is not exact here"
-    return f"Keeping less changed the weights in **{weights.value:.0f}** {weights.unit}, and a loss in {losses.value:.0f}: {so}."
+    so = (
+        "scores with checkpointing are those without it"
+        if not weights.value + losses.value
+        else "it is not exact here"
+    )
+    return (
+        f"Keeping less changed the weights in **{weights.value:.0f}** {weights.unit}, and a loss in"
+        f" {losses.value:.0f}: {so}."
+    )
 
 
 def bytes_words(lab) -> str:
@@ -167,18 +316,27 @@ def bytes_words(lab) -> str:
     table = table.assign(ratio=table["checkpoint, GiB"] / table["keep, GiB"])
     longest = table[table["tokens"] == table["tokens"].max()].sort_values("ratio")
     best, worst = longest.iloc[0], longest.iloc[-1]
-    return (f"At {best['tokens']:,} tokens checkpointing leaves **{best['ratio']:.0%}** of the peak of {best['model']}, "
-            f"{best['regime']}, and {worst['ratio']:.0%} of that of {worst['model']}, {worst['regime']}; of {len(table)} forecasts "
-            f"it is lower in {int(table['lower'].sum())}, at {table['FLOPs, times'].min():.2f} to "
-            f"{table['FLOPs, times'].max():.2f} times the FLOPs (predicted).")
+    return (
+        f"At {best['tokens']:,} tokens checkpointing leaves **{best['ratio']:.0%}** of the peak of"
+        f" {best['model']}, {best['regime']}, and {worst['ratio']:.0%} of that of {worst['model']},"
+        f" {worst['regime']}; of {len(table)} forecasts it is lower in {int(table['lower'].sum())},"
+        f" at {table['FLOPs, times'].min():.2f} to {table['FLOPs, times'].max():.2f} times the"
+        " FLOPs (predicted)."
+    )
 
 
 def time_words(lab) -> str:
     """What checkpointing costs in time, at the longest row that was timed."""
-    its = {name: figure for name, figure in lab.figures.items() if name.startswith(f"step time, {FULL} of {KEEP}")}
+    its = {
+        name: figure
+        for name, figure in lab.figures.items()
+        if name.startswith(f"step time, {FULL} of {KEEP}")
+    }
     name = max(its, key=lambda name: int(name.rsplit(" ", 1)[-1]), default="")
-    return name and (f"A step with every block checkpointed takes **{its[name].words()}** as long at {name.rsplit(' ', 1)[-1]} "
-                     "tokens (tiny, measured on this CPU).")
+    return name and (
+        f"A step with every block checkpointed takes **{its[name].words()}** as long at"
+        f" {name.rsplit(' ', 1)[-1]} tokens (tiny, measured on this CPU)."
+    )
 
 
 def precision_words(lab) -> str:
@@ -188,12 +346,15 @@ def precision_words(lab) -> str:
         return ""
     widest = max(family, key=lambda name: abs(family[name].value))
     found = [name for name, its in family.items() if its.p_holm < ALPHA]
-    return (f"Lower precision moved balanced accuracy by **{100 * family[widest].value:+.1f}** points at most ({widest}); more "
-            f"than chance {'is' if len(found) == 1 else 'are'} {len(found)} of {len(family)} differences"
-            + (f": {'; '.join(found)}." if found else "."))
+    return (
+        f"Lower precision moved balanced accuracy by **{100 * family[widest].value:+.1f}** points"
+        f" at most ({widest}); more than chance {'is' if len(found) == 1 else 'are'} {len(found)}"
+        f" of {len(family)} differences" + (f": {'; '.join(found)}." if found else ".")
+    )
 
 
 def answer(lab) -> str:
-    """The question's answer in one paragraph, computed from the tables; what was not run is not in it."""
+    """The question's answer in one paragraph, computed from the tables; what was not run is not in
+    it."""
     said = [words(lab) for words in (exact_words, bytes_words, time_words, precision_words)]
     return " ".join(sentence for sentence in said if sentence)

@@ -1,8 +1,10 @@
-"""How far apart two trainings go from the same base, and how exact the gradient of a slice is. Arms name them in `call:`.
+"""How far apart two trainings go from the same base, and how exact the gradient of a slice is. Arms
+name them in `call:`.
 
-Trainings that differ in one answer are run on the same batches, and their weights are compared on the way: the distance between
-them as a share of the way that one has gone from the base, so that 0 is the same model and, of two that go in unrelated
-directions equally far, it is the square root of 2.
+Trainings that differ in one answer are run on the same batches, and their weights are compared on
+the way: the distance between them as a share of the way that one has gone from the base, so that 0
+is the same model and, of two that go in unrelated directions equally far, it is the square root of
+2.
 """
 
 from __future__ import annotations
@@ -29,18 +31,30 @@ EVERY = "all"
 """What the layers together are called."""
 
 
-def apart(seed: int, common: Mapping, rows: Mapping[str, Mapping], against: Sequence[Sequence[str]],
-          at: Sequence[float]) -> pd.DataFrame:
-    """Trains each of `rows` (name -> parameters of a run, over `common`; a `seed` there is added to this one) from the same base,
-    and for each pair of `against` compares the two at the shares `at` of their own steps, ascending. Columns: `row`, `against`,
-    `progress`, `layer`, `distance` of their weights, `travelled` by the second since the base, `relative`: one by the other, and
+def apart(
+    seed: int,
+    common: Mapping,
+    rows: Mapping[str, Mapping],
+    against: Sequence[Sequence[str]],
+    at: Sequence[float],
+) -> pd.DataFrame:
+    """Trains each of `rows` (name -> parameters of a run, over `common`; a `seed` there is added to
+    this one) from the same base, and for each pair of `against` compares the two at the shares `at`
+    of their own steps, ascending. Columns: `row`, `against`, `progress`, `layer`, `distance` of
+    their weights, `travelled` by the second since the base, `relative`: one by the other, and
     `cosine` between the ways that the two have gone."""
-    paths = {name: _path({**common, **said, "seed": seed + said.get("seed", 0)}, at) for name, said in rows.items()}
+    paths = {
+        name: _path({**common, **said, "seed": seed + said.get("seed", 0)}, at)
+        for name, said in rows.items()
+    }
     found = []
     for one, other in against:
         base = paths[other][0]
         for progress, mine, theirs in zip(at, paths[one][1:], paths[other][1:], strict=True):
-            found += [{"row": one, "against": other, "progress": progress, **gap} for gap in gaps(base, mine, theirs)]
+            found += [
+                {"row": one, "against": other, "progress": progress, **gap}
+                for gap in gaps(base, mine, theirs)
+            ]
     return pd.DataFrame(found)
 
 
@@ -73,16 +87,27 @@ def gaps(base: Weights, one: Weights, other: Weights) -> Iterator[dict]:
     layers = {name: layer_of(name) for name in base}
     for layer in (*dict.fromkeys(layers.values()), EVERY):
         names = [name for name in base if layer in (layers[name], EVERY)]
-        mine, theirs = (torch.cat([(weights[name] - base[name]).flatten() for name in names]) for weights in (one, other))
+        mine, theirs = (
+            torch.cat([(weights[name] - base[name]).flatten() for name in names])
+            for weights in (one, other)
+        )
         distance, went, travelled = (float(way.norm()) for way in (mine - theirs, mine, theirs))
-        yield {"layer": layer, "distance": distance, "travelled": travelled,
-               "relative": distance / travelled if travelled else math.nan,  # a chunk may not have had its turn yet
-               "cosine": float(mine @ theirs) / (went * travelled) if went * travelled else math.nan}
+        yield {
+            "layer": layer,
+            "distance": distance,
+            "travelled": travelled,
+            "relative": (
+                distance / travelled if travelled else math.nan
+            ),  # a chunk may not have had its turn yet
+            "cosine": float(mine @ theirs) / (went * travelled) if went * travelled else math.nan,
+        }
 
 
 def sliced(count: int, model: str = "tiny", seq: int = 24, batch: int = 2) -> pd.DataFrame:
-    """The gradient of each of `count` chunks against the same rows of the whole gradient, fp64, random weights: `error`, the
-    largest difference as a share of the largest gradient; `chunk_bytes`, the most gradient that a chunk has, and `dense_bytes`."""
+    """The gradient of each of `count` chunks against the same rows of the whole gradient, fp64,
+    random weights: `error`, the largest difference as a share of the largest gradient;
+    `chunk_bytes`, the most gradient that a chunk has, and `dense_bytes`.
+    """
     torch.manual_seed(0)
     net = BaichuanForCausalLM(model_spec(model).config).double()
     ids = torch.randint(3, net.config.vocab_size, (batch, seq))
@@ -95,10 +120,22 @@ def sliced(count: int, model: str = "tiny", seq: int = 24, batch: int = 2) -> pd
         leaves.switch_on()
         net(input_ids=ids, labels=ids).loss.backward()
         grads = [leaf.grad for leaf in leaves.named.values()]
-        error = max(error, *(float((grad - dense[leaf.name][leaf.start:leaf.stop]).abs().max())
-                             for grad, leaf in zip(grads, part, strict=True)))
+        error = max(
+            error,
+            *(
+                float((grad - dense[leaf.name][leaf.start : leaf.stop]).abs().max())
+                for grad, leaf in zip(grads, part, strict=True)
+            ),
+        )
         chunk_bytes = max(chunk_bytes, sum(grad.nbytes for grad in grads))
         leaves.switch_off()
         net.zero_grad()
-    return pd.DataFrame([{"error": error / largest, "chunk_bytes": chunk_bytes,
-                          "dense_bytes": sum(grad.nbytes for grad in dense.values())}])
+    return pd.DataFrame(
+        [
+            {
+                "error": error / largest,
+                "chunk_bytes": chunk_bytes,
+                "dense_bytes": sum(grad.nbytes for grad in dense.values()),
+            }
+        ]
+    )

@@ -1,6 +1,7 @@
-"""The README's pictures of the studies: figures drawn from the gallery, photographed in a headless Chromium.
+"""The README's pictures of the studies: figures drawn from the gallery, photographed in a headless
+Chromium.
 
-    python notebooks/studies/readme_pictures.py    # writes outputs/gallery/pictures/*.png
+python notebooks/studies/readme_pictures.py    # writes outputs/gallery/pictures/*.png
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from vramlab.studies.study import Lab
 PICTURES: dict[str, Callable[[Lab], go.Figure]] = {
     "lomo": lambda lab: lomo_figures.bytes_at_7b(lab)[0],
     "chunkft": chunkft_figures.count,
-    "checkpointing": lambda lab: checkpointing_figures.forecast_by_length(lab, "baichuan2-7b")}
+    "checkpointing": lambda lab: checkpointing_figures.forecast_by_length(lab, "baichuan2-7b"),
+}
 """Study, which is the picture's name -> its figure."""
 
 
 def take(gallery: Path = GALLERY) -> list[Path]:
-    """Raises: RuntimeError, without a browser; ImportError, without playwright; FileNotFoundError, without a gallery."""
+    """Raises: RuntimeError, without a browser; ImportError, without playwright; FileNotFoundError,
+    without a gallery."""
     from playwright.sync_api import sync_playwright
 
     chromium = browser()
@@ -34,9 +37,14 @@ def take(gallery: Path = GALLERY) -> list[Path]:
     (gallery / "pictures").mkdir(exist_ok=True)
     with sync_playwright() as playwright:
         page = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page(
-            viewport={"width": 1100, "height": 900})
-        return [_photograph(page, draw(Lab.shown(study, gallery)), gallery / "pictures" / f"{study}.png")
-                for study, draw in PICTURES.items()]
+            viewport={"width": 1100, "height": 900}
+        )
+        return [
+            _photograph(
+                page, draw(Lab.shown(study, gallery)), gallery / "pictures" / f"{study}.png"
+            )
+            for study, draw in PICTURES.items()
+        ]
 
 
 def _photograph(page, figure: go.Figure, path: Path) -> Path:

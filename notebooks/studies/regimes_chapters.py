@@ -28,8 +28,17 @@ class Chapters:
     quotes: Mapping[str, study.Quote]
 
     @classmethod
-    def of(cls, model: str, seq: int, card: str, families: Sequence[str], rows: Sequence[str], progress: bool = True) -> Chapters:
-        """Forecasts, counts and measures what is asked for. Raises: ValueError, for a name that there is not."""
+    def of(
+        cls,
+        model: str,
+        seq: int,
+        card: str,
+        families: Sequence[str],
+        rows: Sequence[str],
+        progress: bool = True,
+    ) -> Chapters:
+        """Forecasts, counts and measures what is asked for. Raises: ValueError, for a name that
+        there is not."""
         known, read = read_regimes(), study.read_study()
         chosen = read.chapters(families, rows)
         cells = study.predicted(chosen, model, seq, card, progress)
@@ -49,9 +58,18 @@ class Chapters:
             return
         names = self.rows[family]
         cells = {name: cell for name, cell in kept(names, self.cells).items() if not cell["reason"]}
-        display(*(Markdown(f"* `{name}` has no forecast: {self.cells[name]['reason']}") for name in names if name not in cells))
+        display(
+            *(
+                Markdown(f"* `{name}` has no forecast: {self.cells[name]['reason']}")
+                for name in names
+                if name not in cells
+            )
+        )
         if cells:
-            display(regimes_figures.table(cells, self.counts, self.quotes).round(2), regimes_figures.ledger(cells, self.counts))
+            display(
+                regimes_figures.table(cells, self.counts, self.quotes).round(2),
+                regimes_figures.ledger(cells, self.counts),
+            )
         times = self.times[self.times["row"].isin(names)]
         if len(times):
             display(regimes_figures.stalls(times))
@@ -60,4 +78,6 @@ class Chapters:
 
     def takeaway(self) -> str:
         """In Markdown; rows without a forecast are not in it."""
-        return regimes_figures.takeaway({name: cell for name, cell in self.cells.items() if not cell["reason"]}, self.counts)
+        return regimes_figures.takeaway(
+            {name: cell for name, cell in self.cells.items() if not cell["reason"]}, self.counts
+        )

@@ -1,4 +1,5 @@
-"""The figures and tables of the study of the regimes, each from plain data of `regimes`. What kind a figure is stands on it."""
+"""The figures and tables of the study of the regimes, each from plain data of `regimes`. What kind
+a figure is stands on it."""
 
 from __future__ import annotations
 
@@ -12,7 +13,13 @@ from vramlab.report.figures import dressed
 from vramlab.report.forecast_figures import COLORS, RESERVED
 from vramlab.report.forecast_tables import GIB
 
-EVENTS = {"": "#bab0ac", "new projection": "#e15759", "switch": "#4e79a7", "anchor": "#b07aa1", "probe": "#76b7b2"}
+EVENTS = {
+    "": "#bab0ac",
+    "new projection": "#e15759",
+    "switch": "#4e79a7",
+    "anchor": "#b07aa1",
+    "probe": "#76b7b2",
+}
 FAR = 4
 """A limit that many times the longest bar would flatten all bars: it is told, not drawn."""
 
@@ -24,32 +31,70 @@ def held(cell: Mapping) -> Mapping:
 
 def unit(cells: Mapping[str, Mapping]) -> tuple[str, int]:
     """GiB, or MiB where nothing reaches a tenth of one: (name, bytes)."""
-    return ("GiB", GIB) if max(held(cell)["reserved_bytes"] for cell in cells.values()) >= GIB / 10 else ("MiB", 2**20)
+    return (
+        ("GiB", GIB)
+        if max(held(cell)["reserved_bytes"] for cell in cells.values()) >= GIB / 10
+        else ("MiB", 2**20)
+    )
 
 
 def ledger(cells: Mapping[str, Mapping], counts: Mapping) -> go.Figure:
-    """What is alive at each row's peak, with the card's limit; beside it how often a parameter is updated."""
+    """What is alive at each row's peak, with the card's limit; beside it how often a parameter is
+    updated."""
     names, (word, size) = list(cells), unit(cells)
-    figure = make_subplots(1, 2, shared_yaxes=True, column_widths=[0.74, 0.26], horizontal_spacing=0.03)
+    figure = make_subplots(
+        1, 2, shared_yaxes=True, column_widths=[0.74, 0.26], horizontal_spacing=0.03
+    )
     for category, color in COLORS.items():
         sizes = [cell["ledger"].get(category, 0) for cell in cells.values()]
-        if any(its >= cell["requested_bytes"] / 1000 for its, cell in zip(sizes, cells.values(), strict=True)):
-            figure.add_bar(x=[round(its / size, 4) for its in sizes], y=names, orientation="h", name=category, marker_color=color,
-                           hovertemplate=f"%{{y}}: %{{x:.3f}} {word}<extra>{category}</extra>", row=1, col=1)
+        if any(
+            its >= cell["requested_bytes"] / 1000
+            for its, cell in zip(sizes, cells.values(), strict=True)
+        ):
+            figure.add_bar(
+                x=[round(its / size, 4) for its in sizes],
+                y=names,
+                orientation="h",
+                name=category,
+                marker_color=color,
+                hovertemplate=f"%{{y}}: %{{x:.3f}} {word}<extra>{category}</extra>",
+                row=1,
+                col=1,
+            )
     reserved = [held(cell)["reserved_bytes"] / size for cell in cells.values()]
-    figure.add_scatter(x=reserved, y=names, mode="markers", name=RESERVED, row=1, col=1,
-                       marker={"symbol": "line-ns-open", "size": 18, "color": "#555", "line": {"width": 3}},
-                       hovertemplate=f"%{{y}}: %{{x:.3f}} {word} reserved<extra>predicted</extra>")
+    figure.add_scatter(
+        x=reserved,
+        y=names,
+        mode="markers",
+        name=RESERVED,
+        row=1,
+        col=1,
+        marker={"symbol": "line-ns-open", "size": 18, "color": "#555", "line": {"width": 3}},
+        hovertemplate=f"%{{y}}: %{{x:.3f}} {word} reserved<extra>predicted</extra>",
+    )
     _limit(figure, next(iter(cells.values())), max(reserved), size, word)
     mean = [counts[name].mean for name in names]
-    figure.add_bar(x=mean, y=names, orientation="h", showlegend=False, marker_color="#9c9c9c", row=1, col=2,
-                   text=[f"{value:,.4g}" for value in mean], hovertemplate="%{y}: %{x:.4g}<extra>updates</extra>",
-                   textposition=["inside" if value > 500 else "outside" for value in mean])
+    figure.add_bar(
+        x=mean,
+        y=names,
+        orientation="h",
+        showlegend=False,
+        marker_color="#9c9c9c",
+        row=1,
+        col=2,
+        text=[f"{value:,.4g}" for value in mean],
+        hovertemplate="%{y}: %{x:.4g}<extra>updates</extra>",
+        textposition=["inside" if value > 500 else "outside" for value in mean],
+    )
     figure.update_yaxes(autorange="reversed", automargin=True)
     figure.update_xaxes(title_text=f"{word} at the peak", rangemode="tozero", row=1, col=1)
-    figure.update_xaxes(title_text="updates a parameter, 1,000 steps", range=[0, 1080], row=1, col=2)
+    figure.update_xaxes(
+        title_text="updates a parameter, 1,000 steps", range=[0, 1080], row=1, col=2
+    )
     figure.update_layout(barmode="stack")
-    return dressed(figure, "What is alive at the peak, and what it buys", "predicted", 40 + 36 * len(names))
+    return dressed(
+        figure, "What is alive at the peak, and what it buys", "predicted", 40 + 36 * len(names)
+    )
 
 
 def _limit(figure: go.Figure, cell: Mapping, longest: float, size: int, word: str) -> None:
@@ -57,22 +102,41 @@ def _limit(figure: go.Figure, cell: Mapping, longest: float, size: int, word: st
     limit = cell["capacity_bytes"] / size
     far = limit > FAR * longest
     name = f"limit: {cell['card']}, {limit:,.1f} {word}" + (", off the scale" if far else "")
-    figure.add_scatter(x=[None if far else limit] * 2, y=[0, 1], mode="lines", name=name, yaxis="y3", xaxis="x",
-                       line={"dash": "dash", "color": "#d62728", "width": 2}, hovertemplate="%{x:.2f}<extra>card</extra>")
-    figure.update_layout(yaxis3={"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True})
+    figure.add_scatter(
+        x=[None if far else limit] * 2,
+        y=[0, 1],
+        mode="lines",
+        name=name,
+        yaxis="y3",
+        xaxis="x",
+        line={"dash": "dash", "color": "#d62728", "width": 2},
+        hovertemplate="%{x:.2f}<extra>card</extra>",
+    )
+    figure.update_layout(
+        yaxis3={"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True}
+    )
 
 
 def stalls(frame: pd.DataFrame) -> go.Figure:
-    """Wall time of each step, one panel a row; a step that does something that not every step does is coloured."""
+    """Wall time of each step, one panel a row; a step that does something that not every step does
+    is coloured."""
     rows = list(dict.fromkeys(frame["row"]))
     figure = make_subplots(1, len(rows), subplot_titles=rows, horizontal_spacing=0.06)
     seen: set[str] = set()
     for column, name in enumerate(rows, 1):
         for what, steps in frame[frame["row"] == name].groupby("event"):
             label = what or "other steps"
-            figure.add_bar(x=steps["step"].tolist(), y=(steps["step_s"] * 1000).round(2).tolist(), name=label, legendgroup=label,
-                           showlegend=label not in seen, marker_color=EVENTS[what], row=1, col=column,
-                           hovertemplate="step %{x}: %{y:.1f} ms<extra>" + label + "</extra>")
+            figure.add_bar(
+                x=steps["step"].tolist(),
+                y=(steps["step_s"] * 1000).round(2).tolist(),
+                name=label,
+                legendgroup=label,
+                showlegend=label not in seen,
+                marker_color=EVENTS[what],
+                row=1,
+                col=column,
+                hovertemplate="step %{x}: %{y:.1f} ms<extra>" + label + "</extra>",
+            )
             seen.add(label)
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(rangemode="tozero")
@@ -86,44 +150,66 @@ def table(cells: Mapping[str, Mapping], counts: Mapping, quotes: Mapping) -> pd.
     found, (word, size) = [], unit(cells)
     for name, cell in cells.items():
         quote, count = quotes.get(name), counts[name]
-        found.append({"row": name, "quoted": quote.figure if quote else "none confirmed", "quoted of": quote.of if quote else "",
-                      "quoted from": f"{quote.source} ({quote.by})" if quote else "",
-                      f"predicted, {word}": f"{held(cell)['allocated_bytes'] / size:.2f}",
-                      f"host, {word}": f"{cell['host_bytes'] / size:.2f}", "weights": cell["weights"],
-                      "updates": f"{count.mean:,.4g}", "least to most": f"{count.least:,} to {count.most:,}",
-                      "trained beside": f"{count.added:,}"})
+        found.append(
+            {
+                "row": name,
+                "quoted": quote.figure if quote else "none confirmed",
+                "quoted of": quote.of if quote else "",
+                "quoted from": f"{quote.source} ({quote.by})" if quote else "",
+                f"predicted, {word}": f"{held(cell)['allocated_bytes'] / size:.2f}",
+                f"host, {word}": f"{cell['host_bytes'] / size:.2f}",
+                "weights": cell["weights"],
+                "updates": f"{count.mean:,.4g}",
+                "least to most": f"{count.least:,} to {count.most:,}",
+                "trained beside": f"{count.added:,}",
+            }
+        )
     return pd.DataFrame(found).set_index("row").rename_axis(None)
 
 
 def stall_words(frame: pd.DataFrame) -> list[str]:
-    """Of each row: how much longer an uncommon step takes than the common ones between it and the next. Within a turn the same
-    weights train, so what differs is the switch alone."""
+    """Of each row: how much longer an uncommon step takes than the common ones between it and the
+    next. Within a turn the same weights train, so what differs is the switch alone."""
     said = []
     for name, steps in frame.groupby("row", sort=False):
         times, ratios = steps["step_s"] * 1000, {}
         for _, turn in steps[steps["step"] > 0].groupby((steps["event"] != "").cumsum()):
             first, after = turn.iloc[0], turn.iloc[1:]
             if first["event"] and len(after):
-                ratios.setdefault(first["event"], []).append(first["step_s"] / after["step_s"].median())
-        said += [f"`{name}`, {what}: {pd.Series(its).median():.2f} times as long as the steps after it (median of {len(its)})."
-                 for what, its in ratios.items()]
+                ratios.setdefault(first["event"], []).append(
+                    first["step_s"] / after["step_s"].median()
+                )
+        said += [
+            f"`{name}`, {what}: {pd.Series(its).median():.2f} times as long as the steps after it"
+            f" (median of {len(its)})."
+            for what, its in ratios.items()
+        ]
         if not ratios:
-            said.append(f"`{name}`: {steps['event'].iloc[-1]} at every step, {times.min():.0f} to {times.max():.0f} ms.")
+            said.append(
+                f"`{name}`: {steps['event'].iloc[-1]} at every step, {times.min():.0f} to"
+                f" {times.max():.0f} ms."
+            )
     return said
 
 
 def takeaway(cells: Mapping[str, Mapping], counts: Mapping) -> str:
-    """The least memory of the rows drawn, and the least that still updates every parameter at every step, in Markdown."""
+    """The least memory of the rows drawn, and the least that still updates every parameter at every
+    step, in Markdown."""
     word, size = unit(cells)
     peak = {name: held(cell)["allocated_bytes"] / size for name, cell in cells.items()}
     order = sorted(peak, key=peak.__getitem__)
     least, every = order[0], next((name for name in order if counts[name].least == 1000), None)
-    words = (f"**{least}** needs least of the {len(order)} rows drawn, {peak[least]:.1f} {word}, and updates a parameter "
-             f"{counts[least].mean:,.4g} times in 1,000 steps")
+    words = (
+        f"**{least}** needs least of the {len(order)} rows drawn, {peak[least]:.1f} {word}, and"
+        f" updates a parameter {counts[least].mean:,.4g} times in 1,000 steps"
+    )
     if every == least:
         return f"{words}, as often as can be. Predicted."
-    rest = f"the least that updates each at every step is **{every}**, {peak[every]:.1f} {word}" if every else \
-        "none updates each at every step"
+    rest = (
+        f"the least that updates each at every step is **{every}**, {peak[every]:.1f} {word}"
+        if every
+        else "none updates each at every step"
+    )
     return f"{words}; {rest}. Predicted."
 
 

@@ -1,7 +1,8 @@
-"""The fused head against the plain one: forward and backward of the loss, fp32, on one CPU thread, taking turns in one run.
+"""The fused head against the plain one: forward and backward of the loss, fp32, on one CPU thread,
+taking turns in one run.
 
-Times are the best of several turns: what disturbs a turn only makes it longer. A gradient taken in rows forms the products
-once more than the plain head does, which is the price of never being whole.
+Times are the best of several turns: what disturbs a turn only makes it longer. A gradient taken in
+rows forms the products once more than the plain head does, which is the price of never being whole.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ TOKENS, HIDDEN, VOCABULARY = 512, 1024, 16_000
 
 
 def _step(kind: str, fused: bool) -> Callable[[], None]:
-    """A loss and its backward, and with `taken in rows` the SGD update, which a plain head makes from the whole gradient."""
+    """A loss and its backward, and with `taken in rows` the SGD update, which a plain head makes
+    from the whole gradient."""
     torch.manual_seed(0)
     head = NormHead(HIDDEN, VOCABULARY).requires_grad_(kind != "frozen")
     hidden = torch.randn(1, TOKENS, HIDDEN, requires_grad=True)
@@ -48,6 +50,12 @@ def head_rows(turns: int = 5) -> list[dict]:
                 began = time.process_time()
                 step()
                 best[index] = min(best[index], time.process_time() - began)
-        rows.append({"head": f"{kind}, {TOKENS} x {HIDDEN} x {VOCABULARY}", "plain_s": round(best[0], 3),
-                     "fused_s": round(best[1], 3), "ratio": round(best[0] / best[1], 2)})
+        rows.append(
+            {
+                "head": f"{kind}, {TOKENS} x {HIDDEN} x {VOCABULARY}",
+                "plain_s": round(best[0], 3),
+                "fused_s": round(best[1], 3),
+                "ratio": round(best[0] / best[1], 2),
+            }
+        )
     return rows

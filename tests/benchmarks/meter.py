@@ -1,8 +1,9 @@
 """The event meter against MemTracker, as a ratio in one run: the first part of `make bench`.
 
-The tracker: one step of the 7B (fp32, AdamW, 1 x 1,024 tokens) on fake tensors, watched by our event meter and by
-`torch.distributed._tools.MemTracker`, the only other tool that watches every tensor of a step without a GPU. Both on the
-fake CPU, which MemTracker knows; building the model is not counted.
+The tracker: one step of the 7B (fp32, AdamW, 1 x 1,024 tokens) on fake tensors, watched by our
+event meter and by `torch.distributed._tools.MemTracker`, the only other tool that watches every
+tensor of a step without a GPU. Both on the fake CPU, which MemTracker knows; building the model is
+not counted.
 
 The head: fused against plain, see `fused_head`.
 """
@@ -36,7 +37,12 @@ def ours_s() -> float:
     """Seconds of one step under the event meter."""
     with virtual_gpu("cpu") as gpu:
         meter = gpu.meter()
-        trainer = Trainer(BaichuanForCausalLM(model_spec(MODEL).config), regime("full"), Schedule(1e-3, 1), observer=meter)
+        trainer = Trainer(
+            BaichuanForCausalLM(model_spec(MODEL).config),
+            regime("full"),
+            Schedule(1e-3, 1),
+            observer=meter,
+        )
         with meter:
             began = time.perf_counter()
             trainer.step([_batch()], [1.0])
@@ -63,10 +69,18 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     ours, theirs = ours_s(), mem_tracker_s()
-    row = {"step": f"{MODEL}, full, 1 x {SEQ}", "ours_s": round(ours, 2), "mem_tracker_s": round(theirs, 2),
-           "ratio": round(theirs / ours, 1)}
+    row = {
+        "step": f"{MODEL}, full, 1 x {SEQ}",
+        "ours_s": round(ours, 2),
+        "mem_tracker_s": round(theirs, 2),
+        "ratio": round(theirs / ours, 1),
+    }
     for measured in (row, *head_rows()):
-        print(json.dumps(measured) if "--json" in sys.argv else "  ".join(f"{name} {value}" for name, value in measured.items()))
+        print(
+            json.dumps(measured)
+            if "--json" in sys.argv
+            else "  ".join(f"{name} {value}" for name, value in measured.items())
+        )
     return 0
 
 

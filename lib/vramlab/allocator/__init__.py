@@ -1,1 +1,2 @@
-"""CUDA's caching allocator, simulated: its settings, blocks and segments; recorded snapshots, read and replayed."""
+"""CUDA's caching allocator, simulated: its settings, blocks and segments; recorded snapshots, read
+and replayed."""

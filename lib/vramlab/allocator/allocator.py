@@ -1,13 +1,15 @@
-"""PyTorch's CUDA caching allocator, without CUDA: which block serves a request, what is split, merged, kept and returned.
+"""PyTorch's CUDA caching allocator, without CUDA: which block serves a request, what is split,
+merged, kept and returned.
 
-It follows `DeviceCachingAllocator` of c10/cuda/CUDACachingAllocator.cpp (torch 2.11 to 2.13), so reserved bytes can be
-forecast from a list of allocations. In short: a request is rounded up; the smallest free block of its stream and size
-class that holds it is taken, and cut when enough is left over; else the driver is asked for a segment; a freed block
-merges with free neighbours of its segment and stays cached. When the device is full, oversize blocks are returned, then
-everything cached that is whole, and the request is tried once more.
+It follows `DeviceCachingAllocator` of c10/cuda/CUDACachingAllocator.cpp (torch 2.11 to 2.13), so
+reserved bytes can be forecast from a list of allocations. In short: a request is rounded up; the
+smallest free block of its stream and size class that holds it is taken, and cut when enough is left
+over; else the driver is asked for a segment; a freed block merges with free neighbours of its
+segment and stays cached. When the device is full, oversize blocks are returned, then everything
+cached that is whole, and the request is tried once more.
 
-Units: bytes, integers. Not simulated: CUDA graphs' private pools, memory shared between processes, the `cudaMallocAsync`
-backend. Not exact: `Device` (addresses of new segments).
+Units: bytes, integers. Not simulated: CUDA graphs' private pools, memory shared between processes,
+the `cudaMallocAsync` backend. Not exact: `Device` (addresses of new segments).
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from .views import SegmentView, segment_views
 
 @dataclass(frozen=True)
 class Shortage:
-    """Why a request could not be served, after everything that could be returned was. Units: bytes."""
+    """Why a request could not be served, after everything that could be returned was. Units:
+    bytes."""
 
     asked_bytes: int
     segment_bytes: int
@@ -43,26 +46,38 @@ class OutOfMemory(MemoryError):
 
     def __init__(self, shortage: Shortage):
         self.shortage = shortage
-        super().__init__(f"asked for {shortage.asked_bytes} bytes, a segment of {shortage.segment_bytes}: the device has "
-                         f"{shortage.free_bytes} left; {shortage.reserved_bytes} are reserved, of which "
-                         f"{shortage.allocated_bytes} allocated; the largest free block is {shortage.largest_free_block_bytes}")
+        super().__init__(
+            f"asked for {shortage.asked_bytes} bytes, a segment of {shortage.segment_bytes}: the"
+            f" device has {shortage.free_bytes} left; {shortage.reserved_bytes} are reserved, of"
+            f" which {shortage.allocated_bytes} allocated; the largest free block is"
+            f" {shortage.largest_free_block_bytes}"
+        )
 
 
 class Allocator:
-    """One device's allocator. `capacity_bytes`: what the device has for it; None: without end. `device_bytes`: all that the
-    device has, of which settings take shares; by default the capacity.
+    """One device's allocator. `capacity_bytes`: what the device has for it; None: without end.
+    `device_bytes`: all that the device has, of which settings take shares; by default the capacity.
 
-    Keys name allocations; one that is alive cannot be used again. Figures are attributes: `allocated_bytes` (handed out),
-    `active_bytes` (these and what another stream still awaits), their peaks, `num_alloc_retries`, `num_ooms`.
+    Keys name allocations; one that is alive cannot be used again. Figures are attributes:
+    `allocated_bytes` (handed out), `active_bytes` (these and what another stream still awaits),
+    their peaks, `num_alloc_retries`, `num_ooms`.
     """
 
-    def __init__(self, settings: Settings = Settings(), capacity_bytes: int | None = None,  # noqa: B008, frozen
-                 device_bytes: int | None = None):
+    def __init__(
+        self,
+        settings: Settings = Settings(),
+        capacity_bytes: int | None = None,
+        device_bytes: int | None = None,
+    ):
         self.settings = settings
-        self.allocated_bytes = self.active_bytes = self.peak_allocated_bytes = self.peak_active_bytes = 0
+        self.allocated_bytes = self.active_bytes = self.peak_allocated_bytes = (
+            self.peak_active_bytes
+        ) = 0
         self.num_alloc_retries = self.num_ooms = 0
         self.device = Device(capacity_bytes)
-        self._segments = (ExpandableSegments if settings.expandable_segments else FixedSegments)(self.device, settings)
+        self._segments = (ExpandableSegments if settings.expandable_segments else FixedSegments)(
+            self.device, settings
+        )
         self._pools: dict[tuple[Hashable, bool], Pool] = {}
         self._searches = {True: [0], False: [0]}
         self._live: dict[Hashable, Block | None] = {}
@@ -70,7 +85,10 @@ class Allocator:
         self._plans: dict[int, tuple[int, bool, int, float]] = {}
         self._max_split, self._expandable = settings.max_split_bytes, settings.expandable_segments
         whole = None if capacity_bytes is None else device_bytes or capacity_bytes
-        self._allowed, self._collects_above = settings.allowed_bytes(whole), settings.collects_above_bytes(whole)
+        self._allowed, self._collects_above = (
+            settings.allowed_bytes(whole),
+            settings.collects_above_bytes(whole),
+        )
 
     @property
     def reserved_bytes(self) -> int:
@@ -82,15 +100,21 @@ class Allocator:
 
     @property
     def inactive_split_bytes(self) -> int:
-        """Free blocks that share a segment, so cannot be returned. Expandable segments count as none, as in PyTorch."""
-        blocks = [] if self._expandable else [block for pool in self._pools.values() for block in pool.blocks()]
+        """Free blocks that share a segment, so cannot be returned. Expandable segments count as
+        none, as in PyTorch."""
+        blocks = (
+            []
+            if self._expandable
+            else [block for pool in self._pools.values() for block in pool.blocks()]
+        )
         return sum(block.bytes for block in blocks if block.split)
 
-    # a request ------------------------------------------------------------------------------------------------------
+    # a request ------------------------------------------------------------------------------------
 
     def malloc(self, key: Hashable, size: int, stream: Hashable = 0, cached: bool = True) -> None:
-        """Serve a request of `size` bytes on a stream; 0 bytes take no memory. `cached=False`: from the device, without a
-        look at what is cached. Raises: OutOfMemory; ValueError, for a key that is alive."""
+        """Serve a request of `size` bytes on a stream; 0 bytes take no memory. `cached=False`: from
+        the device, without a look at what is cached. Raises: OutOfMemory; ValueError, for a key
+        that is alive."""
         if key in self._live or key in self._awaiting:
             raise ValueError(f"{key!r} is allocated already: free it first, or use another key")
         if size <= 0:
@@ -98,7 +122,9 @@ class Allocator:
             return
         rounded, small, segment_bytes, least_rest = self._plans.get(size) or self._plan(size)
         pool = self._pools.get((stream, small)) or self.pool(stream, small)
-        block = (cached and self._fit(pool, rounded)) or self._grow(pool, rounded, segment_bytes, size)
+        block = (cached and self._fit(pool, rounded)) or self._grow(
+            pool, rounded, segment_bytes, size
+        )
         if block.bytes - rounded >= least_rest:
             pool.add(block.cut(rounded))
         self._hand_out(block, key)
@@ -109,10 +135,16 @@ class Allocator:
         self._live[key] = None
 
     def _plan(self, size: int) -> tuple[int, bool, int, float]:
-        """What depends on the size alone: (rounded size, small pool?, segment, least rest worth a split)."""
+        """What depends on the size alone: (rounded size, small pool?, segment, least rest worth a
+        split)."""
         rounded = self.settings.round_bytes(size)
         segment_bytes = self.settings.segment_bytes(rounded)
-        self._plans[size] = rounded, rounded <= SMALL_BYTES, segment_bytes, self.settings.least_rest_bytes(rounded)
+        self._plans[size] = (
+            rounded,
+            rounded <= SMALL_BYTES,
+            segment_bytes,
+            self.settings.least_rest_bytes(rounded),
+        )
         return self._plans[size]
 
     def pool(self, stream: Hashable, small: bool) -> Pool:
@@ -148,7 +180,8 @@ class Allocator:
             self.peak_active_bytes = self.active_bytes
 
     def _grow(self, pool: Pool, size: int, segment_bytes: int, asked: int) -> Block:
-        """Ask the driver; when it refuses, return cached memory and ask again. C++: `malloc`, from `alloc_block` on."""
+        """Ask the driver; when it refuses, return cached memory and ask again. C++: `malloc`, from
+        `alloc_block` on."""
         if self._collects_above is not None and self.reserved_bytes > self._collects_above:
             self._segments.collect(self._pools.values(), self.reserved_bytes - self._collects_above)
         block = self._ask(pool, size, segment_bytes)
@@ -171,31 +204,42 @@ class Allocator:
 
     def _shortage(self, asked: int, segment_bytes: int) -> Shortage:
         largest = max((pool.free[-1][0] for pool in self._pools.values() if pool.free), default=0)
-        return Shortage(asked, segment_bytes, self.device.capacity_bytes - self.reserved_bytes, self.allocated_bytes,
-                        self.reserved_bytes, largest)
+        return Shortage(
+            asked,
+            segment_bytes,
+            self.device.capacity_bytes - self.reserved_bytes,
+            self.allocated_bytes,
+            self.reserved_bytes,
+            largest,
+        )
 
-    # a free ---------------------------------------------------------------------------------------------------------
+    # a free ---------------------------------------------------------------------------------------
 
     def free(self, key: Hashable) -> None:
-        """Give a block back to its pool at once. Raises: ValueError, for a key that is not allocated."""
+        """Give a block back to its pool at once. Raises: ValueError, for a key that is not
+        allocated."""
         block = self._let_go(key)
         if block is not None:
             self._give_back(block)
 
     def free_requested(self, key: Hashable) -> None:
-        """The program lets go, but another stream may still use the block: it stays active until `free_completed`."""
+        """The program lets go, but another stream may still use the block: it stays active until
+        `free_completed`."""
         self._awaiting[key] = self._let_go(key)
 
     def _let_go(self, key: Hashable) -> Block | None:
         if key not in self._live:
-            raise ValueError(f"{key!r} is not allocated: it was freed already, or its allocation is missing")
+            raise ValueError(
+                f"{key!r} is not allocated: it was freed already, or its allocation is missing"
+            )
         block = self._live.pop(key)
         if block is not None:
             self.allocated_bytes -= block.bytes
         return block
 
     def free_completed(self, key: Hashable) -> None:
-        """Nothing awaits the block any more. A second time is no error: `empty_cache` completes all that is awaited."""
+        """Nothing awaits the block any more. A second time is no error: `empty_cache` completes all
+        that is awaited."""
         block = self._awaiting.pop(key, None)
         if block is not None:
             self._give_back(block)
@@ -213,7 +257,7 @@ class Allocator:
             block = before
         pool.add(block)
 
-    # returning memory to the device ---------------------------------------------------------------------------------
+    # returning memory to the device ---------------------------------------------------------------
 
     def empty_cache(self) -> None:
         """Return every cached segment that is whole. C++: `release_cached_blocks`."""
@@ -223,17 +267,25 @@ class Allocator:
             self._segments.shrink(pool)
 
     def release_oversize(self, size: int, stream: Hashable = 0) -> bool:
-        """Return oversize blocks only, as a request of `size` does first when the device is full. False: not enough."""
+        """Return oversize blocks only, as a request of `size` does first when the device is full.
+        False: not enough."""
         rounded, small, *_ = self._plan(size)
         return self._segments.release_oversize(self.pool(stream, small), rounded)
 
-    # looking at it --------------------------------------------------------------------------------------------------
+    # looking at it --------------------------------------------------------------------------------
 
-    def adopt(self, stream: Hashable, small: bool, ranges: list[tuple[int, int]], used: list[tuple[int, int, Hashable]],
-              lowest: int | None = None) -> None:
-        """Begin with memory that is reserved already: `ranges` of (address, bytes), and in them the allocated blocks in `used`,
-        of (address, bytes, key). Both sorted by address; blocks lie inside a range and do not overlap. `lowest`: where an
-        expandable segment begins, by default its first range."""
+    def adopt(
+        self,
+        stream: Hashable,
+        small: bool,
+        ranges: list[tuple[int, int]],
+        used: list[tuple[int, int, Hashable]],
+        lowest: int | None = None,
+    ) -> None:
+        """Begin with memory that is reserved already: `ranges` of (address, bytes), and in them the
+        allocated blocks in `used`, of (address, bytes, key). Both sorted by address; blocks lie
+        inside a range and do not overlap. `lowest`: where an expandable segment begins, by default
+        its first range."""
         pool, used, free = self.pool(stream, small), used[::-1], []
         for block in self._segments.adopt(pool, ranges, lowest):
             end = block.address + block.bytes
@@ -247,7 +299,9 @@ class Allocator:
                 block = rest
             if block is not None:
                 free.append(block)
-        for block in sorted(free, key=lambda block: (block.bytes, block.address)):  # each is then the pool's last
+        for block in sorted(
+            free, key=lambda block: (block.bytes, block.address)
+        ):  # each is then the pool's last
             pool.add(block)
 
     def address(self, key: Hashable) -> int | None:
@@ -265,7 +319,9 @@ class Allocator:
 
 
 def _least_expandable(free: list[tuple[int, int, Block]], at: int) -> int:
-    """A block that could grow into unmapped pages counts as large as it could get, so a later one may fit better."""
+    """A block that could grow into unmapped pages counts as large as it could get, so a later one
+    may fit better."""
+
     def reach(index: int) -> int:
         block = free[index][2]
         after = block.next

@@ -1,7 +1,7 @@
 """Blocks, the pools that keep the free ones sorted, and the device they are cut from.
 
-A block is never moved: the one in front keeps its identity when it is split or absorbs what follows, so the first block
-of a segment stays the same object and stands for the segment.
+A block is never moved: the one in front keeps its identity when it is split or absorbs what
+follows, so the first block of a segment stays the same object and stands for the segment.
 """
 
 from __future__ import annotations
@@ -11,14 +11,30 @@ from collections.abc import Callable, Hashable, Iterator
 
 from .settings import SEGMENT_STEP_BYTES
 
-SLOTS, SLOT_BYTES = 1 << 20, 1 << 45  # more segments than a device can have, each smaller than a slot
+SLOTS, SLOT_BYTES = (
+    1 << 20,
+    1 << 45,
+)  # more segments than a device can have, each smaller than a slot
 
 
 class Block:
-    """A stretch of one segment. `active`: handed out, or freed and still awaited by another stream. `origin`: address from
-    which its segment's pages count. `mapped`: backed by memory; only expandable segments have blocks that are not."""
+    """A stretch of one segment. `active`: handed out, or freed and still awaited by another stream.
+    `origin`: address from which its segment's pages count. `mapped`: backed by memory; only
+    expandable segments have blocks that are not.
+    """
 
-    __slots__ = ("pool", "origin", "address", "bytes", "prev", "next", "active", "mapped", "key", "born")
+    __slots__ = (
+        "pool",
+        "origin",
+        "address",
+        "bytes",
+        "prev",
+        "next",
+        "active",
+        "mapped",
+        "key",
+        "born",
+    )
 
     def __init__(self, pool: Pool, origin: int, address: int, size: int):
         self.pool, self.origin, self.address, self.bytes = pool, origin, address, size
@@ -56,8 +72,9 @@ class Block:
 
 
 class Pool:
-    """The free blocks of one stream and one size class, ordered by (size, address) as `std::set` orders them. `searches`
-    is shared by the pools of a class: it counts the searches, the clock of garbage collection."""
+    """The free blocks of one stream and one size class, ordered by (size, address) as `std::set`
+    orders them. `searches` is shared by the pools of a class: it counts the searches, the clock of
+    garbage collection."""
 
     __slots__ = ("stream", "small", "free", "unmapped", "searches")
 
@@ -80,17 +97,21 @@ class Pool:
 class Device:
     """What the driver has handed out. Units: bytes.
 
-    `recorded`: segments of a trace that come next, as (address, bytes); a new segment of that size gets that address. Where
-    nothing is recorded addresses are made up, because a real driver chooses them and reuses freed ones. This matters where two
-    free blocks are equally large: the allocator takes the one at the lower address. `stride`: with 1 each new segment lies
-    above all others; with another odd number the n-th lies in slot n * stride modulo `SLOTS`, another order of addresses.
-    Not exact: a capacity is all that is left for the allocator, and none of it is lost to fragmentation.
+    `recorded`: segments of a trace that come next, as (address, bytes); a new segment of that size
+    gets that address. Where nothing is recorded addresses are made up, because a real driver
+    chooses them and reuses freed ones. This matters where two free blocks are equally large: the
+    allocator takes the one at the lower address. `stride`: with 1 each new segment lies above all
+    others; with another odd number the n-th lies in slot n * stride modulo `SLOTS`, another order
+    of addresses. Not exact: a capacity is all that is left for the allocator, and none of it is
+    lost to fragmentation.
     """
 
     def __init__(self, capacity_bytes: int | None = None):
         self.capacity_bytes = capacity_bytes
         self.reserved_bytes = self.peak_reserved_bytes = 0
-        self.tell: Callable[[str, int, int, Hashable], object] = lambda action, address, size, stream: None
+        self.tell: Callable[[str, int, int, Hashable], object] = (
+            lambda action, address, size, stream: None
+        )
         """Hears of every segment: (action as torch's history has it, address, bytes, stream)."""
         self.recorded: list[tuple[int, int]] = []
         self.stride = 1
@@ -114,11 +135,19 @@ class Device:
 
     def place(self, size: int) -> int:
         """The address of a new segment: as recorded where that is free, else made up."""
-        recorded = (start for start, length in self.recorded if length == size and self._vacant(start, start + length))
+        recorded = (
+            start
+            for start, length in self.recorded
+            if length == size and self._vacant(start, start + length)
+        )
         address = next(recorded, None)
         if address is None:
             self._segments_placed += 1
-            address = self._next_address if self.stride == 1 else self._segments_placed * self.stride % SLOTS * SLOT_BYTES
+            address = (
+                self._next_address
+                if self.stride == 1
+                else self._segments_placed * self.stride % SLOTS * SLOT_BYTES
+            )
         self.occupy(address, size)
         return address
 
@@ -129,4 +158,6 @@ class Device:
     def occupy(self, address: int, size: int) -> None:
         """These addresses are a segment's."""
         insort(self._occupied, (address, address + size))
-        self._next_address = max(self._next_address, -(-(address + size) // SEGMENT_STEP_BYTES) * SEGMENT_STEP_BYTES)
+        self._next_address = max(
+            self._next_address, -(-(address + size) // SEGMENT_STEP_BYTES) * SEGMENT_STEP_BYTES
+        )

@@ -1,8 +1,10 @@
-"""How an allocator's pools grow and shrink under `expandable_segments`: pages mapped into a range of addresses.
+"""How an allocator's pools grow and shrink under `expandable_segments`: pages mapped into a range
+of addresses.
 
-It follows `find_expandable_block`, `map_block` and `unmap_block` of CUDACachingAllocator.cpp and has the verbs of
-`FixedSegments`. Not verified on a GPU. Not exact: address space is 9/8 of the capacity, which in PyTorch is 9/8 of the
-whole device; segments of both kinds in one run, which PyTorch has when the setting is changed midway, are not simulated.
+It follows `find_expandable_block`, `map_block` and `unmap_block` of CUDACachingAllocator.cpp and
+has the verbs of `FixedSegments`. Not verified on a GPU. Not exact: address space is 9/8 of the
+capacity, which in PyTorch is 9/8 of the whole device; segments of both kinds in one run, which
+PyTorch has when the setting is changed midway, are not simulated.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ ADDRESS_SPACE_BYTES = 1 << 44  # of a segment where no capacity is given: more t
 
 
 class ExpandableSegments:
-    """A range of addresses a pool, larger than the device, into whose lowest gap pages are mapped as they are needed."""
+    """A range of addresses a pool, larger than the device, into whose lowest gap pages are mapped
+    as they are needed."""
 
     def __init__(self, device: Device, settings: Settings):
         self.device = device
@@ -66,7 +69,8 @@ class ExpandableSegments:
         insort(block.pool.unmapped, (block.address, block))
 
     def _map(self, block: Block, size: int) -> bool:
-        """Back the first pages of an unmapped block, at most all of it, and merge them with free neighbours."""
+        """Back the first pages of an unmapped block, at most all of it, and merge them with free
+        neighbours."""
         page, pool = self._page_bytes(block.pool), block.pool
         mapped = min(-(-size // page) * page, block.bytes)
         if not self.device.take(mapped):
@@ -88,8 +92,12 @@ class ExpandableSegments:
         return True
 
     def adopt(self, pool: Pool, ranges: list[tuple[int, int]], lowest: int | None) -> list[Block]:
-        """Mapped ranges that exist already, by address and apart: they become one segment that begins at `lowest`."""
-        start, end = ranges[0][0] if lowest is None else lowest, sum(ranges[-1]) + ADDRESS_SPACE_BYTES
+        """Mapped ranges that exist already, by address and apart: they become one segment that
+        begins at `lowest`."""
+        start, end = (
+            ranges[0][0] if lowest is None else lowest,
+            sum(ranges[-1]) + ADDRESS_SPACE_BYTES,
+        )
         rest, blocks = Block(pool, start, start, end - start), []
         self.heads.add(rest)
         for address, size in ranges:
@@ -108,7 +116,8 @@ class ExpandableSegments:
             self._unmap(block)
 
     def _unmap(self, block: Block) -> None:
-        """Return the whole pages inside a free block; what lies before and after them stays free."""
+        """Return the whole pages inside a free block; what lies before and after them stays
+        free."""
         page, pool = self._page_bytes(block.pool), block.pool
         offset = block.address - block.origin
         first, last = -(-offset // page) * page, (offset + block.bytes) // page * page

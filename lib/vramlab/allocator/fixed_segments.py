@@ -1,7 +1,8 @@
-"""How an allocator's pools grow and shrink when each segment is one `cudaMalloc`: PyTorch's default.
+"""How an allocator's pools grow and shrink when each segment is one `cudaMalloc`: PyTorch's
+default.
 
-`ExpandableSegments` has the same verbs. `grow` returns a block that is in no list, or None where the device has no room;
-`shrink`, `release_oversize` and `collect` return memory to the device.
+`ExpandableSegments` has the same verbs. `grow` returns a block that is in no list, or None where
+the device has no room; `shrink`, `release_oversize` and `collect` return memory to the device.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from .settings import Settings
 
 
 class FixedSegments:
-    """One segment a request to the driver, returned only whole and only when nothing of it is in use."""
+    """One segment a request to the driver, returned only whole and only when nothing of it is in
+    use."""
 
     def __init__(self, device: Device, settings: Settings):
         self.device = device
@@ -34,7 +36,8 @@ class FixedSegments:
         return block
 
     def adopt(self, pool: Pool, ranges: list[tuple[int, int]], lowest: int | None) -> list[Block]:
-        """Segments that exist already, as (address, bytes): each one free block in no list. `lowest` is nothing to them."""
+        """Segments that exist already, as (address, bytes): each one free block in no list.
+        `lowest` is nothing to them."""
         blocks = []
         for address, size in ranges:
             self.device.take(size)
@@ -55,8 +58,8 @@ class FixedSegments:
                 self._release(block)
 
     def release_oversize(self, pool: Pool, size: int) -> bool:
-        """Return the smallest oversize block that makes room for `size`, else the largest ones until together they do;
-        True when they do. C++: `release_available_cached_blocks`."""
+        """Return the smallest oversize block that makes room for `size`, else the largest ones
+        until together they do; True when they do. C++: `release_available_cached_blocks`."""
         if self._max_split == float("inf"):
             return False
         target, released = max(size, self._max_split), 0
@@ -70,9 +73,12 @@ class FixedSegments:
         return released >= target
 
     def collect(self, pools: Iterable[Pool], excess_bytes: int) -> None:
-        """Return whole blocks of large pools that waited at least the mean time, until `excess_bytes` are returned. Time
-        is counted in searches. C++: `garbage_collect_cached_blocks`."""
-        waiting = [block for pool in pools if not pool.small for block in pool.blocks() if not block.split]
+        """Return whole blocks of large pools that waited at least the mean time, until
+        `excess_bytes` are returned. Time is counted in searches. C++:
+        `garbage_collect_cached_blocks`."""
+        waiting = [
+            block for pool in pools if not pool.small for block in pool.blocks() if not block.split
+        ]
         while excess_bytes > 0 and waiting:
             ages = [block.pool.searches[0] - block.born for block in waiting]
             mean = sum(ages) / len(ages)

@@ -1,14 +1,17 @@
-"""The allocator simulator against a recorded snapshot: the same allocations and frees, event by event.
+"""The allocator simulator against a recorded snapshot: the same allocations and frees, event by
+event.
 
-From the trace the simulator is fed allocations and frees, and the moments at which cached memory was returned to the
-device, because no trace says who asked for it (the program, or the driver by refusing); an allocation for which the device
-was asked right then is taken to the device, and a segment that the simulator needs when the trace has one of that size gets
-the recorded address, because addresses decide which of several equally large free blocks is used. Everything else, most of
-all when a new segment is needed and how large it is, it has to find by itself; the recorded segment events are the truth it
-is held against.
+From the trace the simulator is fed allocations and frees, and the moments at which cached memory
+was returned to the device, because no trace says who asked for it (the program, or the driver by
+refusing); an allocation for which the device was asked right then is taken to the device, and a
+segment that the simulator needs when the trace has one of that size gets the recorded address,
+because addresses decide which of several equally large free blocks is used. Everything else, most
+of all when a new segment is needed and how large it is, it has to find by itself; the recorded
+segment events are the truth it is held against.
 
-Not exact: what was there before recording began (`beginning`). CUDA graphs' pools are kept apart but returned like others.
-An expandable segment never runs out of addresses. Garbage collection is not replayed: its trigger is in no snapshot.
+Not exact: what was there before recording began (`beginning`). CUDA graphs' pools are kept apart
+but returned like others. An expandable segment never runs out of addresses. Garbage collection is
+not replayed: its trigger is in no snapshot.
 """
 
 from __future__ import annotations
@@ -24,17 +27,32 @@ from .settings import Settings
 from .snapshot import DUMP, GROWS, MAX_BYTES, SHRINKS, Event, Snapshot, read_snapshot
 
 TOLERANCE = 0.01
-"""Largest relative error of a replay that counts as agreement, unless the caller chooses another."""
+"""Largest relative error of a replay that counts as agreement, unless the caller chooses
+another."""
 _CAUSES = {  # (memory was returned?, more is simulated than recorded?)
-    (True, True): "the simulator could return less cached memory to the device than the trace returned",
-    (True, False): "the simulator could return more cached memory to the device than the trace returned",
-    (False, True): "the simulator had no cached block that fits and asked the device for more than the trace did",
-    (False, False): "the trace asked the device for more, where the simulator used a cached block or a smaller segment"}
+    (
+        True,
+        True,
+    ): "the simulator could return less cached memory to the device than the trace returned",
+    (
+        True,
+        False,
+    ): "the simulator could return more cached memory to the device than the trace returned",
+    (False, True): (
+        "the simulator had no cached block that fits and asked the device for more than the"
+        " trace did"
+    ),
+    (False, False): (
+        "the trace asked the device for more, where the simulator used a cached block or a smaller"
+        " segment"
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first event after which reserved bytes differ. `event`: its place in the trace, from 0."""
+    """The first event after which reserved bytes differ. `event`: its place in the trace, from
+    0."""
 
     event: int
     action: str
@@ -49,9 +67,11 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Replay:
-    """The outcome of a replay. `max_error`: the largest difference of reserved bytes after any event, as a share of what was
-    recorded there (1.0 where nothing was). A segment event is held against the simulator after the allocation it serves.
-    Allocated bytes are in no trace; those at its end are the sum of the snapshot's blocks in use."""
+    """The outcome of a replay. `max_error`: the largest difference of reserved bytes after any
+    event, as a share of what was recorded there (1.0 where nothing was). A segment event is held
+    against the simulator after the allocation it serves. Allocated bytes are in no trace; those at
+    its end are the sum of the snapshot's blocks in use.
+    """
 
     device: int
     events: int
@@ -62,16 +82,18 @@ class Replay:
     max_error: float
     first_divergence: Divergence | None
     missing_bytes: int
-    """What the snapshot's segments have more (or less, negative) than the entries of the trace leave at its end: 0, unless
-    segment entries were not recorded."""
+    """What the snapshot's segments have more (or less, negative) than the entries of the trace
+    leave at its end: 0, unless segment entries were not recorded."""
     note: str
     """What the replay could not know, in words; empty where the trace has everything."""
 
     @property
     def error(self) -> float:
         """The larger relative error of peak reserved bytes and of bytes allocated at the end."""
-        return max(_relative(self.recorded_peak_bytes, self.simulated_peak_bytes),
-                   _relative(self.recorded_allocated_bytes, self.simulated_allocated_bytes))
+        return max(
+            _relative(self.recorded_peak_bytes, self.simulated_peak_bytes),
+            _relative(self.recorded_allocated_bytes, self.simulated_allocated_bytes),
+        )
 
     def agrees(self, tolerance: float = TOLERANCE) -> bool:
         """Whether `error` is at most `tolerance`, and the trace complete enough to say so."""
@@ -81,28 +103,61 @@ class Replay:
         """One sentence."""
         first, word = self.first_divergence, "within" if self.agrees(tolerance) else "beyond"
         if self.missing_bytes:
-            return (f"cannot be judged: the segments at the end have {self.missing_bytes:+,} bytes against what the trace accounts "
-                    f"for, so segment entries are missing; record it again with {DUMP}, without skip_actions")
-        errors = f"{word} {tolerance:.2%}: peak reserved and final allocated bytes are off by at most {self.error:.2%}; "
-        where = f"recorded and simulated reserved bytes agree after each of {self.events:,} events" if first is None else (
-            f"diverges at event {first.event} ({first.action}), {first.recorded_bytes:,} bytes reserved and "
-            f"{first.simulated_bytes:,} simulated, because {first.cause}")
-        return ("exact: " if first is None and not self.error else errors) + where + (self.note and f"; {self.note}")
+            return (
+                f"cannot be judged: the segments at the end have {self.missing_bytes:+,} bytes"
+                " against what the trace accounts for, so segment entries are missing; record it"
+                f" again with {DUMP}, without skip_actions"
+            )
+        errors = (
+            f"{word} {tolerance:.2%}: peak reserved and final allocated bytes are off by at most"
+            f" {self.error:.2%}; "
+        )
+        where = (
+            f"recorded and simulated reserved bytes agree after each of {self.events:,} events"
+            if first is None
+            else (
+                f"diverges at event {first.event} ({first.action}), {first.recorded_bytes:,} bytes"
+                f" reserved and {first.simulated_bytes:,} simulated, because {first.cause}"
+            )
+        )
+        return (
+            ("exact: " if first is None and not self.error else errors)
+            + where
+            + (self.note and f"; {self.note}")
+        )
 
     def as_dict(self, tolerance: float = TOLERANCE) -> dict:
         """Plain data. Raises: ValueError, for a tolerance that is no share."""
         if not 0 <= tolerance < inf:
-            raise ValueError(f"tolerance is {tolerance}: it must be a number from 0 on, 0.01 for one per cent")
-        return {"verdict": self.verdict(tolerance), "agrees": self.agrees(tolerance), "tolerance": tolerance, "error": self.error,
-                "device": self.device, "events": self.events,
-                "reserved_peak_bytes": {"recorded": self.recorded_peak_bytes, "simulated": self.simulated_peak_bytes},
-                "allocated_end_bytes": {"recorded": self.recorded_allocated_bytes, "simulated": self.simulated_allocated_bytes},
-                "max_error": self.max_error, "first_divergence":
-                self.first_divergence and {**asdict(self.first_divergence), "cause": self.first_divergence.cause}}
+            raise ValueError(
+                f"tolerance is {tolerance}: it must be a number from 0 on, 0.01 for one per cent"
+            )
+        return {
+            "verdict": self.verdict(tolerance),
+            "agrees": self.agrees(tolerance),
+            "tolerance": tolerance,
+            "error": self.error,
+            "device": self.device,
+            "events": self.events,
+            "reserved_peak_bytes": {
+                "recorded": self.recorded_peak_bytes,
+                "simulated": self.simulated_peak_bytes,
+            },
+            "allocated_end_bytes": {
+                "recorded": self.recorded_allocated_bytes,
+                "simulated": self.simulated_allocated_bytes,
+            },
+            "max_error": self.max_error,
+            "first_divergence": (
+                self.first_divergence
+                and {**asdict(self.first_divergence), "cause": self.first_divergence.cause}
+            ),
+        }
 
 
 def replay_file(path: Path | str, device: int | None = None, max_bytes: int = MAX_BYTES) -> Replay:
-    """Read a snapshot and replay it. Raises: FileNotFoundError; ValueError, naming the file, the cause and the way out."""
+    """Read a snapshot and replay it. Raises: FileNotFoundError; ValueError, naming the file, the
+    cause and the way out."""
     snapshot = read_snapshot(path, device, max_bytes)
     try:
         return replay(snapshot)
@@ -111,11 +166,15 @@ def replay_file(path: Path | str, device: int | None = None, max_bytes: int = MA
 
 
 def replay(snapshot: Snapshot) -> Replay:
-    """Raises: ValueError, for settings that are not simulated, and a trace that allocates nothing or contradicts itself."""
+    """Raises: ValueError, for settings that are not simulated, and a trace that allocates nothing
+    or contradicts itself."""
     events = snapshot.events
     if not any(event.action == "alloc" and event.bytes for event in events):
-        raise ValueError(f"none of the {len(events)} entries of device {snapshot.device} allocates memory, so there is nothing to "
-                         f"replay: record it with {DUMP} around the program's work, without skip_actions")
+        raise ValueError(
+            f"none of the {len(events)} entries of device {snapshot.device} allocates memory, so"
+            f" there is nothing to replay: record it with {DUMP} around the program's work, without"
+            " skip_actions"
+        )
     allocator = Allocator(_settings(snapshot))
     adopt_beginning(allocator, snapshot)
     before = recorded_peak = simulated_peak = allocator.reserved_bytes
@@ -125,14 +184,35 @@ def replay(snapshot: Snapshot) -> Replay:
         if recorded != simulated:
             max_error = max(max_error, _relative(recorded, simulated))
             first = first or Divergence(event.number, event.action, recorded, simulated)
-    end = before + sum(event.bytes * ((event.action in GROWS) - (event.action in SHRINKS)) for event in events)
-    allocated = sum(piece.bytes for segment in snapshot.segments for piece in segment.pieces if piece.state == "active_allocated")
-    notes = {f"{before:,} bytes were reserved before the recording began, and their blocks are reconstructed": before,
-             "the trace asks the device for nothing (it began late, or skip_actions left segment_alloc out), so this is about "
-             "cached memory alone": not any(event.action in GROWS for event in events)}
-    return Replay(snapshot.device, len(events), recorded_peak, simulated_peak, allocated, allocator.allocated_bytes, max_error,
-                  first, sum(segment.bytes for segment in snapshot.segments) - end,
-                  "; ".join(words for words, applies in notes.items() if applies))
+    end = before + sum(
+        event.bytes * ((event.action in GROWS) - (event.action in SHRINKS)) for event in events
+    )
+    allocated = sum(
+        piece.bytes
+        for segment in snapshot.segments
+        for piece in segment.pieces
+        if piece.state == "active_allocated"
+    )
+    notes = {
+        f"{before:,} bytes were reserved before the recording began, and their blocks are"
+        " reconstructed": before,
+        "the trace asks the device for nothing (it began late, or skip_actions left segment_alloc"
+        " out), so this is about cached memory alone": not any(
+            event.action in GROWS for event in events
+        ),
+    }
+    return Replay(
+        snapshot.device,
+        len(events),
+        recorded_peak,
+        simulated_peak,
+        allocated,
+        allocator.allocated_bytes,
+        max_error,
+        first,
+        sum(segment.bytes for segment in snapshot.segments) - end,
+        "; ".join(words for words, applies in notes.items() if applies),
+    )
 
 
 def _relative(recorded: int, simulated: int) -> float:
@@ -141,25 +221,32 @@ def _relative(recorded: int, simulated: int) -> float:
 
 
 def allocated_bytes(snapshot: Snapshot) -> dict[int, int]:
-    """Number of each event -> bytes the allocator has handed out after it, blocks as large as it made them: no trace has this,
-    the simulator finds it. Events in the middle of a growth or a run of returns are left out. Raises: as `replay`."""
+    """Number of each event -> bytes the allocator has handed out after it, blocks as large as it
+    made them: no trace has this, the simulator finds it. Events in the middle of a growth or a run
+    of returns are left out. Raises: as `replay`.
+    """
     allocator = Allocator(_settings(snapshot))
     adopt_beginning(allocator, snapshot)
-    return {event.number: allocator.allocated_bytes for event, *_ in _levels(allocator, snapshot.events)}
+    return {
+        event.number: allocator.allocated_bytes for event, *_ in _levels(allocator, snapshot.events)
+    }
 
 
 def _settings(snapshot: Snapshot) -> Settings:
-    """As told, but segments are the kind that they are: some platforms ignore the setting, and old snapshots do not say."""
-    expandable = (any(segment.expandable for segment in snapshot.segments)
-                  or any(event.action in ("segment_map", "segment_unmap") for event in snapshot.events))
+    """As told, but segments are the kind that they are: some platforms ignore the setting, and old
+    snapshots do not say."""
+    expandable = any(segment.expandable for segment in snapshot.segments) or any(
+        event.action in ("segment_map", "segment_unmap") for event in snapshot.events
+    )
     return replace(Settings.parse(snapshot.settings), expandable_segments=expandable)
 
 
 def _levels(allocator: Allocator, events: tuple[Event, ...]) -> Iterator[tuple[Event, int, int]]:
-    """Reserved bytes, recorded and simulated, after each event whose consequences are complete: growth is, when the
-    allocation it serves has been made; a run of returns, with its last."""
+    """Reserved bytes, recorded and simulated, after each event whose consequences are complete:
+    growth is, when the allocation it serves has been made; a run of returns, with its last."""
     recorded, alive, served = allocator.reserved_bytes, allocator.alive(), _served(events)
-    returned = retried = False  # a retry returns cached memory, asks the device and does not look at what is cached again
+    # a retry returns cached memory, asks the device and does not look at what is cached again
+    returned = retried = False
     for index, event in enumerate(in_time(events)):
         if event.action in GROWS:
             recorded, retried = recorded + event.bytes, returned
@@ -178,8 +265,8 @@ def _levels(allocator: Allocator, events: tuple[Event, ...]) -> Iterator[tuple[E
 
 
 def _served(events: tuple[Event, ...]) -> list[Event | None]:
-    """(events,) the allocation for which an event returned memory, if it did: the device was asked for more, or returned more,
-    until it."""
+    """(events,) the allocation for which an event returned memory, if it did: the device was asked
+    for more, or returned more, until it."""
     served, following = [], None
     for event in reversed(events):
         served.append(following)
@@ -189,7 +276,8 @@ def _served(events: tuple[Event, ...]) -> list[Event | None]:
 
 
 def _shrink(allocator: Allocator, recorded: int, served: Event | None) -> None:
-    """A full device makes an allocation return oversize blocks first; if that is not what was recorded, then everything."""
+    """A full device makes an allocation return oversize blocks first; if that is not what was
+    recorded, then everything."""
     if allocator.settings.max_split_size_mb and served is not None:
         allocator.release_oversize(served.bytes, stream_of(served))
     if allocator.reserved_bytes != recorded:
@@ -197,8 +285,8 @@ def _shrink(allocator: Allocator, recorded: int, served: Event | None) -> None:
 
 
 def _feed(allocator: Allocator, event: Event, alive: set[int], cached: bool) -> None:
-    """Addresses are the keys. A free of something never seen is passed over; an address that is handed out again was freed,
-    whether or not the trace kept that."""
+    """Addresses are the keys. A free of something never seen is passed over; an address that is
+    handed out again was freed, whether or not the trace kept that."""
     address = event.address
     if event.action == "alloc":
         if address in alive:

@@ -1,4 +1,5 @@
-"""The allocator's memory as plain data: segments and the blocks that tile them, for drawing and for checking."""
+"""The allocator's memory as plain data: segments and the blocks that tile them, for drawing and for
+checking."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from .blocks import Block
 
 @dataclass(frozen=True)
 class BlockView:
-    """One block as it is now. `state` is "allocated", "awaiting" (freed, another stream may still use it) or "free"."""
+    """One block as it is now. `state` is "allocated", "awaiting" (freed, another stream may still
+    use it) or "free"."""
 
     address: int
     bytes: int
@@ -30,8 +32,13 @@ class SegmentView:
 
 
 def segment_views(heads: Iterable[Block], awaiting: Container[Hashable]) -> list[SegmentView]:
-    """By address: a whole segment, or a contiguous mapped part of an expandable one, as PyTorch's own snapshots have it."""
-    return [_view(part, awaiting) for head in sorted(heads, key=lambda head: head.address) for part in _mapped_parts(head)]
+    """By address: a whole segment, or a contiguous mapped part of an expandable one, as PyTorch's
+    own snapshots have it."""
+    return [
+        _view(part, awaiting)
+        for head in sorted(heads, key=lambda head: head.address)
+        for part in _mapped_parts(head)
+    ]
 
 
 def _mapped_parts(head: Block) -> Iterator[list[Block]]:
@@ -48,8 +55,16 @@ def _mapped_parts(head: Block) -> Iterator[list[Block]]:
 
 def _view(blocks: list[Block], awaiting: Container[Hashable]) -> SegmentView:
     first = blocks[0]
-    return SegmentView(first.address, sum(block.bytes for block in blocks), first.pool.stream, first.pool.small,
-                       tuple(BlockView(block.address, block.bytes, _state(block, awaiting), block.key) for block in blocks))
+    return SegmentView(
+        first.address,
+        sum(block.bytes for block in blocks),
+        first.pool.stream,
+        first.pool.small,
+        tuple(
+            BlockView(block.address, block.bytes, _state(block, awaiting), block.key)
+            for block in blocks
+        ),
+    )
 
 
 def _state(block: Block, awaiting: Container[Hashable]) -> str:

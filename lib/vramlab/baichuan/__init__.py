@@ -1,5 +1,5 @@
-"""Baichuan-2 as a proper transformers model; importing this registers it for the Auto classes under `baichuan`, and
-importing `vramlab` lets them find it."""
+"""Baichuan-2 as a proper transformers model; importing this registers it for the Auto classes under
+`baichuan`, and importing `vramlab` lets them find it."""
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -13,5 +13,13 @@ AutoConfig.register("baichuan", BaichuanConfig, exist_ok=True)
 AutoModelForCausalLM.register(BaichuanConfig, BaichuanForCausalLM, exist_ok=True)
 AutoTokenizer.register(BaichuanConfig, slow_tokenizer_class=BaichuanTokenizer, exist_ok=True)
 
-__all__ = ["BaichuanConfig", "BaichuanForCausalLM", "BaichuanModel", "BaichuanTokenizer", "ModelSpec", "load_model",
-           "read_model_file", "train_tokenizer"]
+__all__ = [
+    "BaichuanConfig",
+    "BaichuanForCausalLM",
+    "BaichuanModel",
+    "BaichuanTokenizer",
+    "ModelSpec",
+    "load_model",
+    "read_model_file",
+    "train_tokenizer",
+]

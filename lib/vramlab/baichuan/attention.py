@@ -1,7 +1,9 @@
-"""Who may look at whom: causal attention with rotary positions or ALiBi, padding and packed documents.
+"""Who may look at whom: causal attention with rotary positions or ALiBi, padding and packed
+documents.
 
-Shapes: b batch, h heads, q queries, k keys (k - q of them cached), d = head_dim. A 2-D attention mask (b, k) holds 0 for
-padding and a document's number (1, 2, ... from left to right) elsewhere; the usual mask of ones is one document.
+Shapes: b batch, h heads, q queries, k keys (k - q of them cached), d = head_dim. A 2-D attention
+mask (b, k) holds 0 for padding and a document's number (1, 2, ... from left to right) elsewhere;
+the usual mask of ones is one document.
 """
 
 from __future__ import annotations
@@ -14,17 +16,23 @@ from torch import Tensor, nn
 
 
 def checked_mask(mask: Tensor | None, keys: int) -> Tensor | None:
-    """A mask (b, k) of integers. Raises: ValueError, for one of another shape, such as the 4-D masks that other models take."""
+    """A mask (b, k) of integers. Raises: ValueError, for one of another shape, such as the 4-D
+    masks that other models take."""
     if mask is not None and (mask.dim() != 2 or mask.shape[1] != keys):
-        raise ValueError(f"attention_mask is {tuple(mask.shape)}: use (batch, {keys}), cached and new tokens, with 0 for padding "
-                         "and 1 or a document's number elsewhere; generation needs the dynamic cache, which sends no 4-D mask")
+        raise ValueError(
+            f"attention_mask is {tuple(mask.shape)}: use (batch, {keys}), cached and new tokens,"
+            " with 0 for padding and 1 or a document's number elsewhere; generation needs the"
+            " dynamic cache, which sends no 4-D mask"
+        )
     return mask.long() if mask is not None and mask.dtype == torch.bool else mask
 
 
 def documents(mask: Tensor | None, position_ids: Tensor | None, cached: int = 0) -> Tensor | None:
-    """The mask, with a document's number where `position_ids` (b or 1, q) do not grow from one real token to the next, as
-    packing without a mask marks its documents. Reads the data if there are position_ids.
-    Raises: ValueError, where `cached` tokens went before: whose document they are part of is not said."""
+    """The mask, with a document's number where `position_ids` (b or 1, q) do not grow from one real
+    token to the next, as packing without a mask marks its documents. Reads the data if there are
+    position_ids. Raises: ValueError, where `cached` tokens went before: whose document they are
+    part of is not said.
+    """
     if position_ids is None or (queries := position_ids.shape[1]) == 1:
         return mask
     own = torch.ones_like(position_ids) if mask is None else mask[:, -queries:]
@@ -33,18 +41,25 @@ def documents(mask: Tensor | None, position_ids: Tensor | None, cached: int = 0)
     if not begins.any():
         return mask
     if cached:
-        raise ValueError(f"position_ids begin again after {cached} cached tokens: run packed documents without a cache")
+        raise ValueError(
+            f"position_ids begin again after {cached} cached tokens: run packed documents without a"
+            " cache"
+        )
     return F.pad(edges | begins, (1, 0)).cumsum(1).add(1) * (own != 0)
 
 
 def right_padded(mask: Tensor) -> bool:
-    """Whether a 0/1 mask (b, k) has its padding at the right only. Then causal attention never sees it from a real
-    token, and no mask is needed. Reads the data, so call it where that is free: on the host."""
-    return bool(((mask[:, 1:] <= mask[:, :-1]).all() & (mask <= 1).all() & (mask[:, 0] == 1).all()).item())
+    """Whether a 0/1 mask (b, k) has its padding at the right only. Then causal attention never sees
+    it from a real token, and no mask is needed. Reads the data, so call it where that is free: on
+    the host."""
+    return bool(
+        ((mask[:, 1:] <= mask[:, :-1]).all() & (mask <= 1).all() & (mask[:, 0] == 1).all()).item()
+    )
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Position of each token within its document: (b, k) mask -> (b, k) integers. Padding does not count."""
+    """Position of each token within its document: (b, k) mask -> (b, k) integers. Padding does not
+    count."""
     count = (mask != 0).long().cumsum(1) - 1
     running = mask.cummax(1).values
     starts = torch.ones_like(mask, dtype=torch.bool)
@@ -54,8 +69,9 @@ def positions(mask: Tensor) -> Tensor:
 
 
 def alibi_slopes(heads: int) -> Tensor:
-    """(h,) fp32. A power of two: 2^(-8 i / h). Else that of the power below, then every other one of the power above.
-    Press 2022, arXiv:2108.12409."""
+    """(h,) fp32. A power of two: 2^(-8 i / h). Else that of the power below, then every other one
+    of the power above. Press 2022, arXiv:2108.12409."""
+
     def power_of_two(n: int) -> list[float]:
         return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
 
@@ -65,8 +81,8 @@ def alibi_slopes(heads: int) -> Tensor:
 
 
 def allowed(mask: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
-    """Bool (1 or b, 1, q, k): key j not after query i, same document, not padding. A token always sees itself, so that
-    no row is empty and padding rows give no NaN."""
+    """Bool (1 or b, 1, q, k): key j not after query i, same document, not padding. A token always
+    sees itself, so that no row is empty and padding rows give no NaN."""
     row = torch.arange(keys - queries, keys, device=device)[:, None]
     column = torch.arange(keys, device=device)[None, :]
     seen = (column <= row)[None, None]
@@ -77,13 +93,22 @@ def allowed(mask: Tensor | None, queries: int, keys: int, device: torch.device) 
     return seen
 
 
-def attention_bias(config, mask: Tensor | None, queries: int, keys: int, dtype: torch.dtype, device: torch.device,
-                   slopes: Tensor | None) -> Tensor | None:
-    """What is added to (or, as a bool, allowed in) the attention scores; None when plain causal attention says it all.
+def attention_bias(
+    config,
+    mask: Tensor | None,
+    queries: int,
+    keys: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    slopes: Tensor | None,
+) -> Tensor | None:
+    """What is added to (or, as a bool, allowed in) the attention scores; None when plain causal
+    attention says it all.
 
-    Rotary: None, or bool (1 or b, 1, q, k). ALiBi: slope * (j - i), formed in fp32 and then rounded to `dtype`, with -inf
-    where not allowed: (1, h, q, k) shared by the batch unless a mask makes rows differ. The relative form is the same in
-    training and evaluation; the released evaluation code's slope * j collides in bf16.
+    Rotary: None, or bool (1 or b, 1, q, k). ALiBi: slope * (j - i), formed in fp32 and then rounded
+    to `dtype`, with -inf where not allowed: (1, h, q, k) shared by the batch unless a mask makes
+    rows differ. The relative form is the same in training and evaluation; the released evaluation
+    code's slope * j collides in bf16.
     """
     if config.position == "rope" and mask is None and queries == keys:
         return None
@@ -102,8 +127,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Te
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of position * frequency, in fp32, one table for all layers. Su 2021, arXiv:2104.09864.
-    The frequencies are a buffer no checkpoint holds, initialised by the model so that they survive `meta`."""
+    """cos and sin of position * frequency, in fp32, one table for all layers. Su 2021,
+    arXiv:2104.09864. The frequencies are a buffer no checkpoint holds, initialised by the model so
+    that they survive `meta`.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -114,7 +141,8 @@ class RotaryEmbedding(nn.Module):
         return 1.0 / self.theta ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim)
 
     def _apply(self, fn, recurse: bool = True):
-        """Moved with the model, never rounded with it: in bf16 neighbouring positions would share an angle."""
+        """Moved with the model, never rounded with it: in bf16 neighbouring positions would share
+        an angle."""
         moved = super()._apply(fn, recurse)
         if moved.inv_freq.dtype != torch.float32:
             moved.inv_freq = moved.frequencies().to(moved.inv_freq.device)

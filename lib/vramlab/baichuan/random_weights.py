@@ -11,7 +11,8 @@ DRAWN = 1 << 22
 
 
 def random_model(spec: ModelSpec) -> BaichuanForCausalLM:
-    """The model on the host, in the type it is published in, with weights of the usual spread; norms are ones."""
+    """The model on the host, in the type it is published in, with weights of the usual spread;
+    norms are ones."""
     with torch.device("meta"):
         model = BaichuanForCausalLM(spec.config)
     model.to(spec.config.dtype or torch.float32)
@@ -35,7 +36,11 @@ def _fill(parameter: torch.Tensor, drawn: torch.Tensor) -> None:
 
 
 def batches(spec: ModelSpec, seq: int, rows: int, seed: int, count: int = 1) -> list[dict]:
-    """`count` micro-batches of full rows on the host, every token labelled; no padding, so no mask, as forecast."""
+    """`count` micro-batches of full rows on the host, every token labelled; no padding, so no mask,
+    as forecast."""
     generator = torch.Generator().manual_seed(seed)
-    ids = [torch.randint(3, spec.config.vocab_size, (rows, seq), generator=generator) for _ in range(count)]
+    ids = [
+        torch.randint(3, spec.config.vocab_size, (rows, seq), generator=generator)
+        for _ in range(count)
+    ]
     return [{"input_ids": one, "labels": one.clone()} for one in ids]

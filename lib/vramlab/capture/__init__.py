@@ -1,1 +1,2 @@
-"""What a real step does to memory: event meter, CUDA recorder, driver, energy, process's peak, and running out of it."""
+"""What a real step does to memory: event meter, CUDA recorder, driver, energy, process's peak, and
+running out of it."""

@@ -1,13 +1,15 @@
-"""The recorder: what the meter is on a CPU, on CUDA, without being in the way: torch's own allocator history does the work.
+"""The recorder: what the meter is on a CPU, on CUDA, without being in the way: torch's own
+allocator history does the work.
 
     with Recorder() as recorder:                     # before the model exists
         trainer = Trainer(model, regime, schedule, device="cuda", observer=recorder)
         trainer.step(batches)
     recorder.frame(), recorder.peak(), recorder.peaks, recorder.said
 
-No dispatch mode is entered, since one changes what autograd allocates; no stack is recorded and nothing synchronizes inside a
-step. What it costs a step: one short string set at each phase edge, module edge and declaration. Source: torch/cuda/memory.py
-of torch 2.11 to 2.13 (`_record_memory_history`, `_set_memory_metadata`, `_snapshot`). Not yet run on a GPU: tested with a
+No dispatch mode is entered, since one changes what autograd allocates; no stack is recorded and
+nothing synchronizes inside a step. What it costs a step: one short string set at each phase edge,
+module edge and declaration. Source: torch/cuda/memory.py of torch 2.11 to 2.13
+(`_record_memory_history`, `_set_memory_metadata`, `_snapshot`). Not yet run on a GPU: tested with a
 history of the same format kept by our own simulator.
 """
 
@@ -33,7 +35,8 @@ from .modules import Modules
 from .recording import PREFIX, Recording
 
 MAX_ENTRIES = 1_000_000
-"""Of the history; without stacks an entry takes some 200 bytes of host memory. A step of a 7B has about 30,000."""
+"""Of the history; without stacks an entry takes some 200 bytes of host memory. A step of a 7B has
+about 30,000."""
 
 
 class History(Protocol):
@@ -53,14 +56,17 @@ class History(Protocol):
 
 
 class CudaHistory:
-    """torch's. `device`: a CUDA device, by default the current one. Raises: ValueError, where torch sees no GPU."""
+    """torch's. `device`: a CUDA device, by default the current one. Raises: ValueError, where torch
+    sees no GPU."""
 
     device_type = "cuda"
 
     def __init__(self, device: str | torch.device = "cuda"):
         if not torch.cuda.is_available():
-            raise ValueError("the recorder needs CUDA, and torch sees none here (`vramlab doctor` says why): "
-                             "on a CPU use memory.meter.Meter")
+            raise ValueError(
+                "the recorder needs CUDA, and torch sees none here (`vramlab doctor` says why): "
+                "on a CPU use memory.meter.Meter"
+            )
         index = torch.device(device).index
         self.device = torch.cuda.current_device() if index is None else index
         self._set = getattr(torch.cuda.memory, "_set_memory_metadata", None)
@@ -70,7 +76,9 @@ class CudaHistory:
     def start(self, max_entries: int) -> None:
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(self.device)
-        torch.cuda.memory._record_memory_history("all", context=None, stacks="python", max_entries=max_entries, clear_history=True)
+        torch.cuda.memory._record_memory_history(
+            "all", context=None, stacks="python", max_entries=max_entries, clear_history=True
+        )
 
     def mark(self, text: str) -> None:
         self._set(text)
@@ -79,17 +87,24 @@ class CudaHistory:
         return storage.data_ptr()
 
     def peaks(self) -> dict[str, int]:
-        """Since they were last asked for; the counts are since the process began. Asks no device."""
+        """Since they were last asked for; the counts are since the process began. Asks no
+        device."""
         stats = torch.cuda.memory_stats(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        return {"allocated_peak_bytes": stats["allocated_bytes.all.peak"], "reserved_peak_bytes": stats["reserved_bytes.all.peak"],
-                "num_alloc_retries": stats["num_alloc_retries"], "num_ooms": stats["num_ooms"]}
+        return {
+            "allocated_peak_bytes": stats["allocated_bytes.all.peak"],
+            "reserved_peak_bytes": stats["reserved_bytes.all.peak"],
+            "num_alloc_retries": stats["num_alloc_retries"],
+            "num_ooms": stats["num_ooms"],
+        }
 
     def look(self) -> dict:
         return torch.cuda.memory._snapshot(self.device)
 
     def stop(self) -> dict:
-        with suppress(RuntimeError):  # a device that is lost: its history is the host's, and can still be read
+        with suppress(
+            RuntimeError
+        ):  # a device that is lost: its history is the host's, and can still be read
             torch.cuda.synchronize(self.device)
         raw = self.look()
         torch.cuda.memory._record_memory_history(None)
@@ -110,10 +125,17 @@ class _Told(Modules):
 
 
 class Recorder(GradientsToo):
-    """Records while it is entered, once; enter it before the model is made. `max_entries` bounds the history: of a longer run its
-    end is kept, and `said` tells. Leaving by an error, out of memory too, keeps what was recorded."""
+    """Records while it is entered, once; enter it before the model is made. `max_entries` bounds
+    the history: of a longer run its end is kept, and `said` tells. Leaving by an error, out of
+    memory too, keeps what was recorded.
+    """
 
-    def __init__(self, device: str | torch.device = "cuda", max_entries: int = MAX_ENTRIES, history: History | None = None):
+    def __init__(
+        self,
+        device: str | torch.device = "cuda",
+        max_entries: int = MAX_ENTRIES,
+        history: History | None = None,
+    ):
         super().__init__()
         self._history: Any = history or CudaHistory(device)
         self._max_entries = max_entries
@@ -125,12 +147,13 @@ class Recorder(GradientsToo):
         self._resizable: dict[int, tuple[str, str]] = {}
         self._entered = ExitStack()
         self.peaks: list[dict] = []
-        """One dict a step, torch's own figures: `step` (-1: before the first), `allocated_peak_bytes`, `reserved_peak_bytes`
-        within it, and `num_alloc_retries`, `num_ooms` so far."""
+        """One dict a step, torch's own figures: `step` (-1: before the first),
+        `allocated_peak_bytes`, `reserved_peak_bytes` within it, and `num_alloc_retries`, `num_ooms`
+        so far."""
         self.said: list[str] = []
         """What a reader of the figures has to know."""
 
-    # what the trainer says ------------------------------------------------------------------------------------------
+    # what the trainer says ------------------------------------------------------------------------
 
     def begin_step(self, step: int) -> None:
         self._take_peaks(-1)
@@ -163,12 +186,13 @@ class Recorder(GradientsToo):
             self._resizable[storage._cdata] = category, name
 
     def _resized(self, storage: UntypedStorage) -> None:
-        """Gathered weights live in storages that are emptied and filled again: the same thing at another address."""
+        """Gathered weights live in storages that are emptied and filled again: the same thing at
+        another address."""
         if storage.nbytes() and storage._cdata in self._resizable:
             self._declare(len(self._marks) - 1, storage, *self._resizable[storage._cdata])
             self._mark()
 
-    # marks ----------------------------------------------------------------------------------------------------------
+    # marks ----------------------------------------------------------------------------------------
 
     def _edge(self, phase: str) -> None:
         self._phase, self._span = phase, self._span + 1
@@ -178,7 +202,9 @@ class Recorder(GradientsToo):
     def _mark(self) -> None:
         phase = "recompute" if recomputing and self._phase == "backward" else self._phase
         stack = self._modules._stack
-        self._marks.append((self._step, phase, stack[-1] if stack else "", self._span, time.time_ns() // 1000))
+        self._marks.append(
+            (self._step, phase, stack[-1] if stack else "", self._span, time.time_ns() // 1000)
+        )
         if self._history.keeps_metadata:
             self._history.mark(f"{PREFIX}{len(self._marks) - 1}")
 
@@ -190,7 +216,7 @@ class Recorder(GradientsToo):
         if step >= 0 or not self.peaks:
             self.peaks.append({"step": step, **self._history.peaks()})
 
-    # beginning and end ----------------------------------------------------------------------------------------------
+    # beginning and end ----------------------------------------------------------------------------
 
     def __enter__(self) -> Recorder:
         self._history.start(self._max_entries)
@@ -213,23 +239,35 @@ class Recorder(GradientsToo):
         self._look_back()
 
     def _read(self, raw: dict) -> Recording:
-        said = {"marks": self._marks, "declared": self._declared, "clock": self._clock,
-                "workspace_bytes": self._history.workspace_bytes, "source": getattr(self._history, "source", "recorder")}
+        said = {
+            "marks": self._marks,
+            "declared": self._declared,
+            "clock": self._clock,
+            "workspace_bytes": self._history.workspace_bytes,
+            "source": getattr(self._history, "source", "recorder"),
+        }
         return Recording.of(raw, self._history.device, said)
 
     def so_far(self) -> pd.DataFrame:
-        """The timeline up to now, while it is still recorded: of a step that ran out of memory and has not unwound yet."""
+        """The timeline up to now, while it is still recorded: of a step that ran out of memory and
+        has not unwound yet."""
         self._read_clocks()
         return self._read(self._history.look()).frame()
 
     def _look_back(self) -> None:
         if len(self.recording.snapshot.events) >= self._max_entries or self.recording.before:
-            self.said.append(f"the history holds the last {self._max_entries:,} entries or began after the first tensor: "
-                             f"{self.recording.before} storages are older than it, and of their making nothing is known")
+            self.said.append(
+                f"the history holds the last {self._max_entries:,} entries or began after the first"
+                f" tensor: {self.recording.before} storages are older than it, and of their making"
+                " nothing is known"
+            )
         if not self._history.keeps_metadata:
-            self.said.append("this torch keeps no metadata with allocations: phases are assigned by time, exact to microseconds")
+            self.said.append(
+                "this torch keeps no metadata with allocations: phases are assigned by time, exact"
+                " to microseconds"
+            )
 
-    # what came of it ------------------------------------------------------------------------------------------------
+    # what came of it ------------------------------------------------------------------------------
 
     def frame(self) -> pd.DataFrame:
         """See `Recording.frame`."""
@@ -240,9 +278,11 @@ class Recorder(GradientsToo):
         return timeline.peak_owners(self.frame(), step)
 
     def result(self) -> dict[str, int]:
-        """torch's own figures of the whole recording: `allocated_peak_bytes`, `reserved_peak_bytes`, `num_alloc_retries`,
-        `num_ooms`."""
-        return {name: max(peak[name] for peak in self.peaks) for name in self.peaks[0] if name != "step"}
+        """torch's own figures of the whole recording: `allocated_peak_bytes`,
+        `reserved_peak_bytes`, `num_alloc_retries`, `num_ooms`."""
+        return {
+            name: max(peak[name] for peak in self.peaks) for name in self.peaks[0] if name != "step"
+        }
 
     host_peak_bytes = None
     """No history of the device knows the host's bytes."""
@@ -253,5 +293,6 @@ class Recorder(GradientsToo):
 
 
 def watching(device: str) -> Recorder | Meter:
-    """Who sees every storage of a run on `device`: both have `frame`, `peak` and `host_peak_bytes`, and are entered around it."""
+    """Who sees every storage of a run on `device`: both have `frame`, `peak` and `host_peak_bytes`,
+    and are entered around it."""
     return Recorder(device) if device.startswith("cuda") else Meter()

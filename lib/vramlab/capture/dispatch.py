@@ -1,8 +1,9 @@
 """What the meter looks through: a dispatch mode below autograd, and storages that change size.
 
-A mode changes what autograd does: while one is active every tensor counts as a subclass, and the engine then avoids
-writing in place. What it would have written in place is written in place here, so that the bytes are those of the run
-nobody watches. The same holds on fake tensors, which are subclasses by themselves.
+A mode changes what autograd does: while one is active every tensor counts as a subclass, and the
+engine then avoids writing in place. What it would have written in place is written in place here,
+so that the bytes are those of the run nobody watches. The same holds on fake tensors, which are
+subclasses by themselves.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-INTO_FIRST = {aten.scatter.src: aten.scatter_.src, aten.scatter_add.default: aten.scatter_add_.default}
-"""Backward formulas that fill a fresh tensor, in place unless a tensor is a subclass (value-selecting reductions)."""
+INTO_FIRST = {
+    aten.scatter.src: aten.scatter_.src,
+    aten.scatter_add.default: aten.scatter_add_.default,
+}
+"""Backward formulas that fill a fresh tensor, in place unless a tensor is a subclass
+(value-selecting reductions)."""
 
 
 class Uncompiled(TorchDispatchMode):
-    """A mode that torch does not wrap against its compiler, which is not used here, twice an operation."""
+    """A mode that torch does not wrap against its compiler, which is not used here, twice an
+    operation."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -35,8 +41,8 @@ class Uncompiled(TorchDispatchMode):
 
 
 class Watch(Uncompiled):
-    """Hands every operation's outputs to `saw(func, args, outputs)`, once each, when it has returned. It sees the operations the
-    trainer asks for and not how a fake mode works them out."""
+    """Hands every operation's outputs to `saw(func, args, outputs)`, once each, when it has
+    returned. It sees the operations the trainer asks for and not how a fake mode works them out."""
 
     def __init__(self, saw: Callable, in_backward: Callable[[], bool]):
         super().__init__()
@@ -63,7 +69,8 @@ def _plainly(func, types, args, kwargs):
 
 
 class Watchable:
-    """A mode that is watched from inside, which spares every operation the way through a second mode."""
+    """A mode that is watched from inside, which spares every operation the way through a second
+    mode."""
 
     watch: Watch | None = None
 
@@ -89,8 +96,8 @@ _propagating: list[None] = []
 
 @contextmanager
 def propagation_unseen() -> Iterator[None]:
-    """A sharded tensor's operation is also run on fakes of the whole shape, to learn the shape of what comes out. They are
-    made under whatever mode is there, and are nobody's bytes."""
+    """A sharded tensor's operation is also run on fakes of the whole shape, to learn the shape of
+    what comes out. They are made under whatever mode is there, and are nobody's bytes."""
     native = ShardingPropagator._propagate_tensor_meta_non_cached
 
     def propagate(*args):
@@ -111,9 +118,11 @@ _REWRITTEN = {aten.add.Tensor, *INTO_FIRST}
 
 
 def _as_the_engine_does(func, args, frame):
-    """The operation that would run if nobody watched. Source: torch/csrc/autograd/input_buffer.cpp, `accumulate`: two
-    gradients of one tensor are added into the first when that is dense and the engine alone holds it, and its storage. Not
-    exact: an addition that a backward formula asks for, never in place, is not told from the engine's own."""
+    """The operation that would run if nobody watched. Source: torch/csrc/autograd/input_buffer.cpp,
+    `accumulate`: two gradients of one tensor are added into the first when that is dense and the
+    engine alone holds it, and its storage. Not exact: an addition that a backward formula asks for,
+    never in place, is not told from the engine's own.
+    """
     if torch.is_grad_enabled() or not _called_by_the_engine(frame):
         return func
     if func in INTO_FIRST:
@@ -124,26 +133,31 @@ def _as_the_engine_does(func, args, frame):
 
 
 def _called_by_the_engine(frame) -> bool:
-    """No Python stands between autograd's engine and us: neither a custom Function nor a hook asked for this. What torch
-    wraps around a mode does not count."""
+    """No Python stands between autograd's engine and us: neither a custom Function nor a hook asked
+    for this. What torch wraps around a mode does not count."""
     while frame is not None and frame.f_code.co_filename.endswith(_WRAPPERS):
         frame = frame.f_back
     return frame is None or frame.f_code.co_name == "_engine_run_backward"
 
 
-_WRAPPERS = (os.path.join("torch", "_compile.py"), os.path.join("torch", "_dynamo", "eval_frame.py"))
+_WRAPPERS = (
+    os.path.join("torch", "_compile.py"),
+    os.path.join("torch", "_dynamo", "eval_frame.py"),
+)
 
 
 def _held_once(tensor: Tensor) -> bool:
     # of the storage: the tensor itself and the Python storage made here to ask
-    return (tensor._use_count() <= _holders_of_one_held_once()
-            and torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= 2)
+    return (
+        tensor._use_count() <= _holders_of_one_held_once()
+        and torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= 2
+    )
 
 
 @functools.cache
 def _holders_of_one_held_once() -> int:
-    """How many references a gradient has, seen from a mode, that the engine alone holds: what calls the mode holds some too.
-    Asked of two gradients that nobody shares."""
+    """How many references a gradient has, seen from a mode, that the engine alone holds: what calls
+    the mode holds some too. Asked of two gradients that nobody shares."""
     counts = []
 
     class Asks(Uncompiled):

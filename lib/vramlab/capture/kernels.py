@@ -1,7 +1,9 @@
-"""What a CUDA kernel does that no operation shows: which attention runs, and the workspaces kernels take for themselves.
+"""What a CUDA kernel does that no operation shows: which attention runs, and the workspaces kernels
+take for themselves.
 
-Attention is chosen by torch at run time, by type, mask, shape and card; here the same choice is made from the same facts.
-Workspaces are a table with sources. They are reported as their own category, and none of it is measured.
+Attention is chosen by torch at run time, by type, mask, shape and card; here the same choice is
+made from the same facts. Workspaces are a table with sources. They are reported as their own
+category, and none of it is measured.
 
 Shapes: b batch, h heads, q queries, k keys, d head_dim.
 """
@@ -18,16 +20,22 @@ from ..cards import AMPERE, Architecture
 
 aten = torch.ops.aten
 
-MATRIX_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
+MATRIX_PRODUCTS = frozenset(
+    {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+)
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def attention_kernel(dtype: torch.dtype, head_dim: int, masked: bool, architecture: Architecture = AMPERE) -> str:
-    """"cudnn", "flash", "efficient" or "math": what `F.scaled_dot_product_attention` runs on a card of `architecture`.
+def attention_kernel(
+    dtype: torch.dtype, head_dim: int, masked: bool, architecture: Architecture = AMPERE
+) -> str:
+    """What `F.scaled_dot_product_attention` runs on a card of `architecture`: "cudnn", "flash",
+    "efficient" or "math".
 
-    Source: torch/aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, `select_sdp_backend`, its default order and filters.
-    Not exact: cuDNN comes first on sm_90 and sm_100 only with cuDNN 9.15.1 or later, which is taken for granted; filters
-    on odd strides, on empty sequences and on dropout are left out.
+    Source: torch/aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, `select_sdp_backend`, its
+    default order and filters. Not exact: cuDNN comes first on sm_90 and sm_100 only with cuDNN
+    9.15.1 or later, which is taken for granted; filters on odd strides, on empty sequences and on
+    dropout are left out.
     """
     half = dtype in _HALF and (architecture >= (8, 0) or dtype is torch.float16)
     if half and architecture in ((9, 0), (10, 0)) and head_dim % 8 == 0 and head_dim <= 128:
@@ -49,38 +57,73 @@ def _efficient_alignment(dtype: torch.dtype, architecture: Architecture) -> int:
 
 @dataclass(frozen=True)
 class Attention:
-    """Stands in for `F.scaled_dot_product_attention`: calls the operation a card of `architecture` would run."""
+    """Stands in for `F.scaled_dot_product_attention`: calls the operation a card of `architecture`
+    would run."""
 
     architecture: Architecture = AMPERE
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-                 is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
         query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
-        kernel = attention_kernel(query.dtype, query.shape[-1], attn_mask is not None, self.architecture)
+        kernel = attention_kernel(
+            query.dtype, query.shape[-1], attn_mask is not None, self.architecture
+        )
         if kernel == "math" or enable_gqa:
-            return _native(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        return _KERNELS[kernel](query, key, value, _bias(attn_mask, query, key), dropout_p, is_causal,
-                                query.shape[-1] ** -0.5 if scale is None else scale)
+            return _native(
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
+        return _KERNELS[kernel](
+            query,
+            key,
+            value,
+            _bias(attn_mask, query, key),
+            dropout_p,
+            is_causal,
+            query.shape[-1] ** -0.5 if scale is None else scale,
+        )
 
 
 _native = F.scaled_dot_product_attention
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The whole function is on autocast's list of low precision, so its operands are cast before a kernel is chosen."""
+    """The whole function is on autocast's list of low precision, so its operands are cast before a
+    kernel is chosen."""
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device_type)
-    return [tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor for tensor in tensors]
+    return [
+        tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
+        for tensor in tensors
+    ]
 
 
 def _bias(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """A mask as kernels take it: a number to add, rows starting at multiples of 16, shared by batch and heads as views."""
+    """A mask as kernels take it: a number to add, rows starting at multiples of 16, shared by batch
+    and heads as views."""
     if mask is None:
         return None
     if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(
+            mask.logical_not(), float("-inf")
+        )
     columns = mask.shape[-1]
     if columns % 16:
         mask = F.pad(mask, (0, 16 - columns % 16))[..., :columns]
@@ -91,17 +134,29 @@ def _flash(query, key, value, bias, dropout_p, is_causal, scale) -> Tensor:
     size = query.shape[-1]
     if size % 8:
         query, key, value = (F.pad(tensor, (0, 8 - size % 8)) for tensor in (query, key, value))
-    return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0][..., :size]
+    return aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout_p, is_causal, scale=scale
+    )[0][..., :size]
 
 
 def _efficient(query, key, value, bias, dropout_p, is_causal, scale) -> Tensor:
-    return aten._scaled_dot_product_efficient_attention(query, key, value, bias, _trains(query, key, value), dropout_p,
-                                                        is_causal, scale=scale)[0]
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, _trains(query, key, value), dropout_p, is_causal, scale=scale
+    )[0]
 
 
 def _cudnn(query, key, value, bias, dropout_p, is_causal, scale) -> Tensor:
-    return aten._scaled_dot_product_cudnn_attention(query, key, value, bias, _trains(query, key, value), dropout_p,
-                                                    is_causal, False, scale=scale)[0]
+    return aten._scaled_dot_product_cudnn_attention(
+        query,
+        key,
+        value,
+        bias,
+        _trains(query, key, value),
+        dropout_p,
+        is_causal,
+        False,
+        scale=scale,
+    )[0]
 
 
 def _trains(*tensors: Tensor) -> bool:
@@ -112,18 +167,21 @@ _KERNELS = {"flash": _flash, "efficient": _efficient, "cudnn": _cudnn}
 
 
 def matrix_workspace_bytes(architecture: Architecture) -> int:
-    """What cuBLAS holds for every handle and stream from its first product on, in bytes: 4096 KiB x 2 + 16 KiB x 8, or
-    32 MiB on Hopper. Source: ATen/cuda/CUDABlas `parseChosenWorkspaceSize`, pytorch issue 120925; found in recorded
-    snapshots. Not included: cublasLt, which these models' bias-free products do not use."""
+    """What cuBLAS holds for every handle and stream from its first product on, in bytes: 4096 KiB x
+    2 + 16 KiB x 8, or 32 MiB on Hopper. Source: ATen/cuda/CUDABlas `parseChosenWorkspaceSize`,
+    pytorch issue 120925; found in recorded snapshots. Not included: cublasLt, which these models'
+    bias-free products do not use."""
     return 32 << 20 if architecture[0] == 9 else (4096 * 2 + 16 * 8) * 1024
 
 
 def attention_scratch_bytes(query: Tensor) -> int:
-    """What the backward of a fused attention takes inside its kernel: dq summed in fp32, and one number a query row.
+    """What the backward of a fused attention takes inside its kernel: dq summed in fp32, and one
+    number a query row.
 
-    Exact for flash: source flash_api.cpp `mha_bwd`, dq_accum (b, q', h, d') and softmax_d (b, h, q') in fp32, q' a multiple
-    of 128, d' of 32 (64 above 128). An estimate for efficient and cuDNN, which accumulate the same way in half types; in
-    fp32 `efficient` accumulates in the output and forms one product of the output's size.
+    Exact for flash: source flash_api.cpp `mha_bwd`, dq_accum (b, q', h, d') and softmax_d (b, h,
+    q') in fp32, q' a multiple of 128, d' of 32 (64 above 128). An estimate for efficient and cuDNN,
+    which accumulate the same way in half types; in fp32 `efficient` accumulates in the output and
+    forms one product of the output's size.
     """
     b, h, q, d = query.shape
     rows, columns = -(-q // 128) * 128, -(-d // (32 if d <= 128 else 64)) * (32 if d <= 128 else 64)
@@ -132,13 +190,15 @@ def attention_scratch_bytes(query: Tensor) -> int:
 
 @dataclass
 class Workspaces:
-    """What kernels took, called once an operation. A handle is a thread's: forward and backward have one each."""
+    """What kernels took, called once an operation. A handle is a thread's: forward and backward
+    have one each."""
 
     architecture: Architecture = AMPERE
     _handles: set[bool] = field(default_factory=set)
 
     def taken(self, func, args: tuple, backward: bool) -> tuple[int, int]:
-        """(bytes kept for good, bytes given back at once) by the kernel of `func`, which has just run."""
+        """(bytes kept for good, bytes given back at once) by the kernel of `func`, which has just
+        run."""
         if func in MATRIX_PRODUCTS and backward not in self._handles:
             self._handles.add(backward)
             return matrix_workspace_bytes(self.architecture), 0
@@ -147,9 +207,11 @@ class Workspaces:
         return 0, 0
 
 
-_ATTENTION_BACKWARD = frozenset({
-    aten._scaled_dot_product_flash_attention_backward.default,
-    aten._scaled_dot_product_efficient_attention_backward.default,
-    aten._scaled_dot_product_cudnn_attention_backward.default,
-})
+_ATTENTION_BACKWARD = frozenset(
+    {
+        aten._scaled_dot_product_flash_attention_backward.default,
+        aten._scaled_dot_product_efficient_attention_backward.default,
+        aten._scaled_dot_product_cudnn_attention_backward.default,
+    }
+)
 """Each takes (grad_out, query, key, value, ...)."""

@@ -1,8 +1,10 @@
-"""A device with an end, where there is none: the event meter in front of the simulated allocator, which can say no.
+"""A device with an end, where there is none: the event meter in front of the simulated allocator,
+which can say no.
 
-The step really runs; every storage it makes is asked of an `Allocator` of `capacity_bytes` first. What that cannot serve, after
-flushing its cache, ends the step where a GPU of that size would have ended it: a `RanOut` with the evidence goes up through
-backward, hooks and recomputation as torch's own error does. On the CPU bytes are those of the CPU's kernels.
+The step really runs; every storage it makes is asked of an `Allocator` of `capacity_bytes` first.
+What that cannot serve, after flushing its cache, ends the step where a GPU of that size would have
+ended it: a `RanOut` with the evidence goes up through backward, hooks and recomputation as torch's
+own error does. On the CPU bytes are those of the CPU's kernels.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from .oom import RanOut, record
 
 
 class Ceiling(Meter):
-    """A meter of a device that has `capacity_bytes` for its allocator. The rest are the meter's arguments."""
+    """A meter of a device that has `capacity_bytes` for its allocator. The rest are the meter's
+    arguments."""
 
     def __init__(self, capacity_bytes: int, *meter, settings: Settings = Settings()):  # noqa: B008, frozen
         super().__init__(*meter)
@@ -38,7 +41,16 @@ class Ceiling(Meter):
         self._held.add(record.serial)
 
     def _evidence(self, error: OutOfMemory) -> dict:
-        short, told = error.shortage, ("asked_bytes", "free_bytes", "allocated_bytes", "reserved_bytes", "largest_free_block_bytes")
+        short, told = (
+            error.shortage,
+            (
+                "asked_bytes",
+                "free_bytes",
+                "allocated_bytes",
+                "reserved_bytes",
+                "largest_free_block_bytes",
+            ),
+        )
         figures = {name: getattr(short, name) for name in told}
         figures["capacity_bytes"] = self.allocator.device.capacity_bytes
         frame = self.frame()

@@ -1,8 +1,9 @@
 """The event meter: every storage from birth to death, with who made it, when, and what it was for.
 
-It watches from below autograd with a dispatch mode (`watch`), so it sees every operation, recomputed and backward ones
-too, on real tensors and on fake ones. It is slow: so it is for bytes only, in a pass of its own. Bytes inside a kernel,
-which no operation returns, are not seen; `Workspaces` says what is known of them.
+It watches from below autograd with a dispatch mode (`watch`), so it sees every operation,
+recomputed and backward ones too, on real tensors and on fake ones. It is slow: so it is for bytes
+only, in a pass of its own. Bytes inside a kernel, which no operation returns, are not seen;
+`Workspaces` says what is known of them.
 """
 
 from __future__ import annotations
@@ -28,15 +29,28 @@ from .kernels import Workspaces
 from .modules import Modules, common
 from .work import Work
 
-COLUMNS = ("t_s", "step", "event", "storage", "stream", "bytes", "live_bytes", "category", "phase", "module", "op",
-           "source")
+COLUMNS = (
+    "t_s",
+    "step",
+    "event",
+    "storage",
+    "stream",
+    "bytes",
+    "live_bytes",
+    "category",
+    "phase",
+    "module",
+    "op",
+    "source",
+)
 TEXT = ("event", "category", "phase", "module", "op", "source")
 """Of these, what is text: kept as Python's own strings, since what reads them goes row by row."""
 
 
 @dataclass
 class _Storage:
-    """One storage's life. `span` counts stretches of one phase: born and freed in one is a temporary."""
+    """One storage's life. `span` counts stretches of one phase: born and freed in one is a
+    temporary."""
 
     serial: int
     bytes: int
@@ -51,7 +65,8 @@ class _Storage:
 
 
 class _Death(weakref.ref):
-    """Called when a storage dies; knows which. An address is unique among the living only, so it is dropped then."""
+    """Called when a storage dies; knows which. An address is unique among the living only, so it is
+    dropped then."""
 
     __slots__ = ("key",)
 
@@ -76,16 +91,23 @@ def _listening(listeners: list, listener: Callable) -> Iterator[None]:
 
 
 class Meter(GradientsToo):
-    """Collects events while it is entered, once. Tensors declared before that (`own`) are adopted with phase `init`.
+    """Collects events while it is entered, once. Tensors declared before that (`own`) are adopted
+    with phase `init`.
 
-    Where the device is not the CPU, `device_type` says so: storages on another device are host memory, as are those
-    declared so. `host_peak_bytes` is their peak; they are not in `live_bytes`. `workspaces` adds what kernels take,
-    `work` counts what operations compute and move. `stream` says on which of the device's streams storages are being
-    made, each with its own pool in the allocator; 0 is the usual one.
+    Where the device is not the CPU, `device_type` says so: storages on another device are host
+    memory, as are those declared so. `host_peak_bytes` is their peak; they are not in `live_bytes`.
+    `workspaces` adds what kernels take, `work` counts what operations compute and move. `stream`
+    says on which of the device's streams storages are being made, each with its own pool in the
+    allocator; 0 is the usual one.
     """
 
-    def __init__(self, device_type: str | None = None, workspaces: Workspaces | None = None, work: Work | None = None,
-                 stream: Callable[[], int] = lambda: 0):
+    def __init__(
+        self,
+        device_type: str | None = None,
+        workspaces: Workspaces | None = None,
+        work: Work | None = None,
+        stream: Callable[[], int] = lambda: 0,
+    ):
         super().__init__()
         self._events: list[tuple[float, int, str, int, int, str, int]] = []
         self._storages: list[_Storage] = []
@@ -94,12 +116,17 @@ class Meter(GradientsToo):
         self._names: dict = {}
         self._phase, self._span, self._step, self._began = "init", 0, 0, time.perf_counter()
         self._place, self._last_phase = "device", ""
-        self._device_type, self._workspaces, self._work, self._stream = device_type, workspaces, work, stream
+        self._device_type, self._workspaces, self._work, self._stream = (
+            device_type,
+            workspaces,
+            work,
+            stream,
+        )
         self._modules = Modules()
         self._entered = ExitStack()
         self.loops: list[Loop] = []
 
-    # what the trainer says ------------------------------------------------------------------------------------------
+    # what the trainer says ------------------------------------------------------------------------
 
     def begin_step(self, step: int) -> None:
         self._step = step
@@ -126,7 +153,7 @@ class Meter(GradientsToo):
                 record.module = common(record.module, name) if record.category == category else name
                 record.category = category
 
-    # what happens ---------------------------------------------------------------------------------------------------
+    # what happens ---------------------------------------------------------------------------------
 
     def __enter__(self) -> Meter:
         self._entered.enter_context(no_garbage_collection())
@@ -159,7 +186,9 @@ class Meter(GradientsToo):
             self._last_phase, self._span = phase, self._span + 1
         op = self._names.get(func) or self._names.setdefault(func, str(func))
         for tensor in (outputs,) if isinstance(outputs, Tensor) else tree_leaves(outputs):
-            if isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor):  # a wrapper has no bytes of its own
+            if isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(
+                tensor
+            ):  # a wrapper has no bytes of its own
                 self._record(tensor, op)
         if self._workspaces is not None:
             self._take_workspace(func, args, op)
@@ -188,7 +217,9 @@ class Meter(GradientsToo):
         if record is None:
             elsewhere = self._device_type is not None and tensor.device.type != self._device_type
             category = "activations" if self._phase == "forward" else "temporaries"
-            record = self._alive[key] = self._born(storage.nbytes(), category, op, elsewhere or self._place == "host")
+            record = self._alive[key] = self._born(
+                storage.nbytes(), category, op, elsewhere or self._place == "host"
+            )
             death = self._deaths[key] = _Death(storage, self._died)
             death.key = key
         elif record.bytes != storage.nbytes():
@@ -196,8 +227,17 @@ class Meter(GradientsToo):
         return record
 
     def _born(self, size: int, category: str, op: str, host: bool) -> _Storage:
-        record = _Storage(len(self._events), size, category, self._now_in(), self._modules.current(), op, self._span, host,
-                          self._stream())
+        record = _Storage(
+            len(self._events),
+            size,
+            category,
+            self._now_in(),
+            self._modules.current(),
+            op,
+            self._span,
+            host,
+            self._stream(),
+        )
         self._storages.append(record)
         self._event("alloc", record, size)
         return record
@@ -216,27 +256,55 @@ class Meter(GradientsToo):
         self._event("free", record, -record.bytes)
 
     def _event(self, event: str, record: _Storage, change: int) -> None:
-        self._events.append((time.perf_counter() - self._began, self._step, event, record.serial, change, self._now_in(),
-                             record.stream))
+        self._events.append(
+            (
+                time.perf_counter() - self._began,
+                self._step,
+                event,
+                record.serial,
+                change,
+                self._now_in(),
+                record.stream,
+            )
+        )
 
-    # what came of it ------------------------------------------------------------------------------------------------
+    # what came of it ------------------------------------------------------------------------------
 
     def frame(self) -> pd.DataFrame:
-        """The timeline: one row an event, in order. Columns: `COLUMNS`. Bytes are integers; `live_bytes` is what lives on
-        the device after the event; host storages are rows with category `host` that do not count in it."""
-        t_s, step, event, serial, change, phase, stream = zip(*self._events, strict=True) if self._events else [()] * 7
-        change, about = np.array(change, np.int64), np.searchsorted([one.serial for one in self._storages], serial)
+        """The timeline: one row an event, in order. Columns: `COLUMNS`. Bytes are integers;
+        `live_bytes` is what lives on the device after the event; host storages are rows with
+        category `host` that do not count in it.
+        """
+        t_s, step, event, serial, change, phase, stream = (
+            zip(*self._events, strict=True) if self._events else [()] * 7
+        )
+        change, about = (
+            np.array(change, np.int64),
+            np.searchsorted([one.serial for one in self._storages], serial),
+        )
 
         def of_storage(told: Callable, dtype: type) -> np.ndarray:
             return np.array([told(one) for one in self._storages], dtype)[about]
 
         live = np.where(of_storage(lambda one: one.host, bool), 0, change).cumsum()
-        columns = {"t_s": t_s, "step": step, "event": event, "storage": serial,
-                   "stream": stream, "bytes": abs(change), "live_bytes": live, "category": of_storage(self._category, object),
-                   "phase": phase, "module": of_storage(lambda one: one.module, object),
-                   "op": of_storage(lambda one: one.op, object), "source": ["meter"] * len(about)}
+        columns = {
+            "t_s": t_s,
+            "step": step,
+            "event": event,
+            "storage": serial,
+            "stream": stream,
+            "bytes": abs(change),
+            "live_bytes": live,
+            "category": of_storage(self._category, object),
+            "phase": phase,
+            "module": of_storage(lambda one: one.module, object),
+            "op": of_storage(lambda one: one.op, object),
+            "source": ["meter"] * len(about),
+        }
         kinds = {"t_s": float, **dict.fromkeys(TEXT, object)}
-        return pd.DataFrame({name: pd.Series(columns[name], dtype=kinds.get(name, np.int64)) for name in COLUMNS})
+        return pd.DataFrame(
+            {name: pd.Series(columns[name], dtype=kinds.get(name, np.int64)) for name in COLUMNS}
+        )
 
     @staticmethod
     def _category(record: _Storage) -> str:
@@ -246,14 +314,19 @@ class Meter(GradientsToo):
         return record.category if declared else timeline.by_lifetime(record.phase, record.survived)
 
     def peak(self, step: int | None = None) -> dict:
-        """{peak_bytes, phase, step, categories {category: bytes}, owners [{module, category, op, bytes}, at most 8]} at the
-        event with most bytes alive on the device, of one step or of all."""
+        """{peak_bytes, phase, step, categories {category: bytes}, owners [{module, category, op,
+        bytes}, at most 8]} at the event with most bytes alive on the device, of one step or of
+        all."""
         return timeline.peak_owners(self.frame(), step)
 
     def work(self, step: int) -> dict[str, dict]:
         """phase -> what one step computed and moved, see `Work.of_step`; nothing without `work`."""
-        kept = {record.serial for record in self._storages
-                if record.survived or self._category(record) not in ("activations", "temporaries", "workspace")}
+        kept = {
+            record.serial
+            for record in self._storages
+            if record.survived
+            or self._category(record) not in ("activations", "temporaries", "workspace")
+        }
         return {} if self._work is None else self._work.of_step(step, kept.__contains__)
 
     @property

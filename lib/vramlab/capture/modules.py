@@ -1,7 +1,8 @@
 """Which module is running, forward and backward, without touching a gradient.
 
-Forward: a stack kept by global module hooks. Backward: autograd numbers its nodes in the order forward made them, so the
-numbers between a module's entry and exit are that module's; the node being run says where it belongs.
+Forward: a stack kept by global module hooks. Backward: autograd numbers its nodes in the order
+forward made them, so the numbers between a module's entry and exit are that module's; the node
+being run says where it belongs.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ def common(name: str, other: str) -> str:
     """What one storage that holds two things is called: the innermost module both are in."""
     if name == other:
         return name
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(name.split("."), other.split("."), strict=False))
+    same = itertools.takewhile(
+        lambda pair: pair[0] == pair[1], zip(name.split("."), other.split("."), strict=False)
+    )
     return ".".join(part for part, _ in same)
 
 
 class Modules:
-    """Entered around a run. `current()` names the innermost module; `""` is the model itself or nothing."""
+    """Entered around a run. `current()` names the innermost module; `""` is the model itself or
+    nothing."""
 
     def __init__(self):
         self.backward = False
@@ -39,9 +43,11 @@ class Modules:
         self._handles: list = []
 
     def __enter__(self) -> Modules:
-        self._handles = [register_module_forward_pre_hook(self._enter),
-                         # always: early stop leaves a recomputed module by an exception
-                         register_module_forward_hook(self._leave, always_call=True)]
+        self._handles = [
+            register_module_forward_pre_hook(self._enter),
+            # always: early stop leaves a recomputed module by an exception
+            register_module_forward_hook(self._leave, always_call=True),
+        ]
         return self
 
     def __exit__(self, *error) -> None:
@@ -61,9 +67,16 @@ class Modules:
         return block.group() if block else owner
 
     def _enter(self, module: nn.Module, args) -> None:
-        if id(module) not in self._names:  # a root, or a module made since: names are found from the outermost one
-            self._names.update({id(child): name for name, child in module.named_modules()
-                                if id(child) not in self._names})
+        if (
+            id(module) not in self._names
+        ):  # a root, or a module made since: names are found from the outermost one
+            self._names.update(
+                {
+                    id(child): name
+                    for name, child in module.named_modules()
+                    if id(child) not in self._names
+                }
+            )
         self._stack.append(self._names[id(module)])
         self._edge()
 

@@ -1,9 +1,10 @@
 """Which of the processes on a card is this one, and how many bytes it holds there.
 
-NVML gives the host's process numbers, and inside a container nothing translates them: a number equal to ours may be a
-stranger's. So ours counts only where this process lives in the host's own namespace. Elsewhere the only process on the card
-is this one, since it is there; among several it is the one whose bytes rise and fall with a block held for a moment. Where
-that does not tell either, the answer is N/A. Sources: NVIDIA/nvidia-docker issues 179 and 1483.
+NVML gives the host's process numbers, and inside a container nothing translates them: a number
+equal to ours may be a stranger's. So ours counts only where this process lives in the host's own
+namespace. Elsewhere the only process on the card is this one, since it is there; among several it
+is the one whose bytes rise and fall with a block held for a moment. Where that does not tell
+either, the answer is N/A. Sources: NVIDIA/nvidia-docker issues 179 and 1483.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import torch
 
 PROBE_BYTES = 256 << 20
 HOST_NAMESPACE = 0xEFFFFFFC
-"""Number of the first pid namespace of every Linux kernel: PROC_PID_INIT_INO, include/linux/proc_ns.h."""
+"""Number of the first pid namespace of every Linux kernel: PROC_PID_INIT_INO,
+include/linux/proc_ns.h."""
 
 
 @dataclass(frozen=True)
 class Own:
-    """This process among those on the card: how it was told (`method`), or why it was not (`reason`)."""
+    """This process among those on the card: how it was told (`method`), or why it was not
+    (`reason`)."""
 
     processes: Callable[[], Mapping[int, int | None]]
     pid: int = 0
@@ -35,14 +38,19 @@ class Own:
 
 
 def own(nvml, handle, device: str) -> Own:
-    """This process on the card of `handle`, on which it has a context. Raises nothing that NVML raises."""
+    """This process on the card of `handle`, on which it has a context. Raises nothing that NVML
+    raises."""
+
     def processes() -> dict[int, int | None]:
         return _processes(nvml, handle)
 
     try:
         found = processes()
         if found and set(found.values()) == {None}:
-            return Own(processes, reason="the driver does not tell a process's bytes (Windows WDDM and WSL2 do not)")
+            return Own(
+                processes,
+                reason="the driver does not tell a process's bytes (Windows WDDM and WSL2 do not)",
+            )
         pid, method = _tell(found, processes, device)
     except nvml.NVMLError as error:
         return Own(processes, reason=str(error))
@@ -69,12 +77,29 @@ def _probe(processes: Callable, held: Callable[[], AbstractContextManager]) -> t
         with held():
             during = processes()
     except RuntimeError as error:  # out of memory above all
-        return 0, f"no block could be held to tell {len(before)} processes on the card apart: {type(error).__name__}"
+        return (
+            0,
+            (
+                f"no block could be held to tell {len(before)} processes on the card apart:"
+                f" {type(error).__name__}"
+            ),
+        )
     after = processes()
-    moved = [pid for pid, size in during.items() if size is not None
-             and size - (before.get(pid) or 0) >= PROBE_BYTES and size - (after.get(pid) or 0) >= PROBE_BYTES]
+    moved = [
+        pid
+        for pid, size in during.items()
+        if size is not None
+        and size - (before.get(pid) or 0) >= PROBE_BYTES
+        and size - (after.get(pid) or 0) >= PROBE_BYTES
+    ]
     if len(moved) != 1:
-        return 0, f"of {len(during)} processes on the card, {len(moved) or 'none'} rose and fell with a block of 256 MiB"
+        return (
+            0,
+            (
+                f"of {len(during)} processes on the card, {len(moved) or 'none'} rose and fell with"
+                " a block of 256 MiB"
+            ),
+        )
     return moved[0], "its bytes rose and fell with a block of 256 MiB"
 
 
@@ -103,7 +128,10 @@ def _processes(nvml, handle) -> dict[int, int | None]:
     try:  # by number: the unnumbered call, on a driver before 510, raises what is no NVMLError
         rows = nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)
     except (nvml.NVMLError, AttributeError) as error:
-        if getattr(error, "value", nvml.NVML_ERROR_FUNCTION_NOT_FOUND) != nvml.NVML_ERROR_FUNCTION_NOT_FOUND:
+        if (
+            getattr(error, "value", nvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+            != nvml.NVML_ERROR_FUNCTION_NOT_FOUND
+        ):
             raise
         rows = nvml.nvmlDeviceGetComputeRunningProcesses_v2(handle)
     return {row.pid: row.usedGpuMemory for row in rows}

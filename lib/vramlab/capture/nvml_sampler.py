@@ -1,8 +1,10 @@
-"""The driver's figures of a card beside a run: one reading every 30 ms from a thread of its own, on the clock of the steps.
+"""The driver's figures of a card beside a run: one reading every 30 ms from a thread of its own, on
+the clock of the steps.
 
-Nothing here can end the run it stands beside. A lost card, a reading that raises, a thread that dies or hangs in the driver:
-each ends the sampling, what was seen until then stays, and `said` tells it. Memory is bounded: past `most_rows` every second row
-goes, of two the one with fewer bytes, and samples come half as often. Not yet run on a GPU.
+Nothing here can end the run it stands beside. A lost card, a reading that raises, a thread that
+dies or hangs in the driver: each ends the sampling, what was seen until then stays, and `said`
+tells it. Memory is bounded: past `most_rows` every second row goes, of two the one with fewer
+bytes, and samples come half as often. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ PATIENCE_S = 2.0
 
 
 class Sampler:
-    """A context manager: `reader` is sampled every `period_s` while it is open. With the null object no thread is started and
-    `frame()` is empty."""
+    """A context manager: `reader` is sampled every `period_s` while it is open. With the null
+    object no thread is started and `frame()` is empty."""
 
     def __init__(self, reader: Reader, period_s: float = 0.03, most_rows: int = 200_000):
         self.reader, self._period_s, self._most = reader, period_s, most_rows
@@ -50,12 +52,17 @@ class Sampler:
         self._stop.set()
         self._thread.join(timeout=PATIENCE_S)
         if self._thread.is_alive():
-            self._ended.append(f"sampling stopped after {len(self._rows)} samples: the driver does not answer")
+            self._ended.append(
+                f"sampling stopped after {len(self._rows)} samples: the driver does not answer"
+            )
 
     def frame(self) -> pd.DataFrame:
-        """`t_s`, seconds of `time.perf_counter` in the middle of each reading, and the reader's `COLUMNS`, empty where N/A."""
+        """`t_s`, seconds of `time.perf_counter` in the middle of each reading, and the reader's
+        `COLUMNS`, empty where N/A."""
         rows = pd.DataFrame(list(self._rows), columns=["t_s", *COLUMNS])
-        return rows.astype({name: "Int64" if name.endswith("_bytes") else "float64" for name in rows})
+        return rows.astype(
+            {name: "Int64" if name.endswith("_bytes") else "float64" for name in rows}
+        )
 
     def energy_j(self, t0: float, t1: float) -> Energy:
         """The card's energy from `t0` to `t1`, seconds of the same clock."""
@@ -83,5 +90,8 @@ class Sampler:
     def _keep(self, row: tuple) -> None:
         self._rows.append(row)
         if len(self._rows) >= self._most:
-            self._rows = [max(pair, key=lambda r: r[1] or 0) for pair in zip(self._rows[::2], self._rows[1::2], strict=False)]
+            self._rows = [
+                max(pair, key=lambda r: r[1] or 0)
+                for pair in zip(self._rows[::2], self._rows[1::2], strict=False)
+            ]
             self._period_s *= 2

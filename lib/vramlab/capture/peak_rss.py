@@ -1,8 +1,9 @@
 """The operating system's own figure of a process's peak, made trustworthy.
 
-glibc keeps freed memory, so a resident set overstates a step by about 30 %. With `processes.MALLOC_ENV` a block of 64 KiB or more
-is mapped by itself and returned when freed, and the high-water mark of the resident set is the truth to a part
-in a thousand. They have to be in the environment before Python starts, and they slow it: so never on a timed run.
+glibc keeps freed memory, so a resident set overstates a step by about 30 %. With
+`processes.MALLOC_ENV` a block of 64 KiB or more is mapped by itself and returned when freed, and
+the high-water mark of the resident set is the truth to a part in a thousand. They have to be in the
+environment before Python starts, and they slow it: so never on a timed run.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SAMPLE_S = 0.005
-HIGH_WATER, SAMPLED = "VmHWM, reset at the start", f"resident bytes sampled every {SAMPLE_S * 1000:.0f} ms"
+HIGH_WATER, SAMPLED = (
+    "VmHWM, reset at the start",
+    f"resident bytes sampled every {SAMPLE_S * 1000:.0f} ms",
+)
 
 
 @dataclass
 class Peak:
-    """Resident bytes before the window and at their highest inside it; filled in when the window closes."""
+    """Resident bytes before the window and at their highest inside it; filled in when the window
+    closes."""
 
     baseline_bytes: int
     method: str
@@ -50,7 +55,8 @@ def _reset_high_water() -> bool:
 
 
 def peak_method() -> str:
-    """How a peak is found here. Resets this process's high-water mark. Raises: OSError, where there is no /proc."""
+    """How a peak is found here. Resets this process's high-water mark. Raises: OSError, where there
+    is no /proc."""
     if _reset_high_water():
         return HIGH_WATER
     _status("VmRSS")
@@ -58,8 +64,9 @@ def peak_method() -> str:
 
 
 def _return_free_memory() -> None:
-    """Give the system back what is free inside the heap (glibc; elsewhere nothing): what is allocated there later would raise no
-    peak. Imports leave megabytes of it, the more where they find no bytecode."""
+    """Give the system back what is free inside the heap (glibc; elsewhere nothing): what is
+    allocated there later would raise no peak. Imports leave megabytes of it, the more where they
+    find no bytecode."""
     gc.collect()
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -69,8 +76,8 @@ def _return_free_memory() -> None:
 def peak_window() -> Iterator[Peak]:
     """The peak of this process's resident bytes while the window is open.
 
-    By the kernel's high-water mark where it can be reset, else by sampling every 5 ms, which reads up to 0.3 % low; the
-    method is in the result. Raises: OSError, where there is no /proc.
+    By the kernel's high-water mark where it can be reset, else by sampling every 5 ms, which reads
+    up to 0.3 % low; the method is in the result. Raises: OSError, where there is no /proc.
     """
     _return_free_memory()
     if _reset_high_water():

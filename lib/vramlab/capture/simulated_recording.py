@@ -1,8 +1,8 @@
-"""A snapshot in torch's format, written by our allocator simulator: what `torch.cuda.memory._snapshot` would have returned had
-these allocations and frees happened on a GPU.
+"""A snapshot in torch's format, written by our allocator simulator: what
+`torch.cuda.memory._snapshot` would have returned had these allocations and frees happened on a GPU.
 
-For tests, and to look at a forecast in the tools that read snapshots. It is no measurement, and says so: its `source` is
-"simulated". Times are the caller's; frames are empty.
+For tests, and to look at a forecast in the tools that read snapshots. It is no measurement, and
+says so: its `source` is "simulated". Times are the caller's; frames are empty.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _STATES = {"allocated": "active_allocated", "awaiting": "active_awaiting_free", 
 
 
 class _Telling(Allocator):
-    """Says when a block is free again, which a full device or an emptied cache may bring about too."""
+    """Says when a block is free again, which a full device or an emptied cache may bring about
+    too."""
 
     completed: Callable[[Hashable], object]
 
@@ -34,10 +35,15 @@ class _Telling(Allocator):
 
 
 class Written:
-    """An allocator that keeps its history. `metadata` is attached to every entry, `now_us` tells its time."""
+    """An allocator that keeps its history. `metadata` is attached to every entry, `now_us` tells
+    its time."""
 
-    def __init__(self, settings: Settings = Settings(), capacity_bytes: int | None = None,  # noqa: B008, frozen
-                 now_us: Callable[[], int] | None = None):
+    def __init__(
+        self,
+        settings: Settings = Settings(),
+        capacity_bytes: int | None = None,
+        now_us: Callable[[], int] | None = None,
+    ):
         self.time_us = 0
         """What it is said to be, unless `now_us` tells."""
         self.allocator, self.metadata, self.trace = _Telling(settings, capacity_bytes), "", []
@@ -46,7 +52,8 @@ class Written:
         self._asked: dict[Hashable, tuple[int, int]] = {}  # key -> bytes, stream
 
     def does(self, kind: str, key: Hashable = None, size: int = 0, stream: int = 0) -> None:
-        """One event, a kind of `allocator.simulate.KINDS`. Raises: OutOfMemory, once it is in the history; ValueError."""
+        """One event, a kind of `allocator.simulate.KINDS`. Raises: OutOfMemory, once it is in the
+        history; ValueError."""
         if kind not in KINDS:
             raise ValueError(f"{kind!r} is no event: use one of {', '.join(KINDS)}")
         if kind == "alloc":
@@ -63,7 +70,9 @@ class Written:
         try:
             self.allocator.malloc(key, size, stream)
         except OutOfMemory as error:
-            self.trace.append({**self._entry("oom", 0, size, stream), "device_free": error.shortage.free_bytes})
+            self.trace.append(
+                {**self._entry("oom", 0, size, stream), "device_free": error.shortage.free_bytes}
+            )
             raise
         self._asked[key] = size, stream
         self._say("alloc", self.allocator.address(key), size, stream)
@@ -78,30 +87,65 @@ class Written:
             self.trace.append(self._entry(action, address, size, stream))
 
     def _entry(self, action: str, address: int, size: int, stream: Hashable) -> dict:
-        return {"action": action, "addr": address, "size": size, "stream": stream, "frames": [], "time_us": self._now_us(),
-                "user_metadata": self.metadata, "compile_context": "N/A"}
+        return {
+            "action": action,
+            "addr": address,
+            "size": size,
+            "stream": stream,
+            "frames": [],
+            "time_us": self._now_us(),
+            "user_metadata": self.metadata,
+            "compile_context": "N/A",
+        }
 
     def snapshot(self, first: int = 0, device: int = 0) -> dict:
         """As torch has it, of a history that began with entry `first`. Plain data."""
         settings = self.allocator.settings
-        segments = [self._segment(view, device, settings.expandable_segments) for view in self.allocator.segments()]
-        return {"segments": segments, "device_traces": [*([] for _ in range(device)), self.trace[first:]],
-                "allocator_settings": {"PYTORCH_CUDA_ALLOC_CONF": settings.text(),
-                                       "expandable_segments": settings.expandable_segments},
-                "external_annotations": []}
+        segments = [
+            self._segment(view, device, settings.expandable_segments)
+            for view in self.allocator.segments()
+        ]
+        return {
+            "segments": segments,
+            "device_traces": [*([] for _ in range(device)), self.trace[first:]],
+            "allocator_settings": {
+                "PYTORCH_CUDA_ALLOC_CONF": settings.text(),
+                "expandable_segments": settings.expandable_segments,
+            },
+            "external_annotations": [],
+        }
 
     def _segment(self, view, device: int, expandable: bool) -> dict:
-        blocks = [{"address": block.address, "size": block.bytes, "state": _STATES[block.state], "frames": [],
-                   "requested_size": self._asked[block.key][0] if block.state != "free" else 0} for block in view.blocks]
+        blocks = [
+            {
+                "address": block.address,
+                "size": block.bytes,
+                "state": _STATES[block.state],
+                "frames": [],
+                "requested_size": self._asked[block.key][0] if block.state != "free" else 0,
+            }
+            for block in view.blocks
+        ]
         in_use = [block for block in view.blocks if block.state != "free"]
-        return {"device": device, "address": view.address, "total_size": view.bytes, "stream": view.stream, "frames": [],
-                "segment_type": "small" if view.small else "large", "segment_pool_id": (0, 0), "is_expandable": expandable,
-                "allocated_size": sum(block.bytes for block in in_use if block.state == "allocated"),
-                "active_size": sum(block.bytes for block in in_use), "requested_size": 0, "blocks": blocks}
+        return {
+            "device": device,
+            "address": view.address,
+            "total_size": view.bytes,
+            "stream": view.stream,
+            "frames": [],
+            "segment_type": "small" if view.small else "large",
+            "segment_pool_id": (0, 0),
+            "is_expandable": expandable,
+            "allocated_size": sum(block.bytes for block in in_use if block.state == "allocated"),
+            "active_size": sum(block.bytes for block in in_use),
+            "requested_size": 0,
+            "blocks": blocks,
+        }
 
 
-def written(events, settings: Settings = Settings(), capacity_bytes: int | None = None) -> Written:  # noqa: B008, frozen
-    """The history of `events`, as `allocator.simulate.simulate` takes them, up to the first that the device has no room for."""
+def written(events, settings: Settings = Settings(), capacity_bytes: int | None = None) -> Written:
+    """The history of `events`, as `allocator.simulate.simulate` takes them, up to the first that
+    the device has no room for."""
     history = Written(settings, capacity_bytes)
     try:
         for event in rows(events):
@@ -121,21 +165,28 @@ def write_snapshot(path: Path | str, history: Written, first: int = 0, device: i
 DECLARED = ("weights", "buffers", "gradients", "optimizer", "inputs", "workspace", "collectives")
 
 
-def as_recorded(frame: pd.DataFrame, settings: Settings = Settings()) -> tuple[Recording, dict]:  # noqa: B008, frozen
-    """(the recording, its snapshot): what the recorder would have brought home had the events of a timeline, a forecast's or a
-    meter's, happened on a GPU. Its names are those a history can know: of modules, those that ran forward. Its `source` is
-    "simulated": it is no measurement. What nobody declares gets its category by lifetime again, with stretches of one phase told
-    apart only where another phase lies between them."""
+def as_recorded(frame: pd.DataFrame, settings: Settings = Settings()) -> tuple[Recording, dict]:
+    """(the recording, its snapshot): what the recorder would have brought home had the events of a
+    timeline, a forecast's or a meter's, happened on a GPU. Its names are those a history can know:
+    of modules, those that ran forward. Its `source` is "simulated": it is no measurement. What
+    nobody declares gets its category by lifetime again, with stretches of one phase told apart only
+    where another phase lies between them."""
     history, marks, declared, mark = Written(settings), [], [], None
     device = frame[on_device(frame) & (frame["bytes"] > 0).to_numpy()]
-    if "t_s" not in device:  # a forecast that was kept has no times: then entries lie a microsecond apart
+    if (
+        "t_s" not in device
+    ):  # a forecast that was kept has no times: then entries lie a microsecond apart
         device = device.assign(t_s=[at * 1e-6 for at in range(len(device))])
     names = ("t_s", "step", "event", "storage", "bytes", "stream", "phase", "module", "category")
     span = 0
     rows_of = zip(*(device[name].tolist() for name in names), strict=True)
     for t_s, step, event, storage, size, stream, phase, module, category in rows_of:
         known = module if event == "alloc" and phase not in ("backward", "recompute") else ""
-        if mark is None or (step, phase) != (mark.step, mark.phase) or (event == "alloc" and known != mark.module):
+        if (
+            mark is None
+            or (step, phase) != (mark.step, mark.phase)
+            or (event == "alloc" and known != mark.module)
+        ):
             span += mark is not None and (step, phase) != (mark.step, mark.phase)
             mark = Mark(step, phase, known, span, int(t_s * 1e6))
             marks.append(mark)
@@ -144,6 +195,11 @@ def as_recorded(frame: pd.DataFrame, settings: Settings = Settings()) -> tuple[R
         if event == "alloc" and category in DECLARED:
             marks.append(mark)  # a mark of its own, so that what is allocated next is not meant
             declared.append((len(marks) - 2, history.allocator.address(storage), category, module))
-    said = {"marks": [astuple(one) for one in marks], "declared": declared, "clock": [(0, 0.0)], "source": "simulated"}
+    said = {
+        "marks": [astuple(one) for one in marks],
+        "declared": declared,
+        "clock": [(0, 0.0)],
+        "source": "simulated",
+    }
     raw = history.snapshot()
     return Recording.of(raw, 0, said), raw

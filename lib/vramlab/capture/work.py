@@ -1,10 +1,12 @@
-"""What a step computes and moves, counted operation by operation by the meter, and the time no card can go under.
+"""What a step computes and moves, counted operation by operation by the meter, and the time no card
+can go under.
 
-FLOPs: products and attention, by torch's own formulas; everything element-wise is left out, so they are a lower bound.
-Bytes moved: each operation reads its operands and writes its results, as if nothing stayed in a cache between two
-operations: what eager kernels ask for, more than what DRAM sees. Compulsory bytes: each storage that outlives the phase it
-is used in, once a phase: what DRAM has to see, but for what fits into the card's cache. Both are the device's memory only.
-Bus bytes: what copies bring up from the host, and take down to it, of two types the smaller.
+FLOPs: products and attention, by torch's own formulas; everything element-wise is left out, so they
+are a lower bound. Bytes moved: each operation reads its operands and writes its results, as if
+nothing stayed in a cache between two operations: what eager kernels ask for, more than what DRAM
+sees. Compulsory bytes: each storage that outlives the phase it is used in, once a phase: what DRAM
+has to see, but for what fits into the card's cache. Both are the device's memory only. Bus bytes:
+what copies bring up from the host, and take down to it, of two types the smaller.
 """
 
 from __future__ import annotations
@@ -21,11 +23,24 @@ from torch.utils.flop_counter import flop_registry
 aten = torch.ops.aten
 ROWS_ONLY = frozenset({aten.embedding.default, aten.index_select.default, aten.gather.default})
 """They read the rows they return of their first operand, not all of it."""
-NOTHING = frozenset({aten._unsafe_view.default, aten.empty.memory_format,
-                     aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default,
-                     aten.new_empty_strided.default})
-IN_LISTS = frozenset({aten._fused_adamw_.default, aten._fused_adamw_.tensor_lr, aten._fused_sgd_.default,
-                      aten._fused_sgd_.tensor_lr})
+NOTHING = frozenset(
+    {
+        aten._unsafe_view.default,
+        aten.empty.memory_format,
+        aten.empty_like.default,
+        aten.new_empty.default,
+        aten.empty_strided.default,
+        aten.new_empty_strided.default,
+    }
+)
+IN_LISTS = frozenset(
+    {
+        aten._fused_adamw_.default,
+        aten._fused_adamw_.tensor_lr,
+        aten._fused_sgd_.default,
+        aten._fused_sgd_.tensor_lr,
+    }
+)
 """They return nothing: what they write is among their operands."""
 
 COPIES = frozenset({aten.copy_.default, aten._to_copy.default})
@@ -37,7 +52,8 @@ class PhaseWork:
     """One phase of one step."""
 
     flops: Counter = field(default_factory=Counter)
-    """dtype of the operands -> floating-point operations, a multiplication and an addition being two."""
+    """dtype of the operands -> floating-point operations, a multiplication and an addition being
+    two."""
     moved_bytes: int = 0
     touched: dict[int, int] = field(default_factory=dict)
     """storage on the device -> its bytes, for what operations read or wrote."""
@@ -51,14 +67,29 @@ class Work:
     def __init__(self):
         self.seen: dict[tuple[int, str], PhaseWork] = defaultdict(PhaseWork)
 
-    def saw(self, step: int, phase: str, func, args, outputs, serial_of: Callable, on_host: Callable = lambda _: False) -> None:
-        """An operation ran; `serial_of(tensor)` names the storage it lies in, `on_host(tensor)` says whether that is the host's."""
+    def saw(
+        self,
+        step: int,
+        phase: str,
+        func,
+        args,
+        outputs,
+        serial_of: Callable,
+        on_host: Callable = lambda _: False,
+    ) -> None:
+        """An operation ran; `serial_of(tensor)` names the storage it lies in, `on_host(tensor)`
+        says whether that is the host's."""
         if func.is_view or func in NOTHING:
             return
         results = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-        if not results and func not in IN_LISTS and func.namespace != "bitsandbytes":  # asks, computes nothing
+        if (
+            not results and func not in IN_LISTS and func.namespace != "bitsandbytes"
+        ):  # asks, computes nothing
             return
-        here, operands = self.seen[step, phase], [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        here, operands = (
+            self.seen[step, phase],
+            [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)],
+        )
         named = operands[1:] + 2 * results if func in ROWS_ONLY else operands + results
         for tensor in named:
             serial, storage_bytes = serial_of(tensor), tensor.untyped_storage().nbytes()
@@ -67,26 +98,41 @@ class Work:
                 here.touched[serial] = storage_bytes
         count = flop_registry.get(func._overloadpacket)
         if count is not None and not on_host(results[0]):
-            here.flops[str(operands[0].dtype).removeprefix("torch.")] += count(*args, out_val=outputs)
+            here.flops[str(operands[0].dtype).removeprefix("torch.")] += count(
+                *args, out_val=outputs
+            )
         if func in COPIES and on_host(operands[-1]) != on_host(results[0]):
-            here.bus_bytes["down" if on_host(results[0]) else "up"] += min(operands[-1].nbytes, results[0].nbytes)
+            here.bus_bytes["down" if on_host(results[0]) else "up"] += min(
+                operands[-1].nbytes, results[0].nbytes
+            )
 
     def of_step(self, step: int, outlives) -> dict[str, dict]:
-        """phase -> {flops {dtype: count}, moved_bytes, compulsory_bytes, bus_bytes {up, down}} of one step; `outlives(storage)`
-        says whether a storage lives longer than the phase that made it."""
-        return {phase: {"flops": dict(work.flops), "moved_bytes": work.moved_bytes, "bus_bytes": dict(work.bus_bytes),
-                        "compulsory_bytes": sum(size for key, size in work.touched.items() if outlives(key))}
-                for (when, phase), work in self.seen.items() if when == step}
+        """phase -> {flops {dtype: count}, moved_bytes, compulsory_bytes, bus_bytes {up, down}} of
+        one step; `outlives(storage)` says whether a storage lives longer than the phase that made
+        it."""
+        return {
+            phase: {
+                "flops": dict(work.flops),
+                "moved_bytes": work.moved_bytes,
+                "bus_bytes": dict(work.bus_bytes),
+                "compulsory_bytes": sum(
+                    size for key, size in work.touched.items() if outlives(key)
+                ),
+            }
+            for (when, phase), work in self.seen.items()
+            if when == step
+        }
 
 
 @dataclass(frozen=True)
 class Floor:
-    """The roofline's floor of a step, in seconds, and its parts. A floor, not an estimate: real steps take longer, small ones much
-    longer.
+    """The roofline's floor of a step, in seconds, and its parts. A floor, not an estimate: real
+    steps take longer, small ones much longer.
 
-    The device takes its phases one after the other, and each takes the longer of computing and moving. Copies over the bus may run
-    beside that, up and down at once, and reach from one phase into the next: so the bus is held against the whole step. What the
-    host itself takes to read, compute and write is not in it."""
+    The device takes its phases one after the other, and each takes the longer of computing and
+    moving. Copies over the bus may run beside that, up and down at once, and reach from one phase
+    into the next: so the bus is held against the whole step. What the host itself takes to read,
+    compute and write is not in it."""
 
     compute_s: float
     """All phases' products and attention, at the card's peak rates."""
@@ -95,7 +141,8 @@ class Floor:
     device_s: float
     """The longer of the two in each phase, added up."""
     bus_s: float
-    """Bytes up from the host, or down to it, whichever are more, at the rate of the card's host link in one direction."""
+    """Bytes up from the host, or down to it, whichever are more, at the rate of the card's host
+    link in one direction."""
 
     @property
     def s(self) -> float:
@@ -109,11 +156,29 @@ class Floor:
         return "compute" if self.compute_s >= self.memory_s else "memory"
 
 
-def roofline(work: Mapping[str, Mapping], bf16_tflops: float, fp32_tflops: float, gb_per_s: float, host_gb_per_s: float) -> Floor:
+def roofline(
+    work: Mapping[str, Mapping],
+    bf16_tflops: float,
+    fp32_tflops: float,
+    gb_per_s: float,
+    host_gb_per_s: float,
+) -> Floor:
     """The floor of a step that does `work`, see `Work.of_step`, on a card with these peak rates."""
     peak = {"bfloat16": bf16_tflops, "float16": bf16_tflops, "float32": fp32_tflops}
-    compute_s = [sum(count / (peak.get(dtype, fp32_tflops) * 1e12) for dtype, count in phase["flops"].items())
-                 for phase in work.values()]
+    compute_s = [
+        sum(
+            count / (peak.get(dtype, fp32_tflops) * 1e12) for dtype, count in phase["flops"].items()
+        )
+        for phase in work.values()
+    ]
     memory_s = [phase["compulsory_bytes"] / (gb_per_s * 1e9) for phase in work.values()]
-    bus_bytes = [sum(phase.get("bus_bytes", {}).get(way, 0) for phase in work.values()) for way in ("up", "down")]
-    return Floor(sum(compute_s), sum(memory_s), sum(map(max, compute_s, memory_s)), max(bus_bytes) / (host_gb_per_s * 1e9))
+    bus_bytes = [
+        sum(phase.get("bus_bytes", {}).get(way, 0) for phase in work.values())
+        for way in ("up", "down")
+    ]
+    return Floor(
+        sum(compute_s),
+        sum(memory_s),
+        sum(map(max, compute_s, memory_s)),
+        max(bus_bytes) / (host_gb_per_s * 1e9),
+    )

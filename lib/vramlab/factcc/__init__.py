@@ -1,1 +1,2 @@
-"""FactCC: is a claim consistent with its document? Items, generated and read; scoring; statistics."""
+"""FactCC: is a claim consistent with its document? Items, generated and read; scoring;
+statistics."""

@@ -15,17 +15,32 @@ from .items import Item
 def baseline_scores(train: Sequence[Item], items: Sequence[Item]) -> pd.DataFrame:
     """One row an item, higher for consistent: uid and
 
-    claim_only: log-odds of the claim's uni- and bigrams under naive Bayes fitted on `train`, the document unread;
-    unigram_overlap, bigram_overlap: share of the claim's that occur in the document;
-    majority: the same for every item, above zero when `train` has more consistent claims than others.
+    claim_only: log-odds of the claim's uni- and bigrams under naive Bayes fitted on `train`, the
+    document unread; unigram_overlap, bigram_overlap: share of the claim's that occur in the
+    document; majority: the same for every item, above zero when `train` has more consistent claims
+    than others.
     """
-    judge, majority = _ClaimOnly(train), 1.0 if 2 * sum(item.label for item in train) > len(train) else -1.0
-    return pd.DataFrame([{"uid": item.uid, "claim_only": judge.score(item.claim), "unigram_overlap": overlap(item, 1),
-                          "bigram_overlap": overlap(item, 2), "majority": majority} for item in items])
+    judge, majority = (
+        _ClaimOnly(train),
+        (1.0 if 2 * sum(item.label for item in train) > len(train) else -1.0),
+    )
+    return pd.DataFrame(
+        [
+            {
+                "uid": item.uid,
+                "claim_only": judge.score(item.claim),
+                "unigram_overlap": overlap(item, 1),
+                "bigram_overlap": overlap(item, 2),
+                "majority": majority,
+            }
+            for item in items
+        ]
+    )
 
 
 def overlap(item: Item, n: int) -> float:
-    """Share of the claim's n-grams that occur in the document; 0 for a claim of fewer than n words."""
+    """Share of the claim's n-grams that occur in the document; 0 for a claim of fewer than n
+    words."""
     grams, inside = _grams(item.claim, n), set(_grams(item.doc, n))
     return sum(gram in inside for gram in grams) / len(grams) if grams else 0.0
 
@@ -46,7 +61,10 @@ class _ClaimOnly:
         self.kinds = len(self.counts[0] | self.counts[1]) + 1
 
     def score(self, claim: str) -> float:
-        return sum(self._log_share(gram, 1) - self._log_share(gram, 0) for gram in _grams(claim, 1) + _grams(claim, 2))
+        return sum(
+            self._log_share(gram, 1) - self._log_share(gram, 0)
+            for gram in _grams(claim, 1) + _grams(claim, 2)
+        )
 
     def _log_share(self, gram: tuple[str, ...], label: int) -> float:
         return math.log((self.counts[label][gram] + 1) / (self.totals[label] + self.kinds))

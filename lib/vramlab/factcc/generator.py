@@ -1,8 +1,10 @@
-"""Seeded documents and claims in four domains: what FactCC's training data is to CNN/DM, without its copyright.
+"""Seeded documents and claims in four domains: what FactCC's training data is to CNN/DM, without
+its copyright.
 
-A document is a few records, each said as an event and an attitude. A claim is one of its sentences, word for word or in
-another template, with one slot made wrong when the label is 0. The slot under test is drawn before the label, and every
-slot's values are drawn alike, so neither the claim alone nor the document alone says anything about the label.
+A document is a few records, each said as an event and an attitude. A claim is one of its sentences,
+word for word or in another template, with one slot made wrong when the label is 0. The slot under
+test is drawn before the label, and every slot's values are drawn alike, so neither the claim alone
+nor the document alone says anything about the label.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from .transforms import ATTITUDE_SLOTS, EVENT_SLOTS, SWAPS, Record, noise, pools
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """What a generated data set is made of. The defaults can be learned by a model of a quarter million parameters."""
+    """What a generated data set is made of. The defaults can be learned by a model of a quarter
+    million parameters."""
 
     records: int = 2
     """Records a document, each two sentences; more is harder."""
@@ -43,19 +46,29 @@ class _Sentence:
     template: str
 
 
-def generate_items(domain: str, split: str, n: int, seed: int, shift: str = "none",
-                   config: GeneratorConfig | None = None) -> list[Item]:
-    """`n` items of `domain`. The same arguments give the same items; another split, seed or shift gives other documents.
+def generate_items(
+    domain: str,
+    split: str,
+    n: int,
+    seed: int,
+    shift: str = "none",
+    config: GeneratorConfig | None = None,
+) -> list[Item]:
+    """`n` items of `domain`. The same arguments give the same items; another split, seed or shift
+    gives other documents.
 
-    `shift` is none, mild or moderate; severe is another domain with shift none, which only the caller can know.
-    Raises: ValueError, naming the value and the known ones.
+    `shift` is none, mild or moderate; severe is another domain with shift none, which only the
+    caller can know. Raises: ValueError, naming the value and the known ones.
     """
     config = config or GeneratorConfig()
     check(domain, split, shift)
     grammar = shifted(GRAMMARS[domain], shift)
     if not 2 <= config.records <= (most := most_records(domain, shift)):
-        raise ValueError(f"records is {config.records}: a wrong value comes from another record and no two share a name, place or "
-                         f"day, use 2 to {most} for claims of {domain} at shift {shift}; questions take any number from 2")
+        raise ValueError(
+            f"records is {config.records}: a wrong value comes from another record and no two share"
+            f" a name, place or day, use 2 to {most} for claims of {domain} at shift {shift};"
+            " questions take any number from 2"
+        )
     config = replace(config, paraphrase=1.0) if shift == "moderate" else config
     rng = random.Random(f"{domain}/{split}/{seed}/{shift}/{config.hash()}")
     items: list[Item] = []
@@ -73,23 +86,33 @@ def most_records(domain: str, shift: str) -> int:
 
 def check(domain: str, split: str, shift: str) -> None:
     """Raises: ValueError, naming the value and the known ones."""
-    for name, value, known in (("domain", domain, GRAMMARS), ("split", split, SPLITS), ("shift", shift, SHIFTS[:3])):
+    for name, value, known in (
+        ("domain", domain, GRAMMARS),
+        ("split", split, SPLITS),
+        ("shift", shift, SHIFTS[:3]),
+    ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}: the generator has {', '.join(known)}")
 
 
 def shifted(grammar: Grammar, shift: str) -> Grammar:
-    """The part of the grammar that a shift level may use; no level shares a held-out part with training."""
+    """The part of the grammar that a shift level may use; no level shares a held-out part with
+    training."""
     held = shift != "none"
     moved = shift == "moderate"
 
     def part(values: tuple[str, ...], count: int, last: bool) -> tuple[str, ...]:
         return values[-count:] if last else values[:-count]
 
-    return replace(grammar, names=part(grammar.names, HELD_OUT_NAMES, held),
-                   places=part(grammar.places, HELD_OUT_PLACES, held),
-                   # a moved document is told in held-out templates, and its claims in others the model has seen
-                   event=_order(grammar.event, moved), attitude=_order(grammar.attitude, moved))
+    return replace(
+        grammar,
+        names=part(grammar.names, HELD_OUT_NAMES, held),
+        places=part(grammar.places, HELD_OUT_PLACES, held),
+        # a moved document is told in held-out templates, and its claims in others the model has
+        # seen
+        event=_order(grammar.event, moved),
+        attitude=_order(grammar.attitude, moved),
+    )
 
 
 def _order(templates: tuple[str, ...], moved: bool) -> tuple[str, ...]:
@@ -101,8 +124,15 @@ def distinct_records(grammar: Grammar, count: int, rng: random.Random) -> list[R
     """Records of which no two share a name, a number, a place or a day."""
     values = pools(grammar.names, grammar.places)
     distinct = {slot: rng.sample(values[slot], count) for slot in "SPND"}
-    return [Record(**{slot: distinct[slot][i] for slot in "SPND"}, O=rng.choice(grammar.objects),
-                   R=rng.choice(values["R"]), X=rng.choice(values["X"])) for i in range(count)]
+    return [
+        Record(
+            **{slot: distinct[slot][i] for slot in "SPND"},
+            O=rng.choice(grammar.objects),
+            R=rng.choice(values["R"]),
+            X=rng.choice(values["X"]),
+        )
+        for i in range(count)
+    ]
 
 
 def drawn_record(grammar: Grammar, rng: random.Random) -> Record:
@@ -111,23 +141,50 @@ def drawn_record(grammar: Grammar, rng: random.Random) -> Record:
     return Record(**{slot: rng.choice(values[slot]) for slot in "SNOPDRX"})
 
 
-def document_items(grammar: Grammar, domain: str, split: str, shift: str, group: str, config: GeneratorConfig,
-                   rng: random.Random) -> list[Item]:
-    """The `config.claims` items of one new document in `grammar`; the other arguments are written on them."""
+def document_items(
+    grammar: Grammar,
+    domain: str,
+    split: str,
+    shift: str,
+    group: str,
+    config: GeneratorConfig,
+    rng: random.Random,
+) -> list[Item]:
+    """The `config.claims` items of one new document in `grammar`; the other arguments are written
+    on them."""
     records = distinct_records(grammar, config.records, rng)
     moved = shift == "moderate"
-    sentences = [_Sentence(i, slots, templates[0] if moved else rng.choice(templates))
-                 for i in range(len(records))
-                 for slots, templates in ((EVENT_SLOTS, grammar.event), (ATTITUDE_SLOTS, grammar.attitude))]
+    sentences = [
+        _Sentence(i, slots, templates[0] if moved else rng.choice(templates))
+        for i in range(len(records))
+        for slots, templates in ((EVENT_SLOTS, grammar.event), (ATTITUDE_SLOTS, grammar.attitude))
+    ]
     rng.shuffle(sentences)
     doc = " ".join(records[s.record].say(s.template) for s in sentences)
-    return [_claim(grammar, domain, split, shift, f"{group}", index, doc, records, sentences, config, rng)
-            for index in range(config.claims)]
+    return [
+        _claim(
+            grammar, domain, split, shift, f"{group}", index, doc, records, sentences, config, rng
+        )
+        for index in range(config.claims)
+    ]
 
 
-def _claim(grammar: Grammar, domain: str, split: str, shift: str, group: str, index: int, doc: str, records: list[Record],
-           sentences: list[_Sentence], config: GeneratorConfig, rng: random.Random) -> Item:
-    slot = rng.choice("SPNDRX")  # before the label: both labels test the same slots of the same sentences
+def _claim(
+    grammar: Grammar,
+    domain: str,
+    split: str,
+    shift: str,
+    group: str,
+    index: int,
+    doc: str,
+    records: list[Record],
+    sentences: list[_Sentence],
+    config: GeneratorConfig,
+    rng: random.Random,
+) -> Item:
+    slot = rng.choice(
+        "SPNDRX"
+    )  # before the label: both labels test the same slots of the same sentences
     sentence = rng.choice([s for s in sentences if slot in s.slots])
     record, label = records[sentence.record], rng.randrange(2)
     template, how = sentence.template, "verbatim"
@@ -145,7 +202,19 @@ def _claim(grammar: Grammar, domain: str, split: str, shift: str, group: str, in
         wrong_until = first_wrong(true, claim)
     if rng.random() < config.noise:
         claim, how, wrong_until = noise(claim, getattr(record, slot), rng), how + "+noise", None
-    return Item(f"{group}-{index}", "generated", domain, split, doc, claim, label, how, shift, group, wrong_until)
+    return Item(
+        f"{group}-{index}",
+        "generated",
+        domain,
+        split,
+        doc,
+        claim,
+        label,
+        how,
+        shift,
+        group,
+        wrong_until,
+    )
 
 
 def first_wrong(true: str, claim: str) -> int:

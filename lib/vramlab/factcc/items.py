@@ -8,8 +8,8 @@ DOMAINS = ("general", "news", "law", "medicine")
 """Domains of the generator; sources read from disk bring their own."""
 
 SHIFTS = ("none", "mild", "moderate", "severe")
-"""How far an item is from the training data: none, new documents only; mild, new names and places; moderate, new
-templates and names, every claim paraphrased; severe, another domain."""
+"""How far an item is from the training data: none, new documents only; mild, new names and places;
+moderate, new templates and names, every claim paraphrased; severe, another domain."""
 
 SPLITS = ("train", "val", "test")
 
@@ -21,7 +21,8 @@ QUESTION_SOURCES = (READING, "boolq")
 
 @dataclass(frozen=True)
 class Item:
-    """A claim about a document, or a question. `label` is 1 when the document supports the claim, or the answer is yes, else 0."""
+    """A claim about a document, or a question. `label` is 1 when the document supports the claim,
+    or the answer is yes, else 0."""
 
     uid: str
     source: str
@@ -31,12 +32,14 @@ class Item:
     claim: str
     label: int
     transform: str
-    """How the claim was made: verbatim, paraphrase, entity_swap, ..., with `+noise` appended; empty when not known."""
+    """How the claim was made: verbatim, paraphrase, entity_swap, ..., with `+noise` appended; empty
+    when not known."""
     shift: str
     group: str
     """The document's id: items of one group are not independent, and statistics resample groups."""
     wrong_until: int | None = None
-    """Where known: the character of the claim at which its first wrong word ends (FactCC's augmentation span)."""
+    """Where known: the character of the claim at which its first wrong word ends (FactCC's
+    augmentation span)."""
 
     @property
     def asks(self) -> bool:

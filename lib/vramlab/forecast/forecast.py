@@ -1,10 +1,12 @@
-"""Forecasts: a traced step through the simulated allocator, held against a card, kept by the hash of what made it.
+"""Forecasts: a traced step through the simulated allocator, held against a card, kept by the hash
+of what made it.
 
-    forecast(Question("baichuan2-7b", "lomo", seq=1024, batch=1), card("rtx4090")).reserved_peak_bytes
+    forecast(Question("baichuan2-7b", "lomo", seq=1024, batch=1),
+    card("rtx4090")).reserved_peak_bytes
 
-A trace is one step of the real regime on the virtual GPU (`trace.trace`); it is kept on disk, since it depends on the
-question and on this library's code only. What the allocator and the card make of it takes a tenth of a second and is
-computed each time.
+A trace is one step of the real regime on the virtual GPU (`trace.trace`); it is kept on disk, since
+it depends on the question and on this library's code only. What the allocator and the card make of
+it takes a tenth of a second and is computed each time.
 """
 
 from __future__ import annotations
@@ -39,18 +41,32 @@ from ..timeline.events import signed
 from ..timeline.sides import sides
 from .trace import Trace, trace
 
-CODE = ("allocator", "baichuan", "capture", "cards.py", "forecast/shape_cache.py", "forecast/trace.py",
-        "forecast/virtual_autocast.py", "forecast/virtual_gpu.py", "forecast/virtual_ranks.py", "machine.py", "observer.py",
-        "regimes", "timeline", "training")
+CODE = (
+    "allocator",
+    "baichuan",
+    "capture",
+    "cards.py",
+    "forecast/shape_cache.py",
+    "forecast/trace.py",
+    "forecast/virtual_autocast.py",
+    "forecast/virtual_gpu.py",
+    "forecast/virtual_ranks.py",
+    "machine.py",
+    "observer.py",
+    "regimes",
+    "timeline",
+    "training",
+)
 """What of this library decides a trace."""
 MOST_LENGTH, MOST_TOKENS = 1 << 24, 1 << 30
-"""Of a row and of a step that is asked about; what is larger is a mistake, and beyond what storages can be counted in."""
+"""Of a row and of a step that is asked about; what is larger is a mistake, and beyond what storages
+can be counted in."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One cell of the atlas, its row and model resolved by `parameters`. `weights` is a storage type in place of the row's own, for
-    example "bf16"; empty keeps it."""
+    """One cell of the atlas, its row and model resolved by `parameters`. `weights` is a storage
+    type in place of the row's own, for example "bf16"; empty keeps it."""
 
     model: str
     regime: str
@@ -63,22 +79,40 @@ class Question:
     axes: str = ""
     """Answers in place of the row's, as JSON, for example '{"acts": "checkpoint"}'."""
     config: str = ""
-    """Fields of the model's config in place of its file's, as JSON, for example '{"norm_head": false}'."""
+    """Fields of the model's config in place of its file's, as JSON, for example '{"norm_head":
+    false}'."""
 
     def __post_init__(self):
         for name, value in (("seq", self.seq), ("batch", self.batch), ("world", self.world)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: a step needs 1 or more")
-        if self.seq > MOST_LENGTH or self.seq * self.batch > MOST_TOKENS or self.world > MOST_LENGTH:
-            raise ValueError(f"seq {self.seq} x batch {self.batch} on {self.world} ranks: use a seq and a world of {MOST_LENGTH:,} "
-                             f"at most, and {MOST_TOKENS:,} tokens")
+        if (
+            self.seq > MOST_LENGTH
+            or self.seq * self.batch > MOST_TOKENS
+            or self.world > MOST_LENGTH
+        ):
+            raise ValueError(
+                f"seq {self.seq} x batch {self.batch} on {self.world} ranks: use a seq and a world"
+                f" of {MOST_LENGTH:,} at most, and {MOST_TOKENS:,} tokens"
+            )
 
     @classmethod
     def of_run(cls, params: Mapping, seq: int = 0) -> Question:
-        """One step of the run with these parameters, on full rows of `seq` tokens, or of the longest that the run takes."""
-        axes, config = (json.dumps(params[name], sort_keys=True) if params.get(name) else "" for name in ("axes", "config"))
-        return cls(params["model"], params["regime"], seq or params["max_length"], params["batch_size"],
-                   params.get("weights", ""), axes=axes, config=config)
+        """One step of the run with these parameters, on full rows of `seq` tokens, or of the
+        longest that the run takes."""
+        axes, config = (
+            json.dumps(params[name], sort_keys=True) if params.get(name) else ""
+            for name in ("axes", "config")
+        )
+        return cls(
+            params["model"],
+            params["regime"],
+            seq or params["max_length"],
+            params["batch_size"],
+            params.get("weights", ""),
+            axes=axes,
+            config=config,
+        )
 
     @property
     def row(self) -> Regime:
@@ -97,10 +131,21 @@ class Question:
         """Hash of everything a trace depends on."""
         row = self.row
         spec = _fingerprint(self.model, self.config, model_file(self.model).stat().st_mtime_ns)
-        content = {"spec": spec, "row": row.axes(), "accumulate": row.accumulate, "clip": row.clip,
-                   "seq": self.seq, "batch": self.batch, "architecture": self.architecture, "world": self.world,
-                   "torch": torch.__version__, "code": _code()}
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:20]
+        content = {
+            "spec": spec,
+            "row": row.axes(),
+            "accumulate": row.accumulate,
+            "clip": row.clip,
+            "seq": self.seq,
+            "batch": self.batch,
+            "architecture": self.architecture,
+            "world": self.world,
+            "torch": torch.__version__,
+            "code": _code(),
+        }
+        return hashlib.sha256(
+            json.dumps(content, sort_keys=True, default=str).encode()
+        ).hexdigest()[:20]
 
 
 @cache
@@ -126,8 +171,8 @@ def _code() -> str:
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """What a question's step does to one card (or to a card without end). Bytes are integers, of the reported step unless
-    said otherwise; `predicted`, never measured."""
+    """What a question's step does to one card (or to a card without end). Bytes are integers, of
+    the reported step unless said otherwise; `predicted`, never measured."""
 
     question: Question
     card: Card | None
@@ -140,10 +185,12 @@ class Forecast:
     reserved_peak_bytes: int
     """Most the allocator has taken from the driver, up to the end of the reported step."""
     ledger: Mapping[str, int]
-    """category -> bytes at the peak of allocated: the trace's categories, `rounding`, `cached` (reserved, not allocated)
-    and, with a card, `context`. Their sum is what the driver would report."""
+    """category -> bytes at the peak of allocated: the trace's categories, `rounding`, `cached`
+    (reserved, not allocated) and, with a card, `context`. Their sum is what the driver would
+    report."""
     fits: bool | None
-    """Whether the step runs on the card, the allocator flushing its cache when it must; None without a card."""
+    """Whether the step runs on the card, the allocator flushing its cache when it must; None
+    without a card."""
     retries: int
     """How often it had to flush to fit."""
     margin_bytes: int | None
@@ -159,74 +206,148 @@ class Forecast:
 
     @cached_property
     def reserved_range_bytes(self) -> tuple[int, int]:
-        """Least and most of `reserved_peak_bytes` over several orders of the segments' addresses, which the driver chooses; they
-        decide which of several equally large free blocks is used. Simulates the step once for each of `STRIDES`."""
-        collects = self.card and self.fits and self.settings.collects_above_bytes(self.card.total_bytes) is not None
+        """Least and most of `reserved_peak_bytes` over several orders of the segments' addresses,
+        which the driver chooses; they decide which of several equally large free blocks is used.
+        Simulates the step once for each of `STRIDES`.
+        """
+        collects = (
+            self.card
+            and self.fits
+            and self.settings.collects_above_bytes(self.card.total_bytes) is not None
+        )
         limits = (self.card.capacity_bytes, self.card.total_bytes) if collects else (None, None)
         events, before = list(rows(self.trace.events)), slice(self.trace.reported.stop)
-        peaks = [simulate(events, self.settings, *limits, stride).reserved_bytes[before].max() for stride in STRIDES]
-        return int(min(self.reserved_peak_bytes, *peaks)), int(max(self.reserved_peak_bytes, *peaks))
+        peaks = [
+            simulate(events, self.settings, *limits, stride).reserved_bytes[before].max()
+            for stride in STRIDES
+        ]
+        return int(min(self.reserved_peak_bytes, *peaks)), int(
+            max(self.reserved_peak_bytes, *peaks)
+        )
 
     def _reserved_range_words(self) -> str:
         """Empty where the order of addresses changes nothing."""
         least, most = (f"{size / 2**30:.2f}" for size in self.reserved_range_bytes)
-        return f"{least} to {most} GiB, depending on where the driver places segments" if least != most else ""
+        return (
+            f"{least} to {most} GiB, depending on where the driver places segments"
+            if least != most
+            else ""
+        )
 
     def to_json(self) -> dict:
         """Plain data for `--json` and the report."""
         question, card = self.question, self.card
-        owners = [{"category": category, "module": module, "bytes": size} for category, module, size in self.trace.owners(8)]
+        owners = [
+            {"category": category, "module": module, "bytes": size}
+            for category, module, size in self.trace.owners(8)
+        ]
         return {
-            "kind": "predicted", "model": question.model, "regime": question.regime, "weights": self.weights, "seq": question.seq,
-            "batch": question.batch, "max_positions": self.max_positions, "world": question.world, "card": card and card.key,
+            "kind": "predicted",
+            "model": question.model,
+            "regime": question.regime,
+            "weights": self.weights,
+            "seq": question.seq,
+            "batch": question.batch,
+            "max_positions": self.max_positions,
+            "world": question.world,
+            "card": card and card.key,
             "device": self.trace.device,
-            "compute_capability": list(self.trace.architecture), "allocator": self.simulated.label,
-            "peak_allocated_bytes": self.allocated_peak_bytes, "peak_reserved_bytes": self.reserved_peak_bytes,
-            "peak_requested_bytes": self.trace.peak_bytes, "phase": self.trace.phase, "ledger": dict(self.ledger),
-            "owners": owners, "host_bytes": self.trace.host_bytes, "fits": self.fits, "margin_bytes": self.margin_bytes,
-            "num_alloc_retries": self.retries, "work": {phase: dict(work) for phase, work in self.trace.work.items()},
-            "floor_s": self.floor_s, "floor": self.floor and {**dataclasses.asdict(self.floor), "binds": self.floor.binds},
-            "took_s": round(self.took_s, 2), **({"sides": self.sides()} if self.trace.crossed else {})}
+            "compute_capability": list(self.trace.architecture),
+            "allocator": self.simulated.label,
+            "peak_allocated_bytes": self.allocated_peak_bytes,
+            "peak_reserved_bytes": self.reserved_peak_bytes,
+            "peak_requested_bytes": self.trace.peak_bytes,
+            "phase": self.trace.phase,
+            "ledger": dict(self.ledger),
+            "owners": owners,
+            "host_bytes": self.trace.host_bytes,
+            "fits": self.fits,
+            "margin_bytes": self.margin_bytes,
+            "num_alloc_retries": self.retries,
+            "work": {phase: dict(work) for phase, work in self.trace.work.items()},
+            "floor_s": self.floor_s,
+            "floor": self.floor and {**dataclasses.asdict(self.floor), "binds": self.floor.binds},
+            "took_s": round(self.took_s, 2),
+            **({"sides": self.sides()} if self.trace.crossed else {}),
+        }
 
     def sides(self) -> dict[str, dict[str, int]]:
-        """What client and server hold where the model is cut between them, in requested bytes, see `timeline.sides.sides`."""
-        return sides(self.trace.frame, self.trace.step, self.question.row.trains.cut, self.trace.crossed)
+        """What client and server hold where the model is cut between them, in requested bytes, see
+        `timeline.sides.sides`."""
+        return sides(
+            self.trace.frame, self.trace.step, self.question.row.trains.cut, self.trace.crossed
+        )
 
     def words(self) -> str:
         """The forecast as text."""
         gib = 2**30
-        lines = [f"predicted, {self.trace.device}: {self.question.model}, {self.question.name}, {self.question.batch} x "
-                 f"{self.question.seq} tokens",
-                 f"peak allocated  {self.allocated_peak_bytes / gib:8.2f} GiB  in {self.trace.phase}",
-                 f"peak reserved   {self.reserved_peak_bytes / gib:8.2f} GiB  allocator: {self.simulated.label}",
-                 *([f"  between       {words}"] if (words := self._reserved_range_words()) else []),
-                 f"host memory     {self.trace.host_bytes / gib:8.2f} GiB", "at the peak:"]
+        lines = [
+            (
+                f"predicted, {self.trace.device}: {self.question.model}, {self.question.name},"
+                f" {self.question.batch} x {self.question.seq} tokens"
+            ),
+            f"peak allocated  {self.allocated_peak_bytes / gib:8.2f} GiB  in {self.trace.phase}",
+            (
+                f"peak reserved   {self.reserved_peak_bytes / gib:8.2f} GiB  allocator:"
+                f" {self.simulated.label}"
+            ),
+            *([f"  between       {words}"] if (words := self._reserved_range_words()) else []),
+            f"host memory     {self.trace.host_bytes / gib:8.2f} GiB",
+            "at the peak:",
+        ]
         lines += [f"  {name:<14}{size / gib:8.2f} GiB" for name, size in self.ledger.items()]
-        lines += ["largest owners:"] + [f"  {size / gib:6.2f} GiB  {category} {module}"
-                                        for category, module, size in self.trace.owners(5)]
-        lines += [f"{name:<16}{held['peak_bytes'] / gib:8.2f} GiB  sends {held['sends_bytes'] / 2**20:.1f} MiB a step"
-                  for name, held in (self.sides() if self.trace.crossed else {}).items()]
+        lines += ["largest owners:"] + [
+            f"  {size / gib:6.2f} GiB  {category} {module}"
+            for category, module, size in self.trace.owners(5)
+        ]
+        lines += [
+            f"{name:<16}{held['peak_bytes'] / gib:8.2f} GiB  sends"
+            f" {held['sends_bytes'] / 2**20:.1f} MiB a step"
+            for name, held in (self.sides() if self.trace.crossed else {}).items()
+        ]
         if self.card:
+            usable_bytes = self.settings.usable_bytes(
+                self.card.capacity_bytes, self.card.total_bytes
+            )
             verdict = "fits" if self.fits else "does not fit"
-            flushed = f", after flushing its cache {self.retries} times" if self.fits and self.retries else ""
-            lines += [f"{self.card.name}: {verdict}{flushed}; margin {self.margin_bytes / gib:+.2f} GiB of "
-                      f"{self.settings.usable_bytes(self.card.capacity_bytes, self.card.total_bytes) / gib:.2f}",
-                      f"no step faster than {self.floor.s:.3f} s, bound by {self.floor.binds} (roofline floor, not an estimate): "
-                      f"compute {self.floor.compute_s:.3f}, memory {self.floor.memory_s:.3f}, bus {self.floor.bus_s:.3f}"]
+            flushed = (
+                f", after flushing its cache {self.retries} times"
+                if self.fits and self.retries
+                else ""
+            )
+            lines += [
+                (
+                    f"{self.card.name}: {verdict}{flushed}; margin {self.margin_bytes / gib:+.2f}"
+                    f" GiB of {usable_bytes / gib:.2f}"
+                ),
+                (
+                    f"no step faster than {self.floor.s:.3f} s, bound by {self.floor.binds}"
+                    f" (roofline floor, not an estimate): compute {self.floor.compute_s:.3f},"
+                    f" memory {self.floor.memory_s:.3f}, bus {self.floor.bus_s:.3f}"
+                ),
+            ]
         if self.max_positions < self.question.seq:
-            lines.append(f"note: rows of {self.question.seq:,} tokens, and {self.question.model} knows {self.max_positions:,} "
-                         "positions: their memory is forecast all the same")
+            lines.append(
+                f"note: rows of {self.question.seq:,} tokens, and {self.question.model} knows"
+                f" {self.max_positions:,} positions: their memory is forecast all the same"
+            )
         return "\n".join([*lines, f"took {self.took_s:.1f} s"])
 
     def takeaway(self) -> str:
         """One number, in Markdown: what is left of the card."""
         between = f" Reserved: {words}." if (words := self._reserved_range_words()) else ""
         if self.card is None:
-            return f"**{self.reserved_peak_bytes / 2**30:.1f} GiB** reserved at the peak, predicted.{between}"
+            return (
+                f"**{self.reserved_peak_bytes / 2**30:.1f} GiB** reserved at the peak,"
+                f" predicted.{between}"
+            )
         flushed = " after flushing its cache" if self.fits and self.retries else ""
-        return (f"**{self.margin_bytes / 2**30:+.1f} GiB** is what {self.question.name} of {self.question.model}, "
-                f"{self.question.batch} x {self.question.seq} tokens, leaves of a {self.card.name}: it "
-                f"{'fits' if self.fits else 'does not fit'}{flushed}, predicted.{between}")
+        return (
+            f"**{self.margin_bytes / 2**30:+.1f} GiB** is what {self.question.name} of"
+            f" {self.question.model}, {self.question.batch} x {self.question.seq} tokens, leaves of"
+            f" a {self.card.name}: it {'fits' if self.fits else 'does not fit'}{flushed},"
+            f" predicted.{between}"
+        )
 
     @property
     def floor_s(self) -> float | None:
@@ -237,15 +358,22 @@ class Forecast:
         return self.question.row.values["weights"]
 
 
-def forecast(question: Question, card: Card | None = None, settings: Settings = Settings(),  # noqa: B008, frozen
-             cache_dir: Path | None = CACHE) -> Forecast:
-    """The forecast of `question` on `card`. The trace comes from the cache or is made, in seconds, and kept."""
+def forecast(
+    question: Question,
+    card: Card | None = None,
+    settings: Settings = Settings(),  # noqa: B008, frozen
+    cache_dir: Path | None = CACHE,
+) -> Forecast:
+    """The forecast of `question` on `card`. The trace comes from the cache or is made, in seconds,
+    and kept."""
     began = time.perf_counter()
     if card is not None and question.architecture != card.compute_capability:
         question = dataclasses.replace(question, architecture=card.compute_capability)
     traced = traced_step(question, cache_dir)
     free = simulate(traced.events, settings)
-    held = simulate(traced.events, settings, card.capacity_bytes, card.total_bytes) if card else None
+    held = (
+        simulate(traced.events, settings, card.capacity_bytes, card.total_bytes) if card else None
+    )
     if held and held.oom is None and settings.collects_above_bytes(card.total_bytes) is not None:
         free = held
     step = traced.reported
@@ -255,28 +383,49 @@ def forecast(question: Question, card: Card | None = None, settings: Settings = 
     ledger["rounding"] = allocated - sum(size for name, size in ledger.items() if name != "cached")
     ledger |= {"context": card.context_bytes} if card else {}
     return Forecast(
-        question, card, settings, traced, free, allocated, reserved, ledger,
-        held and held.oom is None, held.num_alloc_retries if held else 0,
+        question,
+        card,
+        settings,
+        traced,
+        free,
+        allocated,
+        reserved,
+        ledger,
+        held and held.oom is None,
+        held.num_alloc_retries if held else 0,
         card and settings.usable_bytes(card.capacity_bytes, card.total_bytes) - reserved,
-        card and roofline(traced.work, card.bf16_tflops, card.fp32_tflops, card.gb_per_s, card.host_gb_per_s),
-        time.perf_counter() - began)
+        card
+        and roofline(
+            traced.work, card.bf16_tflops, card.fp32_tflops, card.gb_per_s, card.host_gb_per_s
+        ),
+        time.perf_counter() - began,
+    )
 
 
 def _alive_at(traced: Trace, event: int) -> dict[str, int]:
-    """category -> requested bytes alive on the device after event number `event` of `Trace.events`."""
+    """category -> requested bytes alive on the device after event number `event` of
+    `Trace.events`."""
     rows = traced.device_rows().iloc[: event + 1]
     sizes = pd.Series(signed(rows)).groupby(rows["category"].to_numpy()).sum()
     return {name: int(size) for name, size in sizes.sort_values(ascending=False).items() if size}
 
 
 def traced_step(question: Question, cache_dir: Path | None = CACHE, counted: bool = True) -> Trace:
-    """The trace of `question`, from `cache_dir` when it is there; with `counted` only one that has its `work`."""
+    """The trace of `question`, from `cache_dir` when it is there; with `counted` only one that has
+    its `work`."""
     folder = cache_dir and cache_dir / question.key()
     kept = recall(folder, _read) if folder else None
     if kept and (kept.work or not counted):
         return kept
-    made = trace(question.spec, question.row, question.seq, question.batch, card=question.architecture,
-                 world=question.world, counted=counted)
+    made = trace(
+        question.spec,
+        question.row,
+        question.seq,
+        question.batch,
+        card=question.architecture,
+        world=question.world,
+        counted=counted,
+    )
     if folder:
         _write(made, folder)
     return made
@@ -288,7 +437,11 @@ def _write(made: Trace, folder: Path) -> None:
     frame = made.frame.drop(columns="t_s")
     frame = frame.astype({name: "category" for name in frame.select_dtypes(exclude="number")})
     write_table(frame, folder / "frame.parquet", compression="zstd")
-    rest = {field.name: getattr(made, field.name) for field in dataclasses.fields(made) if field.name != "frame"}
+    rest = {
+        field.name: getattr(made, field.name)
+        for field in dataclasses.fields(made)
+        if field.name != "frame"
+    }
     rest["alive"] = [[*owner, size] for owner, size in made.alive.items()]
     rest["loops"] = [dataclasses.asdict(loop) for loop in made.loops]
     write_checked(folder / "trace.json", {**rest, "frame": checksum(folder / "frame.parquet")})
@@ -303,13 +456,22 @@ def _read(folder: Path) -> Trace:
     rest["loops"] = tuple(Loop(Cut(**loop.pop("cut")), **loop) for loop in rest["loops"])
     rest["ranked"] = {int(step): size for step, size in rest["ranked"].items()}
     frame = pd.read_parquet(folder / "frame.parquet")
-    return Trace(**rest, frame=frame.astype({name: object for name in frame.select_dtypes("category")}))
+    return Trace(
+        **rest, frame=frame.astype({name: object for name in frame.select_dtypes("category")})
+    )
 
 
-def largest(question: Question, axis: str, card: Card, settings: Settings = Settings(),  # noqa: B008, frozen
-            limit: int = 1 << 20, said: Callable[[str], object] = lambda _: None) -> tuple[int, Forecast | None]:
-    """The largest `axis` ("seq" or "batch") with which the step still fits on the card: (value, its forecast), or (0, None)
-    when not even the smallest does. Doubles from 1 (a sequence from 64, in steps of 64), then halves the gap.
+def largest(
+    question: Question,
+    axis: str,
+    card: Card,
+    settings: Settings = Settings(),  # noqa: B008, frozen
+    limit: int = 1 << 20,
+    said: Callable[[str], object] = lambda _: None,
+) -> tuple[int, Forecast | None]:
+    """The largest `axis` ("seq" or "batch") with which the step still fits on the card: (value, its
+    forecast), or (0, None) when not even the smallest does. Doubles from 1 (a sequence from 64, in
+    steps of 64), then halves the gap.
 
     Raises: ValueError, for another axis.
     """
@@ -330,22 +492,31 @@ def largest(question: Question, axis: str, card: Card, settings: Settings = Sett
     return fitting * grain, best
 
 
-def assert_peak(regime: str, model: str, seq: int, batch: int, most_bytes: int, weights: str = "") -> Forecast:
+def assert_peak(
+    regime: str, model: str, seq: int, batch: int, most_bytes: int, weights: str = ""
+) -> Forecast:
     """A memory regression test: the forecast's peak allocated bytes are at most `most_bytes`.
 
     Raises: AssertionError, with what is alive at the peak, largest first.
     """
     found = forecast(Question(model, regime, seq, batch, weights))
     if found.allocated_peak_bytes > most_bytes:
-        owners = "\n".join(f"  {size:>16,}  {category} {module}" for category, module, size in found.trace.owners(12))
+        owners = "\n".join(
+            f"  {size:>16,}  {category} {module}"
+            for category, module, size in found.trace.owners(12)
+        )
         over = found.allocated_peak_bytes - most_bytes
-        raise AssertionError(f"{found.question.name} on {model}, {batch} x {seq} tokens, peaks at {found.allocated_peak_bytes:,} "
-                             f"bytes in {found.trace.phase}, {over:,} more than {most_bytes:,}; alive then:\n{owners}")
+        raise AssertionError(
+            f"{found.question.name} on {model}, {batch} x {seq} tokens, peaks at"
+            f" {found.allocated_peak_bytes:,} bytes in {found.trace.phase}, {over:,} more than"
+            f" {most_bytes:,}; alive then:\n{owners}"
+        )
     return found
 
 
 def without(traced: Trace, storages: np.ndarray) -> int:
-    """The reported step's peak of requested bytes had `storages` never been allocated: a counterfactual from the events."""
+    """The reported step's peak of requested bytes had `storages` never been allocated: a
+    counterfactual from the events."""
     rows = traced.device_rows()
     changes = np.where(rows["storage"].isin(storages), 0, signed(rows))
     return int(np.cumsum(changes)[traced.reported].max())

@@ -1,8 +1,11 @@
-"""A charted atlas: remembered as a whole, and told as a table or as text. Imports nothing that takes a second to import.
+"""A charted atlas: remembered as a whole, and told as a table or as text. Imports nothing that
+takes a second to import.
 
-    charted.recall("params/atlas.yml")  # forecast.json's content, or None when anything it depends on has changed
+    charted.recall("params/atlas.yml")  # forecast.json's content, or None when anything it depends
+                                        on has changed
 
-It depends on the atlas file, the rows, cards and models of params/, this library's code and torch's version.
+It depends on the atlas file, the rows, cards and models of params/, this library's code and torch's
+version.
 """
 
 from __future__ import annotations
@@ -32,8 +35,12 @@ def remember(atlas: Path, content: dict) -> None:
 def _path(atlas: Path) -> Path:
     digest = hashlib.sha256(atlas.read_bytes() + importlib.metadata.version("torch").encode())
     params = ROOT / "params"
-    for file in (params / "regimes.yml", params / "cards.yml", *sorted((params / "models").rglob("*.yml")),
-                 *sorted(Path(__file__).parents[1].rglob("*.py"))):
+    for file in (
+        params / "regimes.yml",
+        params / "cards.yml",
+        *sorted((params / "models").rglob("*.yml")),
+        *sorted(Path(__file__).parents[1].rglob("*.py")),
+    ):
         digest.update(file.read_bytes())
     return FORECASTS / f"atlas-{digest.hexdigest()[:20]}.json"
 
@@ -42,24 +49,49 @@ def table(content: dict) -> pd.DataFrame:
     """One row a cell and card; a cell that failed has one row, its reason and no figures."""
     rows = []
     for cell in content["cells"]:
-        same = {"kind": content["kind"], **{key: cell[key] for key in ("model", "name", "regime", "weights", "seq", "batch")}}
+        same = {
+            "kind": content["kind"],
+            **{key: cell[key] for key in ("model", "name", "regime", "weights", "seq", "batch")},
+        }
         if cell["reason"]:
             rows.append({**same, "reason": cell["reason"]})
             continue
-        same |= {"phase": cell["phase"], "requested_bytes": cell["requested_bytes"], "host_bytes": cell["host_bytes"]}
-        rows += [{**same, "card": key, "capacity_bytes": content["cards"][key]["capacity_bytes"], **held, "reason": ""}
-                 for key, held in cell["cards"].items()]
+        same |= {
+            "phase": cell["phase"],
+            "requested_bytes": cell["requested_bytes"],
+            "host_bytes": cell["host_bytes"],
+        }
+        rows += [
+            {
+                **same,
+                "card": key,
+                "capacity_bytes": content["cards"][key]["capacity_bytes"],
+                **held,
+                "reason": "",
+            }
+            for key, held in cell["cards"].items()
+        ]
     return pd.DataFrame(rows)
 
 
 def words(content: dict) -> str:
-    """The atlas as text: for each model, length and batch, regimes against cards, the margin in GiB."""
-    lines = ["predicted margin in GiB on each card; * fits only after flushing the allocator's cache, ! does not fit"]
+    """The atlas as text: for each model, length and batch, regimes against cards, the margin in
+    GiB."""
+    lines = [
+        "predicted margin in GiB on each card; * fits only after flushing the allocator's cache, !"
+        " does not fit"
+    ]
     head = f"{'':<20}" + "".join(f"{key:>11}" for key in content["cards"])
-    for place in dict.fromkeys((cell["model"], cell["seq"], cell["batch"]) for cell in content["cells"]):
+    for place in dict.fromkeys(
+        (cell["model"], cell["seq"], cell["batch"]) for cell in content["cells"]
+    ):
         lines += ["", f"{place[0]}, {place[2]} x {place[1]} tokens", head]
-        lines += [f"{cell['name']:<20}" + (cell["reason"] or "".join(f"{_mark(held):>11}" for held in cell["cards"].values()))
-                  for cell in content["cells"] if (cell["model"], cell["seq"], cell["batch"]) == place]
+        lines += [
+            f"{cell['name']:<20}"
+            + (cell["reason"] or "".join(f"{_mark(held):>11}" for held in cell["cards"].values()))
+            for cell in content["cells"]
+            if (cell["model"], cell["seq"], cell["batch"]) == place
+        ]
     return "\n".join(lines)
 
 

@@ -1,14 +1,16 @@
 """A GPU that is not there: the trainer runs on it unchanged, and not a byte of any tensor exists.
 
-Tensors are torch's fake tensors: shape, type, strides and a storage that knows its size. Their device is `vgpu`, made in
-Python through the backend torch keeps for outsiders (PrivateUse1), so that it is not the CPU: what moves to the host can
-be told from what stays. That is an experimental interface of torch; `mode="cpu"` needs none of it, and there every byte,
-offloaded ones too, lies on a fake CPU and runs the CPU's own choice of kernels.
+Tensors are torch's fake tensors: shape, type, strides and a storage that knows its size. Their
+device is `vgpu`, made in Python through the backend torch keeps for outsiders (PrivateUse1), so
+that it is not the CPU: what moves to the host can be told from what stays. That is an experimental
+interface of torch; `mode="cpu"` needs none of it, and there every byte, offloaded ones too, lies on
+a fake CPU and runs the CPU's own choice of kernels.
 
 Ranks of a process group are pretended too, see `ranks`.
 
-Not exact, on `vgpu`: attention and workspaces as `kernels` says, autocast as `virtual_autocast` says. The rest is what
-autograd and the operations' own shapes make of it. Nothing here knows about the allocator's rounding.
+Not exact, on `vgpu`: attention and workspaces as `kernels` says, autocast as `virtual_autocast`
+says. The rest is what autograd and the operations' own shapes make of it. Nothing here knows about
+the allocator's rounding.
 """
 
 from __future__ import annotations
@@ -46,27 +48,37 @@ class VirtualGpu:
     architecture: Architecture
 
     def meter(self, counted: bool = True) -> Meter:
-        """An event meter that tells this device from the host, and knows its kernels' workspaces. It counts what operations
-        compute and move where it is told to."""
+        """An event meter that tells this device from the host, and knows its kernels' workspaces.
+        It counts what operations compute and move where it is told to."""
         work = Work() if counted else None
         if self.device == "cpu":
             return Meter(work=work)
-        stream = _backend.stream_number if self.device == NAME else lambda: torch.cuda.current_stream().stream_id
+        stream = (
+            _backend.stream_number
+            if self.device == NAME
+            else lambda: torch.cuda.current_stream().stream_id
+        )
         return Meter(self.device, Workspaces(self.architecture), work, stream)
 
 
-_LABELS = {"vgpu": "virtual GPU (fake tensors on a Python device)", "cuda": "fake tensors on cuda",
-           "cpu": "fake tensors on the CPU: the CPU's kernels, host and device not told apart"}
+_LABELS = {
+    "vgpu": "virtual GPU (fake tensors on a Python device)",
+    "cuda": "fake tensors on cuda",
+    "cpu": "fake tensors on the CPU: the CPU's kernels, host and device not told apart",
+}
 
 
 @contextmanager
-def virtual_gpu(mode: str = "auto", architecture: Architecture = AMPERE, world: int = 0) -> Iterator[VirtualGpu]:
-    """Inside, tensors are fake, and `torch.device(gpu.device)` is a GPU of `architecture` that does not exist; with `world`, it
-    is the first of that many, each a rank of a process group.
+def virtual_gpu(
+    mode: str = "auto", architecture: Architecture = AMPERE, world: int = 0
+) -> Iterator[VirtualGpu]:
+    """Inside, tensors are fake, and `torch.device(gpu.device)` is a GPU of `architecture` that does
+    not exist; with `world`, it is the first of that many, each a rank of a process group.
 
-    `auto` is `vgpu`, or `cuda` where torch sees a GPU, since torch takes one accelerator only (written for that case, and
-    not run there yet). What is patched is put back at the end; the device's name stays registered, and says it is not
-    available. Raises: ValueError, for a mode that is not one of `MODES`.
+    `auto` is `vgpu`, or `cuda` where torch sees a GPU, since torch takes one accelerator only
+    (written for that case, and not run there yet). What is patched is put back at the end; the
+    device's name stays registered, and says it is not available. Raises: ValueError, for a mode
+    that is not one of `MODES`.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}: use one of {', '.join(MODES)}")
@@ -78,8 +90,11 @@ def virtual_gpu(mode: str = "auto", architecture: Architecture = AMPERE, world: 
             stack.enter_context(_present())
             stack.enter_context(virtual_autocast.weight_copies())
         if mode != "cpu":
-            stack.enter_context(_replaced(F, "scaled_dot_product_attention", Attention(architecture)))
-        # one thread: autograd counts its devices at the first backward of a process, and this one may come later
+            stack.enter_context(
+                _replaced(F, "scaled_dot_product_attention", Attention(architecture))
+            )
+        # one thread: autograd counts its devices at the first backward of a process, and this one
+        # may come later
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(_replaced(nn.Module, "_apply", _apply))
         stack.enter_context(_replaced(Stream, "made", 1))  # numbered alike in every forecast
@@ -101,13 +116,16 @@ class _Fake(FakeTensorMode, Watchable):
 
     @property
     def avoid_device_init(self) -> bool:
-        """Always: there is no device to initialise. Else a literal made on it would reach a real kernel."""
+        """Always: there is no device to initialise. Else a literal made on it would reach a real
+        kernel."""
         return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is _DEVICE:  # the question asked most
             return args[0].fake_device
-        if func is _DETACH and type(args[0]) is FakeTensor:  # of all that is formed again; nothing begins or ends with it
+        if (
+            func is _DETACH and type(args[0]) is FakeTensor
+        ):  # of all that is formed again; nothing begins or ends with it
             return self._shapes.alias(args[0])
         watch, self.watch = self.watch, None  # nobody watches how it is worked out
         if watch is None:
@@ -123,13 +141,20 @@ class _Fake(FakeTensorMode, Watchable):
         # waiting gives back the tensor itself, of which fake tensors would make another
         if func is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]
-        return self._shapes.outputs(func, args, kwargs or {}, lambda: FakeTensorMode.dispatch(self, func, types, args, kwargs))
+        return self._shapes.outputs(
+            func,
+            args,
+            kwargs or {},
+            lambda: FakeTensorMode.dispatch(self, func, types, args, kwargs),
+        )
 
 
 class _Backend:
     """`torch.vgpu`: what torch asks of a device's module. Available only inside `virtual_gpu`."""
 
-    _initialized = False  # checkpointing then keeps no random state for it, which would be host bytes
+    _initialized = (
+        False  # checkpointing then keeps no random state for it, which would be host bytes
+    )
     here = False
     Stream, Event, stream = Stream, Event, staticmethod(on_stream)
 
@@ -203,9 +228,11 @@ _library: list[torch.library.Library] = []
 
 
 def _whole_operations() -> None:
-    """Operations for which torch has kernels on every real device, and a recipe of smaller operations for the rest. The
-    virtual device is among the rest until it has a kernel, which is never run: fake tensors need its shapes only. Found by
-    asking the dispatcher for operations with a CPU kernel and a recipe; one with only CUDA's cannot be found here."""
+    """Operations for which torch has kernels on every real device, and a recipe of smaller
+    operations for the rest. The virtual device is among the rest until it has a kernel, which is
+    never run: fake tensors need its shapes only. Found by asking the dispatcher for operations with
+    a CPU kernel and a recipe; one with only CUDA's cannot be found here.
+    """
     library = torch.library.Library("aten", "IMPL")
     for name in ("silu_backward", "mish_backward", "native_channel_shuffle"):
         library.impl(name, _never, "PrivateUse1")
@@ -217,8 +244,8 @@ def _never(*args, **kwargs):
 
 
 def _shapes_for_fused_sgd() -> None:
-    """torch has no shapes for fused SGD, which writes in place and returns nothing. Once a process, if it still has none;
-    it is about meta tensors only, so it stays."""
+    """torch has no shapes for fused SGD, which writes in place and returns nothing. Once a process,
+    if it still has none; it is about meta tensors only, so it stays."""
     missing = not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_sgd_", "Meta")
     if missing:
         library = torch.library.Library("aten", "IMPL")
@@ -230,8 +257,10 @@ _native_apply = nn.Module._apply
 
 
 def _apply(module: nn.Module, fn, recurse: bool = True) -> nn.Module:
-    """`Module._apply` for fake parameters, which torch would swap in place and cannot: a parameter that changes is
-    replaced, one that does not is left alone. A parameter shared by two modules would become two."""
+    """`Module._apply` for fake parameters, which torch would swap in place and cannot: a parameter
+    that changes is replaced, one that does not is left alone. A parameter shared by two modules
+    would become two.
+    """
     own = [*module._parameters.values(), *module._buffers.values()]
     if not all(tensor is None or isinstance(tensor, FakeTensor) for tensor in own):
         return _native_apply(module, fn, recurse)

@@ -1,10 +1,12 @@
-"""One cell of `gpu_check`, in a process of its own: bytes of the step that was forecast, then speed with nothing watching.
+"""One cell of `gpu_check`, in a process of its own: bytes of the step that was forecast, then speed
+with nothing watching.
 
-    python -m vramlab.gpu_check.cell    reads one line of JSON, {"does": a name of DOES, "folder": ..., ...}, and writes result.json
+    python -m vramlab.gpu_check.cell    reads one line of JSON, {"does": a name of DOES, "folder":
+                                        ..., ...}, and writes result.json
 
-The process imports first and then waits for its line, so that the next cell's imports run beside this cell's steps. Weights are
-random, made on the host as a checkpoint's would be. Not yet run on a GPU; with device cpu the event meter stands for
-the recorder and requested bytes for allocated ones.
+The process imports first and then waits for its line, so that the next cell's imports run beside
+this cell's steps. Weights are random, made on the host as a checkpoint's would be. Not yet run on a
+GPU; with device cpu the event meter stands for the recorder and requested bytes for allocated ones.
 """
 
 from __future__ import annotations
@@ -69,8 +71,8 @@ class Passed(Observer):
 
 
 def measure(asked: Mapping) -> dict:
-    """Bytes and speed of one row. `asked`: model, regime, weights, seq, batch, device, window_s, budget_s, limit_bytes, and of
-    its forecast `parts` and `step`, empty where there is none."""
+    """Bytes and speed of one row. `asked`: model, regime, weights, seq, batch, device, window_s,
+    budget_s, limit_bytes, and of its forecast `parts` and `step`, empty where there is none."""
     began, question = time.perf_counter(), _question(asked)
     device, folder = asked["device"], Path(asked["folder"])
     _limit(device, asked["limit_bytes"])
@@ -84,10 +86,16 @@ def measure(asked: Mapping) -> dict:
             trainer.regime = dataclasses.replace(trainer.regime, trains=question.row.trains)
         speed = _speed(question, asked, trainer, asked["budget_s"] - (time.perf_counter() - began))
     window = speed.pop("window", None)
-    energy = dataclasses.asdict(sampler.energy_j(*window)) if window else {"j": None, "error_j": None, "how": "N/A: no window"}
+    energy = (
+        dataclasses.asdict(sampler.energy_j(*window))
+        if window
+        else {"j": None, "error_j": None, "how": "N/A: no window"}
+    )
     seen = sampler.frame()
-    driver = {f"nvml_{name}": None if seen[name].dropna().empty else int(seen[name].max())
-              for name in ("used_bytes", "process_bytes")}
+    driver = {
+        f"nvml_{name}": None if seen[name].dropna().empty else int(seen[name].max())
+        for name in ("used_bytes", "process_bytes")
+    }
     return {**made, **speed, **driver, "energy": energy, "said": [*made["said"], *sampler.said]}
 
 
@@ -96,9 +104,12 @@ def _question(asked: Mapping) -> Question:
 
 
 def _limit(device: str, limit_bytes: int) -> None:
-    """What the cell may take: for one that is to run out of memory on purpose where the card is too large for it."""
+    """What the cell may take: for one that is to run out of memory on purpose where the card is too
+    large for it."""
     if limit_bytes and device.startswith("cuda"):
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / torch.cuda.get_device_properties(device).total_memory))
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, limit_bytes / torch.cuda.get_device_properties(device).total_memory)
+        )
 
 
 def _recorder(device: str, limit_bytes: int) -> Any:
@@ -112,21 +123,30 @@ def _recorder(device: str, limit_bytes: int) -> Any:
 
 
 def _bytes(question: Question, asked: Mapping, folder: Path) -> tuple[dict, Trainer]:
-    """Steps up to the one that was forecast, recorded. Leaves the curve in `folder`, of a step that ran out too."""
+    """Steps up to the one that was forecast, recorded. Leaves the curve in `folder`, of a step that
+    ran out too."""
     device, recorder = asked["device"], _recorder(asked["device"], asked["limit_bytes"])
     passed, (regime, turns) = Passed(recorder), shown(question.row)
-    model = random_model(question.spec)  # on the host, whose bytes are none of the recorder's; a meter on a CPU would see them
-    make = functools.partial(Trainer, model, regime, Schedule(regime.lr, 1000), device=device, observer=passed)
+    model = random_model(
+        question.spec
+    )  # on the host, whose bytes are none of the recorder's; a meter on a CPU would see them
+    make = functools.partial(
+        Trainer, model, regime, Schedule(regime.lr, 1000), device=device, observer=passed
+    )
     entered, step = contextlib.ExitStack(), 0
     try:
         entered.enter_context(oom.watched(device, getattr(recorder, "so_far", None)))
-        trainer = None if device.startswith("cuda") else make()  # a meter adopts what it is told of, as in a forecast
+        trainer = (
+            None if device.startswith("cuda") else make()
+        )  # a meter adopts what it is told of, as in a forecast
         entered.enter_context(recorder)
         trainer = trainer or make()
         for step, parts in enumerate(_parts(trainer, turns, asked)):
             turns.parts_due = parts
-            trainer.step(batches(question.spec, question.seq, question.batch, step, regime.accumulate),
-                         [1 / regime.accumulate] * regime.accumulate)
+            trainer.step(
+                batches(question.spec, question.seq, question.batch, step, regime.accumulate),
+                [1 / regime.accumulate] * regime.accumulate,
+            )
     finally:
         seen = _timeline(entered, recorder, step, folder)
         recorder.trains([])
@@ -135,7 +155,8 @@ def _bytes(question: Question, asked: Mapping, folder: Path) -> tuple[dict, Trai
 
 
 def _timeline(entered: contextlib.ExitStack, recorder: Any, step: int, folder: Path) -> dict:
-    """What the recording says of `step`. One that cannot be read says why; torch's own peaks do not hang on it."""
+    """What the recording says of `step`. One that cannot be read says why; torch's own peaks do not
+    hang on it."""
     try:
         entered.close()
         curve(recorder.frame()).to_parquet(folder / "curve.parquet", compression="zstd")
@@ -143,13 +164,20 @@ def _timeline(entered: contextlib.ExitStack, recorder: Any, step: int, folder: P
     except Exception as error:
         found = {"phase": None, "categories": {}, "owners": [], "peak_bytes": None}
         said = [f"no timeline ({type(error).__name__}: {error})"]
-    return {"phase": found["phase"], "ledger": found["categories"], "owners": found["owners"],
-            "requested_peak_bytes": found["peak_bytes"], "said": said}
+    return {
+        "phase": found["phase"],
+        "ledger": found["categories"],
+        "owners": found["owners"],
+        "requested_peak_bytes": found["peak_bytes"],
+        "said": said,
+    }
 
 
 def _parts(trainer: Trainer, turns: Any, asked: Mapping) -> list[tuple[int, ...]]:
-    """Which parts are active in each recorded step, such that the last is the step that was forecast: as many as that took, or,
-    where parts take turns, one of other parts and two of the reported ones, of which the second has their state."""
+    """Which parts are active in each recorded step, such that the last is the step that was
+    forecast: as many as that took, or, where parts take turns, one of other parts and two of the
+    reported ones, of which the second has their state.
+    """
     sets = turns.sets(len(trainer.parts))
     if len(sets) < 2:
         return [sets[0]] * (asked["step"] + 1 if asked["step"] is not None else 2)
@@ -160,16 +188,25 @@ def _parts(trainer: Trainer, turns: Any, asked: Mapping) -> list[tuple[int, ...]
 
 
 def _peaks(recorder: Any, found: Mapping) -> dict:
-    """Peaks of the last step: torch's own figures where it keeps them; a CPU has requested bytes and no more."""
+    """Peaks of the last step: torch's own figures where it keeps them; a CPU has requested bytes
+    and no more."""
     kept = getattr(recorder, "peaks", None)
     if not kept:
-        return {"allocated_peak_bytes": found["requested_peak_bytes"], "reserved_peak_bytes": None, "num_alloc_retries": None}
-    return {"allocated_peak_bytes": kept[-1]["allocated_peak_bytes"], "num_alloc_retries": kept[-1]["num_alloc_retries"],
-            "reserved_peak_bytes": max(step["reserved_peak_bytes"] for step in kept)}
+        return {
+            "allocated_peak_bytes": found["requested_peak_bytes"],
+            "reserved_peak_bytes": None,
+            "num_alloc_retries": None,
+        }
+    return {
+        "allocated_peak_bytes": kept[-1]["allocated_peak_bytes"],
+        "num_alloc_retries": kept[-1]["num_alloc_retries"],
+        "reserved_peak_bytes": max(step["reserved_peak_bytes"] for step in kept),
+    }
 
 
 def _hurried(row: Regime) -> bool:
-    """Whether the recorded steps were not the row's usual ones: guessed gradients came soon, or every step projected anew."""
+    """Whether the recorded steps were not the row's usual ones: guessed gradients came soon, or
+    every step projected anew."""
     return hasattr(row.rule, "gap") or row.grads.hurried() != row.grads
 
 
@@ -178,7 +215,13 @@ def _unhurried(question: Question, device: str) -> Trainer:
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
     row = question.row
-    return Trainer(random_model(question.spec), row, Schedule(row.lr, 1000), device=device, observer=Passed(Observer()))
+    return Trainer(
+        random_model(question.spec),
+        row,
+        Schedule(row.lr, 1000),
+        device=device,
+        observer=Passed(Observer()),
+    )
 
 
 def _speed(question: Question, asked: Mapping, trainer: Trainer, budget_s: float) -> dict:
@@ -186,16 +229,28 @@ def _speed(question: Question, asked: Mapping, trainer: Trainer, budget_s: float
     row, passed = question.row, trainer.observer
     step = _stepper(question, trainer)
     warm_s = min(step(warm) for warm in range(WARM))
-    steps = max(1, min(math.ceil(asked["window_s"] * 1.1 / warm_s), 400, int(budget_s / 2 / warm_s)))
+    steps = max(
+        1, min(math.ceil(asked["window_s"] * 1.1 / warm_s), 400, int(budget_s / 2 / warm_s))
+    )
     passed.to = timer = clock(asked["device"])
     start = time.perf_counter()
     for number in range(steps):
         step(number, read=number == steps - 1)
-    end, times = time.perf_counter(), torch.tensor([row["step_s"] for row in timer.rows], dtype=torch.float64)
+    end, times = (
+        time.perf_counter(),
+        torch.tensor([row["step_s"] for row in timer.rows], dtype=torch.float64),
+    )
     tokens = question.seq * question.batch * row.accumulate
     q25, q50, q75 = (float(times.quantile(q)) for q in (0.25, 0.5, 0.75))
-    return {"step_s_median": q50, "step_s_q25": q25, "step_s_q75": q75, "steps_timed": steps, "window": (start, end),
-            "window_tokens": tokens * steps, "tokens_per_s": tokens * steps / (end - start)}
+    return {
+        "step_s_median": q50,
+        "step_s_q25": q25,
+        "step_s_q75": q75,
+        "steps_timed": steps,
+        "window": (start, end),
+        "window_tokens": tokens * steps,
+        "tokens_per_s": tokens * steps / (end - start),
+    }
 
 
 def _stepper(question: Question, trainer: Trainer):
@@ -207,7 +262,9 @@ def _stepper(question: Question, trainer: Trainer):
         start = time.perf_counter()
         loss = trainer.step(made[seed % len(made)], [1 / count] * count)
         if read and not math.isfinite(float(loss)):  # reading waits for the device
-            raise FloatingPointError(f"the loss is {float(loss)}: random weights do not train with this row")
+            raise FloatingPointError(
+                f"the loss is {float(loss)}: random weights do not train with this row"
+            )
         return time.perf_counter() - start
 
     return step
@@ -215,12 +272,24 @@ def _stepper(question: Question, trainer: Trainer):
 
 def tiny(asked: Mapping) -> dict:
     """One row of the small sweep: it trains, it is scored."""
-    params = {"regime": asked["regime"], "device": asked["device"], "recipe": "smoke", "steps": 40, "train_items": 400,
-              "val_items": 60, "test_items": 60, "measure": False}
+    params = {
+        "regime": asked["regime"],
+        "device": asked["device"],
+        "recipe": "smoke",
+        "steps": 40,
+        "train_items": 400,
+        "val_items": 60,
+        "test_items": 60,
+        "measure": False,
+    }
     ended = run.execute(params, Path(asked["folder"]) / "run", progress=False)
     made = json.loads((ended / "result.json").read_text())
-    return {"tokens_per_s": made.get("speed", {}).get("tokens_per_s"), "run": made, "outcome": made["outcome"],
-            "reason": made["reason"]}
+    return {
+        "tokens_per_s": made.get("speed", {}).get("tokens_per_s"),
+        "run": made,
+        "outcome": made["outcome"],
+        "reason": made["reason"],
+    }
 
 
 DOES = {"measure": measure, "describe": describe, "tiny": tiny, "peer": gpu_peers.peer}
@@ -234,7 +303,10 @@ def _evidence(result: dict) -> Iterator[None]:
     except Exception as error:
         short = run.out_of_memory(error)
         text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        result |= {"outcome": "oom" if short else "failed", "reason": text.replace(str(Path.home()), "~")}
+        result |= {
+            "outcome": "oom" if short else "failed",
+            "reason": text.replace(str(Path.home()), "~"),
+        }
         if short:
             result["oom"] = oom.record_of(error)
 
@@ -245,13 +317,20 @@ def main() -> None:
     if not line.strip():  # there was no next cell
         return
     asked: dict = json.loads(line)
-    folder, result, began = Path(asked["folder"]), {"outcome": "ok", "reason": ""}, time.perf_counter()
+    folder, result, began = (
+        Path(asked["folder"]),
+        {"outcome": "ok", "reason": ""},
+        time.perf_counter(),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     with _evidence(result):
         result |= DOES[asked["does"]](asked)
     told = {name: value for name, value in asked.items() if name not in ("folder", "budget_s")}
-    write_whole(folder / "result.json", json.dumps({**told, **result, "took_s": time.perf_counter() - began}, indent=1))
+    write_whole(
+        folder / "result.json",
+        json.dumps({**told, **result, "took_s": time.perf_counter() - began}, indent=1),
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""The training loops that `peers` compares: ours, and what a user would run instead, each at its best.
+"""The training loops that `peers` compares: ours, and what a user would run instead, each at its
+best.
 
-A loop takes a job, trains its model and says when each step ended and what its loss was. Batches of all come from a DataLoader
-without workers over the same rows, in order. A peer under the Trainer of transformers logs, saves, evaluates and reports
-nothing, clips nothing, and does not look whether losses are finite: what is left is what training asks for.
+A loop takes a job, trains its model and says when each step ended and what its loss was. Batches of
+all come from a DataLoader without workers over the same rows, in order. A peer under the Trainer of
+transformers logs, saves, evaluates and reports nothing, clips nothing, and does not look whether
+losses are finite: what is left is what training asks for.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class Job:
 
 @dataclass
 class Seen:
-    """`ends_s`: when the loop began and when each step ended, by one clock. The losses are read when all is over."""
+    """`ends_s`: when the loop began and when each step ended, by one clock. The losses are read
+    when all is over."""
 
     ends_s: list[float] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
@@ -62,7 +65,8 @@ class Seen:
 
 
 Loop = Callable[[Job, Observer], Seen]
-"""Trains the job's model. The observer is told of backward at least: the event meter looks closer there."""
+"""Trains the job's model. The observer is told of backward at least: the event meter looks closer
+there."""
 
 
 def ours(regime: Regime) -> Loop:
@@ -70,7 +74,10 @@ def ours(regime: Regime) -> Loop:
 
     def loop(job: Job, observer: Observer) -> Seen:
         schedule = Schedule(job.lr, job.steps, warmup=0.0, floor=1.0)
-        trainer, seen = Trainer(job.model, regime, schedule, seed=job.seed, observer=observer), Seen()
+        trainer, seen = (
+            Trainer(job.model, regime, schedule, seed=job.seed, observer=observer),
+            Seen(),
+        )
         seen.begin()
         for batch in job.batches():
             seen.step_ended(trainer.step([batch]))
@@ -80,10 +87,16 @@ def ours(regime: Regime) -> Loop:
 
 
 def hugging_face(optim: str, checkpointing: bool = False, cpu: bool = True, **arguments) -> Loop:
-    """The Trainer of transformers with that optimizer, on the CPU or on the GPU there is; `arguments` are TrainingArguments."""
+    """The Trainer of transformers with that optimizer, on the CPU or on the GPU there is;
+    `arguments` are TrainingArguments."""
 
     def loop(job: Job, observer: Observer) -> Seen:
-        from transformers import PrinterCallback, TrainerCallback, TrainingArguments, default_data_collator
+        from transformers import (
+            PrinterCallback,
+            TrainerCallback,
+            TrainingArguments,
+            default_data_collator,
+        )
         from transformers import Trainer as Theirs
 
         class InOrder(Theirs):
@@ -104,12 +117,31 @@ def hugging_face(optim: str, checkpointing: bool = False, cpu: bool = True, **ar
         seen = Seen()
         with tempfile.TemporaryDirectory(prefix="vramlab-") as folder:
             settings = TrainingArguments(
-                folder, optim=optim, learning_rate=job.lr, lr_scheduler_type="constant", max_steps=job.steps, max_grad_norm=0.0,
-                per_device_train_batch_size=job.batch_size, weight_decay=0.0, seed=job.seed, use_cpu=cpu, report_to="none",
-                disable_tqdm=True, logging_strategy="no", save_strategy="no", eval_strategy="no", logging_nan_inf_filter=False,
-                dataloader_num_workers=0, dataloader_pin_memory=False, remove_unused_columns=False,
-                **(_checkpointing() if checkpointing else {}), **arguments)
-            trainer = InOrder(job.model, settings, default_data_collator, job.data, callbacks=[Clock()])
+                folder,
+                optim=optim,
+                learning_rate=job.lr,
+                lr_scheduler_type="constant",
+                max_steps=job.steps,
+                max_grad_norm=0.0,
+                per_device_train_batch_size=job.batch_size,
+                weight_decay=0.0,
+                seed=job.seed,
+                use_cpu=cpu,
+                report_to="none",
+                disable_tqdm=True,
+                logging_strategy="no",
+                save_strategy="no",
+                eval_strategy="no",
+                logging_nan_inf_filter=False,
+                dataloader_num_workers=0,
+                dataloader_pin_memory=False,
+                remove_unused_columns=False,
+                **(_checkpointing() if checkpointing else {}),
+                **arguments,
+            )
+            trainer = InOrder(
+                job.model, settings, default_data_collator, job.data, callbacks=[Clock()]
+            )
             trainer.remove_callback(PrinterCallback)
             backward = trainer.accelerator.backward
 
@@ -127,8 +159,9 @@ def hugging_face(optim: str, checkpointing: bool = False, cpu: bool = True, **ar
 
 
 def _forget_overrides() -> None:
-    """The Trainer asks bitsandbytes for 32-bit moments of embeddings. It remembers that for the whole process, by a parameter's
-    place in its group, and so for whatever optimizer comes next, ours too."""
+    """The Trainer asks bitsandbytes for 32-bit moments of embeddings. It remembers that for the
+    whole process, by a parameter's place in its group, and so for whatever optimizer comes next,
+    ours too."""
     from bitsandbytes.optim import GlobalOptimManager
 
     GlobalOptimManager.get_instance().initialize()
@@ -138,34 +171,51 @@ def _checkpointing() -> dict:
     """By the names this version of transformers has: the older are gone in 6."""
     from transformers import TrainingArguments
 
-    name = "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+    name = (
+        "activation_checkpointing"
+        if hasattr(TrainingArguments, "activation_checkpointing")
+        else "gradient_checkpointing"
+    )
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def peft_lora(adapters: Lora, **arguments) -> Loop:
-    """Adapters of the same shape and first values, by peft, under the Trainer; `arguments` are those of `hugging_face`."""
+    """Adapters of the same shape and first values, by peft, under the Trainer; `arguments` are
+    those of `hugging_face`."""
 
     def loop(job: Job, observer: Observer) -> Seen:
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(job.seed)
-        config = LoraConfig(r=adapters.rank, lora_alpha=adapters.alpha, target_modules=list(adapters.targets), lora_dropout=0.0)
-        wrapped = Job(get_peft_model(job.model, config), job.data, job.batch_size, job.steps, job.lr, job.seed)
+        config = LoraConfig(
+            r=adapters.rank,
+            lora_alpha=adapters.alpha,
+            target_modules=list(adapters.targets),
+            lora_dropout=0.0,
+        )
+        wrapped = Job(
+            get_peft_model(job.model, config), job.data, job.batch_size, job.steps, job.lr, job.seed
+        )
         return hugging_face("adamw_torch_fused", **arguments)(wrapped, observer)
 
     return loop
 
 
 def badam(blocks: Blocks, checkpointing: bool = False) -> Loop:
-    """BlockOptimizer around AdamW, as its authors show it, and torch's fused kernel; blocks from the bottom up."""
+    """BlockOptimizer around AdamW, as its authors show it, and torch's fused kernel; blocks from
+    the bottom up."""
 
     def loop(job: Job, observer: Observer) -> Seen:
         from badam import BlockOptimizer
 
         with redirect_stdout(io.StringIO()):  # it says which parameters will train
-            optimizer = BlockOptimizer(torch.optim.AdamW(job.model.parameters(), lr=job.lr, weight_decay=0.0, fused=True),
-                                       list(job.model.named_parameters()), switch_block_every=blocks.interval,
-                                       switch_mode="ascending", verbose=0)
+            optimizer = BlockOptimizer(
+                torch.optim.AdamW(job.model.parameters(), lr=job.lr, weight_decay=0.0, fused=True),
+                list(job.model.named_parameters()),
+                switch_block_every=blocks.interval,
+                switch_mode="ascending",
+                verbose=0,
+            )
         seen = Seen()
         job.model.train()
         if checkpointing:

@@ -1,1 +1,2 @@
-"""Memory regimes: a row of answers, one for each axis, and what each answer does to a model and its training."""
+"""Memory regimes: a row of answers, one for each axis, and what each answer does to a model and its
+training."""

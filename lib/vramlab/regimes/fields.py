@@ -1,11 +1,13 @@
-"""What a field of an axis' value may hold: the field's annotation says it, and a row is checked against it when it is read.
+"""What a field of an axis' value may hold: the field's annotation says it, and a row is checked
+against it when it is read.
 
     rank: Count = 8                                     a whole number, 1 or more
     share: Annotated[float, Range(1e-3, 1)] = 0.25      a number from 0.001 to 1
     order: Literal["ascending", "random"] = "random"    one of these words
 
-Numbers have to be finite, and `true` is no number. What other fields or axes exclude is in `illegal`, what the model excludes
-where the value meets the model. All of them raise `IllegalRegime`.
+Numbers have to be finite, and `true` is no number. What other fields or axes exclude is in
+`illegal`, what the model excludes where the value meets the model. All of them raise
+`IllegalRegime`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 class IllegalRegime(ValueError):
-    """The row cannot mean anything, or not for this model; the message lists every reason with the way out."""
+    """The row cannot mean anything, or not for this model; the message lists every reason with the
+    way out."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +36,26 @@ class Range:
     most: float = sys.float_info.max
 
     def __str__(self) -> str:
-        return f"{self.least:,} or more" if self.most == sys.float_info.max else f"{self.least:,} to {self.most:,}"
+        return (
+            f"{self.least:,} or more"
+            if self.most == sys.float_info.max
+            else f"{self.least:,} to {self.most:,}"
+        )
 
 
 Count = Annotated[int, Range(1)]
 CountOrNone = Annotated[int, Range(0)]
 """0 where there is none, or never."""
 Width = Annotated[int, Range(1, 1 << 16)]
-"""A side of a matrix that the field makes: a larger one is a slip, and would only run out of memory."""
+"""A side of a matrix that the field makes: a larger one is a slip, and would only run out of
+memory."""
 Limit = Annotated[float, Range(0, 1e12)]
 Seed = Annotated[int, Range(0, (1 << 32) - 1)]
 Decay = Annotated[float, Range(0, 0.999999)]
 """What a running mean keeps of itself: 1 would keep all and learn nothing."""
 Eps = Annotated[float, Range(1e-20, 1)]
-"""Added to a root that is divided by; in fp32 a smaller one than 1e-20 would not keep a quotient finite."""
+"""Added to a root that is divided by; in fp32 a smaller one than 1e-20 would not keep a quotient
+finite."""
 WeightDecay = Annotated[float, Range(0, 10)]
 
 
@@ -63,8 +72,14 @@ def fits(value: Any, annotation: Any) -> bool:
     if origin is Literal:
         return isinstance(value, str) and value in arguments
     if origin is tuple:
-        return isinstance(value, list | tuple) and bool(value) and all(fits(item, arguments[0]) for item in value)
-    return isinstance(value, int | float if annotation is float else annotation) and isinstance(value, bool) is (annotation is bool)
+        return (
+            isinstance(value, list | tuple)
+            and bool(value)
+            and all(fits(item, arguments[0]) for item in value)
+        )
+    return isinstance(value, int | float if annotation is float else annotation) and isinstance(
+        value, bool
+    ) is (annotation is bool)
 
 
 def usable(annotation: Any) -> str:
@@ -86,12 +101,20 @@ def quoted(value: Any) -> str:
 
 
 def unknown(given: Iterable[Any], known: Sequence[str], owner: str) -> list[str]:
-    """One sentence for each name in `given` that `owner` does not have, with the nearest one that it has."""
-    return [f"{owner} has no {quoted(name)}: use {', '.join(get_close_matches(str(name)[:80], known, 1) or known) or 'no fields'}"
-            for name in given if name not in known]
+    """One sentence for each name in `given` that `owner` does not have, with the nearest one that
+    it has."""
+    return [
+        f"{owner} has no {quoted(name)}: use"
+        f" {', '.join(get_close_matches(str(name)[:80], known, 1) or known) or 'no fields'}"
+        for name in given
+        if name not in known
+    ]
 
 
 def faults(kind: type, given: Mapping[str, Any], prefix: str = "") -> list[str]:
     """One sentence for each field of `kind` in `given` that cannot hold its value."""
-    return [f"{prefix}{name} is {quoted(value)}: use {usable(annotations(kind)[name])}" for name, value in given.items()
-            if not fits(value, annotations(kind)[name])]
+    return [
+        f"{prefix}{name} is {quoted(value)}: use {usable(annotations(kind)[name])}"
+        for name, value in given.items()
+        if not fits(value, annotations(kind)[name])
+    ]

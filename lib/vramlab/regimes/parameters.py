@@ -1,10 +1,11 @@
-"""The one place that resolves what was asked: the model and the row that a run, a forecast, a what-if or a study means.
+"""The one place that resolves what was asked: the model and the row that a run, a forecast, a
+what-if or a study means.
 
     spec = model_spec("baichuan2-7b", {"norm_head": False})
     row = row_of("lomo", weights="bf16", axes={"acts": "keep"})
 
-One precedence: what was asked for wins over the row, the row over the model file, the model file over the axis's default. Of what
-was asked for, an answer in `axes` wins over `weights`.
+One precedence: what was asked for wins over the row, the row over the model file, the model file
+over the axis's default. Of what was asked for, an answer in `axes` wins over `weights`.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ from .regime import Regime, read_row, regime_row
 
 
 def row_of(regime: str, weights: str = "", axes: Mapping[str, Any] | None = None) -> Regime:
-    """The row called `regime`, with `axes` in place of its own answers, stored as `weights` where that is not empty. `axes` may set
-    `accumulate`, `clip` and `lr` too. Raises: IllegalRegime."""
-    # lowest precedence first; a default of the model file, such as its storage type, would stand before the row
-    return read_row(regime, {**regime_row(regime), **({"weights": weights} if weights else {}), **(axes or {})})
+    """The row called `regime`, with `axes` in place of its own answers, stored as `weights` where
+    that is not empty. `axes` may set `accumulate`, `clip` and `lr` too. Raises: IllegalRegime."""
+    # lowest precedence first; a default of the model file, such as its storage type, would stand
+    # before the row
+    return read_row(
+        regime, {**regime_row(regime), **({"weights": weights} if weights else {}), **(axes or {})}
+    )
 
 
 def model_spec(model: str, config: Mapping[str, Any] | None = None) -> ModelSpec:
-    """The model called `model`, with the fields in `config` in place of its own. Raises: ValueError."""
+    """The model called `model`, with the fields in `config` in place of its own. Raises:
+    ValueError."""
     spec = read_model_file(model_file(model))
     return spec.changed(config) if config else spec
 
@@ -41,7 +46,9 @@ def model_file(name: str) -> Path:
     path = Path(name) if name.endswith(".yml") else folder / f"{name}.yml"
     if not path.exists():
         known = sorted(file.stem for file in folder.glob("*.yml"))
-        raise ValueError(f"no model {name!r}{nearest(name, known)}: params/models has {', '.join(known)}")
+        raise ValueError(
+            f"no model {name!r}{nearest(name, known)}: params/models has {', '.join(known)}"
+        )
     return path
 
 
@@ -51,5 +58,6 @@ def run_row(params: Mapping[str, Any]) -> Regime:
 
 
 def run_spec(params: Mapping[str, Any]) -> ModelSpec:
-    """The model of a run with these parameters, its config as the run has it. Raises: ValueError."""
+    """The model of a run with these parameters, its config as the run has it. Raises:
+    ValueError."""
     return model_spec(params["model"], params.get("config"))

@@ -1,4 +1,5 @@
-"""A regime: one row of answers, read from `params/regimes.yml`, and refused at once when the answers exclude each other."""
+"""A regime: one row of answers, read from `params/regimes.yml`, and refused at once when the
+answers exclude each other."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class Regime:
     head: Any
     place: Any
     accumulate: Count = 1
-    """Micro-batches whose gradients are added before one update; the sum equals the large batch's gradient."""
+    """Micro-batches whose gradients are added before one update; the sum equals the large batch's
+    gradient."""
     clip: Limit = 0.0
     """Largest norm of the gradient of the active leaves; 0 leaves it alone."""
     lr: Annotated[float, Range(0, 100)] = 1e-3
@@ -52,23 +54,32 @@ class Regime:
     says: str = ""
     source: str = ""
     differs: str = ""
-    """How the published code differs from its paper, which of the two the row is, and the field that gives the other."""
+    """How the published code differs from its paper, which of the two the row is, and the field
+    that gives the other."""
     values: Mapping[str, str] = field(default_factory=dict)
     """axis -> the name of its value, as written in the row."""
 
     def __post_init__(self):
         reasons = [prohibition.reason for prohibition in ILLEGAL if prohibition.excludes(self)]
         if reasons:
-            raise IllegalRegime(f"regime {self.name!r} is not possible:\n" + "\n".join(f"  - {r}" for r in reasons))
+            raise IllegalRegime(
+                f"regime {self.name!r} is not possible:\n" + "\n".join(f"  - {r}" for r in reasons)
+            )
 
     def rule_for(self, model: nn.Module, named: Mapping[str, Tensor]) -> Rule:
         """The rule, told how weights are stored and what the leaves are that it will update."""
         names = {id(leaf): name for name, leaf in named.items()}
-        return self.rule.fitted(Fit(self.weights.storage, names, getattr(model.config, "head_dim", 0)))
+        return self.rule.fitted(
+            Fit(self.weights.storage, names, getattr(model.config, "head_dim", 0))
+        )
 
     def axes(self) -> dict[str, dict]:
-        """The resolved row: every axis with its value and that value's fields. Plain data, for records and tables."""
-        return {axis: {"value": self.values[axis], **dataclasses.asdict(getattr(self, axis))} for axis in AXES}
+        """The resolved row: every axis with its value and that value's fields. Plain data, for
+        records and tables."""
+        return {
+            axis: {"value": self.values[axis], **dataclasses.asdict(getattr(self, axis))}
+            for axis in AXES
+        }
 
 
 SCALARS = ("accumulate", "clip", "lr", "says", "source", "differs")
@@ -76,32 +87,54 @@ SCALARS = ("accumulate", "clip", "lr", "says", "source", "differs")
 
 
 def _value(axis: str, cell: Any) -> tuple[str, Any]:
-    """One cell of a row, `name` or `{name: {field: value}}`, as its name and its value. Raises: ValueError, a reason a line."""
+    """One cell of a row, `name` or `{name: {field: value}}`, as its name and its value. Raises:
+    ValueError, a reason a line."""
     known = AXES[axis]
-    name, given = next(iter(cell.items())) if isinstance(cell, Mapping) and len(cell) == 1 else (cell, {})
+    name, given = (
+        next(iter(cell.items())) if isinstance(cell, Mapping) and len(cell) == 1 else (cell, {})
+    )
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"{axis} is {fields.quoted(cell)}: use one of {', '.join(known)}")
     given = {} if given is None else given
     if not isinstance(given, Mapping):
-        raise ValueError(f"{axis}.{name} is {fields.quoted(given)}: use {{{name}: {{field: value}}}}")
+        raise ValueError(
+            f"{axis}.{name} is {fields.quoted(given)}: use {{{name}: {{field: value}}}}"
+        )
     owned = [field.name for field in dataclasses.fields(known[name])]
-    reasons = fields.unknown(given, owned, f"{axis}.{name}") or fields.faults(known[name], given, f"{axis}.{name}.")
+    reasons = fields.unknown(given, owned, f"{axis}.{name}") or fields.faults(
+        known[name], given, f"{axis}.{name}."
+    )
     if reasons:
         raise ValueError("\n".join(reasons))
-    return name, known[name](**{field: float(value) if float in get_args(fields.annotations(known[name])[field]) else
-                                tuple(value) if isinstance(value, list) else value for field, value in given.items()})
+    return name, known[name](
+        **{
+            field: (
+                float(value)
+                if float in get_args(fields.annotations(known[name])[field])
+                else tuple(value)
+                if isinstance(value, list)
+                else value
+            )
+            for field, value in given.items()
+        }
+    )
 
 
 def read_row(name: str, row: Mapping[str, Any]) -> Regime:
     """A row as plain data -> a `Regime`. Axes left out take their first value.
 
-    Raises: IllegalRegime, with every reason: unknown keys, values and fields, values that a field cannot hold; and where there
-    is none, answers that exclude each other.
+    Raises: IllegalRegime, with every reason: unknown keys, values and fields, values that a field
+    cannot hold; and where there is none, answers that exclude each other.
     """
     if not isinstance(row, Mapping):
-        raise IllegalRegime(f"regime {name!r} is {fields.quoted(row)}: use a mapping, such as {{acts: checkpoint}}")
+        raise IllegalRegime(
+            f"regime {name!r} is {fields.quoted(row)}: use a mapping, such as {{acts: checkpoint}}"
+        )
     scalars = {key: row[key] for key in SCALARS if key in row}
-    reasons, cells = fields.unknown(row, (*AXES, *SCALARS), "a row") + fields.faults(Regime, scalars), {}
+    reasons, cells = (
+        fields.unknown(row, (*AXES, *SCALARS), "a row") + fields.faults(Regime, scalars),
+        {},
+    )
     for axis, known in AXES.items():
         try:
             cells[axis] = _value(axis, row.get(axis, next(iter(known))))
@@ -109,12 +142,17 @@ def read_row(name: str, row: Mapping[str, Any]) -> Regime:
             reasons += str(error).splitlines()
     if reasons:
         raise IllegalRegime("\n  - ".join((f"regime {name!r} cannot be read:", *reasons)))
-    return Regime(name, **{axis: value for axis, (_, value) in cells.items()}, **scalars,
-                  values={axis: label for axis, (label, _) in cells.items()})
+    return Regime(
+        name,
+        **{axis: value for axis, (_, value) in cells.items()},
+        **scalars,
+        values={axis: label for axis, (label, _) in cells.items()},
+    )
 
 
 def read_regimes(path: Path = REGIMES_FILE) -> dict[str, Regime]:
-    """Every row of the file, by name. Raises: OSError; BadFile, naming the file, also for the first row that is wrong."""
+    """Every row of the file, by name. Raises: OSError; BadFile, naming the file, also for the first
+    row that is wrong."""
     try:
         return {name: read_row(name, row) for name, row in _file(path).items()}
     except IllegalRegime as error:
@@ -122,10 +160,14 @@ def read_regimes(path: Path = REGIMES_FILE) -> dict[str, Regime]:
 
 
 def regime_row(name: str, path: Path = REGIMES_FILE) -> dict:
-    """The row called `name` as it is written. Raises: OSError; BadFile; IllegalRegime, naming the rows there are."""
+    """The row called `name` as it is written. Raises: OSError; BadFile; IllegalRegime, naming the
+    rows there are."""
     rows = _file(path)
     if name not in rows:
-        raise IllegalRegime(f"no regime {name!r} in {Path(path).name}{nearest(name, rows)}; it has: {', '.join(rows)}")
+        raise IllegalRegime(
+            f"no regime {name!r} in {Path(path).name}{nearest(name, rows)}; it has:"
+            f" {', '.join(rows)}"
+        )
     return copy.deepcopy(rows[name])
 
 
@@ -146,26 +188,44 @@ def regime(name: str, path: Path = REGIMES_FILE) -> Regime:
 
 
 def check_machine(regime: Regime, device: str) -> None:
-    """Raises ImpossibleHere when this machine lacks what the row needs. Says nothing about memory: running out of it
-    is a result."""
+    """Raises ImpossibleHere when this machine lacks what the row needs. Says nothing about memory:
+    running out of it is a result."""
     import torch
     from torch import distributed
 
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
-            raise ImpossibleHere(f"device is {device!r}, but torch sees no GPU here: use device: cpu")
+            raise ImpossibleHere(
+                f"device is {device!r}, but torch sees no GPU here: use device: cpu"
+            )
         if isinstance(regime.weights, Mixed | Bf16) and not torch.cuda.is_bf16_supported():
             name = torch.cuda.get_device_name(device)
-            raise ImpossibleHere(f"regime {regime.name!r} computes in bf16, which {name} cannot: use weights: fp32")
+            raise ImpossibleHere(
+                f"regime {regime.name!r} computes in bf16, which {name} cannot: use weights: fp32"
+            )
     try:  # before the first step, whose bytes and seconds are not the import's
         regime.rule.load()
     except ImportError as error:
-        raise ImpossibleHere(f"regime {regime.name!r} updates by a library that does not import here ({error}): install it, or use "
-                             "rule: adam4bit") from error
-    if (isinstance(regime.place, FsdpOffload) and regime.clip > 0 and device.startswith("cuda")
-            and distributed.is_initialized() and "gloo" not in distributed.get_backend_config()):
-        raise ImpossibleHere(f"regime {regime.name!r} clips gradients that lie in host memory, and this process group reduces "
-                             'none there: use init_process_group("cpu:gloo,cuda:nccl"), or clip: 0')
-    if isinstance(regime.place, Fsdp) and not (distributed.is_available() and distributed.is_initialized()):
-        raise ImpossibleHere(f"regime {regime.name!r} shards over a process group, and this process is in none: start it with "
-                             "torchrun and call torch.distributed.init_process_group, or use place: device")
+        raise ImpossibleHere(
+            f"regime {regime.name!r} updates by a library that does not import here ({error}):"
+            " install it, or use rule: adam4bit"
+        ) from error
+    if (
+        isinstance(regime.place, FsdpOffload)
+        and regime.clip > 0
+        and device.startswith("cuda")
+        and distributed.is_initialized()
+        and "gloo" not in distributed.get_backend_config()
+    ):
+        raise ImpossibleHere(
+            f"regime {regime.name!r} clips gradients that lie in host memory, and this process"
+            ' group reduces none there: use init_process_group("cpu:gloo,cuda:nccl"), or clip: 0'
+        )
+    if isinstance(regime.place, Fsdp) and not (
+        distributed.is_available() and distributed.is_initialized()
+    ):
+        raise ImpossibleHere(
+            f"regime {regime.name!r} shards over a process group, and this process is in none:"
+            " start it with torchrun and call torch.distributed.init_process_group, or use place:"
+            " device"
+        )

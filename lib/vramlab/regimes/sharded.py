@@ -27,10 +27,20 @@ def first_row(tensor: Tensor) -> int:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of every parameter's and buffer's bytes, by name: equal for equal weights, to the bit. Of shards, this rank's."""
+    """SHA-256 of every parameter's and buffer's bytes, by name: equal for equal weights, to the
+    bit. Of shards, this rank's."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, torch.Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(local(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(
+                local(tensor)
+                .detach()
+                .cpu()
+                .contiguous()
+                .flatten()
+                .view(torch.uint8)
+                .numpy()
+                .tobytes()
+            )
     return digest.hexdigest()

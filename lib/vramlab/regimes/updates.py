@@ -22,8 +22,8 @@ class Updates:
     least: int
     most: int
     added: int
-    """Trained numbers that are not the published model's: adapters and whatever guesses gradients. Each is updated at every
-    step."""
+    """Trained numbers that are not the published model's: adapters and whatever guesses gradients.
+    Each is updated at every step."""
 
 
 def updates(spec: ModelSpec, row: Regime, steps: int = STEPS) -> Updates:
@@ -46,4 +46,6 @@ def updates(spec: ModelSpec, row: Regime, steps: int = STEPS) -> Updates:
     total = sum(own.values())
     sizes[0] += total - sizes.total()
     there = [number for number, size in sizes.items() if size]
-    return Updates(sum(number * size for number, size in sizes.items()) / total, min(there), max(there), added)
+    return Updates(
+        sum(number * size for number, size in sizes.items()) / total, min(there), max(there), added
+    )

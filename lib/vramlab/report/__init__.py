@@ -1,4 +1,5 @@
-"""One self-contained HTML file from a folder of finished runs. Reads run folders; imports nothing that trains."""
+"""One self-contained HTML file from a folder of finished runs. Reads run folders; imports nothing
+that trains."""
 
 from .page import build
 

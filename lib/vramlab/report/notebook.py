@@ -1,4 +1,5 @@
-"""What a notebook's cells call besides the library: parameters that refuse a typo, folders with runs, widgets over figures."""
+"""What a notebook's cells call besides the library: parameters that refuse a typo, folders with
+runs, widgets over figures."""
 
 from __future__ import annotations
 
@@ -12,19 +13,21 @@ import plotly.io
 
 from ..files import ROOT
 
-# the figure as data: a saved notebook stays small, and JupyterLab shows it without trusting the notebook first
+# the figure as data: a saved notebook stays small, and JupyterLab shows it without trusting the
+# notebook first
 MIMETYPE = "plotly_mimetype"
 if "PLOTLY_RENDERER" not in os.environ:
     plotly.io.renderers.default = MIMETYPE
-# on some CPUs bitsandbytes, which peft imports, says that a faster kernel of its own could be downloaded: no cell's business
+# on some CPUs bitsandbytes, which peft imports, says that a faster kernel of its own could be
+# downloaded: no cell's business
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def parameters(namespace: Mapping, known: Sequence[str]) -> dict:
     """The notebook's parameters: those names of `namespace` that are `known`.
 
-    Raises: ValueError, when papermill injected a name that is not one, with the names there are. Papermill itself only
-    warns and goes on with the default.
+    Raises: ValueError, when papermill injected a name that is not one, with the names there are.
+    Papermill itself only warns and goes on with the default.
     """
     unknown = sorted(set(_injected(namespace.get("In", []))) - set(known))
     if unknown:
@@ -36,8 +39,13 @@ def _injected(cells: Sequence[str]) -> list[str]:
     """Names assigned in the cell that papermill put behind the parameters."""
     for source in cells:
         if source.lstrip().startswith("# Parameters\n"):
-            return [target.id for node in ast.parse(source).body if isinstance(node, ast.Assign)
-                    for target in node.targets if isinstance(target, ast.Name)]
+            return [
+                target.id
+                for node in ast.parse(source).body
+                if isinstance(node, ast.Assign)
+                for target in node.targets
+                if isinstance(target, ast.Name)
+            ]
     return []
 
 
@@ -48,8 +56,10 @@ def folder(path: str) -> Path:
 
 
 def runs_folder(path: str, progress: bool = True) -> Path:
-    """`path`, when finished runs are there; else a folder with two small runs made now, so that a notebook opened before
-    any sweep shows something real: few steps from an untrained base, memory and speed true, accuracy at chance."""
+    """`path`, when finished runs are there; else a folder with two small runs made now, so that a
+    notebook opened before any sweep shows something real: few steps from an untrained base, memory
+    and speed true, accuracy at chance.
+    """
     wanted = folder(path)
     if list(wanted.glob("*/result.json")):
         return wanted
@@ -57,9 +67,19 @@ def runs_folder(path: str, progress: bool = True) -> Path:
     from ..runs.parameters import run_id
 
     example = ROOT / "outputs" / "example"
-    print(f"no finished runs under {path}: two small runs are made in outputs/example instead (make report makes the real ones)")
+    print(
+        f"no finished runs under {path}: two small runs are made in outputs/example instead (make"
+        " report makes the real ones)"
+    )
     for name in ("full", "checkpoint"):
-        small = {"regime": name, "recipe": "smoke", "steps": 4, "train_items": 64, "val_items": 20, "test_items": 20}
+        small = {
+            "regime": name,
+            "recipe": "smoke",
+            "steps": 4,
+            "train_items": 64,
+            "val_items": 20,
+            "test_items": 20,
+        }
         target = example / run_id(small)
         if not (target / "result.json").exists():
             execute(small, target, progress)
@@ -67,8 +87,10 @@ def runs_folder(path: str, progress: bool = True) -> Path:
 
 
 def explore(draw: Callable, **choices: Sequence) -> None:
-    """Show `draw(**first choices)` as a plain figure, which a saved notebook keeps, and in a live notebook a control for
-    each choice; at its first use the figure moves into a widget, where it is drawn anew each time."""
+    """Show `draw(**first choices)` as a plain figure, which a saved notebook keeps, and in a live
+    notebook a control for each choice; at its first use the figure moves into a widget, where it is
+    drawn anew each time.
+    """
     from IPython.display import display
 
     figure = draw(**{name: next(iter(options)) for name, options in choices.items()})
@@ -77,11 +99,16 @@ def explore(draw: Callable, **choices: Sequence) -> None:
     except ImportError:
         display(figure)
         return
-    controls = {name: _control(ipywidgets, name, list(options)) for name, options in choices.items()}
+    controls = {
+        name: _control(ipywidgets, name, list(options)) for name, options in choices.items()
+    }
     shown = ipywidgets.Output()
     display(ipywidgets.VBox([ipywidgets.HBox(list(controls.values())), shown]))
-    # not display(figure): plotly's own display takes no id, so nothing could take the plain figure away later
-    plain = display(plotly.io.renderers[MIMETYPE].to_mimebundle(figure.to_dict()), raw=True, display_id=True)
+    # not display(figure): plotly's own display takes no id, so nothing could take the plain figure
+    # away later
+    plain = display(
+        plotly.io.renderers[MIMETYPE].to_mimebundle(figure.to_dict()), raw=True, display_id=True
+    )
 
     def redraw(_=None) -> None:
         plain.update({"text/plain": ""}, raw=True)
@@ -96,12 +123,15 @@ def explore(draw: Callable, **choices: Sequence) -> None:
 def _control(ipywidgets, name: str, options: list):
     label = name.replace("_", " ")
     if all(isinstance(option, int) for option in options) and len(options) > 8:
-        return ipywidgets.IntSlider(options[0], min(options), max(options), description=label, continuous_update=False)
+        return ipywidgets.IntSlider(
+            options[0], min(options), max(options), description=label, continuous_update=False
+        )
     return ipywidgets.Dropdown(options=options, description=label)
 
 
 def show(*things) -> None:
-    """Figures, tables with all their words, and Markdown. Where there is nothing of one, that is said."""
+    """Figures, tables with all their words, and Markdown. Where there is nothing of one, that is
+    said."""
     import pandas as pd
     from IPython.display import Markdown, display
 
@@ -113,10 +143,18 @@ def show(*things) -> None:
 
 
 def verdicts(lab) -> None:
-    """The last cell of a study: every claim with its verdict and what decided it, from the run folders alone."""
+    """The last cell of a study: every claim with its verdict and what decided it, from the run
+    folders alone."""
     from ..studies.claims import table
 
     found = lab.verdicts()
     show(table(found).drop(columns="study"))
-    counts = {word: sum(verdict.word == word for verdict in found) for word in dict.fromkeys(v.word for v in found)}
-    show("**" + ", ".join(f"{count} {word}" for word, count in counts.items()) + f"**, of {len(found)} claims.")
+    counts = {
+        word: sum(verdict.word == word for verdict in found)
+        for word in dict.fromkeys(v.word for v in found)
+    }
+    show(
+        "**"
+        + ", ".join(f"{count} {word}" for word, count in counts.items())
+        + f"**, of {len(found)} claims."
+    )

@@ -13,29 +13,55 @@ from . import tables
 def takeaways(runs: Sequence[Run]) -> list[str]:
     """The answers, most asked for first. Each holds its figures; none is said without them."""
     done = [run for run in runs if run.ok]
-    said = [_failed(runs), _memory(done), _speed(done), *_learned(done), _transfer(done), _identical(done)]
+    said = [
+        _failed(runs),
+        _memory(done),
+        _speed(done),
+        *_learned(done),
+        _transfer(done),
+        _identical(done),
+    ]
     return [sentence for sentence in said if sentence]
 
 
 def one_run(run: Run) -> str:
     """A finished run in one sentence, for the end of its notebook."""
     yesno, peak = _cell(run, "yesno"), run.result.get("peak")
-    memory = f"{peak['peak_bytes'] / tables.MIB:.1f} MiB at the peak of a step ({peak['phase']}), " if peak else ""
-    return (f"**{run.name}**: {memory}{run.result['speed']['tokens_per_s']:,.0f} tokens/s, balanced accuracy in "
-            f"{run.params['train_domain']} {_with(yesno)} by yes/no and {_with(_cell(run, 'likelihood'))} by likelihood."
-            + "".join(f" {said}" for said in written(run)))
+    memory = (
+        f"{peak['peak_bytes'] / tables.MIB:.1f} MiB at the peak of a step ({peak['phase']}), "
+        if peak
+        else ""
+    )
+    return (
+        f"**{run.name}**: {memory}{run.result['speed']['tokens_per_s']:,.0f} tokens/s, balanced"
+        f" accuracy in {run.params['train_domain']} {_with(yesno)} by yes/no and"
+        f" {_with(_cell(run, 'likelihood'))} by likelihood."
+        + "".join(f" {said}" for said in written(run))
+    )
 
 
 def written(run: Run) -> list[str]:
-    """What became of the claims that the model wrote, a sentence for each judge, domain and shift."""
+    """What became of the claims that the model wrote, a sentence for each judge, domain and
+    shift."""
     said = run.result.get("generation", {})
-    by = {"oracle": "the grammar that made the document finds", "checker": f"the checker {said.get('checker')} calls"}
-    return [f"Of {row['n']} claims it wrote in {row['domain']} ({row['shift']}), {by[row['judge']]} {row['share']:.1%} "
-            f"[{row['low']:.1%}, {row['high']:.1%}] consistent." for row in said.get("shares", ()) if row["call"] == "consistent"]
+    by = {
+        "oracle": "the grammar that made the document finds",
+        "checker": f"the checker {said.get('checker')} calls",
+    }
+    return [
+        f"Of {row['n']} claims it wrote in {row['domain']} ({row['shift']}), {by[row['judge']]}"
+        f" {row['share']:.1%} [{row['low']:.1%}, {row['high']:.1%}] consistent."
+        for row in said.get("shares", ())
+        if row["call"] == "consistent"
+    ]
 
 
 def _failed(runs: Sequence[Run]) -> str:
-    wrong = [f"{run.name} ({run.result['outcome']}: {run.result['reason']})" for run in runs if not run.ok]
+    wrong = [
+        f"{run.name} ({run.result['outcome']}: {run.result['reason']})"
+        for run in runs
+        if not run.ok
+    ]
     return f"{len(wrong)} of {len(runs)} runs did not finish: {'; '.join(wrong)}." if wrong else ""
 
 
@@ -53,8 +79,10 @@ def _memory(runs: Sequence[Run]) -> str:
     whole = full["peak_mib"].iloc[0] if len(full) else None
     versus = f", {least['peak_mib'] / whole:.0%} of full's {whole:.1f} MiB" if whole else ""
     host = f" (and {least['host_mib']:.1f} MiB in host memory)" if least["host_mib"] else ""
-    return (f"Least device memory among the regimes that train: {least['regime']}, {least['peak_mib']:.1f} MiB at its peak in "
-            f"{least['phase']}{host}{versus}.")
+    return (
+        f"Least device memory among the regimes that train: {least['regime']},"
+        f" {least['peak_mib']:.1f} MiB at its peak in {least['phase']}{host}{versus}."
+    )
 
 
 def _speed(runs: Sequence[Run]) -> str:
@@ -62,12 +90,16 @@ def _speed(runs: Sequence[Run]) -> str:
     if trained.empty:
         return ""
     fast, slow = (trained.loc[trained["tokens_per_s"].agg(pick)] for pick in ("idxmax", "idxmin"))
-    return (f"Fastest: {fast['regime']}, {fast['tokens_per_s']:,.0f} tokens/s; slowest: {slow['regime']}, "
-            f"{slow['tokens_per_s']:,.0f} ({slow['tokens_per_s'] / fast['tokens_per_s']:.0%} of it).")
+    return (
+        f"Fastest: {fast['regime']}, {fast['tokens_per_s']:,.0f} tokens/s; slowest:"
+        f" {slow['regime']}, {slow['tokens_per_s']:,.0f}"
+        f" ({slow['tokens_per_s'] / fast['tokens_per_s']:.0%} of it)."
+    )
 
 
 def _learned(runs: Sequence[Run]) -> list[str]:
-    """Full fine-tuning against the base it began from, and against the overlap judges, in the training domain."""
+    """Full fine-tuning against the base it began from, and against the overlap judges, in the
+    training domain."""
     by_name = {run.name: run for run in runs}
     full, base = by_name.get(tables.REFERENCE), by_name.get("zero_shot")
     if not full or not base:
@@ -77,20 +109,30 @@ def _learned(runs: Sequence[Run]) -> list[str]:
     for scoring, label in (("yesno", "yes/no"), ("likelihood", "likelihood")):
         one, other = (_cell(run, scoring) for run in (full, base))
         row = paired[(paired["scoring"] == scoring) & (paired["place"] == home)].iloc[0]
-        clearly = "clearly above" if row["high"] < 0 and row["mcnemar_p"] < 0.05 else "not clearly above"
+        clearly = (
+            "clearly above" if row["high"] < 0 and row["mcnemar_p"] < 0.05 else "not clearly above"
+        )
         gap = f"{-row['difference']:+.3f} [{-row['high']:+.3f}, {-row['low']:+.3f}]"
-        said.append(f"In {home}, {label}: full reaches {_with(one)}, {clearly} zero_shot's {_with(other)} (paired difference "
-                    f"{gap}, exact McNemar p = {row['mcnemar_p']:.2g}).")
+        said.append(
+            f"In {home}, {label}: full reaches {_with(one)}, {clearly} zero_shot's {_with(other)}"
+            f" (paired difference {gap}, exact McNemar p = {row['mcnemar_p']:.2g})."
+        )
     return [*said, _over_baselines(full)]
 
 
 def _over_baselines(full: Run) -> str:
-    best = max((_cell(full, scoring) for scoring in ("yesno", "likelihood")), key=lambda cell: cell["value"])
+    best = max(
+        (_cell(full, scoring) for scoring in ("yesno", "likelihood")),
+        key=lambda cell: cell["value"],
+    )
     bars = {name: _cell(full, name) for name in ("unigram_overlap", "bigram_overlap")}
     highest = max(bars, key=lambda name: bars[name]["value"])
     above = "above" if best["low"] > bars[highest]["high"] else "NOT above"
-    return (f"full's better score ({best['scoring']}, {_with(best)}) is {above} the interval of the better overlap judge "
-            f"({highest.replace('_', ' ')}, {_with(bars[highest])}); claim only: {_with(_cell(full, 'claim_only'))}.")
+    return (
+        f"full's better score ({best['scoring']}, {_with(best)}) is {above} the interval of the"
+        f" better overlap judge ({highest.replace('_', ' ')}, {_with(bars[highest])}); claim only:"
+        f" {_with(_cell(full, 'claim_only'))}."
+    )
 
 
 def _cell(run: Run, scoring: str) -> pd.Series:
@@ -108,8 +150,13 @@ def _transfer(runs: Sequence[Run]) -> str:
     if tables.REFERENCE not in by_name or "zero_shot" not in by_name:
         return ""
     home = by_name[tables.REFERENCE].params["train_domain"]
-    rows = frame[(frame["shift"] == "severe") & (frame["scoring"] == "yesno")].pivot(index="place", columns="judge", values="value")
-    parts = [f"{where} {row[tables.REFERENCE]:.3f} (zero_shot {row['zero_shot']:.3f})" for where, row in rows.iterrows()]
+    rows = frame[(frame["shift"] == "severe") & (frame["scoring"] == "yesno")].pivot(
+        index="place", columns="judge", values="value"
+    )
+    parts = [
+        f"{where} {row[tables.REFERENCE]:.3f} (zero_shot {row['zero_shot']:.3f})"
+        for where, row in rows.iterrows()
+    ]
     return f"Out of domain after training on {home}, yes/no: {', '.join(parts)}." if parts else ""
 
 
@@ -121,16 +168,26 @@ def _identical(runs: Sequence[Run]) -> str:
         if full and name in by_name and len(by_name[name].steps) == len(full.steps):
             gap = (by_name[name].steps["loss"] - full.steps["loss"]).abs().max()
             parts.append(f"{name} {gap:.1e}")
-    return f"Largest difference of any step's loss from full's, which the law says is 0: {', '.join(parts)}." if parts else ""
+    return (
+        "Largest difference of any step's loss from full's, which the law says is 0:"
+        f" {', '.join(parts)}."
+        if parts
+        else ""
+    )
 
 
 def caveats(runs: Sequence[Run]) -> list[str]:
     """What a reader has to know before quoting a figure."""
     seeds = {run.params.get("seed", 0) for run in runs}
-    said = ["Every figure not marked `predicted` was measured on the CPU named below, at the small model's shape. Sizes and speeds "
-            "of a GPU and of a 7B are others, and at another shape the order of the regimes can be another too."]
+    said = [
+        "Every figure not marked `predicted` was measured on the CPU named below, at the small"
+        " model's shape. Sizes and speeds of a GPU and of a 7B are others, and at another shape the"
+        " order of the regimes can be another too."
+    ]
     if len(seeds) == 1:
-        said.append(f"Item interval only: one training seed ({seeds.pop()}), so the intervals hold what other documents would "
-                    "change, not what another seed would.")
+        said.append(
+            f"Item interval only: one training seed ({seeds.pop()}), so the intervals hold what"
+            " other documents would change, not what another seed would."
+        )
     notes = dict.fromkeys(note for run in runs for note in run.result.get("notes", []))
     return [*said, *(f"{note[0].upper()}{note[1:]}." for note in notes)]

@@ -19,22 +19,30 @@ from ..progress import bar
 from .passes import Prepared
 
 SCORED_TOKENS, WRITTEN_TOKENS = 64 * 256, 32 * 256
-"""Of a batch, at most: beside the 7B's weights some 2 and 5 GiB. Writing keeps every token's keys and values, half a MiB each."""
+"""Of a batch, at most: beside the 7B's weights some 2 and 5 GiB. Writing keeps every token's keys
+and values, half a MiB each."""
 
 
 def score(model: nn.Module, prepared: Prepared, progress: bool) -> pd.DataFrame:
     """Both of the model's scores and every baseline's, one row a validation or test item."""
     items, length = prepared.data.val + prepared.data.test, prepared.params["max_length"]
     with bar("score", len(items), progress) as shown, _products(prepared):
-        frame = score_items(model, prepared.tokenizer, items, _rows(SCORED_TOKENS, length), length, shown.update)
+        frame = score_items(
+            model, prepared.tokenizer, items, _rows(SCORED_TOKENS, length), length, shown.update
+        )
     return frame.merge(baseline_scores(prepared.data.train, items), on="uid", validate="one_to_one")
 
 
 def write(model: nn.Module, prepared: Prepared, progress: bool) -> tuple[list[Item], pd.DataFrame]:
     """What the model writes about the documents of these items, see `generation.write_claims`."""
-    items, length = generation.documents(prepared.data.test, prepared.params["generate"]), prepared.params["max_length"]
+    items, length = (
+        generation.documents(prepared.data.test, prepared.params["generate"]),
+        prepared.params["max_length"],
+    )
     with bar("write", len(items), progress) as shown, _products(prepared):
-        return items, generation.write_claims(model, prepared.tokenizer, items, _rows(WRITTEN_TOKENS, length), length, shown.update)
+        return items, generation.write_claims(
+            model, prepared.tokenizer, items, _rows(WRITTEN_TOKENS, length), length, shown.update
+        )
 
 
 def _products(prepared: Prepared) -> AbstractContextManager:
@@ -46,13 +54,20 @@ def _rows(tokens: int, length: int) -> int:
     return min(64, max(1, tokens // length))
 
 
-def judge(items: list[Item], frame: pd.DataFrame, params: Mapping, folder: Path, progress: bool) -> dict:
-    """Has the run's checker, if it has one, judge what `write` gave; writes `generation.parquet`, and returns its summary."""
+def judge(
+    items: list[Item], frame: pd.DataFrame, params: Mapping, folder: Path, progress: bool
+) -> dict:
+    """Has the run's checker, if it has one, judge what `write` gave; writes `generation.parquet`,
+    and returns its summary."""
     found = {}
     if params["checker"]:
         checker = Checker.load(params["checker"], params["device"])
         with bar(f"judge by {checker.name}", len(items), progress) as shown:
             frame = generation.judge(frame, items, checker, shown.update)
-        found = {"checker": checker.name, "labels": checker.labels, "consistent_is": checker.labels[checker.consistent]}
+        found = {
+            "checker": checker.name,
+            "labels": checker.labels,
+            "consistent_is": checker.labels[checker.consistent],
+        }
     write_table(frame, folder / "generation.parquet")
     return {**found, **generation.summary(frame)}

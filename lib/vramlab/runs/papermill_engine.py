@@ -1,7 +1,9 @@
-"""A papermill engine that says what happened: a kernel that dies or a cell that runs out of time is an error in the notebook.
+"""A papermill engine that says what happened: a kernel that dies or a cell that runs out of time is
+an error in the notebook.
 
-Papermill's own marks every cell "completed" in both cases and raises nothing that a reader of the notebook would see.
-Kernels talk over a private socket file: no port, no race for one, and no warning about encryption.
+Papermill's own marks every cell "completed" in both cases and raises nothing that a reader of the
+notebook would see. Kernels talk over a private socket file: no port, no race for one, and no
+warning about encryption.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class HonestClient(PapermillNotebookClient):
         dead = isinstance(error, DeadKernelError)
         name = "KernelDied" if dead else "CellTimeout"
         what = self._how_it_died() if dead else str(error).strip().splitlines()[0]
-        cell.outputs.append(nbformat.v4.new_output("error", ename=name, evalue=what, traceback=[f"{name}: {what}"]))
+        cell.outputs.append(
+            nbformat.v4.new_output("error", ename=name, evalue=what, traceback=[f"{name}: {what}"])
+        )
 
     def _how_it_died(self) -> str:
         code = self.km.provisioner.process.poll()
@@ -68,14 +72,33 @@ class HonestEngine(NBClientEngine):
     """`papermill --engine vramlab`, and what a sweep uses."""
 
     @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, log_output=False, stdout_file=None, stderr_file=None,
-                                 start_timeout=120, execution_timeout=None, **kwargs):
+    def execute_managed_notebook(
+        cls,
+        nb_man,
+        kernel_name,
+        log_output=False,
+        stdout_file=None,
+        stderr_file=None,
+        start_timeout=120,
+        execution_timeout=None,
+        **kwargs,
+    ):
         kwargs.pop("input_path", None)
         folder = tempfile.mkdtemp(prefix="vl-")  # short: a socket's path has 107 characters at most
-        config = Config({"KernelManager": {"transport": "ipc", "connection_file": str(Path(folder) / "k.json")}})
+        config = Config(
+            {"KernelManager": {"transport": "ipc", "connection_file": str(Path(folder) / "k.json")}}
+        )
         try:
-            client = HonestClient(nb_man, kernel_name=kernel_name, timeout=execution_timeout, startup_timeout=start_timeout,
-                                  log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file, config=config)
+            client = HonestClient(
+                nb_man,
+                kernel_name=kernel_name,
+                timeout=execution_timeout,
+                startup_timeout=start_timeout,
+                log_output=log_output,
+                stdout_file=stdout_file,
+                stderr_file=stderr_file,
+                config=config,
+            )
             return client.execute()
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""Every parameter of a run, its default and what it may be. What cannot work is refused where it is read, all of it at once."""
+"""Every parameter of a run, its default and what it may be. What cannot work is refused where it is
+read, all of it at once."""
 
 from __future__ import annotations
 
@@ -53,16 +54,19 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "generate": 0,
     "checker": "",
 }
-"""Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated data: claims or questions, as
-`task` says, on documents of `records` records; `test_domains: ""` is all, of generated data beside the training domain, and so is
-`test_shifts: ""`, of generated data, of none, mild and moderate; `config` sets fields of the model's config anew, for its base
-too, for example {"norm_head": false}; `threads: 0` is as many as there are cores; `measure: false` leaves the two memory passes
-out; `watch_logits: true` adds the highest logit, and the cross-entropy without max-z, to each step's row; `limit_mib` is all the
-device has for the allocator (on a CPU, in the metered pass, which then comes first), 0 what there is; `weights` is a
-storage type in place of the row's own, for example "bf16"; `axes` are answers in place of the row's, as a row says them, for
-example {"trains": {"chunks": {"count": 64}}, "clip": 1.0}, and win over `weights`, see `parameters`; `generate` is how many
-test documents of each domain and shift the trained model writes a claim for, 0 leaves that out; `checker` is the folder of a
-published judge of those claims."""
+"""Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated
+data: claims or questions, as `task` says, on documents of `records` records; `test_domains: ""` is
+all, of generated data beside the training domain, and so is `test_shifts: ""`, of generated data,
+of none, mild and moderate; `config` sets fields of the model's config anew, for its base too, for
+example {"norm_head": false}; `threads: 0` is as many as there are cores; `measure: false` leaves
+the two memory passes out; `watch_logits: true` adds the highest logit, and the cross-entropy
+without max-z, to each step's row; `limit_mib` is all the device has for the allocator (on a CPU, in
+the metered pass, which then comes first), 0 what there is; `weights` is a storage type in place of
+the row's own, for example "bf16"; `axes` are answers in place of the row's, as a row says them, for
+example {"trains": {"chunks": {"count": 64}}, "clip": 1.0}, and win over `weights`, see
+`parameters`; `generate` is how many test documents of each domain and shift the trained model
+writes a claim for, 0 leaves that out; `checker` is the folder of a published judge of those
+claims."""
 
 
 def _number(least: float, most: float, more: str = "") -> tuple[Callable, str]:
@@ -73,72 +77,148 @@ def _name(known: Collection[str], more: str = "") -> tuple[Callable, str]:
     return lambda value: value in known, f"one of {', '.join(filter(None, known))}{more}"
 
 
-# what a value of the parameter's type may be, and that in words; a parameter that is not here may be any
+# what a value of the parameter's type may be, and that in words; a parameter that is not here may
+# be any
 RANGES: dict[str, tuple[Callable, str]] = {
-    "task": _name(TASKS), "objective": _name(OBJECTIVES), "recipe": _name(("standard", "reading", "smoke", "none")),
+    "task": _name(TASKS),
+    "objective": _name(OBJECTIVES),
+    "recipe": _name(("standard", "reading", "smoke", "none")),
     "weights": _name(("", *AXES["weights"]), ", or leave it empty"),
-    "steps": _number(1, 10**9), "batch_size": _number(1, 10**6), "max_length": _number(16, 10**7), "records": _number(2, 1000),
-    "train_items": _number(1, 10**8), "val_items": _number(1, 10**7), "test_items": _number(1, 10**7),
-    "generate": _number(0, 10**7), "seed": _number(0, 2**32 - 1), "data_seed": _number(0, 2**32 - 1),
-    "lr": (lambda value: 0 <= value <= sys.float_info.max, "a finite number above 0, or 0 for the row's own"),
-    "limit_mib": _number(0, 10**9, ", 0 for what there is"), "threads": _number(0, 1024, ", 0 for one a core"),
-    "device": (lambda value: re.fullmatch(r"cpu|cuda(:\d{1,3})?", value), "cpu, cuda, or cuda:1 for the second GPU"),
+    "steps": _number(1, 10**9),
+    "batch_size": _number(1, 10**6),
+    "max_length": _number(16, 10**7),
+    "records": _number(2, 1000),
+    "train_items": _number(1, 10**8),
+    "val_items": _number(1, 10**7),
+    "test_items": _number(1, 10**7),
+    "generate": _number(0, 10**7),
+    "seed": _number(0, 2**32 - 1),
+    "data_seed": _number(0, 2**32 - 1),
+    "lr": (
+        lambda value: 0 <= value <= sys.float_info.max,
+        "a finite number above 0, or 0 for the row's own",
+    ),
+    "limit_mib": _number(0, 10**9, ", 0 for what there is"),
+    "threads": _number(0, 1024, ", 0 for one a core"),
+    "device": (
+        lambda value: re.fullmatch(r"cpu|cuda(:\d{1,3})?", value),
+        "cpu, cuda, or cuda:1 for the second GPU",
+    ),
 }
 
 
 def _train_domain(full: Mapping) -> str:
-    return "" if full["items"] or full["train_domain"] in (*DOMAINS, EVERY) else (
-        f"train_domain is {full['train_domain']!r:.80}: generated data has {', '.join(DOMAINS)}, and {EVERY}")
+    return (
+        ""
+        if full["items"] or full["train_domain"] in (*DOMAINS, EVERY)
+        else (
+            f"train_domain is {full['train_domain']!r:.80}: generated data has"
+            f" {', '.join(DOMAINS)}, and {EVERY}"
+        )
+    )
 
 
 def _records(full: Mapping) -> str:
     alone = full["items"] or full["train_domain"] == EVERY
     shifts = ["none"] if alone else chosen("test_shifts", full["test_shifts"], IN_DOMAIN_SHIFTS)
     most = min(most_records("general", shift) for shift in ("none", *shifts))
-    return "" if full["task"] != "claims" or full["records"] <= most else (
-        f"records is {full['records']}: no two of a document share a name, place or day, use 2 to {most} for claims at the test "
-        f"shifts {', '.join(shifts)}, or task: questions")
+    return (
+        ""
+        if full["task"] != "claims" or full["records"] <= most
+        else (
+            f"records is {full['records']}: no two of a document share a name, place or day, use 2"
+            f" to {most} for claims at the test shifts {', '.join(shifts)}, or task: questions"
+        )
+    )
 
 
 def _batch_size(full: Mapping) -> str:
     domains = len(DOMAINS) if full["train_domain"] == EVERY else 1
-    sequences = domains * -(-full["train_items"] // (domains * (
-        QUESTIONS_PER_PASSAGE if full["task"] == "questions" else CLAIMS_PER_SEQUENCE)))
-    return "" if full["items"] or full["batch_size"] <= HALF * sequences else (
-        f"batch_size is {full['batch_size']} and train_items {full['train_items']}: the items make {sequences} sequences, use a "
-        f"batch_size of {HALF * sequences} at most, or more train_items")
+    sequences = domains * -(
+        -full["train_items"]
+        // (
+            domains
+            * (QUESTIONS_PER_PASSAGE if full["task"] == "questions" else CLAIMS_PER_SEQUENCE)
+        )
+    )
+    return (
+        ""
+        if full["items"] or full["batch_size"] <= HALF * sequences
+        else (
+            f"batch_size is {full['batch_size']} and train_items {full['train_items']}: the items"
+            f" make {sequences} sequences, use a batch_size of {HALF * sequences} at most, or more"
+            " train_items"
+        )
+    )
 
 
-# the parameters that a check is about, and the check: it returns or raises why they cannot work, which is said of the first of them
+# the parameters that a check is about, and the check: it returns or raises why they cannot work,
+# which is said of the first of them
 CHECKS: tuple[tuple[tuple[str, ...], Callable[[Mapping], object]], ...] = (
     (("regime", "axes", "weights"), lambda full: run_row(full) and ""),
     (("model", "config"), lambda full: run_spec(full) and ""),
     (("train_domain", "items"), _train_domain),
-    (("test_domains", "items"), lambda full: "" if full["items"] else chosen("test_domains", full["test_domains"], DOMAINS) and ""),
-    (("test_shifts", "items"),
-     lambda full: "" if full["items"] else chosen("test_shifts", full["test_shifts"], IN_DOMAIN_SHIFTS) and ""),
+    (
+        ("test_domains", "items"),
+        lambda full: (
+            "" if full["items"] else chosen("test_domains", full["test_domains"], DOMAINS) and ""
+        ),
+    ),
+    (
+        ("test_shifts", "items"),
+        lambda full: (
+            ""
+            if full["items"]
+            else chosen("test_shifts", full["test_shifts"], IN_DOMAIN_SHIFTS) and ""
+        ),
+    ),
     (("records", "task", "items", "train_domain", "test_shifts"), _records),
     (("batch_size", "train_items", "task", "items", "train_domain"), _batch_size),
-    (("checker", "generate"), lambda full: "" if full["generate"] or not full["checker"] else (
-        f"checker is {full['checker']!r:.80} and generate 0: a checker judges what is written, set generate to a number")),
+    (
+        ("checker", "generate"),
+        lambda full: (
+            ""
+            if full["generate"] or not full["checker"]
+            else (
+                f"checker is {full['checker']!r:.80} and generate 0: a checker judges what is"
+                " written, set generate to a number"
+            )
+        ),
+    ),
 )
 
 
 def faults(full: Mapping) -> dict[str, str]:
-    """name -> why its value cannot work, and what would, of everything that is wrong with parameters over the defaults."""
-    wrong = {name: f"unknown parameter {name!r:.80}{nearest(str(name)[:80], KNOWN_PARAMETERS)}; known: "
-                   f"{', '.join(KNOWN_PARAMETERS)}" for name in full if name not in KNOWN_PARAMETERS}
+    """name -> why its value cannot work, and what would, of everything that is wrong with
+    parameters over the defaults."""
+    wrong = {
+        name: (
+            f"unknown parameter {name!r:.80}{nearest(str(name)[:80], KNOWN_PARAMETERS)}; known: "
+            f"{', '.join(KNOWN_PARAMETERS)}"
+        )
+        for name in full
+        if name not in KNOWN_PARAMETERS
+    }
     for name, default in KNOWN_PARAMETERS.items():
         value, kinds = full[name], (int, float) if isinstance(default, float) else type(default)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
-            wrong[name] = f"{name} is {value!r:.80}: it takes {type(default).__name__}, for example {default!r}"
+        if not isinstance(value, kinds) or (
+            isinstance(value, bool) and not isinstance(default, bool)
+        ):
+            wrong[name] = (
+                f"{name} is {value!r:.80}: it takes {type(default).__name__}, for example"
+                f" {default!r}"
+            )
         elif name in RANGES and not RANGES[name][0](value):
             wrong[name] = f"{name} is {value!r:.80}: use {RANGES[name][1]}"
     for names, check in CHECKS:
         try:
             reason = "" if wrong.keys() & {*names} else check(full)
         except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-            given = [f"{name} is {full[name]!r:.80}: " for name in names if isinstance(full[name], dict) and full[name]]
+            given = [
+                f"{name} is {full[name]!r:.80}: "
+                for name in names
+                if isinstance(full[name], dict) and full[name]
+            ]
             reason = "".join(given) + str(error)
         if reason:
             wrong[names[0]] = reason
@@ -160,20 +240,31 @@ def resolve(params: Mapping) -> dict:
 
 
 def config_hash(params: Mapping) -> str:
-    """Hash of everything that decides the run's numbers: parameters, the row, the model's file and the data on disk. Of the
-    parameters, those that are not at their default, so that one more parameter renames no run; another default is another
-    `SCHEMA`."""
+    """Hash of everything that decides the run's numbers: parameters, the row, the model's file and
+    the data on disk. Of the parameters, those that are not at their default, so that one more
+    parameter renames no run; another default is another `SCHEMA`."""
     full = resolve(params)
-    said = {name: value for name, value in full.items() if name not in KNOWN_PARAMETERS or value != KNOWN_PARAMETERS[name]}
-    content = {"schema": SCHEMA, "params": said, "model": run_spec(full).fingerprint(),
-               "items": _files(full["items"])}
+    said = {
+        name: value
+        for name, value in full.items()
+        if name not in KNOWN_PARAMETERS or value != KNOWN_PARAMETERS[name]
+    }
+    content = {
+        "schema": SCHEMA,
+        "params": said,
+        "model": run_spec(full).fingerprint(),
+        "items": _files(full["items"]),
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _files(path: str) -> list:
     """(name, SHA-256) of each file of a data set."""
     files = item_files(Path(path)) if path and Path(path).exists() else []
-    return [(file.name, _checksum(file.resolve(), file.stat().st_mtime_ns, file.stat().st_size)) for file in files]
+    return [
+        (file.name, _checksum(file.resolve(), file.stat().st_mtime_ns, file.stat().st_size))
+        for file in files
+    ]
 
 
 @cache

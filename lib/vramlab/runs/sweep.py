@@ -1,7 +1,8 @@
 """A sweep: every cell of a grid through papermill, one process a cell, resumable.
 
-A run's folder is named by the hash of what decides its numbers, so a finished run is found again and a changed one is
-new. Nothing but finished folders is remembered: a sweep that is killed loses the cell it was in and no other.
+A run's folder is named by the hash of what decides its numbers, so a finished run is found again
+and a changed one is new. Nothing but finished folders is remembered: a sweep that is killed loses
+the cell it was in and no other.
 """
 
 from __future__ import annotations
@@ -31,13 +32,23 @@ from .folder import KILLED, Run, outcome
 from .parameters import KNOWN_PARAMETERS, SCHEMA, config_hash, run_id
 from .passes import make_bases
 
-KEYS = {"name": str, "notebook": str, "defaults": Mapping[str, Any] | None, "grid": Mapping[str, Any]}
+KEYS = {
+    "name": str,
+    "notebook": str,
+    "defaults": Mapping[str, Any] | None,
+    "grid": Mapping[str, Any],
+}
 """What a sweep's file may say; `name` is the folder's under outputs/, by default the file's own."""
 MOST_CELLS = 10_000
 SEVERAL = "with"
 TIMED, GIVEN = "steps.parquet", "given.json"
 """What a cell writes once nothing of it is timed any more; and what it is given, while it runs."""
-RETRY = {"failed": {"failed"}, "oom": {"oom"}, "diverged": {"diverged"}, "all": {"failed", "oom", "diverged"}}
+RETRY = {
+    "failed": {"failed"},
+    "oom": {"oom"},
+    "diverged": {"diverged"},
+    "all": {"failed", "oom", "diverged"},
+}
 
 
 @dataclass(frozen=True)
@@ -59,22 +70,38 @@ class Cell:
 
 
 def read_sweep(path: Path | str, out: Path | str | None = None) -> tuple[Path, Path, list[Cell]]:
-    """(notebook, output folder, cells) of a sweep file, every combination of its grid over its defaults. Combinations that are
-    the same run are one cell, which a notice says.
+    """(notebook, output folder, cells) of a sweep file, every combination of its grid over its
+    defaults. Combinations that are the same run are one cell, which a notice says.
 
-    Raises: FileNotFoundError; ValueError, for an unknown key, an empty grid axis or parameters that no run has.
+    Raises: FileNotFoundError; ValueError, for an unknown key, an empty grid axis or parameters that
+    no run has.
     """
     path = Path(path)
     if not path.exists():
-        known = [file.name for file in sorted((ROOT / "params").glob("*.yml")) if "\ngrid:" in file.read_text()]
-        raise FileNotFoundError(f"no sweep {path}{nearest(path.name, known)}: params/ has {', '.join(known)}")
-    spec = {"name": path.stem, "notebook": "notebooks/finetune.ipynb", **checked(read_yaml(path), KEYS, str(path), ("grid",))}
+        known = [
+            file.name
+            for file in sorted((ROOT / "params").glob("*.yml"))
+            if "\ngrid:" in file.read_text()
+        ]
+        raise FileNotFoundError(
+            f"no sweep {path}{nearest(path.name, known)}: params/ has {', '.join(known)}"
+        )
+    spec = {
+        "name": path.stem,
+        "notebook": "notebooks/finetune.ipynb",
+        **checked(read_yaml(path), KEYS, str(path), ("grid",)),
+    }
     if not spec["grid"] or not plain_name(spec["name"]) or "\0" in spec["notebook"]:
-        raise BadFile(f"{path} has no grid, or the name {spec['name']!r}, or notebook {spec['notebook']!r}: give a grid, a name "
-                      "for one folder under outputs/, and the path of a notebook")
+        raise BadFile(
+            f"{path} has no grid, or the name {spec['name']!r}, or notebook {spec['notebook']!r}:"
+            " give a grid, a name for one folder under outputs/, and the path of a notebook"
+        )
     folder, notebook = Path(out) if out else Path("outputs") / spec["name"], Path(spec["notebook"])
     notebook = notebook if notebook.exists() else ROOT / notebook
-    every = [{**(spec.get("defaults") or {}), **chosen} for chosen in combinations(str(path), spec["grid"])]
+    every = [
+        {**(spec.get("defaults") or {}), **chosen}
+        for chosen in combinations(str(path), spec["grid"])
+    ]
     cells: dict[str, Cell] = {}
     for params in every:
         try:
@@ -83,20 +110,29 @@ def read_sweep(path: Path | str, out: Path | str | None = None) -> tuple[Path, P
             raise BadFile(f"{path}: {error}") from None
         cells.setdefault(name, Cell(name, params, folder / name))
     if len(cells) < len(every):
-        notice(f"{path}: {len(every)} combinations of the grid are {len(cells)} runs; each is run once")
+        notice(
+            f"{path}: {len(every)} combinations of the grid are {len(cells)} runs; each is run once"
+        )
     return regular_file(notebook), folder, [*cells.values()]
 
 
 def combinations(name: str, grid: Mapping[str, list]) -> list[dict]:
-    """Parameters for every combination of a grid's values; `with` is no parameter, but an axis whose values set several at once.
+    """Parameters for every combination of a grid's values; `with` is no parameter, but an axis
+    whose values set several at once.
 
-    Raises: BadFile, naming an axis that is no list of values, or a value of `with` that sets nothing.
+    Raises: BadFile, naming an axis that is no list of values, or a value of `with` that sets
+    nothing.
     """
     for axis, values in grid.items():
         if not isinstance(values, list) or not values:
             raise BadFile(f"{name}: grid.{axis} is {values!r}: give a list of values")
-        if axis == SEVERAL and (wrong := [value for value in values if not isinstance(value, dict)]):
-            raise BadFile(f"{name}: grid.{axis} has {wrong[0]!r}: each is several parameters, as {{regime: lomo, lr: 0.01}}")
+        if axis == SEVERAL and (
+            wrong := [value for value in values if not isinstance(value, dict)]
+        ):
+            raise BadFile(
+                f"{name}: grid.{axis} has {wrong[0]!r}: each is several parameters, as {{regime:"
+                " lomo, lr: 0.01}"
+            )
     if (count := math.prod(map(len, grid.values()))) > MOST_CELLS:
         raise BadFile(f"{name}: grid has {count:,} combinations: give at most {MOST_CELLS:,}")
     found = []
@@ -107,34 +143,64 @@ def combinations(name: str, grid: Mapping[str, list]) -> list[dict]:
 
 
 class Swept(NamedTuple):
-    """How a sweep ended. `code`: 0 when every cell ended ok, 1 when one did not, 130 on Ctrl-C; `rows`: one a cell."""
+    """How a sweep ended. `code`: 0 when every cell ended ok, 1 when one did not, 130 on Ctrl-C;
+    `rows`: one a cell."""
 
     code: int
     folder: Path
     rows: list[dict]
 
 
-def sweep(path: Path | str, out: Path | str | None = None, force: bool = False, retry: str | None = None,
-          dry_run: bool = False, quiet: bool = False) -> Swept:
+def sweep(
+    path: Path | str,
+    out: Path | str | None = None,
+    force: bool = False,
+    retry: str | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> Swept:
     """Run what is not finished, or with `dry_run` say what that is."""
     notebook, folder, cells = read_sweep(path, out)
-    for name, given in sorted({(name, cell.full[name]) for cell in cells for name in ("items", "checker") if cell.full[name]}):
+    for name, given in sorted(
+        {
+            (name, cell.full[name])
+            for cell in cells
+            for name in ("items", "checker")
+            if cell.full[name]
+        }
+    ):
         if not Path(given).exists():
             notice(f"{name} {given} does not exist here: its runs will fail")
     outcomes = {cell.run_id: cell.outcome() for cell in cells}
-    due = [cell for cell in cells if force or outcomes[cell.run_id] in {None, *RETRY.get(retry or "", ())}]
+    due = [
+        cell
+        for cell in cells
+        if force or outcomes[cell.run_id] in {None, *RETRY.get(retry or "", ())}
+    ]
     if dry_run:
-        rows = [{"run_id": c.run_id, "state": "due" if c in due else outcomes[c.run_id], **c.params} for c in cells]
+        rows = [
+            {"run_id": c.run_id, "state": "due" if c in due else outcomes[c.run_id], **c.params}
+            for c in cells
+        ]
         return Swept(0, folder, rows)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder), _interruptible():
-        write_checked(folder / "sweep.json", {"schema": SCHEMA, "sweep": Path(path).name,
-                                              "cells": [{**c.params, "run_id": c.run_id} for c in cells]})
+        write_checked(
+            folder / "sweep.json",
+            {
+                "schema": SCHEMA,
+                "sweep": Path(path).name,
+                "cells": [{**c.params, "run_id": c.run_id} for c in cells],
+            },
+        )
         try:
             _run_all(notebook, due, len(cells) - len(due), quiet)
         except KeyboardInterrupt:
-            print(f"\nstopped; {sum(c.outcome() is not None for c in cells)} of {len(cells)} cells are finished and kept: "
-                  "the same command goes on from here", file=sys.stderr)
+            print(
+                f"\nstopped; {sum(c.outcome() is not None for c in cells)} of {len(cells)} cells"
+                " are finished and kept: the same command goes on from here",
+                file=sys.stderr,
+            )
             return Swept(130, folder, [_row(cell) for cell in cells])
     rows = [_row(cell) for cell in cells]
     return Swept(0 if all(row["outcome"] == "ok" for row in rows) else 1, folder, rows)
@@ -146,7 +212,9 @@ def _run_all(notebook: Path, due: list[Cell], finished: int, quiet: bool) -> Non
     if finished and not quiet:
         print(f"{finished} finished cells are kept, {len(due)} to run")
     make_bases([cell.full for cell in due], not quiet)
-    with tqdm(total=len(due), unit="run", file=sys.stderr, disable=quiet, dynamic_ncols=True) as shown:
+    with tqdm(
+        total=len(due), unit="run", file=sys.stderr, disable=quiet, dynamic_ncols=True
+    ) as shown:
         ahead = None
         for cell, following in itertools.zip_longest(due, due[1:]):
             shown.set_description(cell.run_id)
@@ -155,8 +223,11 @@ def _run_all(notebook: Path, due: list[Cell], finished: int, quiet: bool) -> Non
             shown.update(1)
             if not quiet:
                 row = _row(cell)
-                shown.write(f"{row['regime']:<12} {row['outcome']:<7} {time.monotonic() - began:5.1f} s  {row['reason']}".rstrip(),
-                            file=sys.stderr)
+                shown.write(
+                    f"{row['regime']:<12} {row['outcome']:<7} {time.monotonic() - began:5.1f} s "
+                    f" {row['reason']}".rstrip(),
+                    file=sys.stderr,
+                )
 
 
 def _start(notebook: Path, cell: Cell) -> subprocess.Popen:
@@ -166,24 +237,43 @@ def _start(notebook: Path, cell: Cell) -> subprocess.Popen:
         (cell.folder / old).unlink(missing_ok=True)
     given = cell.folder / GIVEN
     given.write_text(json.dumps({**cell.params, "out_dir": str(cell.folder.resolve())}))
-    environment = {**os.environ, "PLOTLY_RENDERER": "plotly_mimetype", TURN: str((cell.folder.parent / ".turn").resolve())}
+    environment = {
+        **os.environ,
+        "PLOTLY_RENDERER": "plotly_mimetype",
+        TURN: str((cell.folder.parent / ".turn").resolve()),
+    }
     parent = os.getpid()
     with open(cell.folder / "notebook.log", "w") as log:
-        return subprocess.Popen([sys.executable, "-m", "vramlab.runs.cell", str(notebook), str(cell.folder / "run.ipynb"),
-                                 str(given)],
-                                stdout=log, stderr=log, env=environment, preexec_fn=lambda: die_with(parent))
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "vramlab.runs.cell",
+                str(notebook),
+                str(cell.folder / "run.ipynb"),
+                str(given),
+            ],
+            stdout=log,
+            stderr=log,
+            env=environment,
+            preexec_fn=lambda: die_with(parent),
+        )
 
 
-def _run(notebook: Path, cell: Cell, process: subprocess.Popen, following: Cell | None) -> subprocess.Popen | None:
-    """One cell to its end; when it ends without a result, say here how it ended. Once nothing of it is timed any more, the
-    process of the one `following` is started, and returned."""
+def _run(
+    notebook: Path, cell: Cell, process: subprocess.Popen, following: Cell | None
+) -> subprocess.Popen | None:
+    """One cell to its end; when it ends without a result, say here how it ended. Once nothing of it
+    is timed any more, the process of the one `following` is started, and returned."""
     ahead, code = None, None
     try:
         while code is None:
             try:
                 code = process.wait(timeout=1)
             except subprocess.TimeoutExpired:
-                if _INTERRUPTED.is_set():  # an interruption that was swallowed on its way here still stops the sweep
+                if (
+                    _INTERRUPTED.is_set()
+                ):  # an interruption that was swallowed on its way here still stops the sweep
                     raise KeyboardInterrupt from None
                 if following and not ahead and (cell.folder / TIMED).exists():
                     ahead = _start(notebook, following)
@@ -213,7 +303,9 @@ _INTERRUPTED = threading.Event()
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C raises, as always, and is remembered: an exception raised inside a callback of the interpreter gets lost."""
+    """Ctrl-C raises, as always, and is remembered: an exception raised inside a callback of the
+    interpreter gets lost."""
+
     def interrupt(*_) -> None:
         _INTERRUPTED.set()
         raise KeyboardInterrupt
@@ -232,13 +324,26 @@ def _interruptible() -> Iterator[None]:
 def _ended(cell: Cell, code: int) -> dict:
     """The result of a cell whose kernel did not live to write one."""
     log = (cell.folder / "notebook.log").read_text(errors="replace").strip().splitlines()
-    reason = next((line for line in reversed(log) if "Error: " in line or "KernelDied: " in line or "CellTimeout: " in line),
-                  log[-1] if log else f"papermill ended with code {code}")
+    reason = next(
+        (
+            line
+            for line in reversed(log)
+            if "Error: " in line or "KernelDied: " in line or "CellTimeout: " in line
+        ),
+        log[-1] if log else f"papermill ended with code {code}",
+    )
     params = cell.folder / "params.yml"
     if not params.exists() or params.name in Run(cell.folder).damage:
         write_whole(params, yaml.safe_dump({**cell.full, "run_id": cell.run_id}))
-    return {"schema": SCHEMA, "run_id": cell.run_id, "regime": cell.full["regime"], "model": cell.full["model"],
-            "outcome": "oom" if KILLED in reason else "failed", "reason": reason, "config_hash": config_hash(cell.params)}
+    return {
+        "schema": SCHEMA,
+        "run_id": cell.run_id,
+        "regime": cell.full["regime"],
+        "model": cell.full["model"],
+        "outcome": "oom" if KILLED in reason else "failed",
+        "reason": reason,
+        "config_hash": config_hash(cell.params),
+    }
 
 
 @contextmanager
@@ -248,7 +353,10 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another sweep is running in {folder}: wait for it, or use --out for another folder") from None
+            raise ValueError(
+                f"another sweep is running in {folder}: wait for it, or use --out for another"
+                " folder"
+            ) from None
         yield
 
 
@@ -256,15 +364,26 @@ def _row(cell: Cell) -> dict:
     """A cell that has not ended is `due`."""
     ended = cell.outcome()
     result = Run(cell.folder).result if ended else {}
-    return {"run_id": cell.run_id, "regime": cell.full["regime"], "outcome": ended or "due",
-            "tokens_per_s": result.get("speed", {}).get("tokens_per_s"), "peak_bytes": result.get("peak_bytes", {}).get("meter"),
-            "reason": result.get("reason", "")}
+    return {
+        "run_id": cell.run_id,
+        "regime": cell.full["regime"],
+        "outcome": ended or "due",
+        "tokens_per_s": result.get("speed", {}).get("tokens_per_s"),
+        "peak_bytes": result.get("peak_bytes", {}).get("meter"),
+        "reason": result.get("reason", ""),
+    }
 
 
 def words(rows: list[dict]) -> str:
     """A line a cell."""
-    return "\n".join("  ".join(f"{value:,.0f}" if isinstance(value, float) else str(value)
-                               for value in row.values() if value not in (None, "")) for row in rows)
+    return "\n".join(
+        "  ".join(
+            f"{value:,.0f}" if isinstance(value, float) else str(value)
+            for value in row.values()
+            if value not in (None, "")
+        )
+        for row in rows
+    )
 
 
 def _write(path: Path, content: dict) -> None:

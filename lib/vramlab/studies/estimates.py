@@ -1,8 +1,9 @@
 """One computed number with its uncertainty, and the statistics that make it.
 
-Accuracy of several seeds on the same items varies in two ways: another seed would train another model, other items would be
-other questions. `two_level` resamples both. Few seeds are few: intervals are Student's t with one less degree of freedom than
-there are seeds, around the bootstrap's standard error.
+Accuracy of several seeds on the same items varies in two ways: another seed would train another
+model, other items would be other questions. `two_level` resamples both. Few seeds are few:
+intervals are Student's t with one less degree of freedom than there are seeds, around the
+bootstrap's standard error.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Figure:
 
     value: float
     kind: str
-    """`learned` (accuracy or loss of trained models), `measured` (seconds or bytes, on the device the runs name), `predicted` (a
-    forecast) or `computed` (arithmetic)."""
+    """`learned` (accuracy or loss of trained models), `measured` (seconds or bytes, on the device
+    the runs name), `predicted` (a forecast) or `computed` (arithmetic)."""
     unit: str = ""
     low: float = math.nan
     high: float = math.nan
@@ -60,7 +61,10 @@ class Figure:
 
     def to_json(self) -> dict:
         """Plain data; what is not a number is None."""
-        return {key: None if value != value or value in (math.inf, -math.inf) else value for key, value in asdict(self).items()}
+        return {
+            key: None if value != value or value in (math.inf, -math.inf) else value
+            for key, value in asdict(self).items()
+        }
 
     @staticmethod
     def from_json(said: Mapping) -> Figure:
@@ -69,17 +73,22 @@ class Figure:
 
 @cache
 def _drawn(count: int, stream: int) -> np.ndarray:
-    """Shares of `count` units in each resample, (RESAMPLES, count); the same for every comparison, so that they pair."""
+    """Shares of `count` units in each resample, (RESAMPLES, count); the same for every comparison,
+    so that they pair."""
     rng = np.random.default_rng([count, stream])
-    return (rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count).astype(np.float32)
+    return (rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count).astype(
+        np.float32
+    )
 
 
 def two_level(right: np.ndarray, labels: np.ndarray, other: np.ndarray | None = None) -> Figure:
-    """Balanced accuracy of several seeds, or with `other` the difference to it, seed by seed and item by item.
+    """Balanced accuracy of several seeds, or with `other` the difference to it, seed by seed and
+    item by item.
 
-    `right`, `other`: (seeds, items), whether a call was right; `labels`: (items,), 1 is consistent. Items are one a document, and
-    are resampled within their label, the same for all seeds of a resample; seeds are the outer level, and their share of the
-    variance is enlarged by S / (S - 1), which a resample of S seeds lacks. Raises: ValueError, where a label is missing.
+    `right`, `other`: (seeds, items), whether a call was right; `labels`: (items,), 1 is consistent.
+    Items are one a document, and are resampled within their label, the same for all seeds of a
+    resample; seeds are the outer level, and their share of the variance is enlarged by S / (S - 1),
+    which a resample of S seeds lacks. Raises: ValueError, where a label is missing.
     """
     values = right.astype(float) - (0.0 if other is None else other.astype(float))
     count = len(values)
@@ -96,19 +105,37 @@ def two_level(right: np.ndarray, labels: np.ndarray, other: np.ndarray | None = 
     return figure if other is not None else replace(figure, p=math.nan)
 
 
-def by_seed(values: Sequence[float], other: Sequence[float] | None = None, kind: str = "learned", unit: str = "") -> Figure:
+def by_seed(
+    values: Sequence[float],
+    other: Sequence[float] | None = None,
+    kind: str = "learned",
+    unit: str = "",
+) -> Figure:
     """The mean over seeds, or of the paired differences; Student's t. One seed has no interval."""
     its = np.asarray(values, float) - (0.0 if other is None else np.asarray(other, float))
     error = float(its.std(ddof=1)) / math.sqrt(len(its)) if len(its) > 1 else math.nan
-    figure = replace(_around(float(its.mean()), error, len(its) - 1), kind=kind, unit=unit, seeds=len(its),
-                     contains=SEEDS if len(its) > 1 else "")
+    figure = replace(
+        _around(float(its.mean()), error, len(its) - 1),
+        kind=kind,
+        unit=unit,
+        seeds=len(its),
+        contains=SEEDS if len(its) > 1 else "",
+    )
     return figure if other is not None else replace(figure, p=math.nan)
 
 
-def ratio_by_seed(values: Sequence[float], other: Sequence[float], kind: str = "measured") -> Figure:
+def ratio_by_seed(
+    values: Sequence[float], other: Sequence[float], kind: str = "measured"
+) -> Figure:
     """The geometric mean of the paired ratios, with the interval of its logarithm."""
     logs = by_seed(np.log(np.asarray(values, float)), np.log(np.asarray(other, float)), kind)
-    return replace(logs, value=math.exp(logs.value), low=math.exp(logs.low), high=math.exp(logs.high), unit="times")
+    return replace(
+        logs,
+        value=math.exp(logs.value),
+        low=math.exp(logs.low),
+        high=math.exp(logs.high),
+        unit="times",
+    )
 
 
 def there(asked: Mapping[str, Callable[[], Figure]]) -> Iterator[tuple[str, Figure]]:
@@ -123,14 +150,24 @@ def there(asked: Mapping[str, Callable[[], Figure]]) -> Iterator[tuple[str, Figu
 def share(count: int, of: int) -> Figure:
     """`count` of `of` runs, with Wilson's interval."""
     interval = stats.binomtest(count, of).proportion_ci(LEVEL, "wilson")
-    return Figure(count / of, "learned", low=float(interval.low), high=float(interval.high), contains=SHARE, seeds=of)
+    return Figure(
+        count / of,
+        "learned",
+        low=float(interval.low),
+        high=float(interval.high),
+        contains=SHARE,
+        seeds=of,
+    )
 
 
 def corrected(figures: Mapping[str, Figure]) -> dict[str, Figure]:
     """The family of comparisons with Holm's p; those without a p stay as they are."""
     tested = [name for name, figure in figures.items() if math.isfinite(figure.p)]
     ps = dict(zip(tested, holm([figures[name].p for name in tested]), strict=True))
-    return {name: replace(figure, p_holm=ps[name]) if name in ps else figure for name, figure in figures.items()}
+    return {
+        name: replace(figure, p_holm=ps[name]) if name in ps else figure
+        for name, figure in figures.items()
+    }
 
 
 def _around(value: float, error: float, freedom: float) -> Figure:

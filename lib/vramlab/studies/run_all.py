@@ -1,4 +1,5 @@
-"""All studies in one go: their runs first, side by side under one bar, then each notebook through papermill, then the gallery."""
+"""All studies in one go: their runs first, side by side under one bar, then each notebook through
+papermill, then the gallery."""
 
 from __future__ import annotations
 
@@ -17,17 +18,34 @@ from .records import Records
 from .study import Lab
 
 
-def run(studies: Sequence[str] = (), out: Path | str = "outputs/studies", gallery: Path | None = None, jobs: int = 0,
-        dry_run: bool = False, quiet: bool = False) -> list[dict]:
-    """Every study asked for (all five with their small files by default). A study that fails says why and the others go on.
+def run(
+    studies: Sequence[str] = (),
+    out: Path | str = "outputs/studies",
+    gallery: Path | None = None,
+    jobs: int = 0,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> list[dict]:
+    """Every study asked for (all five with their small files by default). A study that fails says
+    why and the others go on.
 
-    Returns one entry a study: `study`, `cells`, `due`, `failed` cells, `verdicts` (rows of the ledger), `notebook`, `reason`.
+    Returns one entry a study: `study`, `cells`, `due`, `failed` cells, `verdicts` (rows of the
+    ledger), `notebook`, `reason`.
     """
-    plans = [read_plan(study) for study in studies or [name for name in STUDIES if (PARAMS / f"{name}.yml").exists()]]
+    plans = [
+        read_plan(study)
+        for study in studies or [name for name in STUDIES if (PARAMS / f"{name}.yml").exists()]
+    ]
     folders = {plan.path: Path(out) / plan.path.stem for plan in plans}
     cells = [(folders[plan.path], cell) for plan in plans for cell in plan.every_cell()]
-    said = [{"study": plan.path.stem, "cells": len(plan.every_cell()),
-             "due": len(runner.due((folders[plan.path], cell) for cell in plan.every_cell()))} for plan in plans]
+    said = [
+        {
+            "study": plan.path.stem,
+            "cells": len(plan.every_cell()),
+            "due": len(runner.due((folders[plan.path], cell) for cell in plan.every_cell())),
+        }
+        for plan in plans
+    ]
     if dry_run:
         return said
     began = time.monotonic()
@@ -48,17 +66,27 @@ def _study(plan: Plan, folder: Path, gallery: Path | None) -> dict:
     lab = Lab(plan, folder, Records.of(plan, folder))
     if gallery:
         lab.write(notebook, gallery)
-    return {"notebook": str(notebook), "verdicts": table(lab.verdicts()).to_dict("records"), "reason": ""}
+    return {
+        "notebook": str(notebook),
+        "verdicts": table(lab.verdicts()).to_dict("records"),
+        "reason": "",
+    }
 
 
 def _notebook(plan: Plan, folder: Path) -> Path:
-    """The study's notebook executed on the finished runs. Raises: RuntimeError, with the last line of what it said."""
+    """The study's notebook executed on the finished runs. Raises: RuntimeError, with the last line
+    of what it said."""
     done, given = folder / "study.ipynb", folder / "given.json"
-    given.write_text(json.dumps({"params_file": _relative(plan.path), "out_dir": _relative(folder)}))
+    given.write_text(
+        json.dumps({"params_file": _relative(plan.path), "out_dir": _relative(folder)})
+    )
     notebook = ROOT / "notebooks" / "studies" / f"{plan.name}.ipynb"
     with open(folder / "notebook.log", "w") as log:
-        code = subprocess.run([sys.executable, "-m", "vramlab.runs.cell", str(notebook), str(done), str(given)], stdout=log,
-                              stderr=log).returncode
+        code = subprocess.run(
+            [sys.executable, "-m", "vramlab.runs.cell", str(notebook), str(done), str(given)],
+            stdout=log,
+            stderr=log,
+        ).returncode
     given.unlink()
     if code:
         lines = (folder / "notebook.log").read_text().strip().splitlines()
@@ -67,7 +95,8 @@ def _notebook(plan: Plan, folder: Path) -> Path:
 
 
 def _relative(path: Path) -> str:
-    """From the project's folder where it lies in it: an executed notebook shows its parameters to everyone."""
+    """From the project's folder where it lies in it: an executed notebook shows its parameters to
+    everyone."""
     path = path.resolve()
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
@@ -77,6 +106,12 @@ def words(found: Sequence[Mapping]) -> str:
     lines = []
     for study in found:
         state = f"{study['due']} due" if "failed" not in study else f"{len(study['failed'])} failed"
-        lines.append(f"{study['study']}: {study['cells']} cells, {state}{'; ' + study['reason'] if study.get('reason') else ''}")
-        lines += [f"  {row['verdict']:<22} {row['claim']}\n  {'':<22} {row['why']}" for row in study.get("verdicts", ())]
+        lines.append(
+            f"{study['study']}: {study['cells']} cells,"
+            f" {state}{'; ' + study['reason'] if study.get('reason') else ''}"
+        )
+        lines += [
+            f"  {row['verdict']:<22} {row['claim']}\n  {'':<22} {row['why']}"
+            for row in study.get("verdicts", ())
+        ]
     return "\n".join(lines)

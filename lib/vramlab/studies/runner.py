@@ -1,7 +1,8 @@
-"""Cells of studies, run side by side: one process a core, one thread each, resumable. What is timed comes last, one by one.
+"""Cells of studies, run side by side: one process a core, one thread each, resumable. What is timed
+comes last, one by one.
 
-A cell is finished when its folder has `result.json`. A cell that fails says so there and the others go on; a process that is
-killed loses the cell it was in.
+A cell is finished when its folder has `result.json`. A cell that fails says so there and the others
+go on; a process that is killed loses the cell it was in.
 """
 
 from __future__ import annotations
@@ -26,15 +27,25 @@ from .plan import StudyCell
 
 
 def due(cells: Iterable[tuple[Path, StudyCell]]) -> list[tuple[Path, StudyCell]]:
-    """Those that have not ended, and those that failed: a mended cause should need no flag. Each folder once."""
+    """Those that have not ended, and those that failed: a mended cause should need no flag. Each
+    folder once."""
     found = {folder / cell.name: (folder, cell) for folder, cell in cells}
     return [pair for target, pair in found.items() if outcome(target) in (None, "failed")]
 
 
-def make(cells: Sequence[tuple[Path, StudyCell]], jobs: int = 0, progress: bool = True) -> list[str]:
+def make(
+    cells: Sequence[tuple[Path, StudyCell]], jobs: int = 0, progress: bool = True
+) -> list[str]:
     """Run what is due of (folder of the study, cell). Returns a line for each cell that failed."""
     waiting = due(cells)
-    make_bases([{**KNOWN_PARAMETERS, **cell.params} for _, cell in waiting if not cell.call or "recipe" in cell.params], progress)
+    make_bases(
+        [
+            {**KNOWN_PARAMETERS, **cell.params}
+            for _, cell in waiting
+            if not cell.call or "recipe" in cell.params
+        ],
+        progress,
+    )
     failed = []
     with bar("studies", len(waiting), progress and bool(waiting)) as shown:
         for (folder, cell), reason, error in _all(waiting, jobs or os.cpu_count() or 1):
@@ -68,7 +79,10 @@ def one(folder: Path, cell: StudyCell) -> str:
         if outcome(target) is None:
             ended = "diverged" if isinstance(error, Diverged) else "failed"
             target.mkdir(parents=True, exist_ok=True)
-            write_whole(target / "result.json", json.dumps({"schema": SCHEMA, "outcome": ended, "reason": reason}))
+            write_whole(
+                target / "result.json",
+                json.dumps({"schema": SCHEMA, "outcome": ended, "reason": reason}),
+            )
         return reason
     return ""
 
@@ -88,7 +102,8 @@ BESIDE = ROOT / "notebooks" / "studies"
 
 
 def module(name: str) -> ModuleType:
-    """The module called `name`: of this library, or one beside a study's notebook; `name` may be an entry of `NAMES`."""
+    """The module called `name`: of this library, or one beside a study's notebook; `name` may be an
+    entry of `NAMES`."""
     if str(BESIDE) not in sys.path:
         sys.path.append(str(BESIDE))
     return importlib.import_module(NAMES.get(name, name))
@@ -100,5 +115,16 @@ def _measure(target: Path, cell: StudyCell) -> None:
     table = getattr(module(home), name)(**cell.params)
     target.mkdir(parents=True, exist_ok=True)
     write_table(table, target / "table.parquet")
-    write_whole(target / "result.json", json.dumps({"schema": SCHEMA, "outcome": "ok", "reason": "", "call": cell.call,
-                                                    "params": dict(cell.params)}, indent=1))
+    write_whole(
+        target / "result.json",
+        json.dumps(
+            {
+                "schema": SCHEMA,
+                "outcome": "ok",
+                "reason": "",
+                "call": cell.call,
+                "params": dict(cell.params),
+            },
+            indent=1,
+        ),
+    )

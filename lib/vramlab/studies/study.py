@@ -1,7 +1,7 @@
 """What a study's notebook holds: its plan, its evidence and what is computed from both.
 
-    lab = Lab.of("params/studies/lomo.yml")
-    lab.verdicts()
+lab = Lab.of("params/studies/lomo.yml")
+lab.verdicts()
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ OUTPUTS = ROOT / "outputs" / "studies"
 
 @dataclass(frozen=True)
 class Lab:
-    """A study with its runs. `folder` holds run folders, or, in the gallery, the thinned records."""
+    """A study with its runs. `folder` holds run folders, or, in the gallery, the thinned
+    records."""
 
     plan: Plan
     folder: Path
     records: Records
 
     @classmethod
-    def of(cls, study: Path | str, out_dir: Path | str = "", jobs: int = 0, progress: bool = True) -> Lab:
-        """Run what is due of the study file, or of the study called so, in `out_dir` (outputs/studies/<the file's>); gather."""
+    def of(
+        cls, study: Path | str, out_dir: Path | str = "", jobs: int = 0, progress: bool = True
+    ) -> Lab:
+        """Run what is due of the study file, or of the study called so, in `out_dir`
+        (outputs/studies/<the file's>); gather."""
         plan = read_plan(study)
         folder = Path(out_dir) if out_dir else OUTPUTS / plan.path.stem
         runner.make([(folder, cell) for cell in plan.every_cell()], jobs, progress)
@@ -52,16 +56,26 @@ class Lab:
 
     def verdicts(self) -> list[claims.Verdict]:
         """Of every claim of this study."""
-        return [claims.decide(claim, self.figures) for claim in claims.read_claims() if claim.study == self.plan.name]
+        return [
+            claims.decide(claim, self.figures)
+            for claim in claims.read_claims()
+            if claim.study == self.plan.name
+        ]
 
     def write(self, notebook: Path, gallery: Path = GALLERY) -> Path:
-        """The study thinned into the gallery: records, figures, verdicts, the executed notebook and what made them."""
+        """The study thinned into the gallery: records, figures, verdicts, the executed notebook and
+        what made them."""
         folder = gallery / self.plan.path.stem
         self.records.write(folder / "records")
         figures = {name: figure.to_json() for name, figure in self.figures.items()}
         write_whole(folder / "figures.json", json.dumps(figures, indent=1))
-        made = {"study": self.plan.name, "file": self.plan.path.name, "params_hash": self.plan.content_hash(),
-                "cells": len(self.plan.every_cell()), "made_with": record()}
+        made = {
+            "study": self.plan.name,
+            "file": self.plan.path.name,
+            "params_hash": self.plan.content_hash(),
+            "cells": len(self.plan.every_cell()),
+            "made_with": record(),
+        }
         write_whole(folder / "made.json", json.dumps(made, indent=1))
         _keep(notebook, folder / "study.ipynb")
         return folder

@@ -1,10 +1,12 @@
-"""What each side of a model that is cut between two machines holds, read from the timeline of the one process that ran both.
+"""What each side of a model that is cut between two machines holds, read from the timeline of the
+one process that ran both.
 
-SplitLoRA, Lin 2024, arXiv:2407.00952: the client has the embeddings and the blocks below the cut, the server the rest. Each
-event of the timeline belongs to the side of the module that made it; what was made outside any (loss, masks, angles) is the
-server's. What crosses is held at both ends: the receiver's copy is added to its peak as if it were always there, so each peak
-is at most what is said, but for kernels' workspaces, of which each machine has its own: they are left out. It saves nothing
-in sum: one device that runs both holds less than the two together.
+SplitLoRA, Lin 2024, arXiv:2407.00952: the client has the embeddings and the blocks below the cut,
+the server the rest. Each event of the timeline belongs to the side of the module that made it; what
+was made outside any (loss, masks, angles) is the server's. What crosses is held at both ends: the
+receiver's copy is added to its peak as if it were always there, so each peak is at most what is
+said, but for kernels' workspaces, of which each machine has its own: they are left out. It saves
+nothing in sum: one device that runs both holds less than the two together.
 """
 
 from __future__ import annotations
@@ -21,14 +23,17 @@ _BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
 
 def side(module: str, cut: int) -> str:
-    """"client" or "server", by the name of a module, a parameter or an input."""
+    """ "client" or "server", by the name of a module, a parameter or an input."""
     block = _BLOCK.search(module)
     return "client" if (int(block[1]) < cut if block else _CLIENTS_OWN.search(module)) else "server"
 
 
-def sides(frame: pd.DataFrame, step: int, cut: int, crossed: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """side -> {peak_bytes, the side's own and what it receives; weights_bytes; sends_bytes, in one step}, of `step` in a
-    timeline as `Meter.frame` gives it. `crossed`: up_bytes and down_bytes of that step."""
+def sides(
+    frame: pd.DataFrame, step: int, cut: int, crossed: Mapping[str, int]
+) -> dict[str, dict[str, int]]:
+    """side -> {peak_bytes, the side's own and what it receives; weights_bytes; sends_bytes, in one
+    step}, of `step` in a timeline as `Meter.frame` gives it. `crossed`: up_bytes and down_bytes of
+    that step."""
     rows = frame[~frame["category"].isin(["host", "workspace"]) & (frame["step"] <= step)]
     changes = pd.Series(signed(rows), rows.index)
     owners = rows["module"].map({name: side(name, cut) for name in rows["module"].unique()})

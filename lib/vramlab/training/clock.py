@@ -15,9 +15,10 @@ from ..observer import Observer
 class Clock(Observer):
     """Wall time of each phase of each step, in seconds, from one monotonic clock.
 
-    `rows` holds one dict a step: `step`, `t_s` (when it began, by `time.perf_counter`), `forward_s`, `backward_s`, `update_s`,
-    `step_s`. An update that happens inside backward (LOMO) is part of `backward_s`: there is no edge between them to measure.
-    For a device that works while the host goes on, see `EventClock`.
+    `rows` holds one dict a step: `step`, `t_s` (when it began, by `time.perf_counter`),
+    `forward_s`, `backward_s`, `update_s`, `step_s`. An update that happens inside backward (LOMO)
+    is part of `backward_s`: there is no edge between them to measure. For a device that works while
+    the host goes on, see `EventClock`.
     """
 
     def __init__(self):
@@ -38,12 +39,14 @@ class Clock(Observer):
 
 
 class EventClock(Observer):
-    """The same rows on CUDA, timed by the device: a mark at each edge, no synchronization inside a step.
+    """The same rows on CUDA, timed by the device: a mark at each edge, no synchronization inside a
+    step.
 
-    A mark is an event in the stream that computes; side streams count as far as that one waits for them. `t_s` is the host's:
-    the step's own time when the caller has read the last loss before it begins the next step. Marks that the device has passed
-    are read when a later step begins, the rest when `rows` is asked for, which waits for the device. `mark` makes and records
-    one, CUDA's unless given. Not yet run on a GPU. Source: CUDA runtime API, event management.
+    A mark is an event in the stream that computes; side streams count as far as that one waits for
+    them. `t_s` is the host's: the step's own time when the caller has read the last loss before it
+    begins the next step. Marks that the device has passed are read when a later step begins, the
+    rest when `rows` is asked for, which waits for the device. `mark` makes and records one, CUDA's
+    unless given. Not yet run on a GPU. Source: CUDA runtime API, event management.
     """
 
     def __init__(self, device: str = "cuda", mark: Callable[[], torch.cuda.Event] | None = None):
@@ -86,7 +89,14 @@ def clock(device: str) -> Clock | EventClock:
 
 
 def _row(step: int) -> dict:
-    return {"step": step, "t_s": time.perf_counter(), "forward_s": 0.0, "backward_s": 0.0, "update_s": 0.0, "step_s": 0.0}
+    return {
+        "step": step,
+        "t_s": time.perf_counter(),
+        "forward_s": 0.0,
+        "backward_s": 0.0,
+        "update_s": 0.0,
+        "step_s": 0.0,
+    }
 
 
 def _cuda_mark(device: str) -> torch.cuda.Event:

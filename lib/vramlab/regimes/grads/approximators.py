@@ -1,7 +1,8 @@
 """What guesses the gradient of a residual stream from the gradient of its end, see `feedback`.
 
-Each is a module with one verb, `guess(site, read, end) -> d`, and `read`, what it keeps of the stream for that.
-Shapes: end, d (b, t, H), the gradient of the end and the guess at the site; h (b, t, H), the stream; read (b, t, k) or None.
+Each is a module with one verb, `guess(site, read, end) -> d`, and `read`, what it keeps of the
+stream for that. Shapes: end, d (b, t, H), the gradient of the end and the guess at the site; h (b,
+t, H), the stream; read (b, t, k) or None.
 """
 
 from __future__ import annotations
@@ -25,21 +26,28 @@ class Identity(nn.Module):
 
 
 class Random(Identity):
-    """d = R diag(signs_l) d_L, R (H, H) normal with variance 1 / H, and for each site its own signs: as many fixed random
-    matrices as sites, none of them a rotation of another, from the bytes of one. Never trained."""
+    """d = R diag(signs_l) d_L, R (H, H) normal with variance 1 / H, and for each site its own
+    signs: as many fixed random matrices as sites, none of them a rotation of another, from the
+    bytes of one. Never trained."""
 
     def __init__(self, sites: int, size: int, rank: int, depth: int):
         super().__init__(sites, size, rank, depth)
-        self.register_buffer("matrix", torch.empty(size, size).normal_(std=size**-0.5), persistent=False)
-        self.register_buffer("signs", torch.empty(sites, size).bernoulli_(0.5).mul_(2).sub_(1), persistent=False)
+        self.register_buffer(
+            "matrix", torch.empty(size, size).normal_(std=size**-0.5), persistent=False
+        )
+        self.register_buffer(
+            "signs", torch.empty(sites, size).bernoulli_(0.5).mul_(2).sub_(1), persistent=False
+        )
 
     def forward(self, site: int, read: Tensor | None, end: Tensor) -> Tensor:
         return F.linear((end * self.signs[site]).to(self.matrix.dtype), self.matrix)
 
 
 class LowRank(nn.Module):
-    """G of one site: u = D_h LN(h) + D_d d / sigma, k numbers; u <- W silu(u), depth - 1 times; G = U u / k, with U = 0 at
-    first. The k is for rules whose steps have the learning rate's length: without it the first ones overshoot."""
+    """G of one site: u = D_h LN(h) + D_d d / sigma, k numbers; u <- W silu(u), depth - 1 times; G =
+    U u / k, with U = 0 at first. The k is for rules whose steps have the learning rate's length:
+    without it the first ones overshoot.
+    """
 
     def __init__(self, size: int, rank: int, depth: int):
         super().__init__()
@@ -75,7 +83,8 @@ class Learned(Identity):
         return torch.add(end, self.approximators[site](read.to(end.dtype), end / sigma) * sigma)
 
     def loss(self, site: int, h: Tensor, end: Tensor, true: Tensor) -> Tensor:
-        """Mean square of what G misses, in units of sigma: h, end, true (n, H) of some tokens -> 0-d."""
+        """Mean square of what G misses, in units of sigma: h, end, true (n, H) of some tokens ->
+        0-d."""
         sigma = _rms(end)
         guess = self.approximators[site](self.read(site, h), end / sigma)
         return (guess.float() - ((true - end) / sigma).float()).square().mean()

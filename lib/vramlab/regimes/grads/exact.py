@@ -1,24 +1,27 @@
 """Axis `grads`: how a gradient is formed: exactly, by a backward, or guessed from two forwards.
 
-`zeroth_order` is MeZO: Malladi 2023, arXiv:2305.17333. With z standard normal, one number for each weight, and g 0-d:
+`zeroth_order` is MeZO: Malladi 2023, arXiv:2305.17333. With z standard normal, one number for each
+weight, and g 0-d:
 
     g = (L(w + eps z) - L(w - eps z)) / (2 eps)            w <- w - lr g z
 
-The expectation of g z is the gradient, up to eps^2; its variance grows with the number of weights, hence the papers' lr of 1e-6.
-In bytes: no activation is kept and no gradient formed; z is drawn again from (seed, step, leaf, slice) wherever it is needed
-and is never longer than `SLICE` numbers.
+The expectation of g z is the gradient, up to eps^2; its variance grows with the number of weights,
+hence the papers' lr of 1e-6. In bytes: no activation is kept and no gradient formed; z is drawn
+again from (seed, step, leaf, slice) wherever it is needed and is never longer than `SLICE` numbers.
 
-How weights are moved, and moved back. The published code adds eps z to every weight, takes off 2 eps z and adds eps z again:
-of weights of standard deviation 0.02 and at eps 1e-3, a hundred steps of lr 0 leave weights off by 6e-7 of that in fp32 and by
-4e-2 of it in bf16 (root mean square; it grows as the root of the steps), and in bf16 2 or 3 of 100 weights of a norm, near 1,
-are moved at all. Here a leaf is moved when the module that owns it begins its forward,
-after its bytes have been copied, and the bytes are put back when that forward ends: exactly, in every type. It costs a
-copy of one matrix at a time; one larger than `parked_bytes` (the embeddings and the head of a 7B) is copied to the host, once a
-step, and comes back after each forward.
+How weights are moved, and moved back. The published code adds eps z to every weight, takes off 2
+eps z and adds eps z again: of weights of standard deviation 0.02 and at eps 1e-3, a hundred steps
+of lr 0 leave weights off by 6e-7 of that in fp32 and by 4e-2 of it in bf16 (root mean square; it
+grows as the root of the steps), and in bf16 2 or 3 of 100 weights of a norm, near 1, are moved at
+all. Here a leaf is moved when the module that owns it begins its forward, after its bytes have been
+copied, and the bytes are put back when that forward ends: exactly, in every type. It costs a copy
+of one matrix at a time; one larger than `parked_bytes` (the embeddings and the head of a 7B) is
+copied to the host, once a step, and comes back after each forward.
 
-Not exact in bf16: w + eps z and the update are rounded up or down at random, whatever `weights` says, so that they are right
-in the mean: where an ulp is above eps, a guess has more variance than z alone would give it. In fp32 both are rounded to
-nearest, once. z is drawn on the device it is used on: a GPU draws other numbers than a CPU.
+Not exact in bf16: w + eps z and the update are rounded up or down at random, whatever `weights`
+says, so that they are right in the mean: where an ulp is above eps, a guess has more variance than
+z alone would give it. In fp32 both are rounded to nearest, once. z is drawn on the device it is
+used on: a GPU draws other numbers than a CPU.
 """
 
 from __future__ import annotations
@@ -38,8 +41,8 @@ from ..weights.storage import random_bits, round_up_or_down
 from .keyed_random import generator, normal
 
 SLICE = 16 << 20
-"""Most weights that are moved at a time: z, which becomes the moved weight, and in bf16 the bits it is rounded by and what they
-are made of, 4 bytes each."""
+"""Most weights that are moved at a time: z, which becomes the moved weight, and in bf16 the bits it
+is rounded by and what they are made of, 4 bytes each."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +54,29 @@ class Exact:
 
     @property
     def cycle(self) -> int:
-        """Steps after which the kinds of steps repeat; the first of them is of the kind that holds most."""
+        """Steps after which the kinds of steps repeat; the first of them is of the kind that holds
+        most."""
         return 1
 
     def hurried(self) -> Exact:
-        """The same with a cycle of two steps at most, for who wants to see every kind of step soon."""
+        """The same with a cycle of two steps at most, for who wants to see every kind of step
+        soon."""
         return self
 
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         """Adds to the model what forming the gradient needs."""
         return model
 
-    def updater(self, place, until, rule, model: nn.Module, named: Mapping[str, nn.Parameter], lr: float,
-                observer: Observer) -> Updater:
+    def updater(
+        self,
+        place,
+        until,
+        rule,
+        model: nn.Module,
+        named: Mapping[str, nn.Parameter],
+        lr: float,
+        observer: Observer,
+    ) -> Updater:
         """The updater of one part's leaves, by name."""
         return place.updater(until, rule, named, lr, model, observer)
 
@@ -78,18 +91,35 @@ class ZerothOrder(Exact):
     parked_bytes: CountOrNone = 256 << 20
     """A leaf with more bytes waits on the host, not on the device, while it is moved."""
 
-    def updater(self, place, until, rule, model: nn.Module, named: Mapping[str, nn.Parameter], lr: float,
-                observer: Observer) -> Updater:
-        assert not rule.state_bytes(named.values()), "a guess goes with a rule that remembers nothing"
+    def updater(
+        self,
+        place,
+        until,
+        rule,
+        model: nn.Module,
+        named: Mapping[str, nn.Parameter],
+        lr: float,
+        observer: Observer,
+    ) -> Updater:
+        assert not rule.state_bytes(named.values()), (
+            "a guess goes with a rule that remembers nothing"
+        )
         return Guess(self, model, named, observer)
 
 
 class Guess(Updater):
-    """Moves leaves by +eps z in the first run of a step and by -eps z in the second, and updates them by what that did."""
+    """Moves leaves by +eps z in the first run of a step and by -eps z in the second, and updates
+    them by what that did."""
 
     runs = 2
 
-    def __init__(self, options: ZerothOrder, model: nn.Module, named: Mapping[str, nn.Parameter], observer: Observer):
+    def __init__(
+        self,
+        options: ZerothOrder,
+        model: nn.Module,
+        named: Mapping[str, nn.Parameter],
+        observer: Observer,
+    ):
         super().__init__([])
         self.options, self.named, self.observer = options, named, observer
         self._owners = _owners(model, named)
@@ -103,10 +133,18 @@ class Guess(Updater):
 
     def arm(self) -> None:
         for leaf in self.named.values():
-            leaf.requires_grad_(False)  # no graph, and no bf16 copy that autocast would keep for one
+            leaf.requires_grad_(
+                False
+            )  # no graph, and no bf16 copy that autocast would keep for one
         for module, leaves in self._owners.items():
-            self._handles.append(module.register_forward_pre_hook(lambda *_, leaves=leaves: self._move(leaves)))
-            self._handles.append(module.register_forward_hook(lambda *_, leaves=leaves: self._put_back(leaves), always_call=True))
+            self._handles.append(
+                module.register_forward_pre_hook(lambda *_, leaves=leaves: self._move(leaves))
+            )
+            self._handles.append(
+                module.register_forward_hook(
+                    lambda *_, leaves=leaves: self._put_back(leaves), always_call=True
+                )
+            )
 
     def disarm(self) -> None:
         while self._handles:
@@ -121,11 +159,15 @@ class Guess(Updater):
             self._sign = 0
         if number == self.runs - 1:
             self._parked.clear()
-        assert not self._unmoved, f"trained, but no forward of the module that owns it was seen: {', '.join(sorted(self._unmoved))}"
+        assert not self._unmoved, (
+            "trained, but no forward of the module that owns it was seen:"
+            f" {', '.join(sorted(self._unmoved))}"
+        )
 
     @torch.no_grad()
     def take(self, loss: Tensor) -> None:
-        """Adds what this loss (0-d, weighted by its micro-batch's share) says about g, on the device."""
+        """Adds what this loss (0-d, weighted by its micro-batch's share) says about g, on the
+        device."""
         part = loss.detach() * (self._sign / (2 * self.options.eps))
         self._slope = part if self._slope is None else self._slope.add_(part)
 
@@ -136,10 +178,18 @@ class Guess(Updater):
         self._slope = None
 
     def _add(self, name: str, leaf: Tensor, factor: Tensor | float, purpose: str) -> None:
-        """w <- w + factor z, a slice at a time. Where weights are bf16, both runs round with the same numbers, which leaves their
-        difference less to vary by."""
+        """w <- w + factor z, a slice at a time. Where weights are bf16, both runs round with the
+        same numbers, which leaves their difference less to vary by."""
         for start in range(0, leaf.numel(), SLICE):
-            piece, key = leaf.detach().view(-1)[start : start + SLICE], (self.options.seed, self.step, name, start)
+            piece, key = (
+                leaf.detach().view(-1)[start : start + SLICE],
+                (
+                    self.options.seed,
+                    self.step,
+                    name,
+                    start,
+                ),
+            )
             moved = normal(piece.shape, generator(leaf.device, *key)).mul_(factor).add_(piece)
             if piece.dtype is torch.bfloat16:
                 bits = random_bits(piece.numel(), start, repr((*key, purpose)), leaf.device)
@@ -172,9 +222,15 @@ class Guess(Updater):
                     del self._parked[leaf]  # the host's copies serve the second run as well
 
 
-def _owners(model: nn.Module, named: Mapping[str, nn.Parameter]) -> dict[nn.Module, dict[str, nn.Parameter]]:
+def _owners(
+    model: nn.Module, named: Mapping[str, nn.Parameter]
+) -> dict[nn.Module, dict[str, nn.Parameter]]:
     """module -> its own leaves: parameters of it, or rows that share a parameter's storage."""
-    by_storage = {p.untyped_storage()._cdata: module for module in model.modules() for p in module.parameters(recurse=False)}
+    by_storage = {
+        p.untyped_storage()._cdata: module
+        for module in model.modules()
+        for p in module.parameters(recurse=False)
+    }
     owners: dict[nn.Module, dict[str, nn.Parameter]] = {}
     for name, leaf in named.items():
         owners.setdefault(by_storage[leaf.untyped_storage()._cdata], {})[name] = leaf

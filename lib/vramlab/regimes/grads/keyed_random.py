@@ -1,7 +1,9 @@
-"""Random numbers that need not be kept: drawn again from what they are for, the same on every visit.
+"""Random numbers that need not be kept: drawn again from what they are for, the same on every
+visit.
 
-A stream is a pure function of its key, for example (seed, step, name of a weight, first row), so a run can stop and resume
-anywhere. Numbers are drawn on the device they are used on: a GPU draws others than a CPU from the same key.
+A stream is a pure function of its key, for example (seed, step, name of a weight, first row), so a
+run can stop and resume anywhere. Numbers are drawn on the device they are used on: a GPU draws
+others than a CPU from the same key.
 """
 
 from __future__ import annotations
@@ -32,4 +34,6 @@ class _Stream:
 
 def normal(shape: Sequence[int], stream: _Stream) -> Tensor:
     """Standard normal numbers, fp32."""
-    return torch.empty(shape, dtype=torch.float32, device=stream.device).normal_(generator=stream.source)
+    return torch.empty(shape, dtype=torch.float32, device=stream.device).normal_(
+        generator=stream.source
+    )

@@ -1,23 +1,28 @@
-"""Structured gradient approximation, construction B: a residual network's gradients guessed from its head's.
+"""Structured gradient approximation, construction B: a residual network's gradients guessed from
+its head's.
 
-LoRA on the matrices that write to the residual stream (o_proj and down_proj), A frozen. What the update of a B needs is the
-gradient d_l of the stream after that writer and the A x of each token:
+LoRA on the matrices that write to the residual stream (o_proj and down_proj), A frozen. What the
+update of a B needs is the gradient d_l of the stream after that writer and the A x of each token:
 
     dB_l = s d_l^T (A x_l)          (H, r) = (tokens, H)^T (tokens, r), s = alpha / r
 
-So the backbone runs forward with no graph, keeping r numbers a token and writer (LoRA-FA: Zhang 2023, arXiv:2308.03303). Norm
-and head are differentiated for d_L, the gradient of the stream's end, exactly; the rest are guessed:
+So the backbone runs forward with no graph, keeping r numbers a token and writer (LoRA-FA: Zhang
+2023, arXiv:2308.03303). Norm and head are differentiated for d_L, the gradient of the stream's end,
+exactly; the rest are guessed:
 
     learned     d_l = d_L + sigma G_l(LN(h_l), d_L / sigma),  sigma = rms(d_L)
     identity    d_l = d_L: what a residual stream passes on by its own. G = 0
-    random      d_l = R_l d_L, R_l fixed and random: direct feedback alignment, Nokland 2016, arXiv:1609.01596
+    random      d_l = R_l d_L, R_l fixed and random: direct feedback alignment, Nokland 2016,
+                arXiv:1609.01596
 
-G_l (Zhu 2024's light module, its depth free) reads k numbers of each and starts at zero; it costs k kept numbers more. Every
-`every` steps is an anchor: a true backward, whose gradient that step uses, and whose d_l G learns by regression. The guesses
-are biased: NOT an unbiased estimate, and a fixed point of it need not be one of the loss. Synthetic gradients: Jaderberg 2017,
-arXiv:1608.05343. The seed paper gives neither sites nor targets of G; this is one reading of it.
+G_l (Zhu 2024's light module, its depth free) reads k numbers of each and starts at zero; it costs k
+kept numbers more. Every `every` steps is an anchor: a true backward, whose gradient that step uses,
+and whose d_l G learns by regression. The guesses are biased: NOT an unbiased estimate, and a fixed
+point of it need not be one of the loss. Synthetic gradients: Jaderberg 2017, arXiv:1608.05343. The
+seed paper gives neither sites nor targets of G; this is one reading of it.
 
-Shapes: b batch, t tokens, H hidden, r rank of the adapters, k rank of G. d, h (b, t, H); A x (b, t, r).
+Shapes: b batch, t tokens, H hidden, r rank of the adapters, k rank of G. d, h (b, t, H); A x (b, t,
+r).
 """
 
 from __future__ import annotations
@@ -50,19 +55,26 @@ GUESS = "feedback"
 
 @dataclass(frozen=True)
 class Writers(Lora):
-    """LoRA on the writers of the residual stream, B trained and A frozen (LoRA-FA), so that r numbers a token are kept for it
-    instead of the writer's input; and, with `grads: predicted`, what guesses their gradients."""
+    """LoRA on the writers of the residual stream, B trained and A frozen (LoRA-FA), so that r
+    numbers a token are kept for it instead of the writer's input; and, with `grads: predicted`,
+    what guesses their gradients."""
 
     targets: tuple[str, ...] = WRITERS
 
     def parts(self, model: nn.Module) -> list[Part]:
-        return [tuple(Leaf(name, 0, len(param), len(param)) for name, param in model.named_parameters()
-                      if ".lora_B." in name or name.startswith(f"{GUESS}."))]
+        return [
+            tuple(
+                Leaf(name, 0, len(param), len(param))
+                for name, param in model.named_parameters()
+                if ".lora_B." in name or name.startswith(f"{GUESS}.")
+            )
+        ]
 
 
 @dataclass(frozen=True)
 class Predicted(Exact):
-    """Only the head is differentiated; below it gradients are guessed, except at anchors. Zhu 2024, as in `feedback`."""
+    """Only the head is differentiated; below it gradients are guessed, except at anchors. Zhu 2024,
+    as in `feedback`."""
 
     by: Literal["learned", "identity", "random"] = "learned"
     """What guesses: learned (G), identity (G = 0) or random."""
@@ -73,9 +85,11 @@ class Predicted(Exact):
     rank: Width = 16
     """k, the width of G."""
     tokens: Count = 256
-    """Most tokens of an anchor's micro-batch that G learns from, evenly spaced: the rest of their gradients is not kept."""
+    """Most tokens of an anchor's micro-batch that G learns from, evenly spaced: the rest of their
+    gradients is not kept."""
     probe: CountOrNone = 0
-    """Steps between true backwards for measurement alone, which the update does not use; 0 leaves it to the anchors."""
+    """Steps between true backwards for measurement alone, which the update does not use; 0 leaves
+    it to the anchors."""
     drop: bool = False
     """Whether a probe also measures how far the loss falls along the guess: three forwards more."""
 
@@ -99,12 +113,25 @@ class Predicted(Exact):
         like = found[0].weight
         with torch.random.fork_rng(), like.device:
             torch.manual_seed(seed)
-            model.add_module(GUESS, GUESSES[self.by](len(found), like.shape[0], self.rank, self.depth).to(like.dtype))
+            model.add_module(
+                GUESS,
+                GUESSES[self.by](len(found), like.shape[0], self.rank, self.depth).to(like.dtype),
+            )
         return model
 
-    def updater(self, place, until, rule, model: nn.Module, named: Mapping[str, nn.Parameter], lr: float,
-                observer: Observer) -> Feedback:
-        return Feedback(self, model, super().updater(place, until, rule, model, named, lr, observer), observer)
+    def updater(
+        self,
+        place,
+        until,
+        rule,
+        model: nn.Module,
+        named: Mapping[str, nn.Parameter],
+        lr: float,
+        observer: Observer,
+    ) -> Feedback:
+        return Feedback(
+            self, model, super().updater(place, until, rule, model, named, lr, observer), observer
+        )
 
 
 @dataclass(frozen=True)
@@ -127,14 +154,21 @@ def sites(model: nn.Module) -> list[Site]:
     ends = [*(block.input_layernorm for block in stack.layers[1:]), stack.norm]
     found = []
     for index, (block, end) in enumerate(zip(stack.layers, ends, strict=True)):
-        found += [Site(f"layers.{index}.self_attn.o_proj", block.self_attn.o_proj, block.post_attention_layernorm),
-                  Site(f"layers.{index}.mlp.down_proj", block.mlp.down_proj, end)]
+        found += [
+            Site(
+                f"layers.{index}.self_attn.o_proj",
+                block.self_attn.o_proj,
+                block.post_attention_layernorm,
+            ),
+            Site(f"layers.{index}.mlp.down_proj", block.mlp.down_proj, end),
+        ]
     return [site for site in found if hasattr(site.writer, "lora_B")]
 
 
 @dataclass
 class _Seen:
-    """What one forward left for the guesses, by the number of the site; `stream` and `true` only where the truth is formed."""
+    """What one forward left for the guesses, by the number of the site; `stream` and `true` only
+    where the truth is formed."""
 
     codes: dict[int, Tensor] = field(default_factory=dict)
     """A x (b, t, r)"""
@@ -149,7 +183,8 @@ class _Seen:
 
 
 class Feedback(Updater):
-    """Forms the gradients of the B, guessed or, at anchors, true; and those of G. Updates as `inner` does."""
+    """Forms the gradients of the B, guessed or, at anchors, true; and those of G. Updates as
+    `inner` does."""
 
     def __init__(self, value: Predicted, model: nn.Module, inner: Updater, observer: Observer):
         super().__init__(inner.optimizers)
@@ -164,7 +199,9 @@ class Feedback(Updater):
 
     @contextmanager
     def run(self, number: int) -> Iterator[None]:
-        if self.truth and not self.anchor:  # what the other micro-batches have guessed is kept meanwhile
+        if (
+            self.truth and not self.anchor
+        ):  # what the other micro-batches have guessed is kept meanwhile
             for site in self.sites:
                 site.weight.grad = None
         with self.again.watching() if self.truth and self.value.drop else nullcontext():
@@ -183,10 +220,14 @@ class Feedback(Updater):
 
     @contextmanager
     def _watched(self) -> Iterator[_Seen]:
-        """Around one forward and backward: hooks that catch what guesses need; and, unless the truth is to be formed, an end
-        of the graph below the final norm."""
+        """Around one forward and backward: hooks that catch what guesses need; and, unless the
+        truth is to be formed, an end of the graph below the final norm."""
         seen, frozen = _Seen(), [] if self.truth else [site.weight for site in self.sites]
-        handles = [handle for index, site in enumerate(self.sites) for handle in self._hooks(index, site, seen)]
+        handles = [
+            handle
+            for index, site in enumerate(self.sites)
+            for handle in self._hooks(index, site, seen)
+        ]
         handles.append(self.norm.register_forward_pre_hook(_ended(seen, self.truth)))
         for weight in frozen:
             weight.requires_grad_(False)
@@ -218,8 +259,11 @@ class Feedback(Updater):
                 if teaches:
                     seen.stream[index] = self._sample(args[0].detach())
 
-        return (site.writer.lora_A["default"].register_forward_hook(wrote), site.writer.register_forward_hook(added),
-                site.reader.register_forward_pre_hook(read))
+        return (
+            site.writer.lora_A["default"].register_forward_hook(wrote),
+            site.writer.register_forward_hook(added),
+            site.reader.register_forward_pre_hook(read),
+        )
 
     def _sample(self, tensor: Tensor) -> Tensor:
         """Every n-th token (n, H), from another one on at each anchor."""
@@ -228,11 +272,18 @@ class Feedback(Updater):
         return flat[self.step // self.value.every % stride :: stride].contiguous()
 
     def _feed(self, seen: _Seen) -> None:
-        """Adds each site's guessed gradient of this micro-batch, and its true one where that is not in `.grad` to stay."""
+        """Adds each site's guessed gradient of this micro-batch, and its true one where that is not
+        in `.grad` to stay."""
         for index, site in enumerate(self.sites):
-            d = seen.end if index == len(self.sites) - 1 else self.guess(index, seen.read.pop(index), seen.end)
+            d = (
+                seen.end
+                if index == len(self.sites) - 1
+                else self.guess(index, seen.read.pop(index), seen.end)
+            )
             code = seen.codes.pop(index)
-            gradient = (d.to(code.dtype) * site.writer.scaling["default"]).flatten(0, -2).mT @ code.flatten(0, -2)
+            gradient = (d.to(code.dtype) * site.writer.scaling["default"]).flatten(
+                0, -2
+            ).mT @ code.flatten(0, -2)
             _add(self._guessed, site.name, gradient.to(site.weight.dtype))
             if self.truth and not self.anchor:
                 _add(self._true, site.name, site.weight.grad)
@@ -247,8 +298,12 @@ class Feedback(Updater):
     @torch.no_grad()
     def _probe(self) -> None:
         true = self._true or {site.name: site.weight.grad for site in self.sites}
-        self._probes.add(self.step, self._guessed, true,
-                         drop_ratio(self._loss_after, self._guessed, true) if self.value.drop else None)
+        self._probes.add(
+            self.step,
+            self._guessed,
+            true,
+            drop_ratio(self._loss_after, self._guessed, true) if self.value.drop else None,
+        )
 
     def _loss_after(self, change: Mapping[str, Tensor]) -> Tensor:
         kept = [site.weight.clone() for site in self.sites]
@@ -271,8 +326,9 @@ def _add(sums: dict[str, Tensor], name: str, tensor: Tensor) -> None:
 
 
 def _ended(seen: _Seen, truth: bool):
-    """Before the final norm: with the truth the graph goes on below, and d_L is caught as it passes; without, it ends here, in
-    a leaf that is kept for the d_L it will be given."""
+    """Before the final norm: with the truth the graph goes on below, and d_L is caught as it
+    passes; without, it ends here, in a leaf that is kept for the d_L it will be given."""
+
     def hook(_, args) -> tuple[Tensor]:
         if truth:
             args[0].register_hook(lambda d: setattr(seen, "end", d))

@@ -1,4 +1,5 @@
-"""Updates that run on the host: gradients go down, the rule runs there, new weights come up. See `host` for who asks for it."""
+"""Updates that run on the host: gradients go down, the rule runs there, new weights come up. See
+`host` for who asks for it."""
 
 from __future__ import annotations
 
@@ -15,13 +16,17 @@ from .transfers import Bus
 
 
 class HostUpdater(Updater):
-    """Updates on the host. `copies`: the leaves are on the device, and the host holds a copy of each; else the leaves
-    themselves are on the host. The update of one gradient that lives until backward waits for the next one to have left,
-    so that the copy down is not waited for."""
+    """Updates on the host. `copies`: the leaves are on the device, and the host holds a copy of
+    each; else the leaves themselves are on the host. The update of one gradient that lives until
+    backward waits for the next one to have left, so that the copy down is not waited for."""
 
-    def __init__(self, until: Any, rule: Any, leaves: list[nn.Parameter], lr: float, bus: Bus, copies: bool):
+    def __init__(
+        self, until: Any, rule: Any, leaves: list[nn.Parameter], lr: float, bus: Bus, copies: bool
+    ):
         self._leaves, self._bus, self._copies = leaves, bus, copies
-        self._on_host = [nn.Parameter(bus.host_like(leaf.detach())) for leaf in leaves] if copies else leaves
+        self._on_host = (
+            [nn.Parameter(bus.host_like(leaf.detach())) for leaf in leaves] if copies else leaves
+        )
         self._inner = until.updater(rule, self._on_host, lr)
         super().__init__(self._inner.optimizers)
         self._at_once = isinstance(until, Backward)
@@ -34,7 +39,10 @@ class HostUpdater(Updater):
                 for leaf, copy in zip(self._leaves, self._on_host, strict=True):
                     copy.copy_(leaf)
         if self._at_once:
-            self._handles = [leaf.register_post_accumulate_grad_hook(self._hook(i)) for i, leaf in enumerate(self._leaves)]
+            self._handles = [
+                leaf.register_post_accumulate_grad_hook(self._hook(i))
+                for i, leaf in enumerate(self._leaves)
+            ]
 
     def disarm(self) -> None:
         while self._handles:
@@ -53,7 +61,8 @@ class HostUpdater(Updater):
 
     @torch.no_grad()
     def _receive(self, index: int):
-        """The gradient of a leaf on its way to the host, and gone from the device; the event of its arrival."""
+        """The gradient of a leaf on its way to the host, and gone from the device; the event of its
+        arrival."""
         leaf = self._leaves[index]
         if not self._copies:
             return self._bus.last_down()
@@ -80,7 +89,8 @@ class HostUpdater(Updater):
         return any(mine is leaf for mine in self._leaves)
 
     def taker(self, leaf: Tensor) -> TakesRows | None:
-        """Rows go down as they are formed; here the whole gradient is on the device only where it stays to the end."""
+        """Rows go down as they are formed; here the whole gradient is on the device only where it
+        stays to the end."""
         if is_sharded(leaf) or (self._copies and not self._at_once):
             return None
         return _RowsDown(self, next(i for i, mine in enumerate(self._leaves) if mine is leaf))

@@ -1,16 +1,21 @@
-"""Axis `place`, value host_weights: weights, gradients and optimizer state in host memory; the device sees them pass.
+"""Axis `place`, value host_weights: weights, gradients and optimizer state in host memory; the
+device sees them pass.
 
     embedding   the tokens' rows, looked up on the host (see `host.LookUp`)
-    a block     its weights come up while the block before it runs (forward: the one above; backward: the one below), so two
-                blocks' are there at most; a weight is dropped when forward has used it. Backward forms the block again, which
+    a block     its weights come up while the block before it runs (forward: the one above;
+                backward: the one below), so two
+                blocks' are there at most; a weight is dropped when forward has used it. Backward
+                  forms the block again, which
                 is what brings its weights up again, so blocks must be checkpointed.
-    the head    `head_rows` rows of W at a time, forward and backward: rows are normalised one by one
+    the head    `head_rows` rows of W at a time, forward and backward: rows are normalised one by
+                one
     a gradient  goes down when it is formed; the rule runs on the host, see `host.HostUpdater`
 
-After ZeRO-Infinity, Rajbhandari 2021, arXiv:2104.07857, and L2L, Pudipeddi 2020, arXiv:2002.05645, on one device. Exact, but
-for the order in which chunks of the head are summed into the gradient of what it is given. A step moves 4 bytes a bf16
-weight up and 2 down. On a GPU weights come up, and gradients go down, beside the computing; not run on one yet. Host bytes,
-a weight of `b` bytes: b + b (gradient; with `until: backward` two tensors' at a time) + the rule's state.
+After ZeRO-Infinity, Rajbhandari 2021, arXiv:2104.07857, and L2L, Pudipeddi 2020, arXiv:2002.05645,
+on one device. Exact, but for the order in which chunks of the head are summed into the gradient of
+what it is given. A step moves 4 bytes a bf16 weight up and 2 down. On a GPU weights come up, and
+gradients go down, beside the computing; not run on one yet. Host bytes, a weight of `b` bytes: b +
+b (gradient; with `until: backward` two tensors' at a time) + the rule's state.
 
 Shapes: t tokens (any leading dimensions), H hidden, V vocabulary.
 """
@@ -40,11 +45,15 @@ from .transfers import Bus
 
 
 class Fetch(torch.autograd.Function):
-    """A parameter on the host -> the same on the device. backward: its gradient, on its way to the host. Called right before
-    the operation that uses it: then autograd runs its backward right after that operation's, and one gradient is there."""
+    """A parameter on the host -> the same on the device. backward: its gradient, on its way to the
+    host. Called right before the operation that uses it: then autograd runs its backward right
+    after that operation's, and one gradient is there.
+    """
 
     @staticmethod
-    def forward(ctx, parameter: nn.Parameter, take: Callable[[nn.Parameter], Tensor], bus: Bus) -> Tensor:
+    def forward(
+        ctx, parameter: nn.Parameter, take: Callable[[nn.Parameter], Tensor], bus: Bus
+    ) -> Tensor:
         ctx.bus, ctx.first = bus, lambda: parameter.grad is None
         return take(parameter)
 
@@ -62,7 +71,9 @@ class BlockStream:
     def __init__(self, model: nn.Module, stack: nn.Module, bus: Bus):
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._blocks, self._bus, self._table = list(stack.layers), bus, stack.embed_tokens
-        self._there: dict[int, dict[int, tuple[Tensor, object]]] = {}  # block -> weight -> on the device, and when
+        self._there: dict[
+            int, dict[int, tuple[Tensor, object]]
+        ] = {}  # block -> weight -> on the device, and when
         self._running: tuple[int, bool] | None = None  # block, and whether it is formed again
         for index, block in enumerate(self._blocks):
             for module in block.modules():
@@ -84,7 +95,8 @@ class BlockStream:
     def _begin(self, index: int, again: bool) -> None:
         self._running = index, again
         following = index - 1 if again else index + 1
-        # a new forward begins with nothing: what backward brought up too much has been updated since
+        # a new forward begins with nothing: what backward brought up too much has been updated
+        # since
         kept = () if index == 0 and not again else (index, following)
         for other in [other for other in self._there if other not in kept]:
             self._drop(other)
@@ -93,13 +105,20 @@ class BlockStream:
             self._bring(following)
 
     def _backward_reaches(self, index: int) -> bool:
-        return any(parameter.requires_grad for module in (self._table, *self._blocks[: index + 1])
-                   for parameter in module.parameters())
+        return any(
+            parameter.requires_grad
+            for module in (self._table, *self._blocks[: index + 1])
+            for parameter in module.parameters()
+        )
 
     def _bring(self, index: int) -> None:
         if not self._there.get(index):
-            self._there[index] = {id(p): self._bus.up(p.detach()) for p in self._blocks[index].parameters()}
-            self._bus.observer.own("weights", ((self._names[key], up) for key, (up, _) in self._there[index].items()))
+            self._there[index] = {
+                id(p): self._bus.up(p.detach()) for p in self._blocks[index].parameters()
+            }
+            self._bus.observer.own(
+                "weights", ((self._names[key], up) for key, (up, _) in self._there[index].items())
+            )
 
     def _drop(self, index: int) -> None:
         for _, event in self._there.pop(index, {}).values():
@@ -107,7 +126,8 @@ class BlockStream:
 
     def _take(self, index: int, parameter: nn.Parameter) -> Tensor:
         again = bool(recomputing)
-        # told by its weights that a block begins: hooks and wrappers do not run when one is formed again
+        # told by its weights that a block begins: hooks and wrappers do not run when one is formed
+        # again
         if (index, again) != self._running or id(parameter) not in self._there[index]:
             self._begin(index, again)
         there, event = self._there[index].pop(id(parameter))
@@ -120,21 +140,31 @@ def _replaced(module: nn.Module, fetched: Callable[[nn.Parameter], Tensor]) -> I
     """The module's own parameters are what `fetched` makes of them."""
     own = dict(module._parameters)
     try:
-        module._parameters.update({name: fetched(parameter) for name, parameter in own.items() if parameter is not None})
+        module._parameters.update(
+            {name: fetched(parameter) for name, parameter in own.items() if parameter is not None}
+        )
         yield
     finally:
         module._parameters.update(own)
 
 
 class StreamedLogits(torch.autograd.Function):
-    """logits = h normalize(W)^T, or h W^T where `norm` is off, W (V, H) on the host, `step` rows of it on the device at a time;
-    h (..., H) -> (..., V). backward: dh summed over the chunks in h's type, and dW row by row, on its way to the host."""
+    """logits = h normalize(W)^T, or h W^T where `norm` is off, W (V, H) on the host, `step` rows of
+    it on the device at a time; h (..., H) -> (..., V). backward: dh summed over the chunks in h's
+    type, and dW row by row, on its way to the host.
+    """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: nn.Parameter, step: int, bus: Bus, norm: bool) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: nn.Parameter, step: int, bus: Bus, norm: bool
+    ) -> Tensor:
         ctx.save_for_backward(hidden)
         ctx.weight, ctx.step, ctx.bus, ctx.norm = weight, step, bus, norm
-        ctx.low = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
+        ctx.low = (
+            torch.get_autocast_dtype(hidden.device.type)
+            if torch.is_autocast_enabled(hidden.device.type)
+            else None
+        )
         logits = hidden.new_empty(*hidden.shape[:-1], weight.shape[0], dtype=ctx.low)
         pieces = spans(weight.shape[0], step)
         for (a, b), rows in zip(pieces, rows_up(weight.detach(), pieces, bus), strict=True):
@@ -162,11 +192,18 @@ class StreamedLogits(torch.autograd.Function):
                 ctx.bus.down(torch.autograd.grad(unit, rows, dunit)[0], into=dweight[a:b])
         if dweight is not None and ctx.weight.grad is not None:
             ctx.bus.last_down().synchronize()
-        return dhidden if dhidden is None else dhidden.to(hidden.dtype).view_as(hidden), dweight, None, None, None
+        return (
+            dhidden if dhidden is None else dhidden.to(hidden.dtype).view_as(hidden),
+            dweight,
+            None,
+            None,
+            None,
+        )
 
 
 def rows_up(weight: Tensor, pieces: Spans, bus: Bus) -> Iterator[Tensor]:
-    """Rows of a weight on the host, piece by piece on the device, the next piece on its way up meanwhile."""
+    """Rows of a weight on the host, piece by piece on the device, the next piece on its way up
+    meanwhile."""
     coming = None
     for at, (a, b) in enumerate(pieces):
         rows, event = coming or bus.up(weight[a:b])
@@ -195,7 +232,8 @@ class HostWeights(Device):
     """Everything that lasts longer than a step is in host memory."""
 
     head_rows: Count = 8192
-    """Rows of a plain head on the device at one time; two such pieces are there. A fused head has its own sizes."""
+    """Rows of a plain head on the device at one time; two such pieces are there. A fused head has
+    its own sizes."""
 
     def on_host(self, name: str) -> bool:
         return True
@@ -203,7 +241,9 @@ class HostWeights(Device):
     def move(self, model: nn.Module, device: torch.device) -> nn.Module:
         return model
 
-    def shard(self, model: nn.Module, device: torch.device, weights: Fp32, observer: Observer) -> set[int]:
+    def shard(
+        self, model: nn.Module, device: torch.device, weights: Fp32, observer: Observer
+    ) -> set[int]:
         bus, stack = Bus(device, observer), decoder(model)
         own_on_host(model, bus)
         move_all_but(model, device, {module for module in model.modules() if module._parameters})
@@ -215,6 +255,15 @@ class HostWeights(Device):
         BlockStream(model, stack, bus)
         return super().shard(model, device, weights, observer)
 
-    def updater(self, until: Any, rule: Any, leaves: Mapping[str, nn.Parameter], lr: float, model: nn.Module,
-                observer: Observer) -> Updater:
-        return HostUpdater(until, rule, list(leaves.values()), lr, decoder(model).embed_tokens.bus, copies=False)
+    def updater(
+        self,
+        until: Any,
+        rule: Any,
+        leaves: Mapping[str, nn.Parameter],
+        lr: float,
+        model: nn.Module,
+        observer: Observer,
+    ) -> Updater:
+        return HostUpdater(
+            until, rule, list(leaves.values()), lr, decoder(model).embed_tokens.bus, copies=False
+        )

@@ -1,14 +1,16 @@
 """Copies between a device and host memory, on streams of their own, each way one.
 
-Every buffer is made on the stream that computes, so that its memory comes from, and returns to, the pool of that stream in
-the program's order; only the copying is elsewhere. A copy waits for what has been asked of the device so far, what is asked
-afterwards does not wait for the copy, unless it says so (`arrived`). A tensor on its way to the host is held until `AHEAD`
-more have left; the device then waits for its copy before the memory is used again. That costs no synchronization of the
-host, and makes the bytes the same on every device. On a CPU and on the virtual GPU streams do nothing and copies are done
-when they are asked for.
+Every buffer is made on the stream that computes, so that its memory comes from, and returns to, the
+pool of that stream in the program's order; only the copying is elsewhere. A copy waits for what has
+been asked of the device so far, what is asked afterwards does not wait for the copy, unless it says
+so (`arrived`). A tensor on its way to the host is held until `AHEAD` more have left; the device
+then waits for its copy before the memory is used again. That costs no synchronization of the host,
+and makes the bytes the same on every device. On a CPU and on the virtual GPU streams do nothing and
+copies are done when they are asked for.
 
-On CUDA host memory is page-locked, else copies would not overlap. Not included in any count of host bytes: torch's
-page-locked allocator rounds each request up to a power of two. Written for CUDA's ordering; not run on a GPU yet.
+On CUDA host memory is page-locked, else copies would not overlap. Not included in any count of host
+bytes: torch's page-locked allocator rounds each request up to a power of two. Written for CUDA's
+ordering; not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Bus:
         self._leaving: deque[tuple[Tensor, object]] = deque()
 
     def host_like(self, tensor: Tensor) -> Tensor:
-        """Host memory for a tensor like this one, its numbers not set; the same strides, so that kernels are the same."""
+        """Host memory for a tensor like this one, its numbers not set; the same strides, so that
+        kernels are the same."""
         with self.observer.region("host"):
             return torch.empty_like(tensor, device="cpu", pin_memory=self.device.type == "cuda")
 
@@ -51,7 +54,8 @@ class Bus:
         return host, event
 
     def up(self, host: Tensor, into: Tensor | None = None, after=None) -> tuple[Tensor, object]:
-        """A copy on the device, and the event for `arrived`. `after`: the event of the host tensor's own arrival."""
+        """A copy on the device, and the event for `arrived`. `after`: the event of the host
+        tensor's own arrival."""
         # a fresh tensor on every device, so that a CPU run has the same lifetimes as a GPU run
         there = torch.empty_like(host, device=self.device) if into is None else into
         self._up.wait_stream(self._now())
@@ -76,7 +80,8 @@ class Bus:
         return self._mark(self._down)
 
     def release(self) -> None:
-        """Nothing that has been sent down is held any longer; the device waits for what is still on its way."""
+        """Nothing that has been sent down is held any longer; the device waits for what is still on
+        its way."""
         while self._leaving:
             self.arrived(self._leaving.popleft()[1])
 

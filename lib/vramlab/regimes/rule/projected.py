@@ -1,35 +1,47 @@
-"""Rules whose memory is low-rank: Adam's moments are those of a projection of the gradient, not of the gradient.
+"""Rules whose memory is low-rank: Adam's moments are those of a projection of the gradient, not of
+the gradient.
 
-For a matrix W (O, I) of a block, with G its gradient and S the length of its shorter side, P is (S, r) and
+For a matrix W (O, I) of a block, with G its gradient and S the length of its shorter side, P is (S,
+r) and
 
-    R = P^T G  (r, I)  where O < I,        R = G P  (O, r)  where O >= I        the shorter side is what is projected
+    R = P^T G  (r, I)  where O < I,        R = G P  (O, r)  where O >= I        the shorter side is
+               what is projected
 
-GaLore takes for P the leading singular vectors of the gradient at every `gap`-th update, runs Adam on R, and goes back:
-W <- W - lr scale P adam(R). APOLLO takes for P Gaussian numbers, runs Adam on R only to learn how much it scales each channel
-(or, in APOLLO-Mini, the whole matrix), and scales the gradient itself by that:
+GaLore takes for P the leading singular vectors of the gradient at every `gap`-th update, runs Adam
+on R, and goes back: W <- W - lr scale P adam(R). APOLLO takes for P Gaussian numbers, runs Adam on
+R only to learn how much it scales each channel (or, in APOLLO-Mini, the whole matrix), and scales
+the gradient itself by that:
 
-    W <- W - lr sqrt(scale) limit G diag(s),        s_j = |adam(R)_j| / |R_j|        j along the longer side
+    W <- W - lr sqrt(scale) limit G diag(s),        s_j = |adam(R)_j| / |R_j|        j along the
+                                                    longer side
 
-    limit: the update's norm grows from one update to the next by 1.01 at most (the norm-growth limiter)
+    limit: the update's norm grows from one update to the next by 1.01 at most (the norm-growth
+    limiter)
 
-What is projected: every matrix of the blocks, which are all Linears; W_pack, where Q, K and V are one, as one matrix of three
-times the rows. Norms, embeddings and NormHead get plain AdamW, with moments in the weight's type: together 4 bytes of state
-for each of their weights in bf16, which at 7B (1.03e9 of them) is more than all the rest. An adapter's matrices are projected too.
+What is projected: every matrix of the blocks, which are all Linears; W_pack, where Q, K and V are
+one, as one matrix of three times the rows. Norms, embeddings and NormHead get plain AdamW, with
+moments in the weight's type: together 4 bytes of state for each of their weights in bf16, which at
+7B (1.03e9 of them) is more than all the rest. An adapter's matrices are projected too.
 
-The published packages, galore-torch 1.0 and apollo-torch 1.0.3, differ from the papers and from torch. `follows: package` is
+The published packages, galore-torch 1.0 and apollo-torch 1.0.3, differ from the papers and from
+torch. `follows: package` is
 
-    eps       added to sqrt(v) before v's bias is corrected, which makes it eps / sqrt(1 - beta2^t); their default is 1e-6
+    eps       added to sqrt(v) before v's bias is corrected, which makes it eps / sqrt(1 - beta2^t);
+              their default is 1e-6
     decay     of weights, after the update
     moments   in the gradient's type: 2 bytes in bf16
-    limit     APOLLO's, on the growth of the update before the moments' biases are corrected; its norms get 1e-8 where they divide
+    limit     APOLLO's, on the growth of the update before the moments' biases are corrected; its
+              norms get 1e-8 where they divide
     the rest  norms, embeddings and head by the same AdamW, not fused: temporaries of a leaf's size
 
-and differs from them in what APOLLO draws (another stream, and P is not stored) and in where a gradient may come in rows.
+and differs from them in what APOLLO draws (another stream, and P is not stored) and in where a
+gradient may come in rows.
 
-In bytes: moments in fp32. GaLore's P is in the weight's type, and products with it are formed in that type, as in the
-published code; there all state is. APOLLO's P is never stored: it is drawn again from its seed at each update, which costs
-its S r numbers as a temporary. GaLore's update adds a product in place, APOLLO's a few rows at a time, so that neither has a
-temporary of the matrix's size; the singular vectors have (see `leading`).
+In bytes: moments in fp32. GaLore's P is in the weight's type, and products with it are formed in
+that type, as in the published code; there all state is. APOLLO's P is never stored: it is drawn
+again from its seed at each update, which costs its S r numbers as a temporary. GaLore's update adds
+a product in place, APOLLO's a few rows at a time, so that neither has a temporary of the matrix's
+size; the singular vectors have (see `leading`).
 """
 
 from __future__ import annotations
@@ -53,7 +65,8 @@ ROWS_BYTES = 16 << 20
 
 
 def is_projected(leaf: Tensor, names: Mapping[int, str]) -> bool:
-    """Whether a leaf is a matrix of a block: embeddings, head and norms are not. `names` maps its id to its name."""
+    """Whether a leaf is a matrix of a block: embeddings, head and norms are not. `names` maps its
+    id to its name."""
     return leaf.dim() == 2 and re.search(r"\blayers\.\d+\.", names.get(id(leaf), "")) is not None
 
 
@@ -64,27 +77,42 @@ def _sides(matrix: Tensor, rank: int) -> tuple[int, int, int]:
 
 
 def leading(grad: Tensor, rank: int) -> Tensor:
-    """P (S, rank): the leading singular vectors of `grad` (O, I) along its shorter side, in its type.
+    """P (S, rank): the leading singular vectors of `grad` (O, I) along its shorter side, in its
+    type.
 
-    Formed in fp32 by a full SVD, as published: for that moment the gradient, U (O, S) and V (S, I) exist in fp32. What the
-    GPU's solver takes for itself besides is known to nobody but cuSOLVER; the forecast does not have it.
+    Formed in fp32 by a full SVD, as published: for that moment the gradient, U (O, S) and V (S, I)
+    exist in fp32. What the GPU's solver takes for itself besides is known to nobody but cuSOLVER;
+    the forecast does not have it.
     """
     left, _, right = torch.linalg.svd(grad.float(), full_matrices=False)
     # a copy: a slice would keep all singular vectors alive
-    return (left[:, :rank] if grad.shape[0] < grad.shape[1] else right[:rank].mT).to(grad.dtype, copy=True).contiguous()
+    return (
+        (left[:, :rank] if grad.shape[0] < grad.shape[1] else right[:rank].mT)
+        .to(grad.dtype, copy=True)
+        .contiguous()
+    )
 
 
 class _Projected(_AdamW):
-    """AdamW, except for the matrices, which `rule.update` updates, and where `rule` follows its package. There a step count is an
-    int: it decides what runs."""
+    """AdamW, except for the matrices, which `rule.update` updates, and where `rule` follows its
+    package. There a step count is an int: it decides what runs."""
 
     def __init__(self, params: list[Tensor], lr: float, rule: LowRank, names: Mapping[int, str]):
-        super().__init__(params, lr=lr, betas=(rule.beta1, rule.beta2), eps=rule.eps, weight_decay=rule.weight_decay, fused=True)
+        super().__init__(
+            params,
+            lr=lr,
+            betas=(rule.beta1, rule.beta2),
+            eps=rule.eps,
+            weight_decay=rule.weight_decay,
+            fused=True,
+        )
         self._rule, self._package, self._names = rule, rule.follows == "package", names
         self._own = [p for p in params if self._package or is_projected(p, names)]
 
     def __setstate__(self, state) -> None:
-        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's makes tensors of step counts, for checkpoints of old
+        torch.optim.Optimizer.__setstate__(
+            self, state
+        )  # AdamW's makes tensors of step counts, for checkpoints of old
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
@@ -101,12 +129,14 @@ class _Projected(_AdamW):
             else:
                 feed(self, leaf, [(0, len(leaf))], lambda *_, leaf=leaf: leaf.grad)
             leaf.grad = None
-        if len(self._own) < len(self.param_groups[0]["params"]):  # inside backward a leaf has an optimizer to itself
+        if len(self._own) < len(
+            self.param_groups[0]["params"]
+        ):  # inside backward a leaf has an optimizer to itself
             super().step(closure)
 
     def _decay(self, weight: Tensor) -> float:
-        """Shrinks the weight; the learning rate of its update. A decay after an update, which is a package's, is one before it and
-        a lower rate: kept (w - lr u) = kept w - lr kept u."""
+        """Shrinks the weight; the learning rate of its update. A decay after an update, which is a
+        package's, is one before it and a lower rate: kept (w - lr u) = kept w - lr kept u."""
         lr = self.param_groups[0]["lr"]
         kept = 1 - lr * self._rule.weight_decay
         if kept != 1:
@@ -115,7 +145,9 @@ class _Projected(_AdamW):
 
     def begin_rows(self, leaf: Tensor) -> None:
         if self._package and not self.state[leaf]:
-            self.state[leaf].update(step=0, exp_avg=torch.zeros_like(leaf), exp_avg_sq=torch.zeros_like(leaf))
+            self.state[leaf].update(
+                step=0, exp_avg=torch.zeros_like(leaf), exp_avg_sq=torch.zeros_like(leaf)
+            )
         super().begin_rows(leaf)
 
     @torch.no_grad()
@@ -123,8 +155,14 @@ class _Projected(_AdamW):
         if not self._package:
             return super().rows(leaf, start, stop, grad, sweep)
         weight, state = leaf[start:stop], self.state[leaf]
-        direction, correction = self._rule.adam(grad, {"step": state["step"], "exp_avg": state["exp_avg"][start:stop],
-                                                       "exp_avg_sq": state["exp_avg_sq"][start:stop]})
+        direction, correction = self._rule.adam(
+            grad,
+            {
+                "step": state["step"],
+                "exp_avg": state["exp_avg"][start:stop],
+                "exp_avg_sq": state["exp_avg_sq"][start:stop],
+            },
+        )
         weight.add_(direction, alpha=-self._decay(weight) * correction)
 
 
@@ -154,8 +192,8 @@ class LowRank(AdamW):
         return weight.dtype if self.follows == "package" else torch.float32
 
     def adam(self, grad: Tensor, state: dict) -> tuple[Tensor, float]:
-        """Adam's direction for a gradient in the type of its moments, which are made at the first update, and what of the biases'
-        correction is still to be multiplied."""
+        """Adam's direction for a gradient in the type of its moments, which are made at the first
+        update, and what of the biases' correction is still to be multiplied."""
         if "exp_avg" not in state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
         mean = state["exp_avg"].lerp_(grad, 1 - self.beta1)
@@ -168,9 +206,11 @@ class LowRank(AdamW):
 
 @dataclass(frozen=True)
 class GaLore(LowRank):
-    """Adam in the span of the gradient's leading singular vectors. State for each matrix: 2 x 4 bytes a number of R, and P in the
-    weight's type. Zhao 2024, arXiv:2403.03507. Moments are kept when P changes, as published. Every `gap`-th update stalls for
-    the SVDs. In bf16 an update below 2^-9 of a weight is lost, as published. `follows: package` is galore-torch 1.0, see above."""
+    """Adam in the span of the gradient's leading singular vectors. State for each matrix: 2 x 4
+    bytes a number of R, and P in the weight's type. Zhao 2024, arXiv:2403.03507. Moments are kept
+    when P changes, as published. Every `gap`-th update stalls for the SVDs. In bf16 an update below
+    2^-9 of a weight is lost, as published. `follows: package` is galore-torch 1.0, see above.
+    """
 
     scale: Limit = 0.25
     inner: Literal["adamw", "sgd"] = "adamw"
@@ -186,7 +226,12 @@ class GaLore(LowRank):
         direction, correction = self.adam(low, state) if self.inner == "adamw" else (low, 1.0)
         low = direction.to(matrix.dtype)
         del direction
-        torch.addmm(matrix, *((basis, low) if across else (low, basis.mT)), alpha=-lr * self.scale * correction, out=matrix)
+        torch.addmm(
+            matrix,
+            *((basis, low) if across else (low, basis.mT)),
+            alpha=-lr * self.scale * correction,
+            out=matrix,
+        )
 
     def _matrix_bytes(self, matrix: Tensor) -> int:
         short, long, rank = _sides(matrix, self.rank)
@@ -196,10 +241,13 @@ class GaLore(LowRank):
 
 @dataclass(frozen=True)
 class Apollo(LowRank):
-    """The gradient, each channel scaled as Adam scales its random projection. State for each matrix: 2 x 4 bytes a number of R,
-    and 4 for the last update's norm. Zhu 2024, arXiv:2412.05270, written from the paper. `per_tensor`, with rank 1 and scale
-    128, is APOLLO-Mini: one factor for the whole matrix. Numbers are drawn on the device: another kind of device draws others.
-    `growth` bounds the update that is made; with `follows: package`, which is apollo-torch 1.0.3, that before bias correction."""
+    """The gradient, each channel scaled as Adam scales its random projection. State for each
+    matrix: 2 x 4 bytes a number of R, and 4 for the last update's norm. Zhu 2024, arXiv:2412.05270,
+    written from the paper. `per_tensor`, with rank 1 and scale 128, is APOLLO-Mini: one factor for
+    the whole matrix. Numbers are drawn on the device: another kind of device draws others. `growth`
+    bounds the update that is made; with `follows: package`, which is apollo-torch 1.0.3, that
+    before bias correction.
+    """
 
     rank: Count = 256
     per_tensor: bool = False
@@ -209,7 +257,9 @@ class Apollo(LowRank):
 
     def update(self, name: str, matrix: Tensor, grad: Tensor, state: dict, lr: float) -> None:
         short, long, rank = _sides(grad, self.rank)
-        dim = 0 if grad.shape[0] < grad.shape[1] else 1  # of the shorter side; channels are what lies along the other
+        dim = (
+            0 if grad.shape[0] < grad.shape[1] else 1
+        )  # of the shorter side; channels are what lies along the other
         stream = generator(grad.device, self.seed, name, state["step"] // self.gap)
         drawn = normal((short, rank), stream).div_(rank**0.5).to(grad.dtype)
         low = (drawn.mT @ grad if dim == 0 else grad @ drawn).to(self.moments_dtype(grad))
@@ -220,15 +270,22 @@ class Apollo(LowRank):
         # a channel without gradient has no direction to scale: 0 / 0 becomes 0
         factor = torch.linalg.vector_norm(direction, dim=over, keepdim=True)
         del direction
-        factor = (factor / torch.linalg.vector_norm(low, dim=over, keepdim=True).add_(least)).nan_to_num_(0.0, 0.0)
+        factor = (
+            factor / torch.linalg.vector_norm(low, dim=over, keepdim=True).add_(least)
+        ).nan_to_num_(0.0, 0.0)
         factor = factor.mul_(self.scale**0.5).expand(*((1, long) if dim == 0 else (long, 1)))
         channels = torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=low.dtype)
-        factor = factor * self._limit(torch.linalg.vector_norm(factor * channels), least * self.scale**0.5, state)
+        factor = factor * self._limit(
+            torch.linalg.vector_norm(factor * channels), least * self.scale**0.5, state
+        )
         for rows in _row_slices(matrix):
-            matrix[rows].addcmul_(grad[rows], factor if dim == 0 else factor[rows], value=-lr * correction)
+            matrix[rows].addcmul_(
+                grad[rows], factor if dim == 0 else factor[rows], value=-lr * correction
+            )
 
     def _limit(self, norm: Tensor, least: float, state: dict) -> Tensor:
-        """What the update, of norm `norm` (0-d), has to be multiplied by; remembers the norm it has then. Without a look at it."""
+        """What the update, of norm `norm` (0-d), has to be multiplied by; remembers the norm it has
+        then. Without a look at it."""
         limit = torch.ones_like(norm)
         if state["step"]:
             most = self.growth * (state["norm"] + least if least else state["norm"])

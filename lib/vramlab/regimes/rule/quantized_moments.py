@@ -1,15 +1,19 @@
-"""Adam whose moments are kept in 8 or 4 bits: each block of neighbouring weights shares a scale, and a weight's moment is
-the number of the nearest of 256 or 16 values in a codebook, times that scale.
+"""Adam whose moments are kept in 8 or 4 bits: each block of neighbouring weights shares a scale,
+and a weight's moment is the number of the nearest of 256 or 16 values in a codebook, times that
+scale.
 
-    adam8bit   bitsandbytes' kernel, which reads and writes codes as it goes: no temporary. Blocks of 256.
+    adam8bit   bitsandbytes' kernel, which reads and writes codes as it goes: no temporary. Blocks
+               of 256.
                Dettmers 2021, arXiv:2110.02861
-    adam4bit   own, after torchao's, whose step is compiled anew for each shape and so cannot be followed on fake tensors:
-               slices of rows are made fp32, updated, and coded again. Two codes a byte, blocks of 128. Li 2023,
+    adam4bit   own, after torchao's, whose step is compiled anew for each shape and so cannot be
+               followed on fake tensors:
+               slices of rows are made fp32, updated, and coded again. Two codes a byte, blocks of
+                 128. Li 2023,
                arXiv:2309.01507
 
-Tensors of less than 4,096 weights keep whole moments, and so do those of which 128 is no divisor in adam4bit. Bytes a
-weight: 2 + 8/256 and 1 + 8/128; and each coded tensor has its two codebooks, as in torchao. Not exact: coding rounds, to the
-nearest value.
+Tensors of less than 4,096 weights keep whole moments, and so do those of which 128 is no divisor in
+adam4bit. Bytes a weight: 2 + 8/256 and 1 + 8/128; and each coded tensor has its two codebooks, as
+in torchao. Not exact: coding rounds, to the nearest value.
 """
 
 from __future__ import annotations
@@ -28,8 +32,8 @@ BLOCK_8BIT, BLOCK_4BIT = 256, 128
 
 
 def dynamic_codebook(signed: bool, bits: int, exponents: int) -> tuple[float, ...]:
-    """Values of the dynamic type: the decades 10^-(exponents - 1) to 1, each a power of two of equal steps, twice as many as
-    the decade below; and 0 and 1. Dettmers 2015, arXiv:1511.04561."""
+    """Values of the dynamic type: the decades 10^-(exponents - 1) to 1, each a power of two of
+    equal steps, twice as many as the decade below; and 0 and 1. Dettmers 2015, arXiv:1511.04561."""
     values = [0.0, 1.0]
     for exponent in range(exponents):
         steps = 2 ** (exponent + bits - 1 - exponents + (not signed))
@@ -40,8 +44,14 @@ def dynamic_codebook(signed: bool, bits: int, exponents: int) -> tuple[float, ..
 
 
 # made on import: on fake tensors there are no values to make them of
-CODEBOOKS_8BIT = {"dynamic": dynamic_codebook(True, 8, 7), "udynamic": dynamic_codebook(False, 8, 7)}
-CODEBOOKS_4BIT = {"exp_avg": dynamic_codebook(True, 4, 3), "exp_avg_sq": tuple(step / 16 for step in range(1, 17))}
+CODEBOOKS_8BIT = {
+    "dynamic": dynamic_codebook(True, 8, 7),
+    "udynamic": dynamic_codebook(False, 8, 7),
+}
+CODEBOOKS_4BIT = {
+    "exp_avg": dynamic_codebook(True, 4, 3),
+    "exp_avg_sq": tuple(step / 16 for step in range(1, 17)),
+}
 """Of 4 bits the second moment's is linear and has no zero, by which the update would divide."""
 
 
@@ -51,25 +61,30 @@ def _on(device: torch.device, codebook: tuple[float, ...]) -> Tensor:
 
 
 def library():
-    """bitsandbytes' optimizers. The package makes tensors when it is imported, which must be real and nobody's bytes: so unseen
-    by fake tensors and meters. Raises: ImportError."""
+    """bitsandbytes' optimizers. The package makes tensors when it is imported, which must be real
+    and nobody's bytes: so unseen by fake tensors and meters. Raises: ImportError."""
     with _disable_current_modes():
         import bitsandbytes.optim
     return bitsandbytes.optim
 
 
-def adam8bit(params: Iterable[Tensor], lr: float, beta1: float, beta2: float, eps: float, weight_decay: float):
+def adam8bit(
+    params: Iterable[Tensor], lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+):
     """bitsandbytes' AdamW8bit."""
+
     class OwnCodebooks(library().AdamW8bit):
-        """Each tensor holds its codebooks: there they belong to the optimizer, and so to many tensors or to one, as
-        `until` has it, which no count of a tensor's state can know."""
+        """Each tensor holds its codebooks: there they belong to the optimizer, and so to many
+        tensors or to one, as `until` has it, which no count of a tensor's state can know."""
 
         def fill_qmap(self) -> None:
             self.name2qmap = {}
 
         def init_state(self, group, p, gindex, pindex) -> None:
             if p.numel() >= SMALLEST:
-                self.name2qmap = {name: _on(p.device, values) for name, values in CODEBOOKS_8BIT.items()}
+                self.name2qmap = {
+                    name: _on(p.device, values) for name, values in CODEBOOKS_8BIT.items()
+                }
             super().init_state(group, p, gindex, pindex)
             self.name2qmap = {}
 
@@ -93,21 +108,27 @@ def state_bytes_4bit(weight: Tensor, fit: Fit) -> int:
 
 
 class Adam4bit(Walking):
-    """State of a coded moment: `_codes` uint8 (n / 2), the first of two weights in the upper half; `_scale` fp32 (n / 128);
-    `_codebook` fp32 (16)."""
+    """State of a coded moment: `_codes` uint8 (n / 2), the first of two weights in the upper half;
+    `_scale` fp32 (n / 128); `_codebook` fp32 (16)."""
 
     def start(self, leaf: Tensor, weight: Tensor, entry: dict) -> None:
         for name, values in CODEBOOKS_4BIT.items():
             if _coded(weight):
-                entry[f"{name}_codes"] = torch.zeros(weight.numel() // 2, dtype=torch.uint8, device=weight.device)
-                entry[f"{name}_scale"] = torch.zeros(weight.numel() // BLOCK_4BIT, device=weight.device)
+                entry[f"{name}_codes"] = torch.zeros(
+                    weight.numel() // 2, dtype=torch.uint8, device=weight.device
+                )
+                entry[f"{name}_scale"] = torch.zeros(
+                    weight.numel() // BLOCK_4BIT, device=weight.device
+                )
                 entry[f"{name}_codebook"] = _on(weight.device, values)
             else:
                 entry[name] = torch.zeros_like(weight, dtype=self.fit.storage.moments_dtype(weight))
 
     def grain(self, weight: Tensor) -> int:
         """Rows that are whole blocks."""
-        return BLOCK_4BIT // math.gcd(BLOCK_4BIT, math.prod(weight.shape[1:])) if _coded(weight) else 1
+        return (
+            BLOCK_4BIT // math.gcd(BLOCK_4BIT, math.prod(weight.shape[1:])) if _coded(weight) else 1
+        )
 
     def update(self, leaf: Tensor, rows: slice, gradient: Tensor, wide: Tensor) -> None:
         entry, options = self.state[leaf], self.options
@@ -127,7 +148,12 @@ class Adam4bit(Walking):
             return entry[name][rows].to(torch.float32, copy=True)
         codes, scale = _stretch(entry, name, rows, like)
         halves = torch.stack((codes >> 4, codes & 15), -1).int()
-        return entry[f"{name}_codebook"][halves].view(-1, BLOCK_4BIT).mul_(scale[:, None]).view(like.shape)
+        return (
+            entry[f"{name}_codebook"][halves]
+            .view(-1, BLOCK_4BIT)
+            .mul_(scale[:, None])
+            .view(like.shape)
+        )
 
     @staticmethod
     def _keep(entry: dict, name: str, rows: slice, moment: Tensor) -> None:
@@ -139,7 +165,11 @@ class Adam4bit(Walking):
         scale.copy_(stretch.abs().amax(1).clamp_(min=1e-12))
         codebook = entry[f"{name}_codebook"]
         middles = (codebook[1:] + codebook[:-1]) / 2
-        nearest = torch.bucketize(stretch / scale[:, None], middles, out_int32=True, right=True).to(torch.uint8).view(-1, 2)
+        nearest = (
+            torch.bucketize(stretch / scale[:, None], middles, out_int32=True, right=True)
+            .to(torch.uint8)
+            .view(-1, 2)
+        )
         codes.copy_(nearest[:, 0] << 4 | nearest[:, 1])
 
 
@@ -147,4 +177,7 @@ def _stretch(entry: dict, name: str, rows: slice, like: Tensor) -> tuple[Tensor,
     """Codes and scales of a slice of rows."""
     first = rows.start * math.prod(like.shape[1:])
     last = first + like.numel()
-    return entry[f"{name}_codes"][first // 2 : last // 2], entry[f"{name}_scale"][first // BLOCK_4BIT : last // BLOCK_4BIT]
+    return (
+        entry[f"{name}_codes"][first // 2 : last // 2],
+        entry[f"{name}_scale"][first // BLOCK_4BIT : last // BLOCK_4BIT],
+    )

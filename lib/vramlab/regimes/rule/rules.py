@@ -1,7 +1,8 @@
 """Axis `rule`: what an update computes, and what it remembers between two updates.
 
-A rule is told what it updates (`fitted`) before it makes an optimizer or counts its bytes. Those that are `row_wise` update
-slices of rows in fp32, see `rowwise`, and leave it to `storage` how a weight is read and written.
+A rule is told what it updates (`fitted`) before it makes an optimizer or counts its bytes. Those
+that are `row_wise` update slices of rows in fp32, see `rowwise`, and leave it to `storage` how a
+weight is read and written.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Rule:
     row_wise: ClassVar[bool] = False
     """Whether it can update weights that are stored in another way than rounded to nearest."""
     pieces: ClassVar[bool] = True
-    """Whether the update of a part of a matrix is that part of the matrix' update, so that ranks may each do theirs."""
+    """Whether the update of a part of a matrix is that part of the matrix' update, so that ranks
+    may each do theirs."""
 
     def load(self) -> None:
         """Imports the library the rule is made of, if there is one. Raises: ImportError."""
@@ -68,7 +70,8 @@ class RowRule(Rule):
 
 
 class _AdamW(torch.optim.AdamW):
-    """torch's, which also takes a gradient in rows, see `rows`: each weight's update is its own affair."""
+    """torch's, which also takes a gradient in rows, see `rows`: each weight's update is its own
+    affair."""
 
     sweeps = 1
 
@@ -83,9 +86,22 @@ class _AdamW(torch.optim.AdamW):
         state, (group,) = self.state[leaf], self.param_groups
         beta1, beta2 = group["betas"]
         # a copy of the step count, since the kernel moves it on: it belongs to all rows
-        adamw([leaf[start:stop]], [grad], [state["exp_avg"][start:stop]], [state["exp_avg_sq"][start:stop]], [],
-              [state["step"].clone()], fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
-              weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+        adamw(
+            [leaf[start:stop]],
+            [grad],
+            [state["exp_avg"][start:stop]],
+            [state["exp_avg_sq"][start:stop]],
+            [],
+            [state["step"].clone()],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
     @torch.no_grad()
     def end_rows(self, leaf: Tensor) -> None:
@@ -93,8 +109,9 @@ class _AdamW(torch.optim.AdamW):
 
 
 class _Sgd(torch.optim.SGD):
-    """torch's, which also takes a gradient in rows. Of one tensor the kernel itself: inside backward, where each tensor has an
-    optimizer, what torch does around it takes longer than a small update."""
+    """torch's, which also takes a gradient in rows. Of one tensor the kernel itself: inside
+    backward, where each tensor has an optimizer, what torch does around it takes longer than a
+    small update."""
 
     sweeps = 1
 
@@ -132,13 +149,17 @@ class Fitted(Rule):
         return self.rule.optimizer(list(params), lr, self.fit)
 
     def state_bytes(self, params: Iterable[Tensor]) -> int:
-        return sum(self.rule.leaf_bytes(leaf, self.fit) + self.fit.storage.state_bytes(local(leaf)) for leaf in params)
+        return sum(
+            self.rule.leaf_bytes(leaf, self.fit) + self.fit.storage.state_bytes(local(leaf))
+            for leaf in params
+        )
 
 
 @dataclass(frozen=True)
 class AdamW(RowRule):
-    """m and v beside every trained weight, in the weight's type (fp32 where there is a master), and one fp32 step count a
-    tensor. Loshchilov 2019, arXiv:1711.05101. torch's fused kernel: no list-sized temporaries."""
+    """m and v beside every trained weight, in the weight's type (fp32 where there is a master), and
+    one fp32 step count a tensor. Loshchilov 2019, arXiv:1711.05101. torch's fused kernel: no
+    list-sized temporaries."""
 
     beta1: Decay = 0.9
     beta2: Decay = 0.999
@@ -147,7 +168,14 @@ class AdamW(RowRule):
 
     def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
         if _torch_stores(fit):
-            return _AdamW(params, lr=lr, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay, fused=True)
+            return _AdamW(
+                params,
+                lr=lr,
+                betas=(self.beta1, self.beta2),
+                eps=self.eps,
+                weight_decay=self.weight_decay,
+                fused=True,
+            )
         return RowAdamW(params, lr, fit, **vars(self))
 
     def leaf_bytes(self, leaf: Tensor, fit: Fit) -> int:
@@ -159,12 +187,15 @@ class AdamW(RowRule):
 
 @dataclass(frozen=True)
 class Sgd(RowRule):
-    """w <- w - lr * g, formed in fp32, remembering nothing: no state at all. torch's fused kernel where it has one that is
-    right: not for sharded weights, and not for bf16, of which its CPU kernel skips all but the last few (pytorch issue 191763,
-    up to 2.13). There tensor by tensor, in place too.
+    """w <- w - lr * g, formed in fp32, remembering nothing: no state at all. torch's fused kernel
+    where it has one that is right: not for sharded weights, and not for bf16, of which its CPU
+    kernel skips all but the last few (pytorch issue 191763, up to 2.13). There tensor by tensor, in
+    place too.
 
-    With `weight_decay` a weight shrinks by lr * weight_decay of itself before its update, as in lomo-optim, whose default is 0
-    too; the paper has none. Inside backward that is LOMO's, and what clipping leaves of a gradient does not change it."""
+    With `weight_decay` a weight shrinks by lr * weight_decay of itself before its update, as in
+    lomo-optim, whose default is 0 too; the paper has none. Inside backward that is LOMO's, and what
+    clipping leaves of a gradient does not change it.
+    """
 
     weight_decay: WeightDecay = 0.0
 
@@ -184,12 +215,19 @@ def _torch_stores(fit: Fit) -> bool:
 
 @dataclass(frozen=True)
 class Adafactor(RowRule):
-    """fp32 row and column means of the squared gradient; the step is relative to the weight's RMS, at most lr and at most
-    1/sqrt(t) of it, see `factored`. Shazeer 2018, arXiv:1804.04235, as torch has it for fp32: the paper, and transformers,
-    add 1e-30 to each square and take 1e-2 for lr. `weight_decay` is of lr as it is given, whatever the weight's size."""
+    """fp32 row and column means of the squared gradient; the step is relative to the weight's RMS,
+    at most lr and at most 1/sqrt(t) of it, see `factored`. Shazeer 2018, arXiv:1804.04235, as torch
+    has it for fp32: the paper, and transformers, add 1e-30 to each square and take 1e-2 for lr.
+    `weight_decay` is of lr as it is given, whatever the weight's size.
+    """
 
     pieces = False
-    bounds: ClassVar[dict] = {"added": 0.0, "least_mean": 2.0**-23, "most_root": 2.0**23, "relative": True}
+    bounds: ClassVar[dict] = {
+        "added": 0.0,
+        "least_mean": 2.0**-23,
+        "most_root": 2.0**23,
+        "relative": True,
+    }
     """2^-23 is fp32's eps."""
     decay: Annotated[float, Range(-10, 0)] = -0.8
     least_rms: Annotated[float, Range(0, 1000)] = 1e-3
@@ -205,16 +243,23 @@ class Adafactor(RowRule):
 
 @dataclass(frozen=True)
 class AdaLomo(Adafactor):
-    """Adafactor with lr as it is given, and 1e-30 added to each square in place of other bounds, see `factored`. Lv 2023,
-    arXiv:2310.10195; its memory needs until: backward. As lomo-optim computes it, but for its loss scale of 2^10, a power of two
-    that changes nothing; its `weight_decay`, too, is of lr times the weight's size."""
+    """Adafactor with lr as it is given, and 1e-30 added to each square in place of other bounds,
+    see `factored`. Lv 2023, arXiv:2310.10195; its memory needs until: backward. As lomo-optim
+    computes it, but for its loss scale of 2^10, a power of two that changes nothing; its
+    `weight_decay`, too, is of lr times the weight's size."""
 
-    bounds = {"added": 1e-30, "least_mean": torch.finfo(torch.float32).tiny, "most_root": float("inf"), "relative": False}
+    bounds = {
+        "added": 1e-30,
+        "least_mean": torch.finfo(torch.float32).tiny,
+        "most_root": float("inf"),
+        "relative": False,
+    }
 
 
 @dataclass(frozen=True)
 class AdamMini(AdamW):
-    """AdamW with one second moment a head, neuron, token or norm, see `adam_mini`. Zhang 2024, arXiv:2406.16793."""
+    """AdamW with one second moment a head, neuron, token or norm, see `adam_mini`. Zhang 2024,
+    arXiv:2406.16793."""
 
     pieces = False
 
@@ -223,7 +268,9 @@ class AdamMini(AdamW):
 
     def leaf_bytes(self, leaf: Tensor, fit: Fit) -> int:
         weight = local(leaf)
-        return weight.numel() * fit.storage.moments_dtype(weight).itemsize + 4 * adam_mini.blocks(leaf, fit)
+        return weight.numel() * fit.storage.moments_dtype(weight).itemsize + 4 * adam_mini.blocks(
+            leaf, fit
+        )
 
 
 @dataclass(frozen=True)
@@ -241,7 +288,8 @@ class Adam4bit(AdamW):
 
 @dataclass(frozen=True)
 class Adam8bit(Rule):
-    """AdamW with both moments in 8 bits, by bitsandbytes, see `moment_codes`. Dettmers 2021, arXiv:2110.02861."""
+    """AdamW with both moments in 8 bits, by bitsandbytes, see `moment_codes`. Dettmers 2021,
+    arXiv:2110.02861."""
 
     pieces = False
     beta1: Decay = 0.9

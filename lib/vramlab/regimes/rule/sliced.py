@@ -1,9 +1,11 @@
-"""Optimizers that walk a parameter in slices of rows, so that no fp32 temporary has a parameter's size.
+"""Optimizers that walk a parameter in slices of rows, so that no fp32 temporary has a parameter's
+size.
 
-A step goes over the gradient's rows in one or more sweeps: the last updates the weight, those before it look, when an
-update depends on all of a gradient (row and column means, norms). `step` walks `.grad`; whoever forms a gradient some rows
-at a time, and again for each sweep, hands them over instead: `begin_rows`, `rows`, `end_rows`. But for the order of sums,
-what comes out does not depend on where the slices are cut.
+A step goes over the gradient's rows in one or more sweeps: the last updates the weight, those
+before it look, when an update depends on all of a gradient (row and column means, norms). `step`
+walks `.grad`; whoever forms a gradient some rows at a time, and again for each sweep, hands them
+over instead: `begin_rows`, `rows`, `end_rows`. But for the order of sums, what comes out does not
+depend on where the slices are cut.
 
 Shapes: leaf (O, ...); gradient and the weight's fp32 slice (rows, ...).
 """
@@ -22,7 +24,8 @@ from ..sharded import first_row, local
 from ..weights.storage import MASTER, Nearest
 
 SLICE_BYTES = 64 << 20
-"""Of one fp32 temporary; a step has a handful at a time. Smaller ones cost launches, and a forecast its seconds."""
+"""Of one fp32 temporary; a step has a handful at a time. Smaller ones cost launches, and a forecast
+its seconds."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Fit:
 
 
 def slices(shape: torch.Size, grain: int = 1) -> Iterator[slice]:
-    """Cuts the first dimension into runs of at most `SLICE_BYTES` of fp32, in multiples of `grain` rows, one at least."""
+    """Cuts the first dimension into runs of at most `SLICE_BYTES` of fp32, in multiples of `grain`
+    rows, one at least."""
     each = SLICE_BYTES // 4 // max(1, math.prod(shape[1:])) // grain * grain or grain
     return (slice(start, min(start + each, shape[0])) for start in range(0, shape[0], each))
 
@@ -57,7 +61,7 @@ class Walking(torch.optim.Optimizer):
         """`lr` and whatever the rule was made with."""
         return self.param_groups[0]
 
-    # what a rule fills in -------------------------------------------------------------------------------------------
+    # what a rule fills in -------------------------------------------------------------------------
 
     def start(self, leaf: Tensor, weight: Tensor, entry: dict) -> None:
         """Makes the state of a leaf in `entry`."""
@@ -73,14 +77,15 @@ class Walking(torch.optim.Optimizer):
         """Every slice has been looked at in this sweep."""
 
     def update(self, leaf: Tensor, rows: slice, gradient: Tensor, wide: Tensor) -> None:
-        """The last sweep: changes `wide`, the weight's slice in fp32, in place. `gradient` is fp32."""
+        """The last sweep: changes `wide`, the weight's slice in fp32, in place. `gradient` is
+        fp32."""
         raise NotImplementedError
 
     def grain(self, weight: Tensor) -> int:
         """How many rows a slice holds a multiple of."""
         return 1
 
-    # how a step goes ------------------------------------------------------------------------------------------------
+    # how a step goes ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -124,18 +129,20 @@ class Walking(torch.optim.Optimizer):
         return self.fit.storage.read(local(leaf), self.state[leaf], rows)
 
     def _label(self, leaf: Tensor) -> str:
-        """Names leaf, step and, of a sharded leaf, the piece: random numbers are a function of these alone."""
+        """Names leaf, step and, of a sharded leaf, the piece: random numbers are a function of
+        these alone."""
         return f"{self.fit.names.get(id(leaf), '')}/{self.state[leaf]['step']}/{first_row(leaf)}"
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch does, but state keeps its own type: torch casts it to the weight's, which a bf16 weight's fp32 state would
-        not survive."""
+        """As torch does, but state keeps its own type: torch casts it to the weight's, which a bf16
+        weight's fp32 state would not survive."""
         super().load_state_dict(state_dict)
         restore_types(self, state_dict)
 
 
 def restore_types(optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
-    """Tensors of state as they were saved, on their leaf's device, in place of what torch's loading has cast."""
+    """Tensors of state as they were saved, on their leaf's device, in place of what torch's loading
+    has cast."""
     leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
     saved = [number for group in state_dict["param_groups"] for number in group["params"]]
     for leaf, number in zip(leaves, saved, strict=True):
@@ -153,7 +160,8 @@ class RowWise(Walking):
             self._begin(leaf)
 
     def rows(self, leaf: Tensor, start: int, stop: int, grad: Tensor, sweep: int) -> None:
-        """Rows `start:stop` of the gradient: all of them in ascending order, the same ones in each of `sweeps`."""
+        """Rows `start:stop` of the gradient: all of them in ascending order, the same ones in each
+        of `sweeps`."""
         with torch.no_grad():
             self._visit(leaf, sweep, slice(start, stop), grad)
 
@@ -181,11 +189,25 @@ class RowAdamW(RowWise):
     def update(self, leaf: Tensor, rows: slice, gradient: Tensor, wide: Tensor) -> None:
         entry, options = self.state[leaf], self.options
         kept = [entry["exp_avg"][rows], entry["exp_avg_sq"][rows]]
-        moments = [tensor.float() for tensor in kept]  # the kept ones themselves where they are fp32
+        moments = [
+            tensor.float() for tensor in kept
+        ]  # the kept ones themselves where they are fp32
         steps = torch.full((), float(entry["step"]), device=wide.device)
-        torch._fused_adamw_([wide], [gradient], [moments[0]], [moments[1]], [], [steps], lr=options["lr"], beta1=options["beta1"],
-                            beta2=options["beta2"], weight_decay=options["weight_decay"], eps=options["eps"], amsgrad=False,
-                            maximize=False)
+        torch._fused_adamw_(
+            [wide],
+            [gradient],
+            [moments[0]],
+            [moments[1]],
+            [],
+            [steps],
+            lr=options["lr"],
+            beta1=options["beta1"],
+            beta2=options["beta2"],
+            weight_decay=options["weight_decay"],
+            eps=options["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
         for tensor, moment in zip(kept, moments, strict=True):
             if tensor.dtype != moment.dtype:
                 tensor.copy_(moment)

@@ -1,9 +1,10 @@
 """A leaf is what autograd trains: a whole parameter, or some rows of one.
 
-Rows `start:stop` of a weight become an ordinary `Parameter` that shares the weight's storage. The module's forward is
-replaced, while the leaf is active, by one that computes the same output from the whole weight and gives a gradient to
-the leaf only: the rest of the weight's gradient is never formed. So `.grad`, hooks, clipping, checkpointing and every
-rule work on it as they do on any parameter.
+Rows `start:stop` of a weight become an ordinary `Parameter` that shares the weight's storage. The
+module's forward is replaced, while the leaf is active, by one that computes the same output from
+the whole weight and gives a gradient to the leaf only: the rest of the weight's gradient is never
+formed. So `.grad`, hooks, clipping, checkpointing and every rule work on it as they do on any
+parameter.
 
 Shapes: weight (O, I); leaf (stop - start, I); x (..., I); y (..., O); ids (...).
 """
@@ -39,7 +40,8 @@ class Leaf:
 
 
 class SlicedLinear(torch.autograd.Function):
-    """y = x W^T; backward: dx = dy W, and dleaf = dy[..., start:stop]^T x, the slice's exact gradient."""
+    """y = x W^T; backward: dx = dy W, and dleaf = dy[..., start:stop]^T x, the slice's exact
+    gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, leaf: Tensor, start: int) -> Tensor:
@@ -56,12 +58,20 @@ class SlicedLinear(torch.autograd.Function):
 
 
 class SlicedEmbedding(torch.autograd.Function):
-    """y = W[ids]; backward: dleaf sums dy over the tokens whose id lies in the slice. The padding row gets none. Whoever takes
-    the gradient in rows is handed some rows of dleaf at a time, and autograd none."""
+    """y = W[ids]; backward: dleaf sums dy over the tokens whose id lies in the slice. The padding
+    row gets none. Whoever takes the gradient in rows is handed some rows of dleaf at a time, and
+    autograd none."""
 
     @staticmethod
-    def forward(ctx, ids: Tensor, weight: Tensor, leaf: Tensor, start: int, padding_idx: int | None,
-                taker: TakesRows | None = None) -> Tensor:
+    def forward(
+        ctx,
+        ids: Tensor,
+        weight: Tensor,
+        leaf: Tensor,
+        start: int,
+        padding_idx: int | None,
+        taker: TakesRows | None = None,
+    ) -> Tensor:
         # who hands rows over needs the leaf itself; the weight's values nobody needs
         ctx.save_for_backward(ids, leaf if taker is not None else None)
         ctx.start, ctx.rows, ctx.padding_idx, ctx.taker = start, len(leaf), padding_idx, taker
@@ -76,12 +86,20 @@ class SlicedEmbedding(torch.autograd.Function):
             inside = (local >= 0) & (local < b - a)
             if ctx.padding_idx is not None:
                 inside &= ids != ctx.padding_idx
-            # tokens outside go to a spare row, which torch is told to leave out: no data-dependent shape
-            return torch.ops.aten.embedding_dense_backward(dy, local.where(inside, b - a), b - a + 1, b - a, False)[:-1]
+            # tokens outside go to a spare row, which torch is told to leave out: no data-dependent
+            # shape
+            return torch.ops.aten.embedding_dense_backward(
+                dy, local.where(inside, b - a), b - a + 1, b - a, False
+            )[:-1]
 
         if ctx.taker is None:
             return None, None, gradient(0, ctx.rows), None, None, None
-        feed(ctx.taker, leaf, spans(ctx.rows, max(64, TAKEN_BYTES // (leaf.nbytes // ctx.rows))), gradient)
+        feed(
+            ctx.taker,
+            leaf,
+            spans(ctx.rows, max(64, TAKEN_BYTES // (leaf.nbytes // ctx.rows))),
+            gradient,
+        )
         return None, None, None, None, None, None
 
 
@@ -94,7 +112,9 @@ def _autocast(*tensors: Tensor) -> Iterable[Tensor]:
     return [t.to(dtype) for t in tensors]
 
 
-def _leaf_forward(module: nn.Module, leaf: nn.Parameter, start: int, taker: TakesRows | None) -> Callable:
+def _leaf_forward(
+    module: nn.Module, leaf: nn.Parameter, start: int, taker: TakesRows | None
+) -> Callable:
     """What stands in for the module's method while only `leaf` is trained in it."""
     if hasattr(module, "look_up"):  # a table on the host
         return lambda ids: module.look_up(ids, leaf, start)
@@ -102,22 +122,31 @@ def _leaf_forward(module: nn.Module, leaf: nn.Parameter, start: int, taker: Take
         return lambda x: SlicedLinear.apply(*_autocast(x, module.weight, leaf), start)
     if isinstance(module, nn.Embedding):
         # detached: the same storage, of which autograd sees the leaf only
-        return lambda ids: SlicedEmbedding.apply(ids, module.weight.detach(), leaf, start, module.padding_idx, taker)
+        return lambda ids: SlicedEmbedding.apply(
+            ids, module.weight.detach(), leaf, start, module.padding_idx, taker
+        )
     if isinstance(module, NormHead):
-        # rows are normalised one by one, so a slice of the normalised weight is the normalised slice
-        return lambda x: SlicedLinear.apply(*_autocast(x, module.rows(module.weight), module.rows(leaf)), start)
+        # rows are normalised one by one, so a slice of the normalised weight is the normalised
+        # slice
+        return lambda x: SlicedLinear.apply(
+            *_autocast(x, module.rows(module.weight), module.rows(leaf)), start
+        )
     raise AssertionError(f"{type(module).__name__} has no sliced forward")
 
 
 def divisible(model: nn.Module) -> set[str]:
     """Names of the parameters that can be cut between rows."""
     kinds = (nn.Linear, nn.Embedding, NormHead)
-    return {f"{name}.weight" for name, module in model.named_modules()
-            if isinstance(module, kinds) or hasattr(module, "look_up")}
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) or hasattr(module, "look_up")
+    }
 
 
 class ActiveLeaves:
-    """The parameters of one part, ready to be switched on and off. `named` maps names to what autograd trains."""
+    """The parameters of one part, ready to be switched on and off. `named` maps names to what
+    autograd trains."""
 
     def __init__(self, model: nn.Module, part: Iterable[Leaf]):
         self._leaves: list[tuple[nn.Module, nn.Parameter, Leaf]] = []
@@ -130,19 +159,27 @@ class ActiveLeaves:
         module = model.get_submodule(owner)
         rows, name = getattr(module, attribute), leaf.name
         if not leaf.whole:
-            rows, name = nn.Parameter(rows.detach()[leaf.start : leaf.stop]), f"{leaf.name}[{leaf.start}:{leaf.stop}]"
+            rows, name = (
+                nn.Parameter(rows.detach()[leaf.start : leaf.stop]),
+                f"{leaf.name}[{leaf.start}:{leaf.stop}]",
+            )
         self._leaves.append((module, rows, leaf))
         self.named[name] = rows
 
-    def switch_on(self, taker: Callable[[nn.Parameter], TakesRows | None] = lambda leaf: None) -> None:
-        """`taker` says who takes the rows of a leaf's gradient as they are formed, if anyone does."""
+    def switch_on(
+        self, taker: Callable[[nn.Parameter], TakesRows | None] = lambda leaf: None
+    ) -> None:
+        """`taker` says who takes the rows of a leaf's gradient as they are formed, if anyone
+        does."""
         for module, rows, leaf in self._leaves:
             rows.requires_grad_(True)
             if _fused(module):
                 # the whole weight it finds by itself, gathered where it is sharded
                 module.fused.trains(None if leaf.whole else rows, leaf.start, taker(rows))
             if not leaf.whole or (isinstance(module, nn.Embedding) and taker(rows) is not None):
-                setattr(module, _method(module), _leaf_forward(module, rows, leaf.start, taker(rows)))
+                setattr(
+                    module, _method(module), _leaf_forward(module, rows, leaf.start, taker(rows))
+                )
 
     def switch_off(self) -> None:
         for module, rows, leaf in self._leaves:

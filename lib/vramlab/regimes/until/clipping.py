@@ -1,19 +1,25 @@
 """What becomes of a gradient inside backward before it is used.
 
-A norm of all gradients is known only when the last is formed, and inside backward the first has then long been used. The ways out:
+A norm of all gradients is known only when the last is formed, and inside backward the first has
+then long been used. The ways out:
 
-    NormOfAll     looks twice: a forward and a backward for the norm, another for the update. The same as clipping at the end
+    NormOfAll     looks twice: a forward and a backward for the norm, another for the update. The
+                  same as clipping at the end
                   of a step. LOMO's own, Lv 2024, arXiv:2306.09782; about twice the time.
-    LastNorm      the norm that the step before had; only the first step, which has none before it, looks twice. No time, and
-                  not the same: a step whose gradients are suddenly large is not cut, the one after it is.
-    ByValue       each number by itself, to at most `value` either way. No norm and no time, and not the same: where numbers are
+    LastNorm      the norm that the step before had; only the first step, which has none before it,
+                  looks twice. No time, and
+                  not the same: a step whose gradients are suddenly large is not cut, the one after
+                    it is.
+    ByValue       each number by itself, to at most `value` either way. No norm and no time, and not
+                  the same: where numbers are
                   cut the gradient has another direction.
 
-`ScaledNorm` is NormOfAll of a loss that is multiplied, so that gradients of fp16 do not vanish (below 6e-8 there is none):
-Micikevicius 2018, arXiv:1710.03740. Every gradient is then `scale` times too large *inside* backward, where no one comes
-after the hooks who could divide it; the step's learning rate is divided instead. Where the norm is not finite the step is left out
-and the scale halved; after `GROWS_AFTER` good steps it is doubled. The look that measures the norm is thus also what keeps an
-overflow from being half applied, which one look could not.
+`ScaledNorm` is NormOfAll of a loss that is multiplied, so that gradients of fp16 do not vanish
+(below 6e-8 there is none): Micikevicius 2018, arXiv:1710.03740. Every gradient is then `scale`
+times too large *inside* backward, where no one comes after the hooks who could divide it; the
+step's learning rate is divided instead. Where the norm is not finite the step is left out and the
+scale halved; after `GROWS_AFTER` good steps it is doubled. The look that measures the norm is thus
+also what keeps an overflow from being half applied, which one look could not.
 """
 
 from __future__ import annotations
@@ -48,7 +54,8 @@ class Unclipped:
         yield
 
     def clip(self, grad: Tensor, sweep: int = 0) -> bool:
-        """Clips a gradient, or some rows of one in one of their sweeps, in place; False where it is only looked at."""
+        """Clips a gradient, or some rows of one in one of their sweeps, in place; False where it is
+        only looked at."""
         return True
 
     def taker(self, taker: TakesRows) -> TakesRows:
@@ -72,8 +79,8 @@ class ByValue(Unclipped):
 
 
 class NormOfAll(ByValue):
-    """The first run measures each gradient and drops it, the second hands on what clipping leaves of it. The norm stays on the
-    device."""
+    """The first run measures each gradient and drops it, the second hands on what clipping leaves
+    of it. The norm stays on the device."""
 
     runs = 2
 
@@ -141,8 +148,8 @@ class LastNorm(NormOfAll):
 
 
 class ScaledNorm(NormOfAll):
-    """Clips by the norm of all, of a loss multiplied by `scale`. Gradients are not touched: what clipping and scale divide is
-    `lr_factor`, so that nothing of them is lost to fp16 again."""
+    """Clips by the norm of all, of a loss multiplied by `scale`. Gradients are not touched: what
+    clipping and scale divide is `lr_factor`, so that nothing of them is lost to fp16 again."""
 
     def __init__(self, norm: float, scale: float):
         super().__init__(norm)
@@ -161,10 +168,14 @@ class ScaledNorm(NormOfAll):
     def run(self, number: int) -> Iterator[None]:
         self._looking = number == 0
         if number == 1:
-            norm = float(self._seen()) / self.scale  # the host waits: whether there is a step at all depends on it
+            norm = (
+                float(self._seen()) / self.scale
+            )  # the host waits: whether there is a step at all depends on it
             self._usable = math.isfinite(norm)
             self._good = self._good + 1 if self._usable else 0
-            self.lr_factor = min(1.0, self._largest / (norm + 1e-6)) / self.scale if self._usable else 0.0
+            self.lr_factor = (
+                min(1.0, self._largest / (norm + 1e-6)) / self.scale if self._usable else 0.0
+            )
         yield
 
     @property
@@ -179,7 +190,8 @@ class ScaledNorm(NormOfAll):
 
 
 class _ClippedRows:
-    """Takes rows of a gradient in place of an optimizer: looks at them, or hands on what clipping leaves of them."""
+    """Takes rows of a gradient in place of an optimizer: looks at them, or hands on what clipping
+    leaves of them."""
 
     def __init__(self, clipper: Unclipped, taker: TakesRows):
         self._clipper, self._taker = clipper, taker

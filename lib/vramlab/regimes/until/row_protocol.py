@@ -1,19 +1,22 @@
-"""Gradients that arrive in rows: how the two largest matrices, embeddings and head, are updated inside backward without
-their gradient ever being whole.
+"""Gradients that arrive in rows: how the two largest matrices, embeddings and head, are updated
+inside backward without their gradient ever being whole.
 
-With `until: backward`, whoever forms the gradient of such a leaf does not return it to autograd. It forms some rows, hands
-them to the leaf's optimizer, drops them, and forms the next:
+With `until: backward`, whoever forms the gradient of such a leaf does not return it to autograd. It
+forms some rows, hands them to the leaf's optimizer, drops them, and forms the next:
 
     taker.begin_rows(leaf)
     for sweep in range(taker.sweeps):
-        for start, stop in spans:                            # ascending, together all rows, the same in every sweep
-            taker.rows(leaf, start, stop, grad, sweep)       # grad (stop - start, ...), in the leaf's type, the taker's to change
+        for start, stop in spans:                            # ascending, together all rows, the
+          same in every sweep
+            taker.rows(leaf, start, stop, grad, sweep)       # grad (stop - start, ...), in the
+              leaf's type, the taker's to change
     taker.end_rows(leaf)
 
-An optimizer can take rows when it has these three methods and `sweeps`; one without them gets the whole gradient, as ever.
-A rule that acts on each weight alone needs one sweep. One that first needs something of the whole matrix (row and column
-means, the norm of the update) asks for more: the same rows of the gradient are formed again in each sweep, bit for bit, so
-the leaf itself must not be written before the last sweep. State stays in the optimizer's `state`, as ever.
+An optimizer can take rows when it has these three methods and `sweeps`; one without them gets the
+whole gradient, as ever. A rule that acts on each weight alone needs one sweep. One that first needs
+something of the whole matrix (row and column means, the norm of the update) asks for more: the same
+rows of the gradient are formed again in each sweep, bit for bit, so the leaf itself must not be
+written before the last sweep. State stays in the optimizer's `state`, as ever.
 """
 
 from __future__ import annotations
@@ -43,9 +46,15 @@ class TakesRows(Protocol):
         """Every row has been seen in every sweep."""
 
 
-def feed(taker: TakesRows, leaf: Tensor, spans: Spans, gradient: Callable[[int, int], Tensor],
-         told: Callable[[Spans], Iterable[tuple[int, int]]] = iter) -> None:
-    """One update of `leaf`; `gradient(start, stop)` forms rows of its gradient. `told` gives the spans one by one."""
+def feed(
+    taker: TakesRows,
+    leaf: Tensor,
+    spans: Spans,
+    gradient: Callable[[int, int], Tensor],
+    told: Callable[[Spans], Iterable[tuple[int, int]]] = iter,
+) -> None:
+    """One update of `leaf`; `gradient(start, stop)` forms rows of its gradient. `told` gives the
+    spans one by one."""
     taker.begin_rows(leaf)
     for sweep in range(taker.sweeps):
         for start, stop in told(spans):
@@ -54,7 +63,8 @@ def feed(taker: TakesRows, leaf: Tensor, spans: Spans, gradient: Callable[[int, 
 
 
 def spans(rows: int, most: int) -> Spans:
-    """`range(rows)` cut into the fewest (start, stop) of at most `most` rows, as equal as can be."""
+    """`range(rows)` cut into the fewest (start, stop) of at most `most` rows, as equal as can
+    be."""
     count = -(-rows // max(1, most))
     edges = [rows * i // count for i in range(count + 1)] if count else []
     return list(zip(edges, edges[1:], strict=False))

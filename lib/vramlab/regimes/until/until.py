@@ -1,8 +1,9 @@
-"""Axis `until`: how long a gradient lives: to the end of the step, or only until backward has formed it.
+"""Axis `until`: how long a gradient lives: to the end of the step, or only until backward has
+formed it.
 
-Inside backward a gradient need not even be whole: an optimizer that has `sweeps`, `begin_rows`, `rows` and `end_rows` (the
-protocol and its order stand in `rows`) is handed the gradients of embeddings and of a fused head some rows at a time, any
-other optimizer the whole gradient.
+Inside backward a gradient need not even be whole: an optimizer that has `sweeps`, `begin_rows`,
+`rows` and `end_rows` (the protocol and its order stand in `rows`) is handed the gradients of
+embeddings and of a fused head some rows at a time, any other optimizer the whole gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from .row_protocol import TakesRows
 
 
 class Updater:
-    """The optimizers of one set of leaves, and what becomes of their state when the leaves go to rest."""
+    """The optimizers of one set of leaves, and what becomes of their state when the leaves go to
+    rest."""
 
     runs = 1
     """How often a step looks at each micro-batch: a forward, and what `take` makes of its loss."""
@@ -50,7 +52,8 @@ class Updater:
         yield
 
     def take(self, loss: Tensor) -> None:
-        """The loss (0-d, weighted by its micro-batch's share) of the run that is on: its gradients are formed."""
+        """The loss (0-d, weighted by its micro-batch's share) of the run that is on: its gradients
+        are formed."""
         loss.backward()
 
     def gather(self) -> None:
@@ -60,15 +63,18 @@ class Updater:
         """One update from the gradients that are there, which are then dropped."""
 
     def taker(self, leaf: Tensor) -> TakesRows | None:
-        """Who takes the rows of `leaf`'s gradient as they are formed; None where its gradient has to be whole."""
+        """Who takes the rows of `leaf`'s gradient as they are formed; None where its gradient has
+        to be whole."""
         return None
 
     def probes(self) -> list[dict]:
-        """What was measured of guessed gradients: one row a step and site, see `regimes.grads.probes.Probes.rows`."""
+        """What was measured of guessed gradients: one row a step and site, see
+        `regimes.grads.probes.Probes.rows`."""
         return []
 
     def state(self) -> Iterator[tuple[Tensor, str, Tensor]]:
-        """Every tensor of optimizer state: (leaf, what it is, the tensor, of a sharded one this rank's piece)."""
+        """Every tensor of optimizer state: (leaf, what it is, the tensor, of a sharded one this
+        rank's piece)."""
         for optimizer in self.optimizers:
             for leaf, entry in optimizer.state.items():
                 for key, value in entry.items():
@@ -93,7 +99,12 @@ class _AtTheEnd(Updater):
 
 
 class _InBackward(Updater):
-    def __init__(self, optimizers: list[torch.optim.Optimizer], params: list[nn.Parameter], clipper: Unclipped):
+    def __init__(
+        self,
+        optimizers: list[torch.optim.Optimizer],
+        params: list[nn.Parameter],
+        clipper: Unclipped,
+    ):
         super().__init__(optimizers)
         self._params, self._clipper = params, clipper
         self._handles: list = []
@@ -104,7 +115,9 @@ class _InBackward(Updater):
 
     def arm(self) -> None:
         for param, optimizer in zip(self._params, self.optimizers, strict=True):
-            self._handles.append(param.register_post_accumulate_grad_hook(partial(self._use, optimizer)))
+            self._handles.append(
+                param.register_post_accumulate_grad_hook(partial(self._use, optimizer))
+            )
 
     def begin(self, step: int, lr: float) -> None:
         self._clipper.begin()
@@ -121,7 +134,11 @@ class _InBackward(Updater):
 
     def taker(self, leaf: Tensor) -> TakesRows | None:
         optimizer = next(o for p, o in zip(self._params, self.optimizers, strict=True) if p is leaf)
-        return self._clipper.taker(optimizer) if isinstance(optimizer, TakesRows) and not is_sharded(leaf) else None
+        return (
+            self._clipper.taker(optimizer)
+            if isinstance(optimizer, TakesRows) and not is_sharded(leaf)
+            else None
+        )
 
     def disarm(self) -> None:
         while self._handles:
@@ -158,23 +175,28 @@ class Step:
 
 @dataclass(frozen=True)
 class Backward:
-    """Each gradient updates its weight the moment it is formed, and is dropped: one gradient alive at a time, of embeddings
-    and a fused head only some rows of it.
-    With `rule: sgd` this is LOMO, Lv 2024, arXiv:2306.09782. In lomo-optim the update of one tensor waits for the next
-    tensor's hook, so that two gradients live; here none waits. Its weight decay is `rule: {sgd: {weight_decay: ...}}`.
+    """Each gradient updates its weight the moment it is formed, and is dropped: one gradient alive
+    at a time, of embeddings and a fused head only some rows of it. With `rule: sgd` this is LOMO,
+    Lv 2024, arXiv:2306.09782. In lomo-optim the update of one tensor waits for the next tensor's
+    hook, so that two gradients live; here none waits. Its weight decay is `rule: {sgd:
+    {weight_decay: ...}}`.
 
-    `clip_norm` is LOMO's clipping: forward and backward are run twice, the first only for the norm of all gradients. The
-    published code keeps the first graph for the second backward; here it is formed again, for one more forward: then each
-    activation goes when backward has used it, and the peak is that of one run. Other ways are in `clipping`."""
+    `clip_norm` is LOMO's clipping: forward and backward are run twice, the first only for the norm
+    of all gradients. The published code keeps the first graph for the second backward; here it is
+    formed again, for one more forward: then each activation goes when backward has used it, and the
+    peak is that of one run. Other ways are in `clipping`.
+    """
 
     clip_norm: Limit = 0.0
     """Largest norm of the gradient of the active leaves; 0 leaves it alone."""
     norm: Literal["this", "last"] = "this"
-    """Whose norm `clip_norm` is held against: `this` step's, for which it is formed twice, or the `last` one's."""
+    """Whose norm `clip_norm` is held against: `this` step's, for which it is formed twice, or the
+    `last` one's."""
     clip_value: Limit = 0.0
     """Largest absolute value of a number of a gradient; 0 leaves it alone."""
     loss_scale: Annotated[float, Range(0, 2.0**40)] = 0.0
-    """What a loss is multiplied by at first, for gradients in fp16; then dynamic, see `clipping`. 0 leaves it alone."""
+    """What a loss is multiplied by at first, for gradients in fp16; then dynamic, see `clipping`. 0
+    leaves it alone."""
 
     def updater(self, rule, params: list[nn.Parameter], lr: float) -> Updater:
         kind = _Scaled if self.loss_scale else _InBackward

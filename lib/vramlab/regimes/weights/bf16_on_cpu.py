@@ -1,8 +1,10 @@
-"""Products in half types on a CPU: operands and results in bf16 or fp16, each product formed in fp32 and rounded once.
+"""Products in half types on a CPU: operands and results in bf16 or fp16, each product formed in
+fp32 and rounded once.
 
-That is what tensor cores do (fp32 accumulation, a rounded result). For bf16 it stands in where the CPU has no units of its own,
-and is 10 to 50 times faster than its kernels; for fp16 always, since a CPU's fp16 units may sum in fp16. What autograd saves
-stays in its half type; the fp32 operands are temporaries of one call.
+That is what tensor cores do (fp32 accumulation, a rounded result). For bf16 it stands in where the
+CPU has no units of its own, and is 10 to 50 times faster than its kernels; for fp16 always, since a
+CPU's fp16 units may sum in fp16. What autograd saves stays in its half type; the fp32 operands are
+temporaries of one call.
 
 The patch covers the two functions the model multiplies with, `F.linear` and
 `F.scaled_dot_product_attention`, and only inside the context.
@@ -22,8 +24,9 @@ _native_linear, _native_attention = F.linear, F.scaled_dot_product_attention
 
 
 class RoundedLinear(torch.autograd.Function):
-    """y = round(x W^T), dx = round(dy W), dW = round(dy^T x), each formed in `wide` from operands as they are.
-    Shapes: x (..., I), weight (O, I) -> (..., O). Saves x and weight in their own type."""
+    """y = round(x W^T), dx = round(dy W), dW = round(dy^T x), each formed in `wide` from operands
+    as they are. Shapes: x (..., I), weight (O, I) -> (..., O). Saves x and weight in their own
+    type."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
@@ -43,11 +46,20 @@ class RoundedLinear(torch.autograd.Function):
 
 
 class RoundedAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(d) + mask) v formed in `wide`, rounded once. Saves q, k, v in their own type and forms the
-    attention again in backward, as flash attention does. The mask gets no gradient."""
+    """softmax(q k^T / sqrt(d) + mask) v formed in `wide`, rounded once. Saves q, k, v in their own
+    type and forms the attention again in backward, as flash attention does. The mask gets no
+    gradient."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, wide: torch.dtype):
+    def forward(
+        ctx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        wide: torch.dtype,
+    ):
         ctx.save_for_backward(query, key, value, mask)
         ctx.is_causal, ctx.wide = is_causal, wide
         return _wide_attention(query, key, value, mask, is_causal, wide).to(query.dtype)
@@ -65,11 +77,14 @@ class RoundedAttention(torch.autograd.Function):
 def _wide_attention(query, key, value, mask, is_causal: bool, wide: torch.dtype) -> Tensor:
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(wide)
-    return _native_attention(query.to(wide), key.to(wide), value.to(wide), attn_mask=mask, is_causal=is_causal)
+    return _native_attention(
+        query.to(wide), key.to(wide), value.to(wide), attn_mask=mask, is_causal=is_causal
+    )
 
 
 def _as_autocast(*tensors: Tensor) -> list[Tensor]:
-    """The operands as autocast would hand them to the product; its weight copies are not cached here."""
+    """The operands as autocast would hand them to the product; its weight copies are not cached
+    here."""
     if not torch.is_autocast_enabled("cpu"):
         return list(tensors)
     return [tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors]
@@ -83,7 +98,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return RoundedLinear.apply(x, weight, torch.float32)
 
 
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs) -> Tensor:
+def _attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs
+) -> Tensor:
     query, key, value = _as_autocast(query, key, value)
     if query.dtype not in HALVES or dropout_p or kwargs:
         return _native_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
@@ -98,8 +115,8 @@ def active() -> bool:
 
 @contextmanager
 def halves_formed_in_fp32() -> Iterator[None]:
-    """Inside, `F.linear` and attention of half types on the CPU are formed in fp32 and rounded, forward and
-    backward."""
+    """Inside, `F.linear` and attention of half types on the CPU are formed in fp32 and rounded,
+    forward and backward."""
     before = F.linear, F.scaled_dot_product_attention
     F.linear, F.scaled_dot_product_attention = _linear, _attention
     try:

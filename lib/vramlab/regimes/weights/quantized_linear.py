@@ -1,14 +1,17 @@
 """Matrices stored in few bits and multiplied in full width: the frozen base under an adapter.
 
-A product forms the whole matrix again, in the type of x, uses it and drops it; backward forms it once more. So the temporary
-is one matrix in 2 bytes a number, whatever the number of matrices, and nothing of x is kept for a matrix that stands still.
+A product forms the whole matrix again, in the type of x, uses it and drops it; backward forms it
+once more. So the temporary is one matrix in 2 bytes a number, whatever the number of matrices, and
+nothing of x is kept for a matrix that stands still.
 
-`nf4`: 4-bit numbers, quantiles of the normal distribution, in blocks of 64 with one scale each, the scales in 8 bits in blocks
-of 256: 4.127 bits a number. QLoRA, Dettmers 2023, arXiv:2305.14314. The kernels are bitsandbytes', on a CPU and on a GPU alike.
+`nf4`: 4-bit numbers, quantiles of the normal distribution, in blocks of 64 with one scale each, the
+scales in 8 bits in blocks of 256: 4.127 bits a number. QLoRA, Dettmers 2023, arXiv:2305.14314. The
+kernels are bitsandbytes', on a CPU and on a GPU alike.
 
-`int8`: a row is divided by its largest absolute value / 127 and rounded, 8 bits a number and 2 bytes a row. It is not LLM.int8
-(Dettmers 2022, arXiv:2208.07339): that also rounds activations and takes out the columns with outliers, whose number depends
-on the data, so no shape would be known before the step.
+`int8`: a row is divided by its largest absolute value / 127 and rounded, 8 bits a number and 2
+bytes a row. It is not LLM.int8 (Dettmers 2022, arXiv:2208.07339): that also rounds activations and
+takes out the columns with outliers, whose number depends on the data, so no shape would be known
+before the step.
 
 Shapes: matrix (O, I), n = O I; x (..., I); y (..., O).
 """
@@ -28,7 +31,8 @@ Unpack = Callable[..., Tensor]
 
 
 class Product(torch.autograd.Function):
-    """y = x W^T with W formed from what is stored; backward: dx = dy W, W formed again. The stored tensors get no gradient."""
+    """y = x W^T with W formed from what is stored; backward: dx = dy W, W formed again. The stored
+    tensors get no gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, unpack: Unpack, *stored: Tensor) -> Tensor:
@@ -43,13 +47,18 @@ class Product(torch.autograd.Function):
 
 
 class Quantized(nn.Linear):
-    """A frozen nn.Linear without bias, stored by `pack`. Its parameters are what is stored; `weight` comes first."""
+    """A frozen nn.Linear without bias, stored by `pack`. Its parameters are what is stored;
+    `weight` comes first."""
 
     names: tuple[str, ...] = ("weight",)
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None
+        self.in_features, self.out_features, self.bias = (
+            linear.in_features,
+            linear.out_features,
+            None,
+        )
         with torch.no_grad():
             for name, tensor in zip(self.names, self.pack(linear.weight.detach()), strict=True):
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
@@ -65,25 +74,34 @@ class Quantized(nn.Linear):
 
 
 class Nf4Linear(Quantized):
-    """weight (ceil(n / 2), 1) uint8; scales (ceil(n / 64),) uint8, the scales' own scales, their codebook, and their mean."""
+    """weight (ceil(n / 2), 1) uint8; scales (ceil(n / 64),) uint8, the scales' own scales, their
+    codebook, and their mean."""
 
     names = ("weight", "scales", "scale_scales", "scale_codes", "scale_mean")
 
     def pack(self, matrix: Tensor) -> tuple[Tensor, ...]:
         import bitsandbytes  # noqa: F401, registers the operations
 
-        packed, scales = torch.ops.bitsandbytes.quantize_4bit(matrix.contiguous(), BLOCK, "nf4", torch.uint8)
+        packed, scales = torch.ops.bitsandbytes.quantize_4bit(
+            matrix.contiguous(), BLOCK, "nf4", torch.uint8
+        )
         mean = scales.mean()
         codes = torch.tensor(dynamic_codes(), device=matrix.device)
-        small, scale_scales = torch.ops.bitsandbytes.quantize_blockwise(scales - mean, codes, SCALE_BLOCK)
+        small, scale_scales = torch.ops.bitsandbytes.quantize_blockwise(
+            scales - mean, codes, SCALE_BLOCK
+        )
         return packed, small, scale_scales, codes, mean
 
     def unpack(self, dtype: torch.dtype, *stored: Tensor) -> Tensor:
         packed, small, scale_scales, codes, mean = stored
-        scales = torch.ops.bitsandbytes.dequantize_blockwise(small, scale_scales, codes, SCALE_BLOCK, torch.float32)
+        scales = torch.ops.bitsandbytes.dequantize_blockwise(
+            small, scale_scales, codes, SCALE_BLOCK, torch.float32
+        )
         known = dtype if dtype.itemsize <= 4 else torch.float32
         shape = (self.out_features, self.in_features)
-        return torch.ops.bitsandbytes.dequantize_4bit(packed, scales.add_(mean), BLOCK, "nf4", shape, known).to(dtype)
+        return torch.ops.bitsandbytes.dequantize_4bit(
+            packed, scales.add_(mean), BLOCK, "nf4", shape, known
+        ).to(dtype)
 
 
 class Int8Linear(Quantized):
@@ -92,7 +110,8 @@ class Int8Linear(Quantized):
     names = ("weight", "scale")
 
     def pack(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        # the scale is rounded first, so that forming the matrix again multiplies by the number it was divided by
+        # the scale is rounded first, so that forming the matrix again multiplies by the number it
+        # was divided by
         scale = (matrix.abs().amax(1, keepdim=True).float() / 127).clamp_min(1e-30).to(matrix.dtype)
         return (matrix.float() / scale.float()).round_().clamp_(-127, 127).to(torch.int8), scale
 
@@ -102,7 +121,8 @@ class Int8Linear(Quantized):
 
 
 def quantize_blocks(blocks: nn.ModuleList, kind: type[Quantized]) -> None:
-    """Each matrix in `blocks` in turn becomes a `kind`, where it is: one is in both forms at a time."""
+    """Each matrix in `blocks` in turn becomes a `kind`, where it is: one is in both forms at a
+    time."""
     for module in list(blocks.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
@@ -110,13 +130,16 @@ def quantize_blocks(blocks: nn.ModuleList, kind: type[Quantized]) -> None:
 
 
 def dynamic_codes() -> list[float]:
-    """The 256 numbers of 8-bit dynamic quantisation, ascending: a sign, an exponent in unary, a linear rest.
-    Dettmers 2016, arXiv:1511.04561; bitsandbytes' `create_dynamic_map`."""
+    """The 256 numbers of 8-bit dynamic quantisation, ascending: a sign, an exponent in unary, a
+    linear rest. Dettmers 2016, arXiv:1511.04561; bitsandbytes' `create_dynamic_map`."""
     codes = [0.0, 1.0]
     for exponent in range(7):
         count = 2**exponent
         edges = [0.1 + 0.9 * i / count for i in range(count + 1)]
-        means = [10.0 ** (exponent - 6) * (low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
+        means = [
+            10.0 ** (exponent - 6) * (low + high) / 2
+            for low, high in zip(edges, edges[1:], strict=False)
+        ]
         codes += [*means, *(-mean for mean in means)]
     assert len(codes) == 256 and math.isclose(max(codes), 1.0)
     return sorted(codes)

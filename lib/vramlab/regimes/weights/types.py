@@ -1,4 +1,5 @@
-"""Axis `weights`: how the parameters are stored, and in which type the matrix products are formed."""
+"""Axis `weights`: how the parameters are stored, and in which type the matrix products are
+formed."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from .storage import Master, Nearest, Stochastic
 
 @contextmanager
 def _bf16_products(device_type: str) -> Iterator[None]:
-    """bf16 operands and results. A CPU without bf16 units forms each product in fp32 and rounds it, see `rounding`."""
+    """bf16 operands and results. A CPU without bf16 units forms each product in fp32 and rounds it,
+    see `rounding`."""
     if device_type == "cpu" and needed()[0]:
         with rounding.halves_formed_in_fp32():
             yield
@@ -57,9 +59,11 @@ class Fp32:
 
 @dataclass(frozen=True)
 class Mixed(Fp32):
-    """fp32 parameters under bf16 autocast: 4 bytes each, plus autocast's bf16 copies of the weights that train (2 bytes
-    each). Autocast ends with the forward, so a copy lives until backward has used it, not to the end of the step. Norms,
-    softmax and the loss stay fp32. Micikevicius 2018, arXiv:1710.03740; here with bf16 and so without loss scaling."""
+    """fp32 parameters under bf16 autocast: 4 bytes each, plus autocast's bf16 copies of the weights
+    that train (2 bytes each). Autocast ends with the forward, so a copy lives until backward has
+    used it, not to the end of the step. Norms, softmax and the loss stay fp32. Micikevicius 2018,
+    arXiv:1710.03740; here with bf16 and so without loss scaling.
+    """
 
     gathered = torch.bfloat16
 
@@ -76,7 +80,8 @@ class Mixed(Fp32):
 
 @dataclass(frozen=True)
 class Bf16(Fp32):
-    """Every parameter in bf16, 2 bytes each. An update below 2^-9 of a weight is lost to nearest rounding."""
+    """Every parameter in bf16, 2 bytes each. An update below 2^-9 of a weight is lost to nearest
+    rounding."""
 
     dtype = torch.bfloat16
 
@@ -88,8 +93,9 @@ class Bf16(Fp32):
 
 @dataclass(frozen=True)
 class Bf16Stochastic(Bf16):
-    """Every parameter in bf16, 2 bytes each; an update is rounded up or down at random, so that on the mean none is lost.
-    Random numbers are a function of seed, leaf and step. Gupta 2015, arXiv:1502.02551."""
+    """Every parameter in bf16, 2 bytes each; an update is rounded up or down at random, so that on
+    the mean none is lost. Random numbers are a function of seed, leaf and step. Gupta 2015,
+    arXiv:1502.02551."""
 
     seed: Seed = 0
 
@@ -100,8 +106,9 @@ class Bf16Stochastic(Bf16):
 
 @dataclass(frozen=True)
 class MasterFp32(Bf16):
-    """Every parameter in bf16, 2 bytes each, and of each that trains an fp32 master in the optimizer, 4 bytes, which is what is
-    updated; moments are fp32. Micikevicius 2018, arXiv:1710.03740; as DeepSpeed does with bf16."""
+    """Every parameter in bf16, 2 bytes each, and of each that trains an fp32 master in the
+    optimizer, 4 bytes, which is what is updated; moments are fp32. Micikevicius 2018,
+    arXiv:1710.03740; as DeepSpeed does with bf16."""
 
     @property
     def storage(self) -> Nearest:
@@ -110,9 +117,11 @@ class MasterFp32(Bf16):
 
 @dataclass(frozen=True)
 class Fp16(Fp32):
-    """Every parameter in fp16, 2 bytes each, 10 bits of mantissa and nothing below 6e-8: gradients that small are gone unless the
-    loss is multiplied, see `clipping`. An update below 2^-12 of a weight is lost to nearest rounding. Products on a CPU are
-    formed in fp32 and rounded, whatever it has, see `rounding`. Micikevicius 2018, arXiv:1710.03740, without a master."""
+    """Every parameter in fp16, 2 bytes each, 10 bits of mantissa and nothing below 6e-8: gradients
+    that small are gone unless the loss is multiplied, see `clipping`. An update below 2^-12 of a
+    weight is lost to nearest rounding. Products on a CPU are formed in fp32 and rounded, whatever
+    it has, see `rounding`. Micikevicius 2018, arXiv:1710.03740, without a master.
+    """
 
     dtype = torch.float16
 
@@ -124,8 +133,10 @@ class Fp16(Fp32):
 
 @dataclass(frozen=True)
 class Nf4(Bf16):
-    """Every matrix of a block in 4.127 bits a number (blocks of 64, double quantisation), the rest (embeddings, norms, head)
-    in bf16; products in bf16. Packed on the host, before the model goes to the device. Dettmers 2023, arXiv:2305.14314."""
+    """Every matrix of a block in 4.127 bits a number (blocks of 64, double quantisation), the rest
+    (embeddings, norms, head) in bf16; products in bf16. Packed on the host, before the model goes
+    to the device. Dettmers 2023, arXiv:2305.14314.
+    """
 
     linear: ClassVar[type[Quantized]] = Nf4Linear
 
@@ -137,7 +148,7 @@ class Nf4(Bf16):
 
 @dataclass(frozen=True)
 class Int8(Nf4):
-    """Every matrix of a block in 8 bits a number and one bf16 scale a row, the rest in bf16; products in bf16, so less exact
-    and smaller than bf16, and no faster."""
+    """Every matrix of a block in 8 bits a number and one bf16 scale a row, the rest in bf16;
+    products in bf16, so less exact and smaller than bf16, and no faster."""
 
     linear = Int8Linear
