@@ -1,6 +1,6 @@
 # make report: the default sweep and its report. make test: the tests. Both make the environment first, and need
 # Python 3.11 or newer and nothing else. make test-slow: the tests that take minutes. make lab: JupyterLab on the notebooks. make bench: speeds as
-# ratios. make studies: every small study, its runs and verdicts. make check: style. make gpu-check: forecasts held against the GPU that is here. make clean: start over.
+# ratios. make studies: every small study, its runs and verdicts. make check: formatting, style, types. make gpu-check: forecasts held against the GPU that is here. make clean: start over.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
@@ -38,7 +38,9 @@ bench: env
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers
 
 check: env
-	$(BIN)/ruff check lib tests notebooks/studies/*.py
+	$(BIN)/ruff format --check lib tests notebooks
+	$(BIN)/ruff check lib tests notebooks
+	$(BIN)/mypy
 
 # without an environment of its own: any Python that has torch, transformers, peft and pandas; GPU_CHECK are its options
 gpu-check:

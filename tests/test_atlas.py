@@ -308,7 +308,7 @@ def test_the_command_writes_the_table_and_the_reports_file(
         )
     )
     assert main(["atlas", str(path), "--out", str(tmp_path), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(capsys.readouterr().out)["cells"]
     assert len(rows) == 80 and rows[0]["kind"] == "predicted" and rows[0]["margin_bytes"] > 0
     assert read_checked(tmp_path / "forecast.json") == json.loads(json.dumps(content))
 

@@ -60,7 +60,7 @@ def test_an_error_is_one_document_and_a_code(error, code, words, monkeypatch, ca
     monkeypatch.setattr("vramlab.runs.machine_report.examine", raises)
     assert cli.main(["doctor", "--json"]) == code
     printed = capsys.readouterr()
-    assert json.loads(printed.out) == {"error": words} and printed.err == (
+    assert json.loads(printed.out) == {"schema": 1, "error": words} and printed.err == (
         "" if code == 130 else f"vramlab doctor: {words}\n"
     )
     with pytest.raises(SystemExit, match="2"):
@@ -115,7 +115,7 @@ def test_the_largest_that_fits_is_a_value_with_its_forecast(monkeypatch, capsys)
     assert cli.main([*command, "--json"]) == 0
     printed = capsys.readouterr()
     assert (
-        json.loads(printed.out) == {"max": "batch", "value": 0, "forecast": None}
+        json.loads(printed.out) == {"schema": 1, "max": "batch", "value": 0, "forecast": None}
         and printed.err == ""
     )
     assert cli.main(command) == 0 and asked == [(1024, "batch", "h100")] * 2

@@ -102,7 +102,7 @@ def test_regimes_command_prints_every_row(capsys):
 def test_readme_shows_the_table_of_the_file():
     from vramlab.files import ROOT
 
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "params" / "README.md").read_text()
     shown = readme.split("<!-- regimes -->")[1].split("<!-- /regimes -->")[0]
     assert shown.strip() == table(read_regimes()), (
         "run `vramlab regimes` and paste its output between the markers"

@@ -1,9 +1,9 @@
 """The command line: each command is a thin caller of the library, and each speaks JSON with
 `--json`.
 
-A command returns `Answer`: what it found as plain data, the same as text, and the exit code. `main`
-prints one of the two, so that with `--json` standard output is exactly one JSON document, of an
-error too.
+A command returns `Answer`: plain data, the same as text, and the exit code. `main` prints one of
+the two, so that with `--json` standard output is exactly one JSON object, of an error too. Its
+fields are documented in `outputs/README.md`; `SCHEMA` changes when one of them does.
 """
 
 from __future__ import annotations
@@ -13,14 +13,20 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 
+SCHEMA = 1
+
+
 class Answer(NamedTuple):
-    document: Any
-    words: str
+    """What a command answers: the fields of its JSON object, the same as text, and the exit
+    code."""
+
+    document: dict[str, Any]
+    text: str
     code: int = 0
 
 
@@ -28,35 +34,26 @@ def _regimes(args) -> Answer:
     from .regimes.regime import read_regimes
 
     rows = read_regimes(args.file) if args.file else read_regimes()
-    return Answer(
-        {
-            name: {
-                **row.axes(),
-                "accumulate": row.accumulate,
-                "clip": row.clip,
-                "lr": row.lr,
-                "says": row.says,
-                "source": row.source,
-                "differs": row.differs,
-            }
-            for name, row in rows.items()
-        },
-        table(rows),
-    )
+    fields = ("accumulate", "clip", "lr", "says", "source", "differs")
+    regimes = {
+        name: {**row.axes(), **{field: getattr(row, field) for field in fields}}
+        for name, row in rows.items()
+    }
+    return Answer({"regimes": regimes}, table(rows))
 
 
 def table(rows: dict) -> str:
-    """The regimes-by-axes table in Markdown, as the README shows it. A cell left empty is the
+    """The regimes-by-axes table in Markdown, as `params/README.md` shows it. An empty cell is the
     axis's default."""
     from .regimes.registry import AXES
 
     def cell(row, axis: str) -> str:
         fields = {k: v for k, v in row.axes()[axis].items() if k != "value"}
         defaults = AXES[axis][row.values[axis]]()
-        told = [f"{k} {v}" for k, v in fields.items() if getattr(defaults, k) != v]
-        if not told and row.values[axis] == next(iter(AXES[axis])):
+        changed = [f"{k} {v}" for k, v in fields.items() if getattr(defaults, k) != v]
+        if not changed and row.values[axis] == next(iter(AXES[axis])):
             return ""
-        return row.values[axis] + (f" ({', '.join(told)})" if told else "")
+        return row.values[axis] + (f" ({', '.join(changed)})" if changed else "")
 
     head = "| regime | " + " | ".join(AXES) + " | what it does to the bytes |"
     lines = [
@@ -115,7 +112,7 @@ def _sweep(args) -> Answer:
         report = _build(swept.folder)
     return Answer(
         {"folder": str(swept.folder), "cells": swept.rows, **report.document},
-        f"{sweep.words(swept.rows)}\n{report.words}".strip(),
+        f"{sweep.words(swept.rows)}\n{report.text}".strip(),
         swept.code,
     )
 
@@ -130,10 +127,10 @@ def _chart(path: Path, folder: Path, quiet: bool) -> dict:
         from .forecast.chart import chart, read_atlas
         from .forecast.chart_worlds import chart_worlds
 
-        asked = read_atlas(path)
-        content = chart(asked, progress=not quiet)
-        if asked.worlds:
-            content["worlds"] = chart_worlds(asked, progress=not quiet)
+        atlas = read_atlas(path)
+        content = chart(atlas, progress=not quiet)
+        if atlas.worlds:
+            content["worlds"] = chart_worlds(atlas, progress=not quiet)
         charted.remember(path, content)
     folder.mkdir(parents=True, exist_ok=True)
     write_checked(folder / "forecast.json", content)
@@ -144,30 +141,24 @@ def _atlas(args) -> Answer:
     from .forecast import kept_chart as charted
 
     if args.dry_run:
-        from .forecast import chart as atlas
+        from .forecast.chart import kept, read_atlas
 
-        asked = atlas.read_atlas(args.path)
+        atlas = read_atlas(args.path)
+        fields = ("model", "name", "seq", "batch")
         cells = [
-            {
-                "model": q.model,
-                "name": q.name,
-                "seq": q.seq,
-                "batch": q.batch,
-                "kept": atlas.kept(asked, q),
-            }
-            for q in asked.questions()
+            {**{field: getattr(question, field) for field in fields}, "kept": kept(atlas, question)}
+            for question in atlas.questions()
         ]
-        return Answer(
-            cells,
-            "\n".join(
-                f"{'kept' if c['kept'] else 'due':<5}{c['model']}  {c['name']}  {c['batch']} x"
-                f" {c['seq']}"
-                for c in cells
-            ),
-        )
+        lines = [
+            f"{'kept' if cell['kept'] else 'due':<5}{cell['model']}  {cell['name']}  "
+            f"{cell['batch']} x {cell['seq']}"
+            for cell in cells
+        ]
+        return Answer({"cells": cells}, "\n".join(lines))
     content = _chart(args.path, args.out or Path("outputs") / args.path.stem, quiet=args.json)
     failed = any(cell["reason"] for cell in (*content["cells"], *content.get("worlds", ())))
-    return Answer(charted.table(content).to_dict("records"), charted.words(content), int(failed))
+    cells = charted.table(content).to_dict("records")
+    return Answer({"cells": cells}, charted.words(content), int(failed))
 
 
 def _report(args) -> Answer:
@@ -187,10 +178,13 @@ def _build(folder: Path) -> Answer:
 
 
 def _studies(args) -> Answer:
-    from .studies import run_all as batch
+    from .studies import run_all
 
-    found = batch.run(args.study, args.out, args.gallery, args.jobs, args.dry_run, quiet=args.json)
-    return Answer(found, batch.words(found), int(any(study.get("reason") for study in found)))
+    studies = run_all.run(
+        args.study, args.out, args.gallery, args.jobs, args.dry_run, quiet=args.json
+    )
+    failed = any(study.get("reason") for study in studies)
+    return Answer({"studies": studies}, run_all.words(studies), int(failed))
 
 
 def _predict(args) -> Answer:
@@ -201,22 +195,21 @@ def _predict(args) -> Answer:
     question = Question(
         args.model, args.regime, args.seq, args.batch, args.weights or "", world=args.world
     )
-    held, settings = (
-        None if args.card is None else card(args.card),
-        Settings.parse(args.allocator or ""),
-    )
+    gpu = None if args.card is None else card(args.card)
+    settings = Settings.parse(args.allocator or "")
     if args.max:
-        if held is None:
+        if gpu is None:
             raise ValueError("--max searches what fits on a card: say which with --card")
-        say = (lambda _: None) if args.json else (lambda words: print(words, file=sys.stderr))
-        value, found = largest(question, args.max, held, settings, said=say)
+        say = (lambda _: None) if args.json else (lambda line: print(line, file=sys.stderr))
+        value, predicted = largest(question, args.max, gpu, settings, said=say)
         return Answer(
-            {"max": args.max, "value": value, "forecast": found and found.to_json()},
-            f"largest {args.max} that fits on {held.name}: {value}",
+            {"max": args.max, "value": value, "forecast": predicted and predicted.to_json()},
+            f"largest {args.max} that fits on {gpu.name}: {value}",
         )
-    found = forecast(question, held, settings)
+    predicted = forecast(question, gpu, settings)
     return Answer(
-        {**found.to_json(), "reserved_range_bytes": found.reserved_range_bytes}, found.words()
+        {**predicted.to_json(), "reserved_range_bytes": predicted.reserved_range_bytes},
+        predicted.words(),
     )
 
 
@@ -235,15 +228,15 @@ def _base(args) -> Answer:
 def _doctor(args) -> Answer:
     from .runs import machine_report as doctor
 
-    found = doctor.examine()
-    return Answer(doctor.to_json(found), doctor.words(found))
+    findings = doctor.examine()
+    return Answer(doctor.to_json(findings), doctor.words(findings))
 
 
 class _JsonParser(argparse.ArgumentParser):
     """Prints the one JSON document of an error of use too."""
 
     def error(self, message: str):
-        print(json.dumps({"error": message}))
+        print(json.dumps({"schema": SCHEMA, "error": message}))
         super().error(message)
 
 
@@ -259,12 +252,12 @@ def parser(as_json: bool = False) -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, does, about: str):
+    def command(name: str, function: Callable[[argparse.Namespace], Answer], about: str):
         sub = commands.add_parser(name, help=about, description=about)
         sub.add_argument(
             "--json", action="store_true", help="print one JSON document instead of text"
         )
-        sub.set_defaults(does=does)
+        sub.set_defaults(function=function)
         return sub
 
     sub = command("regimes", _regimes, "The rows of params/regimes.yml, with their axes.")
@@ -430,34 +423,35 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point. Errors of use go to standard error in one line, exit code 2."""
     args = parser("--json" in (sys.argv if argv is None else argv)).parse_args(argv)
     answer = _answer(args)
-    text = json.dumps(_plain(answer.document), indent=1) if args.json else answer.words
+    document = {"schema": SCHEMA, **answer.document}
+    text = json.dumps(_plain(document), indent=1) if args.json else answer.text
     try:
         print(text, end="\n" if text else "", flush=True)
-    except BrokenPipeError:  # whoever reads has had enough, as `head` has
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return answer.code
 
 
 def _answer(args) -> Answer:
-    """What the command found. An error of use or of the file system is a line on standard error and
+    """The command's answer. An error of use or of the file system is a line on standard error and
     code 2."""
     try:
-        return args.does(args)
+        return args.function(args)
     except KeyboardInterrupt:
         return Answer({"error": "interrupted"}, "", 130)
     except (ValueError, OSError) as error:
-        words = (
+        message = (
             f"{error.filename}: {error.strerror}"
             if isinstance(error, OSError) and error.filename
             else str(error)
         )
-        print(f"vramlab {args.command}: {words}", file=sys.stderr)
-        return Answer({"error": words}, "", 2)
+        print(f"vramlab {args.command}: {message}", file=sys.stderr)
+        return Answer({"error": message}, "", 2)
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: a number that is not finite is null."""
+    """The value as JSON can hold it: a number that is not finite becomes null."""
     if isinstance(value, Mapping):
         return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
