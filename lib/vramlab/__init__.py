@@ -1,8 +1,14 @@
 """VRAM Lab: which memory regime fine-tunes Baichuan-2 on the GPU at hand, and what it costs in
-factual consistency."""
+factual consistency.
 
+    from vramlab import Trainer, execute, read_regimes, regime    # loaded when first used
+    from vramlab.forecast import Question, forecast
+"""
+
+import importlib
 import logging
 import os
+from typing import Any
 
 from . import auto_classes  # noqa: F401, lets transformers find the model
 
@@ -17,3 +23,29 @@ for name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
+
+PUBLIC = {
+    "Question": "forecast.forecast",
+    "Schedule": "training.trainer",
+    "Trainer": "training.trainer",
+    "assert_peak": "forecast.forecast",
+    "build_report": "report",
+    "card": "cards",
+    "execute": "runs.execute",
+    "read_regimes": "regimes.regime",
+    "read_runs": "runs.folder",
+    "regime": "regimes.regime",
+    "sweep": "runs.sweep",
+}
+"""Name -> the module that defines it. Nothing of it is imported before it is used, so that a
+command that needs no torch loads none."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC})
