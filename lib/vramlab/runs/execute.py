@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -28,7 +29,7 @@ from ..factcc.checker import Checker
 from ..factcc.statistics import MODEL_SCORINGS, summarise
 from ..files import write_table, write_whole
 from ..forecast import what_fits as fitting
-from ..processes import MALLOC_ENV, MeasuredProcess, take_turn
+from ..processes import MALLOC_ENV, Child, take_turn
 from ..regimes import sharded
 from ..regimes.parameters import run_row, run_spec
 from ..regimes.place.place import alone
@@ -122,7 +123,8 @@ def _passes(params: dict, folder: Path, progress: bool) -> dict:
     # started first, so that nothing is loaded any more when training is timed; a card's bytes the
     # operating system does not see
     wanted = params["measure"] and params["device"] == "cpu"
-    with MeasuredProcess("vramlab.runs.passes:measured") if wanted else nullcontext() as process:
+    target, quiet = "vramlab.runs.passes:measured", subprocess.DEVNULL
+    with Child(target, MALLOC_ENV, quiet) if wanted else nullcontext() as process:
         prepared = passes.prepare(params, progress)
         take_turn()
         if process:
@@ -133,7 +135,7 @@ def _passes(params: dict, folder: Path, progress: bool) -> dict:
 def _learned(
     params: dict,
     prepared: passes.Prepared,
-    process: MeasuredProcess | None,
+    process: Child | None,
     folder: Path,
     progress: bool,
 ) -> dict:
@@ -214,7 +216,7 @@ def _memory(metered: passes.Metered, measured: Future, folder: Path) -> dict:
     return {**metered.result, "process": process, "peak_bytes": peaks}
 
 
-def _measured(params: dict, process: MeasuredProcess | None) -> dict:
+def _measured(params: dict, process: Child | None) -> dict:
     """The OS's own figure for the same two steps, from a process that does nothing else."""
     if process is None:
         return {
@@ -223,8 +225,8 @@ def _measured(params: dict, process: MeasuredProcess | None) -> dict:
                 f"N/A: the operating system sees host memory, and the run is on {params['device']}"
             ),
         }
-    answer = process.call({name: params[name] for name in KNOWN_PARAMETERS}, timeout_s=600)
-    return {**answer, "allocator": MALLOC_ENV}
+    process.send({name: params[name] for name in KNOWN_PARAMETERS}, limit_s=600)
+    return {**process.result().to_dict(), "allocator": MALLOC_ENV}
 
 
 def _reserve(path: Path) -> None:

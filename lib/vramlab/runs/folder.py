@@ -22,6 +22,13 @@ from ..files import notice, read_checked, recall
 from ..reading import BadFile, checked, read_json, read_table, read_yaml
 
 OUTCOMES = ("ok", "oom", "diverged", "failed")
+RETRY = {
+    "failed": ("failed",),
+    "oom": ("oom",),
+    "diverged": ("diverged",),
+    "all": ("failed", "oom", "diverged"),
+}
+"""What `--retry` may be, and the outcomes that are then run again."""
 KILLED = "the notebook's process was killed by signal 9"
 """The reason that stands for running out of memory when nobody lived to say so."""
 
@@ -281,6 +288,12 @@ def outcome(folder: Path) -> str | None:
         *NEEDED,
     }
     return run.result["outcome"] if ended else None
+
+
+def is_due(ended: str | None, retry: str | None = None) -> bool:
+    """Whether a cell whose outcome is `ended` (None: it has not ended) has to run, `retry` being
+    one of `RETRY`."""
+    return ended is None or ended in RETRY.get(retry or "", ())
 
 
 def read_runs(folder: Path | str, damage: list[str] | None = None) -> list[Run]:
