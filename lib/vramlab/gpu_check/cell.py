@@ -4,30 +4,26 @@ with nothing watching. Not yet run on a GPU."""
 from __future__ import annotations
 
 import dataclasses
-import gc
 import importlib
 import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 
-from ..baichuan.random_weights import batches, random_model
+from ..baichuan.random_weights import batches
 from ..capture import nvml, oom
 from ..capture.nvml_sampler import Sampler
 from ..forecast.forecast import Question
 from ..machine import describe
-from ..observer import Observer
-from ..regimes.regime import Regime
 from ..runs.execute import execute, out_of_memory
 from ..runs.folder import Run
 from ..runs.passes import speed
 from ..training.clock import clock
-from ..training.trainer import Schedule, Trainer
-from .recorded_step import Switch, record_step
+from ..training.trainer import Trainer
+from .recorded_step import record_step, watch
 
 WARM_STEPS = 2
 MOST_STEPS = 400
@@ -46,7 +42,6 @@ def run_cell(cell: Mapping) -> dict:
     """Do what `cell["does"]` says, in `cell["folder"]`. However it ends is a result: `outcome` is
     "ok", "oom" (with its evidence, `oom`) or "failed", with a `reason`."""
     began = time.perf_counter()
-    Path(cell["folder"]).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     try:
         result = {"outcome": "ok", "reason": "", **KINDS[cell["does"]](cell)}
@@ -66,11 +61,6 @@ def measure(cell: Mapping) -> dict:
     question = Question(cell["model"], cell["regime"], cell["seq"], cell["batch"], cell["weights"])
     with Sampler(nvml.find(cell["device"])) as sampler:
         recorded, trainer = record_step(question, cell, Path(cell["folder"]))
-        if records_unusual_steps(question.row):
-            del trainer  # its bytes before those of another
-            trainer = fresh_trainer(question, cell["device"])
-        elif hasattr(question.row.trains, "interval"):  # parts now take turns as the row says
-            trainer.regime = dataclasses.replace(trainer.regime, trains=question.row.trains)
         left_s = cell["budget_s"] - (time.perf_counter() - began)
         timed, window = time_steps(question, trainer, cell["device"], cell["window_s"], left_s)
     samples = sampler.frame()
@@ -88,21 +78,6 @@ def _largest(sizes: pd.Series) -> int | None:
     return int(sizes.max()) if sizes.notna().any() else None
 
 
-def records_unusual_steps(row: Regime) -> bool:
-    """Whether the recorded steps are not the row's usual ones: true gradients come soon where most
-    are guessed, or every step projects anew."""
-    return hasattr(row.rule, "gap") or row.grads.hurried() != row.grads
-
-
-def fresh_trainer(question: Question, device: str) -> Trainer:
-    """The row as it is used, once the memory of the trainer before it is free."""
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-    row, model = question.row, random_model(question.spec)
-    return Trainer(model, row, Schedule(row.lr, 1000), device=device, observer=Switch(Observer()))
-
-
 def time_steps(
     question: Question, trainer: Trainer, device: str, window_s: float, budget_s: float
 ) -> tuple[dict, tuple[float, float]]:
@@ -116,28 +91,26 @@ def time_steps(
     def step(number: int) -> torch.Tensor:
         return trainer.step(inputs[number % len(inputs)], [1 / count] * count)
 
-    warm_s = math.inf
+    timer = clock(device)
+    watch(trainer, timer)
     for number in range(WARM_STEPS):
-        start = time.perf_counter()
-        check_finite(step(number))
-        warm_s = min(warm_s, time.perf_counter() - start)
+        read_loss(step(number))
+    warm_s = min(row["step_s"] for row in timer.rows)
     enough = min(math.ceil(window_s * 1.1 / warm_s), MOST_STEPS, int(budget_s / 2 / warm_s))
     steps = max(1, enough)
-    switch: Any = trainer.observer
-    switch.target = timer = clock(device)
     start = time.perf_counter()
     for number in range(steps):
         loss = step(number)
-    check_finite(loss)
+    read_loss(loss)
     end = time.perf_counter()
     tokens = question.seq * question.batch * count
-    frame = pd.DataFrame(timer.rows).assign(tokens=tokens)
     figures = {"window_tokens": tokens * steps, "tokens_per_s": tokens * steps / (end - start)}
-    return {**speed(frame), **figures}, (start, end)
+    timed = pd.DataFrame(timer.rows[WARM_STEPS:]).assign(tokens=tokens)
+    return {**speed(timed), **figures}, (start, end)
 
 
-def check_finite(loss: torch.Tensor) -> None:
-    """Wait for the device, and read the loss. Raises: FloatingPointError."""
+def read_loss(loss: torch.Tensor) -> None:
+    """Wait for the device. Raises: FloatingPointError, where the loss is not finite."""
     number = float(loss)
     if not math.isfinite(number):
         raise FloatingPointError(f"the loss is {number}: random weights do not train with this row")

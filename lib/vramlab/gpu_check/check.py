@@ -16,13 +16,13 @@ a GPU.
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL
 from types import ModuleType
@@ -30,7 +30,7 @@ from types import ModuleType
 from ..capture.oom import words
 from ..cards import Card
 from ..files import recall, write_whole
-from ..forecast.what_fits import limited
+from ..forecast.what_fits import limited, what_fits
 from ..processes import Child
 from ..reading import read_json
 from . import forecasts, plan, table
@@ -48,6 +48,8 @@ SMALL_SWEEP = (
     "chunkft",
 )
 """The rows of the small sweep on the card, those of params/quick.yml among them."""
+CELL, OFFLINE = "vramlab.gpu_check.cell:run_cell", {"HF_HUB_OFFLINE": "1"}
+"""What a cell's process calls, and its environment."""
 FORECAST_SHARE = 0.3
 """Of the time, for forecasts."""
 LEAST_S, MOST_S, DESCRIBE_S = 20.0, 90.0, 120.0
@@ -101,7 +103,7 @@ class Check:
         questions = plan.questions(self.model, self.seq, self.only)
         file, budget_s = self.out / "forecasts.json", self.left_s * FORECAST_SHARE
         steps = forecasts.forecast_all(questions, card, file, self.code, budget_s)
-        small = self.small if find_spec("sentencepiece") else ()
+        small = self.small if importlib.util.find_spec("sentencepiece") else ()
         peers = self.peers.ROWS if self.peers else ()
         cells = plan.plan(questions, steps, machine, small, peers)
         missing = {name: step["reason"] for name, step in steps.items() if step["reason"]}
@@ -125,10 +127,13 @@ class Check:
                 break
             result = self.run_cell(cell, min(MOST_S, self.left_s))
             print(table.to_line(cell, result), flush=True)
-            device = _full_device(cell, result.get("oom"), card)
-            if device:
-                child = forecasts.start_what_fits(cell.question, device, self.left_s)
-                fitting.append((cell, self._children.enter_context(child)))
+            evidence = result.get("oom", {})
+            if evidence.get("capacity_bytes") and "would_fit" not in evidence:
+                limit = limited(evidence["capacity_bytes"])
+                device = card if card and not cell.limit_bytes else limit
+                child = self._start_child("vramlab.processes:call_in_one_thread", forecasts.NO_GPU)
+                child.send((partial(what_fits, card=device), cell.question), self.left_s)
+                fitting.append((cell, child))
         for cell, child in fitting:
             self.add_what_fits(cell, child)
 
@@ -147,7 +152,6 @@ class Check:
         return recall(self.out / cell.name / "result.json", read_json)
 
     def write_result(self, cell: Cell, result: Mapping) -> None:
-        (self.out / cell.name).mkdir(exist_ok=True)
         write_whole(self.out / cell.name / "result.json", json.dumps(result, indent=1))
 
     def run_cell(self, cell: Cell, limit_s: float, keep: bool = True) -> dict:
@@ -156,19 +160,21 @@ class Check:
         kept = self.read_result(cell) if keep else None
         if kept and kept["outcome"] in ("ok", "oom") and kept.get("code") == self.code:
             return kept
-        child, self._next_child = self._next_child or self._start_child(), self._start_child()
+        folder = self.out / cell.name
+        folder.mkdir(exist_ok=True)
+        child = self._next_child or self._start_child(CELL, OFFLINE)
+        self._next_child = self._start_child(CELL, OFFLINE)
         request = self.request(cell)
-        child.send({**request, "folder": str(self.out / cell.name), "budget_s": limit_s}, limit_s)
+        child.send({**request, "folder": str(folder), "budget_s": limit_s}, limit_s)
         answer = child.result()
         child.stop()  # its memory is the next cell's
-        result = answer.value or {"outcome": "failed", "reason": answer.reason}
-        self.write_result(cell, {**request, **result})
-        return {**request, **result}
+        result = {**request, **(answer.value or {"outcome": "failed", "reason": answer.reason})}
+        self.write_result(cell, result)
+        return result
 
-    def _start_child(self) -> Child:
+    def _start_child(self, function: str, environment: Mapping[str, str]) -> Child:
         # what it prints may name the machine
-        child = Child("vramlab.gpu_check.cell:run_cell", {"HF_HUB_OFFLINE": "1"}, DEVNULL)
-        return self._children.enter_context(child)
+        return self._children.enter_context(Child(function, environment, DEVNULL))
 
     def request(self, cell: Cell) -> dict:
         """What the cell's process is to do, as its result repeats it. See `cell.measure`."""
@@ -219,17 +225,6 @@ def ended_as_expected(cell: Cell, result: Mapping) -> bool:
     return result["outcome"] == ("oom" if cell.meant_to_run_out else "ok")
 
 
-def _full_device(cell: Cell, evidence: Mapping | None, card: Card | None) -> Card | None:
-    """The device on which the cell ran out of memory: the card, or the limit that the cell had.
-    None where nothing ran out, it was the host, or it is known already what would have fitted."""
-    if evidence is None or "would_fit" in evidence:
-        return None
-    if card and not cell.limit_bytes:
-        return card
-    capacity_bytes = evidence["capacity_bytes"] or (card and card.capacity_bytes)
-    return limited(capacity_bytes) if capacity_bytes else None
-
-
 def peers_module(name: str) -> ModuleType:
     """The value of `--peers`."""
     try:
@@ -240,7 +235,8 @@ def peers_module(name: str) -> ModuleType:
         ) from None
 
 
-def parser() -> argparse.ArgumentParser:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
     options = argparse.ArgumentParser(
         prog="python -m vramlab.gpu_check", description=__doc__.split("\n")[0]
     )
@@ -270,12 +266,7 @@ def parser() -> argparse.ArgumentParser:
         " benchmarks.trainer_peers, the Trainer of transformers)",
     )
     options.add_argument("--no-tiny", action="store_true", help="leave the small sweep out")
-    return options
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    args = parser().parse_args(argv)
+    args = options.parse_args(argv)
     on_cpu = args.device == "cpu"
     check = Check(
         args.out,

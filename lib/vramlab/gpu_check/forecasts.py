@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from subprocess import DEVNULL
 from types import ModuleType
 
 import torch
@@ -20,8 +19,7 @@ from ..cards import Card
 from ..files import FORECASTS, write_whole
 from ..forecast.forecast import Question, _code, forecast
 from ..forecast.trace import trace
-from ..forecast.what_fits import what_fits
-from ..processes import Child, side_by_side
+from ..processes import side_by_side
 from .plan import Cell
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -66,20 +64,6 @@ def forecast_all(
             steps[Cell("measure", question).name] = step or {"reason": reason}
         write_whole(file, json.dumps({"code": code, "steps": steps}, indent=1))
     return steps
-
-
-def start_what_fits(question: Question, card: Card, limit_s: float) -> Child:
-    """What would have fitted in the place of a step that ran out of memory, beside what is measured
-    meanwhile: a process whose result is that of `what_fits`."""
-    child = Child("vramlab.gpu_check.forecasts:give_way_and_say_what_fits", NO_GPU, DEVNULL)
-    child.send((question, card), limit_s)
-    return child
-
-
-def give_way_and_say_what_fits(step: tuple[Question, Card]) -> list[dict]:
-    os.nice(5)
-    torch.set_num_threads(1)
-    return what_fits(*step)
 
 
 def predict_step(question: Question, card: Card | None, cache_dir: Path | None = FORECASTS) -> dict:

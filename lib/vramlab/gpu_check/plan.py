@@ -141,13 +141,13 @@ def plan(
     rows of the last length that have a peer, each before its peer; the rest of the first length;
     the small sweep of the rows `small`; the rest of the other lengths; what takes minutes; what
     could not be forecast. `peers` names the rows that have one."""
-    cells, unknown = _cells(questions, forecasts, machine["host_bytes"] * HOST_SHARE)
-    head = [*cells[:3], *running_out(questions, forecasts, cells)]
-    for cell in cells:
+    fitting, too_large, unknown = sort_out(questions, forecasts, machine["host_bytes"] * HOST_SHARE)
+    head = [*fitting[:3], *running_out(fitting, too_large)]
+    for cell in fitting:
         if cell.question.seq == questions[-1].seq and row_name(cell.question) in peers:
             head += [cell, Cell("peer", cell.question, cell.forecast)]
     head = list({cell.name: cell for cell in head}.values())
-    rest = [cell for cell in cells if cell not in head]
+    rest = [cell for cell in fitting if cell not in head]
     late = [cell for cell in rest if cell.question.regime in LAST]
     soon = [cell for cell in rest if cell not in late]
     first = [cell for cell in soon if cell.question.seq == questions[0].seq]
@@ -161,38 +161,34 @@ def plan(
     ]
 
 
-def _cells(
+def sort_out(
     questions: Sequence[Question], forecasts: Mapping[str, Mapping], host_bytes: float
-) -> tuple[list[Cell], list[Cell]]:
-    """Cells that fit card and host, and cells that were not forecast though they may run."""
-    cells, unknown = [], []
+) -> tuple[list[Cell], list[Cell], list[Cell]]:
+    """Cells that fit card and host, cells that do not fit the card, and cells that were not
+    forecast though they may run."""
+    fitting, too_large, unknown = list[Cell](), list[Cell](), list[Cell]()
     for question in questions:
         bare = Cell("measure", question)
         forecast = forecasts.get(bare.name, {"reason": "no forecast in time"})
+        cell = Cell("measure", question, forecast)
         if forecast["reason"]:
             unknown += [] if forecast["reason"].startswith(CANNOT_RUN) else [bare]
-        elif forecast["fits"] is not False and (
-            forecast["host_bytes"] + _model_bytes(question) <= host_bytes
-        ):
-            cells.append(Cell("measure", question, forecast))
-    return cells, unknown
+        elif cell.meant_to_run_out:
+            too_large.append(cell)
+        elif forecast["host_bytes"] + _model_bytes(question) <= host_bytes:
+            fitting.append(cell)
+    return fitting, too_large, unknown
 
 
-def running_out(
-    questions: Sequence[Question], forecasts: Mapping[str, Mapping], cells: Sequence[Cell]
-) -> list[Cell]:
+def running_out(fitting: Sequence[Cell], too_large: Sequence[Cell]) -> list[Cell]:
     """The cell that runs out of memory on purpose: of those that do not fit, the one with the
     lowest peak, so that it gets far; where all fit, the one with the highest peak, on three
     quarters of what it takes."""
-    names = {Cell("measure", question).name: question for question in questions}
-    every = [Cell("measure", each, forecasts.get(name, {})) for name, each in names.items()]
-    short = [cell for cell in every if cell.meant_to_run_out]
-    if short:
-        return [min(short, key=lambda cell: cell.forecast["reserved_peak_bytes"])]
-    forecast_cells = [cell for cell in cells if cell.forecast]
-    if not forecast_cells:
+    if too_large:
+        return [min(too_large, key=lambda cell: cell.forecast["reserved_peak_bytes"])]
+    if not fitting:
         return []
-    highest = max(forecast_cells, key=lambda cell: cell.forecast["requested_peak_bytes"])
+    highest = max(fitting, key=lambda cell: cell.forecast["requested_peak_bytes"])
     limit_bytes = highest.forecast["reserved_peak_bytes"] * 3 // 4
     return [dataclasses.replace(highest, limit_bytes=limit_bytes)]
 

@@ -6,11 +6,15 @@ stands for it, and requested bytes for allocated ones. Not yet run on a GPU.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import gc
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from ..baichuan.random_weights import batches, random_model
 from ..capture import oom
@@ -18,6 +22,7 @@ from ..capture.cuda_recorder import watching
 from ..forecast.forecast import Question
 from ..forecast.trace import shown
 from ..observer import Observer
+from ..regimes.regime import Regime
 from ..runs.passes import limited
 from ..timeline.thin import curve
 from ..training.trainer import Schedule, Trainer
@@ -34,25 +39,54 @@ class Switch:
 
 
 def record_step(question: Question, cell: Mapping, folder: Path) -> tuple[dict, Trainer]:
-    """Take steps up to the one that was forecast, recorded. Returns its bytes, and the trainer,
-    which nothing watches any more. `cell` is as in `cell.measure`. Writes `curve.parquet`, of a
-    step that ran out of memory too."""
+    """Take steps up to the one that was forecast, recorded. Returns its bytes, and a trainer of the
+    row as it is used, which nothing watches. `cell` is as in `cell.measure`. Writes
+    `curve.parquet`, of a step that ran out of memory too."""
+    figures, trainer = _record(question, cell, folder)
+    row = question.row
+    if records_unusual_steps(row):
+        del trainer  # its bytes before those of another
+        gc.collect()
+        if cell["device"].startswith("cuda"):
+            torch.cuda.empty_cache()
+        trainer = make_trainer(random_model(question.spec), row, cell["device"], Observer())
+    elif hasattr(row.trains, "interval"):  # from here on parts take turns as the row says
+        trainer.regime = dataclasses.replace(trainer.regime, trains=row.trains)
+    return figures, trainer
+
+
+def records_unusual_steps(row: Regime) -> bool:
+    """Whether the recorded steps are not the row's usual ones: true gradients come soon where most
+    are guessed, or every step projects anew."""
+    return hasattr(row.rule, "gap") or row.grads.hurried() != row.grads
+
+
+def make_trainer(model: nn.Module, regime: Regime, device: str, observer: Observer) -> Trainer:
+    """A trainer that `observer` watches until `watch` names another."""
+    switch: Any = Switch(observer)
+    return Trainer(model, regime, Schedule(regime.lr, 1000), device=device, observer=switch)
+
+
+def watch(trainer: Trainer, observer: Observer) -> None:
+    """From the next step on `observer` watches the trainer."""
+    switch: Any = trainer.observer
+    switch.target = observer
+
+
+def _record(question: Question, cell: Mapping, folder: Path) -> tuple[dict, Trainer]:
     device = cell["device"]
     recorder: Any = limited(device, cell["limit_bytes"]) or watching(device)
-    observer: Any = Switch(recorder)
     regime, turns = shown(question.row)
     # made before anything records: on a CPU the meter would count it twice
     model = random_model(question.spec)
-    make_trainer = functools.partial(
-        Trainer, model, regime, Schedule(regime.lr, 1000), device=device, observer=observer
-    )
     recording, step = ExitStack(), 0
     try:
         recording.enter_context(oom.watched(device, getattr(recorder, "so_far", None)))
-        # a meter adopts the tensors that exist, as in a forecast; a history begins before them
-        trainer = None if device.startswith("cuda") else make_trainer()
-        recording.enter_context(recorder)
-        trainer = trainer or make_trainer()
+        if device.startswith("cuda"):  # a history begins before the tensors that it explains
+            recording.enter_context(recorder)
+        trainer = make_trainer(model, regime, device, recorder)
+        if not device.startswith("cuda"):  # a meter adopts those that exist, as in a forecast
+            recording.enter_context(recorder)
         for step, parts in enumerate(parts_of_steps(trainer, turns, cell)):
             turns.parts_due = parts
             rows = batches(question.spec, question.seq, question.batch, step, regime.accumulate)
@@ -60,7 +94,7 @@ def record_step(question: Question, cell: Mapping, folder: Path) -> tuple[dict, 
     finally:
         timeline = read_timeline(recording, recorder, step, folder)
         recorder.trains([])
-    observer.target = Observer()
+    watch(trainer, Observer())
     return {**timeline, "steps_recorded": trainer.steps_done, **peaks(recorder, timeline)}, trainer
 
 

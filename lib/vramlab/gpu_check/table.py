@@ -1,5 +1,5 @@
-"""The table of a GPU check: predicted beside measured, errors, speed, MFU, energy; and all errors in
-a few numbers."""
+"""The table of a GPU check: predicted beside measured, errors, speed, MFU and energy, and a summary
+of the errors."""
 
 from __future__ import annotations
 
