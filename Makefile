@@ -40,9 +40,9 @@ bench: env
 check: env
 	$(BIN)/ruff check lib tests notebooks/studies/*.py
 
-# without an environment of its own: any Python that has torch, transformers, peft and pandas; GPU_CHECK are its options
+# without an environment of its own: any Python that has torch, transformers, peft, pandas and pyarrow; GPU_CHECK are its options
 gpu-check:
-	PYTHONPATH=lib $(PYTHON) -m vramlab.gpu_check $(GPU_CHECK)
+	PYTHONPATH=lib:tests $(PYTHON) -m vramlab.gpu_check --peers benchmarks.trainer_peers $(GPU_CHECK)
 
 clean:
 	rm -rf .venv

@@ -1,7 +1,7 @@
 """Forecasts held against this machine's GPU, in minutes: `make gpu-check`, or with any Python that
 has torch, transformers, peft, pandas and pyarrow:
 
-    PYTHONPATH=lib python3 -m vramlab.gpu_check [--out DIR] [--minutes 8.7]
+    PYTHONPATH=lib:tests python3 -m vramlab.gpu_check --peers benchmarks.trainer_peers [--out DIR]
 
 Every row that fits is measured at the 7B's shape with random weights, at 1,024 and 4,096 tokens,
 each in a process of its own with a time limit. One row runs out of memory on purpose. With
