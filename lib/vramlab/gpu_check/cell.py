@@ -17,7 +17,6 @@ from ..baichuan.random_weights import batches
 from ..capture import nvml, oom
 from ..capture.nvml_sampler import Sampler
 from ..forecast.forecast import Question
-from ..machine import describe
 from ..runs.execute import execute, out_of_memory
 from ..runs.folder import Run
 from ..runs.passes import speed
@@ -118,7 +117,8 @@ def read_loss(loss: torch.Tensor) -> None:
 
 def run_small(cell: Mapping) -> dict:
     """One row of the small sweep, as the sweep runs it."""
-    params = {"regime": cell["regime"], "device": cell["device"], **SMALL_RUN}
+    shape = {"model": cell["model"], "max_length": cell["seq"], "batch_size": cell["batch"]}
+    params = {"regime": cell["regime"], "device": cell["device"], **shape, **SMALL_RUN}
     run = Run(execute(params, Path(cell["folder"]) / "run", progress=False)).result
     return {
         "tokens_per_s": run.get("speed", {}).get("tokens_per_s"),
@@ -133,4 +133,4 @@ def measure_peer(cell: Mapping) -> dict:
     return importlib.import_module(cell["peers"]).measure(cell)
 
 
-KINDS = {"describe": describe, "measure": measure, "peer": measure_peer, "tiny": run_small}
+KINDS = {"measure": measure, "peer": measure_peer, "tiny": run_small}

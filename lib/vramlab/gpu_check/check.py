@@ -31,7 +31,7 @@ from ..capture.oom import words
 from ..cards import Card
 from ..files import recall, write_whole
 from ..forecast.what_fits import limited, what_fits
-from ..processes import Child
+from ..processes import Child, call_once
 from ..reading import read_json
 from . import forecasts, plan, table
 from .plan import Cell
@@ -53,8 +53,8 @@ CELL, OFFLINE = "vramlab.gpu_check.cell:run_cell", {"HF_HUB_OFFLINE": "1"}
 FORECAST_SHARE = 0.3
 """Of the time, for forecasts."""
 LEAST_S, MOST_S, DESCRIBE_S = 20.0, 90.0, 120.0
-"""A cell is begun while `LEAST_S` seconds are left and ended after `MOST_S`. The first, which
-describes the machine, has `DESCRIBE_S`."""
+"""A cell is begun while `LEAST_S` seconds are left, and ended after `MOST_S`; the process that
+describes the machine, after `DESCRIBE_S`."""
 
 
 class Check:
@@ -78,7 +78,7 @@ class Check:
         self.small, self.window_s, self.peers = small, window_s, peers
         self.ends = time.monotonic() + 60 * minutes
         self.code = forecasts.code_hash(peers)
-        self._children, self._next_child = ExitStack(), None
+        self._children = ExitStack()
         out.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -88,9 +88,11 @@ class Check:
     def run(self) -> int:
         """All of it. Returns 0 when every cell that was begun ended as expected, else 1."""
         with self._children:
-            machine = self.run_cell(Cell("describe"), DESCRIBE_S, keep=False)
-            if machine["outcome"] != "ok":
-                print(f"no answer from {self.device}: {machine['reason']}")
+            self._next_child = self._start_child(CELL, OFFLINE)
+            device = {"device": self.device}
+            machine, reason, _ = call_once("vramlab.machine:describe", device, DESCRIBE_S, OFFLINE)
+            if reason:
+                print(f"no answer from {self.device}: {reason}")
                 return 1
             write_whole(self.out / "machine.json", json.dumps(machine, indent=1))
             card = plan.card_of(machine)
@@ -148,22 +150,22 @@ class Check:
         self.write_result(cell, result)
 
     def read_result(self, cell: Cell) -> dict | None:
-        """The cell's result, of an earlier run too."""
-        return recall(self.out / cell.name / "result.json", read_json)
+        """What this code measured, in an earlier run too."""
+        result = recall(self.out / cell.name / "result.json", read_json)
+        return result if result and result.get("code") == self.code else None
 
     def write_result(self, cell: Cell, result: Mapping) -> None:
         write_whole(self.out / cell.name / "result.json", json.dumps(result, indent=1))
 
-    def run_cell(self, cell: Cell, limit_s: float, keep: bool = True) -> dict:
-        """The cell's result: with `keep` that of an earlier run, where this code made it; else it
-        is made now, while the process of the next cell loads."""
-        kept = self.read_result(cell) if keep else None
-        if kept and kept["outcome"] in ("ok", "oom") and kept.get("code") == self.code:
+    def run_cell(self, cell: Cell, limit_s: float) -> dict:
+        """The cell's result: that of an earlier run, unless it failed, or made now, while the
+        process of the next cell loads."""
+        kept = self.read_result(cell)
+        if kept and kept["outcome"] in ("ok", "oom"):
             return kept
         folder = self.out / cell.name
         folder.mkdir(exist_ok=True)
-        child = self._next_child or self._start_child(CELL, OFFLINE)
-        self._next_child = self._start_child(CELL, OFFLINE)
+        child, self._next_child = self._next_child, self._start_child(CELL, OFFLINE)
         request = self.request(cell)
         child.send({**request, "folder": str(folder), "budget_s": limit_s}, limit_s)
         answer = child.result()
@@ -178,18 +180,12 @@ class Check:
 
     def request(self, cell: Cell) -> dict:
         """What the cell's process is to do, as its result repeats it. See `cell.measure`."""
-        request = {
-            "does": cell.kind,
-            "device": self.device,
-            "regime": cell.regime,
-            "window_s": self.window_s,
-            "code": self.code,
-        }
-        if cell.question is None:
-            return request
         ours = self.read_result(Cell("measure", cell.question)) if cell.kind == "peer" else None
         return {
-            **request,
+            "does": cell.kind,
+            "device": self.device,
+            "window_s": self.window_s,
+            "code": self.code,
             "model": cell.question.model,
             "regime": cell.question.regime,
             "weights": cell.question.weights,

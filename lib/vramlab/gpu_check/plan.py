@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..cards import Card, read_cards
 from ..forecast.arithmetic import STORED, parameters
@@ -48,6 +47,8 @@ AS_WRITTEN = ("mixed", "master", "qlora", "int8_lora", "bf16_sr")
 """Rows whose point is the type that they are stored in."""
 CANNOT_RUN = ("ImpossibleHere", "IllegalRegime", "ImportError", "ModuleNotFoundError")
 """Reasons against a forecast that hold for the measurement too."""
+SMALL_SHAPE = (256, 16)
+"""Tokens of a row and rows of a step, of a run of the small sweep."""
 HOST_SHARE = 0.7
 """Of host memory, for what a row puts there and for the model, which is made there."""
 
@@ -57,19 +58,18 @@ class Cell:
     """One thing to do in a process of its own. `kind` is a key of `cell.KINDS`."""
 
     kind: str
-    question: Any = None
-    """The step to take, a `Question`; None where the cell takes none."""
+    question: Question
+    """The step to take; for a run of the small sweep, one on full rows."""
     forecast: Mapping = field(default_factory=dict)
     """Of that step, see `forecasts.predict_step`; empty where there is none."""
-    regime: str = ""
     limit_bytes: int = 0
     """What the device has for the allocator; 0: all of it."""
 
     @property
     def name(self) -> str:
         """Its folder."""
-        if self.question is None:
-            return "-".join(part for part in (self.kind, self.regime) if part)
+        if self.kind == "tiny":
+            return f"tiny-{self.question.regime}"
         regime, weights = self.question.regime, self.question.weights
         stored = [weights] if weights not in ("", regime) else []
         suffix = ["trainer"] if self.kind == "peer" else []
@@ -154,7 +154,7 @@ def plan(
     return [
         *head,
         *first,
-        *(Cell("tiny", regime=regime) for regime in small),
+        *(Cell("tiny", Question("tiny", regime, *SMALL_SHAPE)) for regime in small),
         *(cell for cell in soon if cell not in first),
         *late,
         *unknown,
