@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 
-from ..observer import Observer
-from ..regimes.regime import Regime
-from ..regimes.trains.adapters import Lora
-from ..regimes.trains.parts import Blocks
-from ..training.trainer import Schedule, Trainer
+from vramlab.observer import Observer
+from vramlab.regimes.regime import Regime
+from vramlab.regimes.trains.adapters import Lora
+from vramlab.regimes.trains.parts import Blocks
+from vramlab.training.trainer import Schedule, Trainer
 
 
 @dataclass(frozen=True)
