@@ -318,9 +318,10 @@ def test_host_memory_is_what_is_free_or_a_containers_share(monkeypatch, share, e
     monkeypatch.setattr(
         machine,
         "Path",
-        lambda path: Its(read_text=lambda: files[path], exists=lambda: files[path] is not None),
+        lambda path: Its(read_text=lambda: files[path], exists=lambda: files.get(path) is not None),
     )
-    assert machine._host_bytes() == expected
+    total, free, limit = machine.host_memory()
+    assert total == 20 << 10 and min(free, limit) == expected
 
 
 def test_the_machine_in_figures(monkeypatch):
@@ -331,7 +332,7 @@ def test_the_machine_in_figures(monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(machine, "record", lambda device: {"versions": {"torch": "2"}})
-    monkeypatch.setattr(machine, "_driver", lambda: "570")
+    monkeypatch.setattr(machine, "driver", lambda: "570")
     found = machine.describe({"device": "cuda"})
     told = [
         found[name]
@@ -354,9 +355,9 @@ def test_the_driver_is_told_as_text_or_why_not(monkeypatch):
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     for said in ("570", b"570"):
         monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda said=said: said)
-        assert machine._driver() == "570"
+        assert machine.driver() == "570"
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: {}["x"])
-    assert machine._driver() == "N/A (KeyError)"
+    assert machine.driver() == "N/A: KeyError: 'x'"
 
 
 def test_a_timeline_is_what_the_recording_says_of_the_step(monkeypatch, tmp_path):

@@ -258,7 +258,7 @@ def test_what_became_of_the_studies_in_words():
         {"study": "c", "cells": 5, "due": 5, "failed": [], "reason": ""},
     ]
     assert (
-        batch.words(found)
+        batch.to_text(found)
         == "a: 3 cells, 2 due\nb: 4 cells, 1 failed; E: no\n  reproduced             c\n"
         "                         w\nc: 5 cells, 0 failed"
     )

@@ -115,7 +115,7 @@ def _sweep(args) -> Answer:
         report = _build(swept.folder)
     return Answer(
         {"folder": str(swept.folder), "cells": swept.rows, **report.document},
-        f"{sweep.words(swept.rows)}\n{report.words}".strip(),
+        f"{sweep.to_text(swept.rows)}\n{report.words}".strip(),
         swept.code,
     )
 
@@ -190,7 +190,7 @@ def _studies(args) -> Answer:
     from .studies import run_all as batch
 
     found = batch.run(args.study, args.out, args.gallery, args.jobs, args.dry_run, quiet=args.json)
-    return Answer(found, batch.words(found), int(any(study.get("reason") for study in found)))
+    return Answer(found, batch.to_text(found), int(any(study.get("reason") for study in found)))
 
 
 def _predict(args) -> Answer:
@@ -236,7 +236,7 @@ def _doctor(args) -> Answer:
     from .runs import machine_report as doctor
 
     found = doctor.examine()
-    return Answer(doctor.to_json(found), doctor.words(found))
+    return Answer(doctor.to_json(found), doctor.to_text(found))
 
 
 class _JsonParser(argparse.ArgumentParser):

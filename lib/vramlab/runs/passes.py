@@ -398,7 +398,7 @@ def notes(prepared: Prepared) -> list[str]:
         " process, allocator returning memory to the OS"
     ]
     if prepared.regime.values["weights"] != "fp32" and prepared.params["device"] == "cpu":
-        needed, why = machine.needed()
+        needed, why = machine.needs_fp32_products()
         if needed:
             said.append(
                 f"bf16 products formed in fp32 and rounded ({why}): same numerics, and its speed is"

@@ -181,8 +181,8 @@ def _row(cell: Cell) -> dict:
     }
 
 
-def words(rows: list[dict]) -> str:
-    """A line a cell."""
+def to_text(rows: list[dict]) -> str:
+    """One line for each cell."""
     return "\n".join(
         "  ".join(
             f"{value:,.0f}" if isinstance(value, float) else str(value)

@@ -97,7 +97,7 @@ def _relative(path: Path) -> str:
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
-def words(found: Sequence[Mapping]) -> str:
+def to_text(found: Sequence[Mapping]) -> str:
     """What became of each study, as text."""
     lines = []
     for study in found:
