@@ -199,11 +199,7 @@ def test_the_same_command_goes_on_and_measures_nothing_again(checked):
     folder, _, _, run = checked
     lost = folder / "galore-bf16-1x32" / "result.json"
     lost.unlink()
-    before = {
-        file: file.stat().st_mtime_ns
-        for file in folder.glob("*/result.json")
-        if file.parent.name != "describe" and not file.parent.name.endswith("-oom")
-    }  # that one gets its answer again
+    before = {file: file.stat().st_mtime_ns for file in folder.glob("*/result.json")}
     done = run()
     assert done.returncode == 0 and json.loads(lost.read_text())["outcome"] == "ok", (
         done.stdout + done.stderr
@@ -368,17 +364,16 @@ def test_a_recording_that_cannot_be_read_costs_the_timeline_and_not_the_peaks(tm
 def test_a_cell_that_hangs_is_ended_and_one_that_dies_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "CELL", "cell_endings:end")
     check = Check(tmp_path, 1, "cpu", "tiny", (32,))
+    check._next_child = check._start_child(gpu_check.CELL, {})
     for regime, limit_s, reason in (
         ("hang", 3.0, "no answer from cell_endings:end in 3 s"),
         ("die", 60.0, "its process was killed by signal 9"),
         ("raise", 60.0, "ValueError: raise"),
     ):
-        result = check.run_cell(Cell("tiny", regime=regime), limit_s)
-        assert (result["outcome"], result["reason"]) == (
-            "failed",
-            reason,
-        ) and "folder" not in result
-        assert check.read_result(Cell("tiny", regime=regime)) == result
+        cell = Cell("tiny", gpu_check.plan.Question("tiny", regime, 32, 1))
+        result = check.run_cell(cell, limit_s)
+        assert (result["outcome"], result["reason"]) == ("failed", reason)
+        assert "folder" not in result and check.read_result(cell) == result
     check._children.close()
     assert not check._next_child.alive
 
@@ -394,9 +389,7 @@ def test_a_cell_that_fails_says_why_and_leaves_no_path(tmp_path, monkeypatch):
 
 
 def test_a_check_without_an_answer_from_the_device_ends(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        Check, "run_cell", lambda *cell, keep: {"outcome": "failed", "reason": "no GPU"}
-    )
+    monkeypatch.setattr(gpu_check, "call_once", lambda *call: (None, "no GPU", False))
     assert Check(tmp_path, 1, "cuda", "tiny", (32,)).run() == 1
     assert "no answer from cuda: no GPU" in capsys.readouterr().out
 

@@ -18,8 +18,8 @@ from vramlab.capture.memory_limit import Ceiling
 from vramlab.capture.nvml import Reader
 from vramlab.gpu_check import cell as gpu_cell
 from vramlab.gpu_check import recorded_step
-from vramlab.runs.folder import SPEED
 from vramlab.runs.passes import limited
+from vramlab.runs.schema import SPEED
 
 NO_TURNS = Its(sets=lambda count: [(0,)], state="device", interval=1)
 
@@ -227,12 +227,18 @@ def test_a_row_of_the_small_sweep_is_run_as_the_sweep_runs_it(monkeypatch, tmp_p
         return tmp_path
 
     monkeypatch.setattr(gpu_cell, "execute", execute)
-    found = gpu_cell.run_small({"regime": "lora", "device": "cpu", "folder": str(tmp_path)})
+    shape = {"model": "tiny", "seq": 256, "batch": 16}
+    found = gpu_cell.run_small(
+        {"regime": "lora", "device": "cpu", "folder": str(tmp_path), **shape}
+    )
     assert asked == [
         (
             {
                 "regime": "lora",
                 "device": "cpu",
+                "model": "tiny",
+                "max_length": 256,
+                "batch_size": 16,
                 "recipe": "smoke",
                 "steps": 40,
                 "train_items": 400,
