@@ -273,7 +273,7 @@ def test_what_would_have_fitted_is_asked_for_the_device_that_ran_out(
     device = function.keywords["card"]
     assert (function.func, question, limit_s) == (gpu_check.what_fits, LORA, 120.0)
     assert device.key == key and device.capacity_bytes == pytest.approx(capacity_bytes)
-    assert answered == [(cell, child)]
+    assert answered == [(cell, results[0], child)]
     for result in (
         {"outcome": "ok"},
         {"outcome": "oom"},
@@ -290,8 +290,9 @@ def test_an_answer_goes_into_the_record_or_why_there_is_none(check):
         (CallResult([1], ""), {"said": "a", "would_fit": [1]}),
         (CallResult(None, "x"), {"said": "a no answer what would have fitted: x"}),
     ):
-        keep(check, cell, outcome="oom", oom={"said": "a"})
-        check.add_what_fits(cell, Its(result=lambda answer=answer: answer))
+        result = {"code": "now", "outcome": "oom", "oom": {"said": "a"}}
+        (check.out / cell.name).mkdir(exist_ok=True)
+        check.add_what_fits(cell, result, Its(result=lambda answer=answer: answer))
         assert check.read_result(cell) == {"code": "now", "outcome": "oom", "oom": expected}
 
 

@@ -95,8 +95,8 @@ def time_steps(
     for number in range(WARM_STEPS):
         read_loss(step(number))
     warm_s = min(row["step_s"] for row in timer.rows)
-    enough = min(math.ceil(window_s * 1.1 / warm_s), MOST_STEPS, int(budget_s / 2 / warm_s))
-    steps = max(1, enough)
+    wanted, affordable = math.ceil(window_s * 1.1 / warm_s), int(budget_s / 2 / warm_s)
+    steps = max(1, min(wanted, MOST_STEPS, affordable))
     start = time.perf_counter()
     for number in range(steps):
         loss = step(number)

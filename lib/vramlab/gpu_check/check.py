@@ -135,14 +135,14 @@ class Check:
                 device = card if card and not cell.limit_bytes else limit
                 child = self._start_child("vramlab.processes:call_in_one_thread", forecasts.NO_GPU)
                 child.send((partial(what_fits, card=device), cell.question), self.left_s)
-                fitting.append((cell, child))
-        for cell, child in fitting:
-            self.add_what_fits(cell, child)
+                fitting.append((cell, result, child))
+        for cell, result, child in fitting:
+            self.add_what_fits(cell, result, child)
 
-    def add_what_fits(self, cell: Cell, child: Child) -> None:
-        """The child's answer goes into the record of the cell that ran out of memory, if it comes
+    def add_what_fits(self, cell: Cell, result: dict, child: Child) -> None:
+        """The child's answer goes into the result of the cell that ran out of memory, if it comes
         in time."""
-        answer, result = child.result(), self.read_result(cell)
+        answer = child.result()
         if answer.reason:
             result["oom"]["said"] += f" no answer what would have fitted: {answer.reason}"
         else:
@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--no-tiny", action="store_true", help="leave the small sweep out")
     args = options.parse_args(argv)
     on_cpu = args.device == "cpu"
-    check = Check(
+    return Check(
         args.out,
         args.minutes,
         args.device,
@@ -274,5 +274,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         () if args.no_tiny else SMALL_SWEEP,
         0.2 if on_cpu else 2.2,
         args.peers,
-    )
-    return check.run()
+    ).run()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -77,7 +78,7 @@ def predict_step(question: Question, card: Card | None, cache_dir: Path | None =
     try:
         if card is None:
             step = trace(question.spec, question.row, question.seq, question.batch, mode="cpu")
-            figures = {
+            figures: dict[str, Any] = {
                 "allocated_peak_bytes": step.peak_bytes,
                 "reserved_peak_bytes": simulate(step.events).peak_reserved_bytes,
                 "fits": None,
