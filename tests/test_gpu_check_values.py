@@ -13,6 +13,7 @@ import pytest
 from benchmarks import trainer_peers
 from vramlab.cards import read_cards
 from vramlab.forecast.forecast import Question
+from vramlab.gpu_check import __main__ as command
 from vramlab.gpu_check import check as gpu_check
 from vramlab.gpu_check import forecasts
 from vramlab.gpu_check import plan as gpu_plan
@@ -412,11 +413,11 @@ def test_it_ends_well_when_what_was_begun_ended_as_it_should(
 )
 def test_what_is_asked_for_unless_told(monkeypatch, argv, asked):
     monkeypatch.setenv("OUT", "there")
-    monkeypatch.setattr(gpu_check, "Check", lambda *given: Its(run=lambda: given))
-    assert gpu_check.main(argv) == (Path("there/gpu-check"), *asked)
+    monkeypatch.setattr(command, "Check", lambda *given: Its(run=lambda: given))
+    assert command.main(argv) == (Path("there/gpu-check"), *asked)
 
 
 def test_peers_that_cannot_be_imported_say_what_is_missing(capsys):
     with pytest.raises(SystemExit):
-        gpu_check.main(["--peers", "no_such_module"])
+        command.main(["--peers", "no_such_module"])
     assert "No module named 'no_such_module': its folder must be on" in capsys.readouterr().err

@@ -103,8 +103,8 @@ def hugging_face(optim: str, checkpointing: bool = False, cpu: bool = True, **ar
             def _get_train_sampler(self, *_):
                 return SequentialSampler(self.train_dataset)
 
-            def training_step(self, *arguments):
-                self.last_loss = super().training_step(*arguments)
+            def training_step(self, *inputs):
+                self.last_loss = super().training_step(*inputs)
                 return self.last_loss
 
         class Clock(TrainerCallback):
@@ -145,9 +145,9 @@ def hugging_face(optim: str, checkpointing: bool = False, cpu: bool = True, **ar
             trainer.remove_callback(PrinterCallback)
             backward = trainer.accelerator.backward
 
-            def observed_backward(*arguments, **named) -> None:
+            def observed_backward(*inputs, **named) -> None:
                 with observer.phase("backward"):
-                    backward(*arguments, **named)
+                    backward(*inputs, **named)
 
             trainer.accelerator.backward = observed_backward
             trainer.train()
