@@ -42,9 +42,9 @@ check: env
 	$(BIN)/ruff check lib tests notebooks
 	$(BIN)/mypy
 
-# without an environment of its own: any Python that has torch, transformers, peft and pandas; GPU_CHECK are its options
+# without an environment of its own: any Python that has torch, transformers, peft, pandas and pyarrow; GPU_CHECK are its options
 gpu-check:
-	PYTHONPATH=lib $(PYTHON) -m vramlab.gpu_check $(GPU_CHECK)
+	PYTHONPATH=lib:tests $(PYTHON) -m vramlab.gpu_check --peers benchmarks.trainer_peers $(GPU_CHECK)
 
 clean:
 	rm -rf .venv

@@ -37,7 +37,7 @@ def steps(row: dict, observer: Observer, layers: int = 4, count: int = 2) -> Tra
 
 
 def measured(payload: dict) -> dict:
-    """What `run_in_measured_process` calls."""
+    """Called in a child process."""
     torch.set_num_threads(1)
     steps(payload["row"], Observer(), layers=1)
     with peak_window() as peak:

@@ -144,5 +144,5 @@ def test_codes_of_a_replay_and_of_studies(monkeypatch, tmp_path):
             "vramlab.studies.run_all.run",
             lambda *args, reason=reason, **named: [{}, {"reason": reason}],
         )
-        monkeypatch.setattr("vramlab.studies.run_all.words", lambda found: "")
+        monkeypatch.setattr("vramlab.studies.run_all.to_text", lambda found: "")
         assert cli.main(["studies", "lomo"]) == code

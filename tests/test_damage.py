@@ -33,7 +33,8 @@ from vramlab.regimes.regime import regime as read_regime
 from vramlab.report import build
 from vramlab.report import page as html
 from vramlab.runs import folder as runs
-from vramlab.runs.folder import FINISHED, NEEDED, SPEED, outcome, read_runs
+from vramlab.runs.folder import FINISHED, NEEDED, outcome, read_runs, seal_run
+from vramlab.runs.schema import SPEED
 from vramlab.runs.sweep import read_sweep
 
 BOUNDED = {
@@ -152,6 +153,7 @@ def test_a_whole_folder_is_read_in_the_order_of_its_sweep_with_nothing_to_say(sw
     assert build(swept).exists()
 
 
+@pytest.mark.parametrize("sealed", [False, True])
 @pytest.mark.parametrize(
     "name",
     [
@@ -164,8 +166,10 @@ def test_a_whole_folder_is_read_in_the_order_of_its_sweep_with_nothing_to_say(sw
         "timeline.parquet",
     ],
 )
-def test_a_damaged_file_is_named_counts_as_not_there_and_hides_no_other_run(swept, name):
+def test_a_damaged_file_is_named_counts_as_not_there_and_hides_no_other_run(swept, name, sealed):
     path = swept / "full-0" / name
+    if sealed:
+        seal_run(path.parent)
     whole = path.read_bytes()
     for kind, content in damages(whole).items():
         text = ("cut", "without its end", "another file", "an empty object") * (

@@ -21,8 +21,8 @@ from vramlab.report import takeaways as words
 from vramlab.report.page import build
 from vramlab.runs import passes
 from vramlab.runs.execute import execute
-from vramlab.runs.folder import read_runs
-from vramlab.runs.sweep import RETRY, read_sweep
+from vramlab.runs.folder import RETRY, read_runs
+from vramlab.runs.sweep import read_sweep
 from vramlab.studies import runner
 from vramlab.studies.plan import StudyCell
 from vramlab.training.trainer import Diverged, Schedule, Trainer

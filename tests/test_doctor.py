@@ -30,9 +30,9 @@ def test_every_topic_that_cannot_be_had_says_why_and_what_would_help():
         by_topic(findings)
     )
     for finding in findings:
-        assert finding.found and (finding.can or finding.way_out), finding
+        assert finding.detail and (finding.can or finding.way_out), finding
     told = by_topic(findings)
-    assert told["torch"].can and torch.__version__ in told["torch"].found and told["forecast"].can
+    assert told["torch"].can and torch.__version__ in told["torch"].detail and told["forecast"].can
     assert told["process peak"].can == (doctor.platform.libc_ver()[0] == "glibc")
 
 
@@ -72,10 +72,10 @@ def test_a_card_is_told_with_what_it_lacks_and_nothing_that_identifies_it(monkey
     told = by_topic(doctor.examine())
     assert (
         told["nvml"].can
-        and "driver 570.00" in told["nvml"].found
-        and "reserved_bytes: N/A" in told["nvml"].found
+        and "driver 570.00" in told["nvml"].detail
+        and "reserved_bytes: N/A" in told["nvml"].detail
     )
-    assert told["energy"].can and told["energy"].found.startswith("power, integrated")
+    assert told["energy"].can and told["energy"].detail.startswith("power, integrated")
     assert not told["process memory on the card"].can and told["process memory on the card"].way_out
     assert told["cuda"].can and told["allocator history"].can
     assert UUID not in str(told) and "4321" not in str(told)
@@ -95,13 +95,13 @@ def test_a_card_of_today_can_do_everything(cuda):
             "allocator history",
         )
     )
-    assert "its own number" in told["process memory on the card"].found
+    assert "its own number" in told["process memory on the card"].detail
 
 
 def test_emulated_bf16_is_no_bf16(cuda):
     cuda(Card("Turing"))
     told = by_topic(doctor.examine())
-    assert not told["bf16"].can and "emulates" in told["bf16"].found
+    assert not told["bf16"].can and "emulates" in told["bf16"].detail
 
 
 def test_a_driver_that_torch_cannot_use_is_told_from_none(monkeypatch, cuda):
@@ -109,14 +109,14 @@ def test_a_driver_that_torch_cannot_use_is_told_from_none(monkeypatch, cuda):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     told = by_topic(doctor.examine())
     assert (
-        not told["cuda"].can and not told["nvml"].can and "the driver has: 2" in told["nvml"].found
+        not told["cuda"].can and not told["nvml"].can and "the driver has: 2" in told["nvml"].detail
     )
 
 
 def test_a_topic_that_breaks_is_a_finding(monkeypatch):
     monkeypatch.setattr(doctor, "_memory", lambda: 1 / 0)
     told = by_topic(doctor.examine())
-    assert not told["host memory"].can and "ZeroDivisionError" in told["host memory"].found
+    assert not told["host memory"].can and "ZeroDivisionError" in told["host memory"].detail
 
 
 @pytest.mark.slow

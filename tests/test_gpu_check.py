@@ -20,18 +20,21 @@ import pytest
 import torch
 
 import micro
+from benchmarks import trainer_peers
 from vramlab.baichuan import random_weights as gpu_model
 from vramlab.baichuan import read_model_file
-from vramlab.capture.memory_limit import Ceiling
 from vramlab.capture.meter import Meter
 from vramlab.cards import card
 from vramlab.files import ROOT
 from vramlab.gpu_check import cell as gpu_cell
 from vramlab.gpu_check import check as gpu_check
 from vramlab.gpu_check import plan as gpu_plan
+from vramlab.gpu_check import recorded_step
 from vramlab.gpu_check import table as gpu_table
-from vramlab.gpu_check.check import Check, Worker
+from vramlab.gpu_check.check import Check
+from vramlab.gpu_check.forecasts import forecast_all
 from vramlab.gpu_check.plan import Cell
+from vramlab.observer import Observer
 from vramlab.regimes.regime import read_row, regime_row
 from vramlab.runs.parameters import resolve
 from vramlab.runs.sweep import read_sweep
@@ -54,6 +57,8 @@ GONE = (
     "galore_torch",
     "lomo_optim",
     "badam",
+    "pynvml",
+    "scipy",
 )
 WITHOUT = f"""
 import sys
@@ -75,7 +80,7 @@ def checked(tmp_path_factory):
     (place / "sitecustomize.py").write_text(WITHOUT)
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(place), str(ROOT / "lib")]),
+        "PYTHONPATH": os.pathsep.join([str(place), str(ROOT / "lib"), str(ROOT / "tests")]),
         "OUT": str(place),
     }
     environment.pop("HF_HUB_OFFLINE", None)
@@ -87,6 +92,8 @@ def checked(tmp_path_factory):
             "vramlab.gpu_check",
             "--device",
             "cpu",
+            "--peers",
+            "benchmarks.trainer_peers",
             "--seq",
             "32",
             "--only",
@@ -192,11 +199,7 @@ def test_the_same_command_goes_on_and_measures_nothing_again(checked):
     folder, _, _, run = checked
     lost = folder / "galore-bf16-1x32" / "result.json"
     lost.unlink()
-    before = {
-        file: file.stat().st_mtime_ns
-        for file in folder.glob("*/result.json")
-        if file.parent.name != "describe" and not file.parent.name.endswith("-oom")
-    }  # that one gets its answer again
+    before = {file: file.stat().st_mtime_ns for file in folder.glob("*/result.json")}
     done = run()
     assert done.returncode == 0 and json.loads(lost.read_text())["outcome"] == "ok", (
         done.stdout + done.stderr
@@ -208,9 +211,9 @@ def test_the_same_command_goes_on_and_measures_nothing_again(checked):
 def test_without_time_nothing_is_begun_and_the_table_says_so(checked, tmp_path, capsys):
     folder, _, _, _ = checked
     check = Check(tmp_path, 0.0, "cpu", "tiny", (32,))
-    cells = gpu_plan.plan(ASKED, known(), MACHINE, ())
-    check._measure(cells, None, None)
-    assert check._say(cells, json.loads((folder / "machine.json").read_text()), None) == 1
+    cells = gpu_plan.plan(ASKED, known(), MACHINE, (), PEERS)
+    check.measure(cells, None)
+    assert check.report(cells, json.loads((folder / "machine.json").read_text()), None) == 1
     assert not list(tmp_path.glob("*/result.json"))
     assert (
         "13 of 13 cells were not begun: the same command goes on from here"
@@ -222,6 +225,7 @@ def test_without_time_nothing_is_begun_and_the_table_says_so(checked, tmp_path, 
 
 ASKED = gpu_plan.questions("tiny", (32, 64), ("lora", "full", "lomo", "galore", "badam"))
 MACHINE = {"host_bytes": 10**12}
+PEERS = trainer_peers.ROWS
 
 
 def known(**changed) -> dict:
@@ -242,7 +246,7 @@ def names(cells) -> list[str]:
 
 
 def test_the_most_informative_come_first_and_the_small_sweep_after_the_first_length():
-    cells = gpu_plan.plan(ASKED, known(), MACHINE, ("full",))
+    cells = gpu_plan.plan(ASKED, known(), MACHINE, ("full",), PEERS)
     order = names(cells)
     assert order[:3] == ["lora-bf16-1x32", "full-bf16-1x32", "lomo-bf16-1x32"] and order[
         3
@@ -262,7 +266,7 @@ def test_the_most_informative_come_first_and_the_small_sweep_after_the_first_len
 
 def test_with_one_length_no_cell_comes_twice():
     order = names(
-        gpu_plan.plan([asked for asked in ASKED if asked.seq == 32], known(), MACHINE, ())
+        gpu_plan.plan([asked for asked in ASKED if asked.seq == 32], known(), MACHINE, (), PEERS)
     )
     assert len(set(order)) == len(order) == 5 + 1 + 2 and order[4:6] == [
         "lora-bf16-1x32-trainer",
@@ -276,13 +280,13 @@ def test_the_cell_that_runs_out_is_the_one_that_lacks_least_or_a_limited_one_whe
         galore={"fits": False, "reserved_peak_bytes": 300},
     )
     cells = gpu_plan.plan(ASKED, short, MACHINE, ())
-    (cell,) = [cell for cell in cells if cell.on_purpose]
+    (cell,) = [cell for cell in cells if cell.meant_to_run_out]
     assert cell.name == "galore-bf16-1x32-oom" and not cell.limit_bytes
     assert not [name for name in names(cells) if name.startswith("full")]
     (cell,) = [
         cell
         for cell in gpu_plan.plan(ASKED, known(badam={"requested_peak_bytes": 99}), MACHINE, ())
-        if cell.on_purpose
+        if cell.meant_to_run_out
     ]
     assert cell.question.regime == "badam" and cell.limit_bytes == 75
 
@@ -326,22 +330,10 @@ def test_the_card_is_the_one_that_is_there_with_rates_of_its_kind():
 
 def test_forecasts_end_with_their_time_and_keep_what_they_have(tmp_path):
     began = time.monotonic()
-    assert gpu_plan.forecasts(ASKED, None, tmp_path / "f.json", 0.0, None, jobs=1) == {}
+    assert forecast_all(ASKED, None, tmp_path / "f.json", "now", 0.0, jobs=1) == {}
     assert time.monotonic() - began < 30
-    kept = {"code": gpu_plan.code(), "steps": known()}
-    (tmp_path / "f.json").write_text(json.dumps(kept))
-    assert gpu_plan.forecasts(ASKED, None, tmp_path / "f.json", 0.0, None) == known()
-
-
-def test_a_cpu_is_looked_at_from_inside_with_an_end_where_there_is_a_limit_and_a_card_by_its_allocator(
-    monkeypatch,
-):
-    assert type(gpu_cell._recorder("cpu", 0)) is Meter
-    ceiling = gpu_cell._recorder("cpu", 7 << 20)
-    assert type(ceiling) is Ceiling and ceiling.allocator.device.capacity_bytes == 7 << 20
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="the recorder needs CUDA"):
-        gpu_cell._recorder("cuda:0", 0)
+    (tmp_path / "f.json").write_text(json.dumps({"code": "now", "steps": known()}))
+    assert forecast_all(ASKED, None, tmp_path / "f.json", "now", 0.0) == known()
 
 
 def test_a_recording_that_cannot_be_read_costs_the_timeline_and_not_the_peaks(tmp_path):
@@ -354,12 +346,12 @@ def test_a_recording_that_cannot_be_read_costs_the_timeline_and_not_the_peaks(tm
         def frame(self):
             raise KeyError("time_us")
 
-    seen = gpu_cell._timeline(contextlib.ExitStack(), Broken(), 1, tmp_path)
+    seen = recorded_step.read_timeline(contextlib.ExitStack(), Broken(), 1, tmp_path)
     assert (
         seen["said"] == ["no timeline (KeyError: 'time_us')"]
         and seen["requested_peak_bytes"] is None
     )
-    assert gpu_cell._peaks(Broken(), seen) == {
+    assert recorded_step.peaks(Broken(), seen) == {
         "allocated_peak_bytes": 9,
         "reserved_peak_bytes": 30,
         "num_alloc_retries": 1,
@@ -369,52 +361,35 @@ def test_a_recording_that_cannot_be_read_costs_the_timeline_and_not_the_peaks(tm
 # processes ----------------------------------------------------------------------------------------
 
 
-def test_a_cell_that_hangs_is_ended_and_one_that_dies_is_recorded(tmp_path):
-    def worker(code: str) -> Worker:
-        return Worker(
-            subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True)
-        )
-
-    asked = {"does": "measure", "folder": str(tmp_path / "a"), "budget_s": 1.0}
-    slow, dead = (
-        worker("import time; time.sleep(60)"),
-        worker("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"),
-    )
-    assert slow.does(asked, 0.5)["reason"] == "not done in 0 s" and slow.process.poll() is not None
-    found = dead.does({**asked, "folder": str(tmp_path / "b")}, 20)
-    assert found["outcome"] == "failed" and "code -9" in found["reason"] and "folder" not in found
+def test_a_cell_that_hangs_is_ended_and_one_that_dies_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "CELL", "cell_endings:end")
+    check = Check(tmp_path, 1, "cpu", "tiny", (32,))
+    check._next_child = check._start_child(gpu_check.CELL, {})
+    for regime, limit_s, reason in (
+        ("hang", 3.0, "no answer from cell_endings:end in 3 s"),
+        ("die", 60.0, "its process was killed by signal 9"),
+        ("raise", 60.0, "ValueError: raise"),
+    ):
+        cell = Cell("tiny", gpu_check.plan.Question("tiny", regime, 32, 1))
+        result = check.run_cell(cell, limit_s)
+        assert (result["outcome"], result["reason"]) == ("failed", reason)
+        assert "folder" not in result and check.read_result(cell) == result
+    check._children.close()
+    assert not check._next_child.alive
 
 
 def test_a_cell_that_fails_says_why_and_leaves_no_path(tmp_path, monkeypatch):
-    def broken(asked):
+    def broken(cell):
         raise FileNotFoundError(f"{Path.home()}/secret is not there")
 
-    monkeypatch.setitem(gpu_cell.DOES, "measure", broken)
-    monkeypatch.setattr(
-        sys, "stdin", _Line({"does": "measure", "folder": str(tmp_path), "budget_s": 9})
-    )
-    gpu_cell.main()
-    found = json.loads((tmp_path / "result.json").read_text())
-    assert (
-        found["outcome"] == "failed"
-        and found["reason"] == "FileNotFoundError: ~/secret is not there"
-    )
-
-
-class _Line:
-    def __init__(self, asked):
-        self.asked = asked
-
-    def readline(self):
-        return json.dumps(self.asked)
+    monkeypatch.setitem(gpu_cell.KINDS, "measure", broken)
+    result = gpu_cell.run_cell({"does": "measure", "folder": str(tmp_path), "budget_s": 9})
+    assert result["outcome"] == "failed"
+    assert result["reason"] == "FileNotFoundError: ~/secret is not there"
 
 
 def test_a_check_without_an_answer_from_the_device_ends(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        Worker, "does", lambda self, asked, limit_s: {"outcome": "failed", "reason": "no GPU"}
-    )
-    monkeypatch.setattr(Worker, "started", classmethod(lambda cls: cls(None)))
-    monkeypatch.setattr(Worker, "stop", lambda self: None)
+    monkeypatch.setattr(gpu_check, "call_once", lambda *call: (None, "no GPU", False))
     assert Check(tmp_path, 1, "cuda", "tiny", (32,)).run() == 1
     assert "no answer from cuda: no GPU" in capsys.readouterr().out
 
@@ -456,14 +431,14 @@ def test_errors_are_predicted_over_measured_and_the_summary_is_their_median_and_
         ),
         (Cell("measure", ASKED[3], told), {"outcome": "oom", "reason": "no room"}),
     ]
-    table = gpu_table.table(cells, h100)
+    table = gpu_table.build_table(cells, h100)
     first = table.iloc[0]
     assert first["allocated_error"] == pytest.approx(-0.01) and first[
         "reserved_error"
     ] == pytest.approx(0.1)
     assert first["nvml_error"] == 0.0 and first["j_per_1000_tokens"] == 25.0
     assert first["mfu"] == pytest.approx(3e12 / 0.01 / 989.4e12)
-    total = gpu_table.summary(table)
+    total = gpu_table.summarise(table)
     assert total["allocated"] == {
         "n": 2,
         "median_error": pytest.approx(0.015),
@@ -476,7 +451,7 @@ def test_errors_are_predicted_over_measured_and_the_summary_is_their_median_and_
         "false_refusal_rate": 0.0,
         "false_promise_rate": 0.5,
     }  # of the two that ran out, one
-    assert gpu_table.summary(gpu_table.table([], None))["reserved"]["n"] == 0
+    assert gpu_table.summarise(gpu_table.build_table([], None))["reserved"]["n"] == 0
 
 
 @pytest.mark.parametrize("moments", [50, 400, 10**6])
@@ -524,7 +499,7 @@ def test_random_weights_are_spread_as_a_model_is_and_the_same_each_time(monkeypa
 def test_the_observer_in_between_forwards_everything_and_can_be_switched():
     meter = Meter()
     with meter:
-        passed = gpu_cell.Passed(meter)
+        passed = recorded_step.Switch(meter)
         layer = torch.nn.Linear(3, 3)
         passed.own("weights", layer.named_parameters())
         passed.begin_step(4)
@@ -533,7 +508,7 @@ def test_the_observer_in_between_forwards_everything_and_can_be_switched():
         with passed.region("host"):
             kept = torch.zeros(5)
         passed.end_step()
-        passed.to = gpu_cell.Observer()
+        passed.target = Observer()
         with passed.phase("backward"):
             torch.ones(2)
     frame = meter.frame()
@@ -561,7 +536,7 @@ def test_the_sweeps_for_real_cards_read_and_resolve(name):
         )
         own = regime_row(cell.full["regime"]).get("weights")
         assert resolve(cell.params)["regime_row"]["weights"]["value"] == (own or "bf16")
-    assert {*read_sweep_regimes("quick")} <= {*gpu_check.TINY}
+    assert {*read_sweep_regimes("quick")} <= {*gpu_check.SMALL_SWEEP}
 
 
 def read_sweep_regimes(name: str) -> list[str]:

@@ -10,12 +10,16 @@ from types import SimpleNamespace as Its
 
 import pytest
 
+from benchmarks import trainer_peers
 from vramlab.cards import read_cards
 from vramlab.forecast.forecast import Question
+from vramlab.gpu_check import __main__ as command
 from vramlab.gpu_check import check as gpu_check
+from vramlab.gpu_check import forecasts
 from vramlab.gpu_check import plan as gpu_plan
 from vramlab.gpu_check.check import Check
 from vramlab.gpu_check.plan import Cell
+from vramlab.processes import CallResult
 
 LORA, FULL = Question("tiny", "lora", 32, 1, "bf16"), Question("tiny", "full", 32, 1, "")
 MIXED = Question("tiny", "mixed", 64, 2, "mixed")
@@ -31,10 +35,9 @@ FITS = {
 
 
 @pytest.mark.parametrize(
-    ("cell", "name", "on_purpose"),
+    ("cell", "name", "runs_out"),
     [
-        (Cell("describe", None), "describe", False),
-        (Cell("tiny", None, regime="full"), "tiny-full", False),
+        (Cell("tiny", FULL), "tiny-full", False),
         (Cell("measure", LORA), "lora-bf16-1x32", False),
         (Cell("measure", FULL), "full-1x32", False),
         (Cell("measure", MIXED), "mixed-2x64", False),
@@ -44,10 +47,10 @@ FITS = {
         (Cell("measure", LORA, {"fits": None}), "lora-bf16-1x32", False),
     ],
 )
-def test_a_cell_has_a_name_by_what_it_does(cell, name, on_purpose):
-    assert cell.name == name and cell.on_purpose is on_purpose
-    assert gpu_check._as_it_should(cell, {"outcome": "oom"}) is on_purpose
-    assert gpu_check._as_it_should(cell, {"outcome": "ok"}) is not on_purpose
+def test_a_cell_has_a_name_by_what_it_does(cell, name, runs_out):
+    assert cell.name == name and cell.meant_to_run_out is runs_out
+    assert gpu_check.ended_as_expected(cell, {"outcome": "oom"}) is runs_out
+    assert gpu_check.ended_as_expected(cell, {"outcome": "ok"}) is not runs_out
 
 
 def test_rows_whose_point_is_their_type_are_asked_for_as_written_and_once():
@@ -58,9 +61,9 @@ def test_rows_whose_point_is_their_type_are_asked_for_as_written_and_once():
         ("mixed", ""),
     ]
     assert (
-        gpu_plan._row(asked[1]) == "bf16"
-        and gpu_plan._row(FULL) == "full"
-        and gpu_plan._row(asked[0]) == "lora"
+        gpu_plan.row_name(asked[1]) == "bf16"
+        and gpu_plan.row_name(FULL) == "full"
+        and gpu_plan.row_name(asked[0]) == "lora"
     )
 
 
@@ -111,9 +114,9 @@ def test_a_row_is_measured_where_seven_tenths_of_host_memory_hold_what_it_puts_t
 
 
 def test_what_is_not_forecast_in_time_comes_last_and_none_runs_out_where_there_is_no_forecast():
-    assert gpu_plan.plan([LORA], {}, {"host_bytes": 10**12}, ()) == [Cell("measure", LORA, None)]
-    assert gpu_plan.running_out([LORA], {}, [Cell("measure", LORA, None)]) == []
-    (short,) = gpu_plan.running_out([LORA], {}, [Cell("measure", LORA, FITS)])
+    assert gpu_plan.plan([LORA], {}, {"host_bytes": 10**12}, ()) == [Cell("measure", LORA)]
+    assert gpu_plan.running_out([], []) == []
+    (short,) = gpu_plan.running_out([Cell("measure", LORA, FITS)], [])
     assert short.limit_bytes == 77  # three quarters of 103, rounded down
 
 
@@ -141,11 +144,11 @@ def made(**changed):
 
 
 def test_a_forecast_in_plain_numbers_with_a_card_and_without_one(monkeypatch):
-    monkeypatch.setattr(gpu_plan, "forecast", lambda question, card, cache_dir: made())
-    monkeypatch.setattr(gpu_plan, "trace", lambda *asked, mode: made().trace)
-    monkeypatch.setattr(gpu_plan, "simulate", lambda events: Its(peak_reserved_bytes=8))
+    monkeypatch.setattr(forecasts, "forecast", lambda question, card, cache_dir: made())
+    monkeypatch.setattr(forecasts, "trace", lambda *asked, mode: made().trace)
+    monkeypatch.setattr(forecasts, "simulate", lambda events: Its(peak_reserved_bytes=8))
     monkeypatch.setattr(
-        gpu_plan, "time", Its(perf_counter=iter([10.0, 14.0, 20.0, 21.0, 30.0]).__next__)
+        forecasts, "time", Its(perf_counter=iter([10.0, 14.0, 20.0, 21.0, 30.0]).__next__)
     )
     same = {
         "reason": "",
@@ -157,7 +160,7 @@ def test_a_forecast_in_plain_numbers_with_a_card_and_without_one(monkeypatch):
         "flops": {"forward": 11},
         "device": "gpu",
     }
-    assert gpu_plan.predicted(LORA, "card") == {
+    assert forecasts.predict_step(LORA, "card") == {
         **same,
         "allocated_peak_bytes": 5,
         "reserved_peak_bytes": 6,
@@ -167,7 +170,7 @@ def test_a_forecast_in_plain_numbers_with_a_card_and_without_one(monkeypatch):
         "floor_s": 0.5,
         "took_s": 4.0,
     }
-    assert gpu_plan.predicted(LORA, None) == {
+    assert forecasts.predict_step(LORA, None) == {
         **same,
         "allocated_peak_bytes": 4,
         "reserved_peak_bytes": 8,
@@ -177,39 +180,35 @@ def test_a_forecast_in_plain_numbers_with_a_card_and_without_one(monkeypatch):
         "floor_s": None,
         "took_s": 1.0,
     }
-    monkeypatch.setattr(gpu_plan, "forecast", lambda question, card, cache_dir: {}["a\n b"])
-    assert gpu_plan.predicted(LORA, "card") == {"reason": "KeyError: 'a\\n b'"}
+    monkeypatch.setattr(forecasts, "forecast", lambda question, card, cache_dir: {}["a\n b"])
+    assert forecasts.predict_step(LORA, "card") == {"reason": "KeyError: 'a\\n b'"}
 
 
 def test_forecasts_that_are_done_are_kept_and_those_of_other_code_are_made_again(
     monkeypatch, tmp_path
 ):
-    class Ended:
-        def __init__(self, done, cancelled=False, error=None):
-            self.done, self.cancelled, self.exception = (
-                lambda: done,
-                lambda: cancelled,
-                lambda: error,
-            )
-            self.result = lambda: {"reason": "", "made": 1}
+    ends = {LORA: ({"reason": "", "made": 1}, ""), FULL: (None, "ValueError: odd")}
+    asked = []
 
-    ends = {LORA: Ended(True), FULL: Ended(True, error=ValueError("odd")), MIXED: Ended(False)}
-    pool = Its(submit=lambda function, question, *rest: ends[question])
-    monkeypatch.setattr(gpu_plan, "ProcessPoolExecutor", lambda *asked, **named: pool)
-    monkeypatch.setattr(gpu_plan, "wait", lambda futures, timeout: None)
-    monkeypatch.setattr(gpu_plan, "_close", lambda pool: None)
-    monkeypatch.setattr(gpu_plan, "code", lambda: "now")
+    def side_by_side(function, questions, jobs, environment, budget_s):
+        asked.append((function.keywords, questions, jobs, environment, budget_s))
+        return [(question, *ends[question]) for question in questions if question in ends]
+
+    monkeypatch.setattr(forecasts, "side_by_side", side_by_side)
     file = tmp_path / "f.json"
     file.write_text(json.dumps({"code": "then", "steps": {"old": 1}}))
     expected = {
         "lora-bf16-1x32": {"reason": "", "made": 1},
         "full-1x32": {"reason": "ValueError: odd"},
     }
-    assert gpu_plan.forecasts([LORA, FULL, MIXED], None, file, 1.0) == expected
+    assert forecasts.forecast_all([LORA, FULL, MIXED], None, file, "now", 1.5, 3) == expected
     assert json.loads(file.read_text()) == {"code": "now", "steps": expected}
-    ends[MIXED] = Ended(True, cancelled=True)
-    monkeypatch.setitem(ends, LORA, None)  # is not asked again
-    assert gpu_plan.forecasts([LORA, MIXED], None, file, 1.0) == expected
+    assert forecasts.forecast_all([LORA, MIXED], None, file, "now", 1.5, 3) == expected
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    assert asked == [
+        ({"card": None}, [LORA, FULL, MIXED], 3, hidden, 1.5),
+        ({"card": None}, [MIXED], 3, hidden, 1.5),
+    ]
 
 
 # the check ----------------------------------------------------------------------------------------
@@ -217,15 +216,15 @@ def test_forecasts_that_are_done_are_kept_and_those_of_other_code_are_made_again
 
 @pytest.fixture
 def check(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check.gpu_plan, "code", lambda: "now")
+    monkeypatch.setattr(gpu_check.forecasts, "code_hash", lambda peers: "now")
     monkeypatch.setattr(gpu_check, "time", Its(monotonic=lambda: 1000.0))
-    monkeypatch.setattr(gpu_check.gpu_table, "line", lambda cell, found: cell.name)
-    return Check(tmp_path / "out", 2.0, "cpu", "tiny", (32,), tiny=())
+    monkeypatch.setattr(gpu_check.table, "to_line", lambda cell, result: cell.name)
+    return Check(tmp_path / "out", 2.0, "cpu", "tiny", (32,), small=())
 
 
 def keep(check, cell, **found):
     (check.out / cell.name).mkdir(parents=True, exist_ok=True)
-    (check.out / cell.name / "result.json").write_text(json.dumps(found))
+    (check.out / cell.name / "result.json").write_text(json.dumps({"code": "now", **found}))
 
 
 def test_minutes_are_of_sixty_seconds(check):
@@ -239,70 +238,63 @@ def test_a_cell_is_begun_while_there_is_time_and_ended_in_time(check, monkeypatc
     asked = []
     check.ends = 1000.0 + left_s
     monkeypatch.setattr(
-        Check, "_ask", lambda self, cell, limit_s: asked.append(limit_s) or {"outcome": "ok"}
+        Check, "run_cell", lambda self, cell, limit_s: asked.append(limit_s) or {"outcome": "ok"}
     )
-    check._measure([Cell("measure", LORA, FITS)], None, None)
+    check.measure([Cell("measure", LORA, FITS)], None)
     assert asked == pytest.approx(limits)
 
 
 @pytest.mark.parametrize(
-    ("limit", "capacity", "held", "bytes_"),
+    ("limit", "capacity", "with_card", "key", "capacity_bytes"),
     [
-        (7 << 20, 5 << 20, "limit", 5 << 20),
-        (0, 5 << 20, "here", None),
-        (7 << 20, None, "limit", 4 << 30),
+        (7 << 20, 5 << 20, True, "limit", 5 << 20),
+        (0, 5 << 20, True, "here", 4 << 30),
+        (0, 5 << 20, False, "limit", 5 << 20),
+        (7 << 20, None, True, "", None),
     ],
 )
-def test_what_would_have_fitted_is_asked_for_what_there_was(
-    check, monkeypatch, limit, capacity, held, bytes_
+def test_what_would_have_fitted_is_asked_for_the_device_that_ran_out(
+    check, monkeypatch, limit, capacity, with_card, key, capacity_bytes
 ):
     asked, answered = [], []
     card = dataclasses.replace(
         next(iter(read_cards().values())), key="here", total_gib=4.0, context_mib=0.0
     )
-    monkeypatch.setattr(
-        Check,
-        "_ask",
-        lambda self, cell, limit_s: {"outcome": "oom", "oom": {"capacity_bytes": capacity}},
-    )
-    monkeypatch.setattr(
-        Check, "_answered", lambda self, cell, future: answered.append((cell, future))
-    )
-    cell, pool = (
-        Cell("measure", LORA, FITS, limit_bytes=limit),
-        Its(submit=lambda *given: asked.append(given) or "future"),
-    )
-    check._measure([cell], card, pool)
-    ((function, question, on),) = asked
-    assert (function, question, on.key) == (gpu_plan.fitted, LORA, held) and answered == [
-        (cell, "future")
-    ]
-    if bytes_:
-        assert on.capacity_bytes == pytest.approx(
-            card.capacity_bytes if capacity is None else bytes_
-        )
-    for found in (
+    results = [{"outcome": "oom", "oom": {"capacity_bytes": capacity}}]
+    child = Its(send=lambda *payload: asked.append(payload))
+    monkeypatch.setattr(Check, "run_cell", lambda self, cell, limit_s: results[-1])
+    monkeypatch.setattr(Check, "_start_child", lambda self, function, environment: child)
+    monkeypatch.setattr(Check, "add_what_fits", lambda self, *each: answered.append(each))
+    cell = Cell("measure", LORA, FITS, limit_bytes=limit)
+    check.measure([cell], card if with_card else None)
+    if not key:
+        assert asked == answered == []
+        return
+    (((function, question), limit_s),) = asked
+    device = function.keywords["card"]
+    assert (function.func, question, limit_s) == (gpu_check.what_fits, LORA, 120.0)
+    assert device.key == key and device.capacity_bytes == pytest.approx(capacity_bytes)
+    assert answered == [(cell, results[0], child)]
+    for result in (
         {"outcome": "ok"},
         {"outcome": "oom"},
         {"outcome": "oom", "oom": {"capacity_bytes": 1, "would_fit": []}},
     ):
-        monkeypatch.setattr(Check, "_ask", lambda self, cell, limit_s, found=found: found)
-        check._measure([cell], card, pool)
+        results.append(result)
+        check.measure([cell], card)
     assert len(asked) == 1
 
 
 def test_an_answer_goes_into_the_record_or_why_there_is_none(check):
-    cell, waited = Cell("measure", LORA, FITS), []
-    for result, expected in (
-        (lambda timeout: waited.append(timeout) or [1], {"said": "a", "would_fit": [1]}),
-        (lambda timeout: [][0], {"said": "a no answer what would have fitted (IndexError)"}),
+    cell = Cell("measure", LORA, FITS)
+    for answer, expected in (
+        (CallResult([1], ""), {"said": "a", "would_fit": [1]}),
+        (CallResult(None, "x"), {"said": "a no answer what would have fitted: x"}),
     ):
-        keep(check, cell, outcome="oom", oom={"said": "a"})
-        check._answered(cell, Its(result=result))
-        assert check._kept(cell) == {"outcome": "oom", "oom": expected}
-    check.ends = 900.0
-    check._answered(cell, Its(result=lambda timeout: waited.append(timeout)))
-    assert waited == [120.0, 0.0]
+        result = {"code": "now", "outcome": "oom", "oom": {"said": "a"}}
+        (check.out / cell.name).mkdir(exist_ok=True)
+        check.add_what_fits(cell, result, Its(result=lambda answer=answer: answer))
+        assert check.read_result(cell) == {"code": "now", "outcome": "oom", "oom": expected}
 
 
 @pytest.mark.parametrize(
@@ -315,47 +307,54 @@ def test_an_answer_goes_into_the_record_or_why_there_is_none(check):
     ],
 )
 def test_what_was_measured_by_this_code_is_not_measured_again(check, monkeypatch, kept, again):
-    begun = []
-    monkeypatch.setattr(
-        gpu_check.Worker,
-        "started",
-        classmethod(
-            lambda cls: (
-                begun.append(1)
-                or Its(does=lambda asked, limit_s: {"asked": asked, "limit_s": limit_s})
-            )
-        ),
-    )
+    begun, sent = [], []
+
+    def start(self, function, environment):
+        begun.append((function, environment))
+        return Its(
+            send=lambda *payload: sent.append(payload),
+            result=lambda: CallResult({"outcome": "made"}, ""),
+            stop=lambda: None,
+        )
+
+    monkeypatch.setattr(Check, "_start_child", start)
     cell = Cell("measure", LORA, FITS)
     keep(check, cell, **kept)
-    found = check._ask(cell, 30)
-    assert (found != kept) is again and len(begun) == 2 * again
-    found = check._ask(cell, 40, keep=False)
-    assert found["limit_s"] == found["asked"]["budget_s"] == 40 and len(begun) == (
-        3 if again else 2
-    )  # one is spare
-    assert found["asked"]["folder"] == str(check.out / cell.name)
+    check._next_child = check._start_child(gpu_check.CELL, {})
+    result = check.run_cell(cell, 30)
+    if not again:
+        assert result == kept and not sent
+        return
+    assert result == {**check.request(cell), "outcome": "made"} == check.read_result(cell)
+    folder = str(check.out / cell.name)
+    assert sent == [({**check.request(cell), "folder": folder, "budget_s": 30}, 30)]
+    assert begun == [(gpu_check.CELL, {}), (gpu_check.CELL, {"HF_HUB_OFFLINE": "1"})]  # the spare
 
 
 def test_a_cell_asks_by_its_forecast_and_a_peer_by_our_steps_time(check):
     keep(check, Cell("measure", LORA), outcome="ok", step_s_median=0.25)
-    same = {"device": "cpu", "window_s": 2.2, "code": "now"}
-    assert check._asked(Cell("tiny", None, regime="full")) == {
-        **same,
-        "does": "tiny",
-        "regime": "full",
+    check.peers = Its(__name__="trainer")
+    same = {
+        "device": "cpu",
+        "window_s": 2.2,
+        "code": "now",
+        "model": "tiny",
+        "regime": "lora",
+        "weights": "bf16",
+        "seq": 32,
+        "batch": 1,
+        "peers": "trainer",
     }
-    asked = {**same, "model": "tiny", "regime": "lora", "weights": "bf16", "seq": 32, "batch": 1}
-    assert check._asked(Cell("peer", LORA, FITS)) == {
-        **asked,
+    assert check.request(Cell("peer", LORA, FITS)) == {
+        **same,
         "does": "peer",
         "limit_bytes": 0,
         "parts": [1],
         "step": 2,
         "peer_step_s": 0.25,
     }
-    assert check._asked(Cell("measure", LORA, None, limit_bytes=9)) == {
-        **asked,
+    assert check.request(Cell("measure", LORA, limit_bytes=9)) == {
+        **same,
         "does": "measure",
         "limit_bytes": 9,
         "parts": None,
@@ -374,28 +373,51 @@ def test_it_ends_well_when_what_was_begun_ended_as_it_should(
     table = Its(to_parquet=lambda path: None)
     monkeypatch.setattr(
         gpu_check,
-        "gpu_table",
-        Its(table=lambda *_: table, summary=lambda table: {}, text=lambda *_: "the table"),
+        "table",
+        Its(
+            build_table=lambda *_: table,
+            summarise=lambda table: {},
+            to_text=lambda *_: "the table",
+        ),
     )
     cells = [Cell("measure", LORA, FITS), Cell("measure", FULL, FITS)]
     for cell, outcome in zip(cells, outcomes, strict=False):
         keep(check, cell, outcome=outcome)
-    assert check._say(cells, {}, None) == code
+    assert check.report(cells, {}, None) == code
     assert ("were not begun" in (out := capsys.readouterr().out)) is bool(said) and said in out
 
 
 @pytest.mark.parametrize(
     ("argv", "asked"),
     [
-        ([], (8.7, "cuda", "baichuan2-7b", (1024, 4096), (), gpu_check.TINY, 2.2)),
-        (["--device", "cpu"], (8.7, "cpu", "tiny", (32, 64), (), gpu_check.TINY, 0.2)),
+        ([], (8.7, "cuda", "baichuan2-7b", (1024, 4096), (), gpu_check.SMALL_SWEEP, 2.2, None)),
+        (["--device", "cpu"], (8.7, "cpu", "tiny", (32, 64), (), gpu_check.SMALL_SWEEP, 0.2, None)),
         (
             ["--minutes", "3", "--model", "m", "--seq", "7", "--only", "a", "--no-tiny"],
-            (3.0, "cuda", "m", (7,), ("a",), (), 2.2),
+            (3.0, "cuda", "m", (7,), ("a",), (), 2.2, None),
+        ),
+        (
+            ["--peers", "benchmarks.trainer_peers"],
+            (
+                8.7,
+                "cuda",
+                "baichuan2-7b",
+                (1024, 4096),
+                (),
+                gpu_check.SMALL_SWEEP,
+                2.2,
+                trainer_peers,
+            ),
         ),
     ],
 )
 def test_what_is_asked_for_unless_told(monkeypatch, argv, asked):
     monkeypatch.setenv("OUT", "there")
-    monkeypatch.setattr(gpu_check, "Check", lambda *given: Its(run=lambda: given))
-    assert gpu_check.main(argv) == (Path("there/gpu-check"), *asked)
+    monkeypatch.setattr(command, "Check", lambda *given: Its(run=lambda: given))
+    assert command.main(argv) == (Path("there/gpu-check"), *asked)
+
+
+def test_peers_that_cannot_be_imported_say_what_is_missing(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--peers", "no_such_module"])
+    assert "No module named 'no_such_module': its folder must be on" in capsys.readouterr().err

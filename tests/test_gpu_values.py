@@ -4,20 +4,22 @@ asked."""
 from __future__ import annotations
 
 import contextlib
-import io
 import json
+import math
 from types import SimpleNamespace as Its
 
 import pytest
 import torch
 
+from benchmarks import trainer_peers
 from vramlab import machine
 from vramlab.baichuan import random_weights as gpu_model
 from vramlab.capture.memory_limit import Ceiling
-from vramlab.capture.meter import Meter
 from vramlab.capture.nvml import Reader
-from vramlab.forecast.forecast import Question
 from vramlab.gpu_check import cell as gpu_cell
+from vramlab.gpu_check import recorded_step
+from vramlab.runs.passes import limited
+from vramlab.runs.schema import SPEED
 
 NO_TURNS = Its(sets=lambda count: [(0,)], state="device", interval=1)
 
@@ -41,7 +43,40 @@ def turns(sets, state="device", interval=2):
     ],
 )
 def test_the_last_recorded_step_has_the_parts_that_were_forecast(taking, step, parts, due):
-    assert gpu_cell._parts(Its(parts=[0, 1]), taking, {"step": step, "parts": parts}) == due
+    assert (
+        recorded_step.parts_of_steps(Its(parts=[0, 1]), taking, {"step": step, "parts": parts})
+        == due
+    )
+
+
+class Steps:
+    """A trainer whose n-th step returns the n-th loss, and a clock that says 2 s of each."""
+
+    def __init__(self, losses=()):
+        self.losses, self.batches, self.shares = list(losses), [], []
+        self.regime, self.observer, self.rows = Its(accumulate=2), Its(), []
+
+    def step(self, rows, shares):
+        assert self.observer.target is self
+        self.batches.append(rows)
+        self.shares.append(shares)
+        phases = dict.fromkeys(("forward_s", "backward_s", "update_s"), 0.5)
+        step_s = 9.0 if len(self.batches) == 1 else 2.0
+        self.rows.append({"step_s": step_s, **phases})
+        return self.losses[len(self.batches) - 1] if self.losses else 1.0
+
+
+def time_steps(monkeypatch, trainer, window_s, budget_s):
+    made = []
+    monkeypatch.setattr(
+        gpu_cell, "batches", lambda *size: made.append(size) or f"batch {len(made) - 1}"
+    )
+    monkeypatch.setattr(gpu_cell, "clock", lambda device: trainer)
+    monkeypatch.setattr(gpu_cell, "time", Its(perf_counter=iter([100.0, 108.0]).__next__))
+    question = Its(spec="spec", seq=8, batch=3)
+    timed = gpu_cell.time_steps(question, trainer, "cpu", window_s, budget_s)
+    assert made == [("spec", 8, 3, number, 2) for number in range(4)]
+    return timed
 
 
 @pytest.mark.parametrize(
@@ -51,53 +86,30 @@ def test_the_last_recorded_step_has_the_parts_that_were_forecast(taking, step, p
 def test_so_many_steps_are_timed_as_the_window_and_half_of_what_is_left_are_enough_for(
     monkeypatch, window_s, budget_s, steps
 ):
-    taken = []
-    monkeypatch.setattr(
-        gpu_cell,
-        "_stepper",
-        lambda question, trainer: (
-            lambda number, read=True: (
-                taken.append((number, read)),
-                9.0 if len(taken) == 1 else 2.0,
-            )[1]
-        ),
-    )
-    monkeypatch.setattr(
-        gpu_cell, "clock", lambda device: Its(rows=[{"step_s": 1.0 * n} for n in (4, 1, 3, 2, 5)])
-    )
-    monkeypatch.setattr(gpu_cell, "time", Its(perf_counter=iter([100.0, 108.0]).__next__))
-    question, trainer = Its(seq=8, batch=3, row=Its(accumulate=2)), Its(observer=Its())
-    found = gpu_cell._speed(question, {"window_s": window_s, "device": "cpu"}, trainer, budget_s)
-    assert taken == [(0, True), (1, True), *((n, n == steps - 1) for n in range(steps))]
-    assert found == {
-        "step_s_median": 3.0,
+    trainer = Steps()
+    figures, window = time_steps(monkeypatch, trainer, window_s, budget_s)
+    # two steps are not timed
+    assert trainer.batches[2:] == [f"batch {number % 4}" for number in range(steps)]
+    assert trainer.batches[:2] == ["batch 0", "batch 1"]
+    assert {tuple(shares) for shares in trainer.shares} == {(0.5, 0.5)}
+    assert window == (100.0, 108.0)
+    assert figures == {
+        "step_s_median": 2.0,
         "step_s_q25": 2.0,
-        "step_s_q75": 4.0,
+        "step_s_q75": 2.0,
+        "forward_s": 0.5,
+        "backward_s": 0.5,
+        "update_s": 0.5,
         "steps_timed": steps,
-        "window": (100.0, 108.0),
         "window_tokens": 48 * steps,
         "tokens_per_s": 6.0 * steps,
     }
-    assert len(trainer.observer.to.rows) == 5
 
 
-def test_a_step_takes_one_of_four_batches_and_reads_its_loss_where_asked(monkeypatch):
-    made, given = [], []
-    monkeypatch.setattr(
-        gpu_cell, "batches", lambda *asked: made.append(asked) or f"batch {len(made) - 1}"
-    )
-    monkeypatch.setattr(gpu_cell, "time", Its(perf_counter=iter(range(0, 1000, 3)).__next__))
-    losses = [1.0] * 6 + [float("nan"), float("inf")]
-    trainer = Its(
-        regime=Its(accumulate=2), step=lambda *asked: given.append(asked) or losses[len(given) - 1]
-    )
-    step = gpu_cell._stepper(Its(spec="spec", seq=8, batch=3), trainer)
-    assert [step(number) for number in range(6)] == [3] * 6
-    assert made == [("spec", 8, 3, number, 2) for number in range(4)]
-    assert given == [(f"batch {number % 4}", [0.5, 0.5]) for number in range(6)]
-    assert step(6, read=False) == 3
-    with pytest.raises(FloatingPointError, match="the loss is inf: random weights"):
-        step(7)
+@pytest.mark.parametrize("losses", [[math.inf], [1.0, math.nan], [1.0] * 7 + [math.inf]])
+def test_a_loss_that_is_not_finite_ends_the_cell(monkeypatch, losses):
+    with pytest.raises(FloatingPointError, match=f"the loss is {losses[-1]}: random weights"):
+        time_steps(monkeypatch, Steps(losses), 10, 1000)
 
 
 @pytest.mark.parametrize(
@@ -109,32 +121,29 @@ def test_a_row_is_hurried_where_it_projects_or_guesses(rule, hurried, expected):
         def hurried(self):
             return "others" if hurried else self
 
-    assert gpu_cell._hurried(Its(rule=rule, grads=Grads())) is expected
+    assert recorded_step.records_unusual_steps(Its(rule=rule, grads=Grads())) is expected
 
 
 def test_a_limit_is_a_share_of_the_card_and_at_most_all_of_it(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Its(total_memory=1000))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", asked.append)
-    for device, limit in (("cuda", 250), ("cuda:1", 3000), ("cuda", 0), ("cpu", 250)):
-        gpu_cell._limit(device, limit)
-    assert asked == [0.25, 1.0]
-
-
-def test_who_records(monkeypatch):
     monkeypatch.setattr(
-        "vramlab.capture.cuda_recorder.Recorder", lambda device: f"recorder of {device}"
+        torch.cuda, "set_per_process_memory_fraction", lambda *limit: asked.append(limit)
     )
-    assert (
-        type(gpu_cell._recorder("cpu", 0)) is Meter
-        and gpu_cell._recorder("cuda:1", 5) == "recorder of cuda:1"
-    )
-    ceiling = gpu_cell._recorder("cpu", 12345)
+    for device, limit in (("cuda", 250), ("cuda:1", 3000), ("cuda", 0)):
+        assert limited(device, limit) is None
+    # torch takes no device without a number here; None is the current one
+    assert asked == [(0.25, None), (1.0, 1)]
+
+
+def test_a_limit_on_a_cpu_is_a_meter_of_a_device_with_an_end():
+    ceiling = limited("cpu", 12345)
     assert type(ceiling) is Ceiling and ceiling.allocator.device.capacity_bytes == 12345
+    assert limited("cpu", 0) is None
 
 
 def test_without_torchs_own_peaks_requested_bytes_stand_for_them():
-    assert gpu_cell._peaks(Its(), {"requested_peak_bytes": 7}) == {
+    assert recorded_step.peaks(Its(), {"requested_peak_bytes": 7}) == {
         "allocated_peak_bytes": 7,
         "reserved_peak_bytes": None,
         "num_alloc_retries": None,
@@ -152,28 +161,39 @@ class Card(Reader):
 
 
 @pytest.mark.parametrize(
-    ("hurried", "interval", "new"),
+    ("unusual", "interval", "new"),
     [(False, False, False), (False, True, False), (True, True, True)],
 )
-def test_a_row_is_timed_as_it_is_used(monkeypatch, tmp_path, hurried, interval, new):
+def test_a_row_is_timed_as_it_is_used(monkeypatch, unusual, interval, new):
     trains = Its(interval=3) if interval else Its()
-    first = Its(regime=Its(trains="shown"))
+    row, first = Its(trains=trains), Its(regime=Its(trains="of the recording"))
+    monkeypatch.setattr(recorded_step, "_record", lambda *cell: ({"phase": "forward"}, first))
+    monkeypatch.setattr(recorded_step, "records_unusual_steps", lambda row: unusual)
+    monkeypatch.setattr(recorded_step, "random_model", lambda spec: f"model of {spec}")
+    monkeypatch.setattr(recorded_step, "make_trainer", lambda *made: made[:3])
+    monkeypatch.setattr(
+        recorded_step.dataclasses, "replace", lambda regime, trains: Its(trains=trains)
+    )
+    figures, trainer = recorded_step.record_step(Its(row=row, spec="7B"), {"device": "cpu"}, None)
+    assert figures == {"phase": "forward"}
+    assert trainer == (("model of 7B", row, "cpu") if new else first)
+    assert first.regime.trains == (trains if interval and not unusual else "of the recording")
+
+
+def test_a_measured_row_has_bytes_speed_energy_and_the_drivers_figures(monkeypatch, tmp_path):
     timed = []
-    monkeypatch.setattr(Question, "row", property(lambda asked: Its(trains=trains)))
     monkeypatch.setattr(gpu_cell.nvml, "find", lambda device: Card())
     monkeypatch.setattr(
-        gpu_cell, "_bytes", lambda *asked: ({"phase": "forward", "said": ["bytes"]}, first)
+        gpu_cell, "record_step", lambda *cell: ({"phase": "forward", "said": ["bytes"]}, "trainer")
     )
-    monkeypatch.setattr(gpu_cell, "_hurried", lambda row: hurried)
-    monkeypatch.setattr(gpu_cell, "_unhurried", lambda question, device: "another")
-    monkeypatch.setattr(gpu_cell.dataclasses, "replace", lambda regime, trains: Its(trains=trains))
     monkeypatch.setattr(gpu_cell, "time", Its(perf_counter=iter([10.0, 14.0]).__next__))
-    monkeypatch.setattr(
-        gpu_cell,
-        "_speed",
-        lambda question, asked, trainer, left: timed.append((trainer, left)) or {"step_s": 2},
-    )
-    asked = {
+
+    def time_steps(question, trainer, device, window_s, left_s):
+        timed.append((trainer, device, window_s, left_s))
+        return {"step_s": 2}, (1.0, 2.0)
+
+    monkeypatch.setattr(gpu_cell, "time_steps", time_steps)
+    cell = {
         "model": "tiny",
         "regime": "full",
         "seq": 8,
@@ -181,18 +201,18 @@ def test_a_row_is_timed_as_it_is_used(monkeypatch, tmp_path, hurried, interval, 
         "weights": "",
         "device": "cpu",
         "folder": str(tmp_path),
-        "limit_bytes": 0,
+        "window_s": 3,
         "budget_s": 50,
     }
-    found = gpu_cell.measure(asked)
-    assert timed == [("another" if new else first, 46.0)]
-    assert first.regime.trains == (trains if interval and not hurried else "shown")
+    found = gpu_cell.measure(cell)
+    assert timed == [("trainer", "cpu", 3, 46.0)]
     assert found.pop("nvml_used_bytes") == 70 and found.pop("nvml_process_bytes") is None
+    assert found["energy"].pop("how").startswith("N/A: the window has 1.00 s")
     assert found == {
         "phase": "forward",
         "said": ["bytes"],
         "step_s": 2,
-        "energy": {"j": None, "error_j": None, "how": "N/A: no window"},
+        "energy": {"j": None, "error_j": None},
     }
 
 
@@ -202,17 +222,23 @@ def test_a_row_of_the_small_sweep_is_run_as_the_sweep_runs_it(monkeypatch, tmp_p
     def execute(params, folder, progress):
         asked.append((params, folder, progress))
         (tmp_path / "result.json").write_text(
-            json.dumps({"outcome": "ok", "reason": "", "speed": {"tokens_per_s": 5.0}})
+            json.dumps({"outcome": "ok", "reason": "", "speed": dict.fromkeys(SPEED, 5.0)})
         )
         return tmp_path
 
-    monkeypatch.setattr(gpu_cell.run, "execute", execute)
-    found = gpu_cell.tiny({"regime": "lora", "device": "cpu", "folder": str(tmp_path)})
+    monkeypatch.setattr(gpu_cell, "execute", execute)
+    shape = {"model": "tiny", "seq": 256, "batch": 16}
+    found = gpu_cell.run_small(
+        {"regime": "lora", "device": "cpu", "folder": str(tmp_path), **shape}
+    )
     assert asked == [
         (
             {
                 "regime": "lora",
                 "device": "cpu",
+                "model": "tiny",
+                "max_length": 256,
+                "batch_size": 16,
                 "recipe": "smoke",
                 "steps": 40,
                 "train_items": 400,
@@ -229,33 +255,32 @@ def test_a_row_of_the_small_sweep_is_run_as_the_sweep_runs_it(monkeypatch, tmp_p
     ]["outcome"] == "ok"
 
 
-def test_what_ran_out_has_its_evidence_and_what_failed_has_not():
-    result: dict = {}
-    with gpu_cell._evidence(result):
+def run_cell(monkeypatch, result):
+    """What a cell that ends so is kept as."""
+    monkeypatch.setitem(gpu_cell.KINDS, "measure", result)
+    monkeypatch.setattr(gpu_cell, "time", Its(perf_counter=iter([10.0, 14.0]).__next__))
+    return gpu_cell.run_cell({"does": "measure", "budget_s": 3})
+
+
+def test_what_ran_out_has_its_evidence_and_what_failed_has_not(monkeypatch):
+    def run_out(cell):
         raise MemoryError("no  room\n" + "x" * 500)
+
+    result = run_cell(monkeypatch, run_out)
     assert result["outcome"] == "oom" and result["oom"]["source"] == "the host's allocator"
     assert result["reason"] == ("MemoryError: no room " + "x" * 500)[:400]
-    with gpu_cell._evidence(failed := {}):
-        raise KeyError("a")
-    assert failed == {"outcome": "failed", "reason": "KeyError: 'a'"}
+    failed = run_cell(monkeypatch, lambda cell: cell["a"])
+    assert failed == {"outcome": "failed", "reason": "KeyError: 'a'", "took_s": 4.0}
 
 
-def test_a_line_is_done_and_what_is_only_for_the_way_is_not_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
-    assert gpu_cell.main() is None
-    monkeypatch.setitem(gpu_cell.DOES, "measure", lambda asked: {"step_s": asked["budget_s"]})
-    monkeypatch.setattr(gpu_cell, "time", Its(perf_counter=iter([10.0, 14.0]).__next__))
-    asked = {"does": "measure", "folder": str(tmp_path / "a"), "budget_s": 3, "seq": 8}
-    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asked)))
-    gpu_cell.main()
-    assert json.loads((tmp_path / "a" / "result.json").read_text()) == {
-        "does": "measure",
-        "seq": 8,
-        "outcome": "ok",
-        "reason": "",
-        "step_s": 3,
-        "took_s": 4.0,
-    }
+def test_a_cell_does_what_it_is_asked(monkeypatch):
+    result = run_cell(monkeypatch, lambda cell: {"step_s": cell["budget_s"]})
+    assert result == {"outcome": "ok", "reason": "", "step_s": 3, "took_s": 4.0}
+
+
+def test_a_peer_is_measured_by_its_module(monkeypatch):
+    monkeypatch.setattr(trainer_peers, "measure", lambda cell: {"step_s": cell["seq"]})
+    assert gpu_cell.measure_peer({"peers": "benchmarks.trainer_peers", "seq": 8}) == {"step_s": 8}
 
 
 def test_a_weight_is_filled_with_what_was_drawn_over_and_over(monkeypatch):
@@ -297,11 +322,12 @@ def test_host_memory_is_what_is_free_or_a_containers_share(monkeypatch, share, e
         "/sys/fs/cgroup/memory.max": share,
     }
     monkeypatch.setattr(
-        gpu_model,
+        machine,
         "Path",
-        lambda path: Its(read_text=lambda: files[path], exists=lambda: files[path] is not None),
+        lambda path: Its(read_text=lambda: files[path], exists=lambda: files.get(path) is not None),
     )
-    assert machine._host_bytes() == expected
+    total, free, limit = machine.host_memory()
+    assert total == 20 << 10 and min(free, limit) == expected
 
 
 def test_the_machine_in_figures(monkeypatch):
@@ -311,10 +337,8 @@ def test_the_machine_in_figures(monkeypatch):
         torch.cuda, "get_device_properties", lambda device: Its(name="card", total_memory=990)
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(
-        gpu_model.environment, "record", lambda device: {"versions": {"torch": "2"}}
-    )
-    monkeypatch.setattr(gpu_model, "_driver", lambda: "570")
+    monkeypatch.setattr(machine, "record", lambda device: {"versions": {"torch": "2"}})
+    monkeypatch.setattr(machine, "driver", lambda: "570")
     found = machine.describe({"device": "cuda"})
     told = [
         found[name]
@@ -337,20 +361,20 @@ def test_the_driver_is_told_as_text_or_why_not(monkeypatch):
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     for said in ("570", b"570"):
         monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda said=said: said)
-        assert machine._driver() == "570"
+        assert machine.driver() == "570"
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: {}["x"])
-    assert machine._driver() == "N/A (KeyError)"
+    assert machine.driver() == "N/A: KeyError: 'x'"
 
 
 def test_a_timeline_is_what_the_recording_says_of_the_step(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        gpu_cell, "curve", lambda frame: Its(to_parquet=lambda path, compression: path.touch())
+        recorded_step, "curve", lambda frame: Its(to_parquet=lambda path, compression: path.touch())
     )
     kept = Its(
         frame=lambda: None,
         peak=lambda step: {"phase": step, "categories": {"a": 1}, "owners": [2], "peak_bytes": 3},
     )
-    assert gpu_cell._timeline(contextlib.ExitStack(), kept, 7, tmp_path) == {
+    assert recorded_step.read_timeline(contextlib.ExitStack(), kept, 7, tmp_path) == {
         "phase": 7,
         "ledger": {"a": 1},
         "owners": [2],

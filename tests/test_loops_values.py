@@ -7,8 +7,8 @@ from types import SimpleNamespace as Its
 import pytest
 import torch
 
-from vramlab.gpu_check import peer_loops
-from vramlab.gpu_check.peer_loops import Job, Seen
+from benchmarks import peer_loops
+from benchmarks.peer_loops import Job, Seen
 from vramlab.observer import Observer
 from vramlab.regimes import updates
 from vramlab.regimes.rule.rules import AdamW, Rule, Sgd, _AdamW, _Sgd

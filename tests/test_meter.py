@@ -15,7 +15,7 @@ import micro
 from vramlab.capture.meter import COLUMNS, Meter
 from vramlab.capture.peak_rss import peak_window
 from vramlab.observer import CATEGORIES
-from vramlab.processes import run_in_measured_process
+from vramlab.processes import MALLOC_ENV, call_once
 from vramlab.regimes.regime import read_regimes, read_row
 from vramlab.regimes.sharded import local
 from vramlab.training.trainer import Schedule, Trainer
@@ -118,6 +118,10 @@ def test_backward_bytes_are_given_to_the_module_whose_forward_made_the_node():
     )
 
 
+def _measured(target, payload, limit_s, environment=None):
+    return call_once(target, payload, limit_s, MALLOC_ENV | (environment or {})).to_dict()
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -134,9 +138,7 @@ def test_the_operating_system_agrees_to_one_percent(row, monkeypatch):
     meter = Meter()
     with meter:
         measured_step.steps(row, meter)
-    answer = run_in_measured_process(
-        "measured_step:measured", {"row": row}, timeout_s=120, threads=1
-    )
+    answer = _measured("measured_step:measured", {"row": row}, 120, {"OMP_NUM_THREADS": "1"})
     assert answer["outcome"] == "ok", answer["reason"]
     assert answer["peak_bytes"] == pytest.approx(meter.peak()["peak_bytes"], rel=0.01)
 
@@ -150,17 +152,14 @@ def test_a_process_that_dies_is_a_result(tmp_path, monkeypatch):
         "def slow(_): time.sleep(60)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    outcome = {
-        name: run_in_measured_process(f"victim:{name}", {}, timeout_s=20)
-        for name in ("killed", "full", "wrong")
-    }
+    outcome = {name: _measured(f"victim:{name}", {}, 20) for name in ("killed", "full", "wrong")}
     assert {name: answer["outcome"] for name, answer in outcome.items()} == {
         "killed": "oom",
         "full": "oom",
         "wrong": "failed",
     }
     assert "no room" in outcome["full"]["reason"] and "what" in outcome["wrong"]["reason"]
-    assert "no answer" in run_in_measured_process("victim:slow", {}, timeout_s=0.5)["reason"]
+    assert "no answer" in _measured("victim:slow", {}, 0.5)["reason"]
 
 
 def test_where_the_high_water_mark_cannot_be_reset_the_peak_is_sampled(monkeypatch):

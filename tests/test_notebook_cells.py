@@ -132,7 +132,7 @@ def test_an_environment_names_what_is_there(monkeypatch):
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10}.__getitem__)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "old:1")
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    monkeypatch.setattr(environment, "needed", lambda: (True, "no AMX"))
+    monkeypatch.setattr(environment, "needs_fp32_products", lambda: (True, "no AMX"))
     found = environment.record()
     assert (found["host_memory_bytes"], found["allocator"], found["device"]["kind"]) == (
         40960,
@@ -144,7 +144,7 @@ def test_an_environment_names_what_is_there(monkeypatch):
         and found["versions"]["torch"] == torch.__version__
     )
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "new:1")
-    monkeypatch.setattr(environment, "needed", lambda: (False, "AMX"))
+    monkeypatch.setattr(environment, "needs_fp32_products", lambda: (False, "AMX"))
     assert (environment.record()["allocator"], environment.record()["bf16"]) == (
         "new:1",
         "native: AMX",
@@ -162,14 +162,14 @@ def test_a_child_whose_parent_is_gone_ends_and_takes_its_turn_once(monkeypatch, 
         children.ctypes, "CDLL", lambda _: SimpleNamespace(prctl=lambda *args: asked.append(args))
     )
     monkeypatch.setattr(children.os, "_exit", ended.append)
-    children.die_with(os.getppid())
+    children._die_with(os.getppid())
     assert asked == [(1, signal.SIGTERM)] and ended == []
-    children.die_with(-1)
+    children._die_with(-1)
     assert ended == [1]
     monkeypatch.setattr(children.ctypes, "CDLL", lambda _: SimpleNamespace())
-    children.die_with(-1)
+    children._die_with(-1)
     assert ended == [1], "where there is no prctl nothing is done"
-    monkeypatch.setattr(children, "_turn", [])
+    monkeypatch.setattr(children, "_turn_locks", [])
     monkeypatch.setattr(children.fcntl, "flock", lambda file, how: locked.append((file.name, how)))
     monkeypatch.delenv(children.TURN, raising=False)
     children.take_turn()
@@ -178,7 +178,7 @@ def test_a_child_whose_parent_is_gone_ends_and_takes_its_turn_once(monkeypatch, 
     children.take_turn()
     children.take_turn()
     assert locked == [(str(tmp_path / "turn"), children.fcntl.LOCK_EX)]
-    children._turn.pop().close()
+    children._turn_locks.pop().close()
 
 
 # the doctor ---------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_a_child_whose_parent_is_gone_ends_and_takes_its_turn_once(monkeypatch, 
 )
 def test_torchs_version_lies_within_what_was_tested(version, can, monkeypatch):
     monkeypatch.setattr(torch, "__version__", version)
-    assert doctor._torch().can is can
+    assert doctor._torch()[0] is can
 
 
 def test_a_finding_is_a_line_and_its_way_out_another_where_it_cannot_be_had():
@@ -206,7 +206,7 @@ def test_a_finding_is_a_line_and_its_way_out_another_where_it_cannot_be_had():
         doctor.Finding("b", False, "none", "buy one"),
         doctor.Finding("c", False, "x"),
     ]
-    assert doctor.words(found).splitlines() == [
+    assert doctor.to_text(found).splitlines() == [
         f"yes a{'':<26}there",
         f"no  b{'':<26}none",
         f"{'':<31}-> buy one",
@@ -230,18 +230,19 @@ def test_host_memory_is_capped_by_a_container(limit, words, monkeypatch, tmp_pat
     )
     if limit:
         (tmp_path / "limit").write_text(f"{limit}\n")
-    monkeypatch.setattr(doctor, "CGROUP_LIMITS", (str(tmp_path / "none"), str(tmp_path / "limit")))
-    path = doctor.Path
-    monkeypatch.setattr(doctor, "Path", lambda name: path(files.get(name, name)))
+    limits = (str(tmp_path / "none"), str(tmp_path / "limit"))
+    monkeypatch.setattr(environment, "CGROUP_LIMITS", limits)
+    path = environment.Path
+    monkeypatch.setattr(environment, "Path", lambda name: path(files.get(name, name)))
     monkeypatch.setattr(doctor.os, "cpu_count", lambda: 3)
-    assert doctor._memory().found == f"4.0 GiB{words}, 1.0 available, 3 cores"
+    assert doctor._memory()[1] == f"4.0 GiB{words}, 1.0 available, 3 cores"
 
 
 def test_what_this_machine_lacks_is_named(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=GIB))
-    assert not doctor._disk().can
+    assert not doctor._disk()[0]
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=GIB + 1))
-    assert doctor._disk().can and doctor._disk().found == "1.0 GiB free here"
+    assert doctor._disk()[0] and doctor._disk()[1] == "1.0 GiB free here"
     there: set[str] = set()
     monkeypatch.setattr(
         doctor.shutil, "which", lambda name: f"/bin/{name}" if name in there else None
@@ -249,35 +250,33 @@ def test_what_this_machine_lacks_is_named(monkeypatch):
     monkeypatch.setattr(
         doctor.importlib.util, "find_spec", lambda name: name if name in there else None
     )
-    assert (doctor.browser(), doctor._browser().can, doctor._browser().found) == (
+    assert (doctor.browser(), doctor._browser()[0], doctor._browser()[1]) == (
         None,
         False,
         "no Chromium and no playwright",
     )
-    assert not doctor._ranks().can
+    assert not doctor._ranks()[0]
     there |= {"google-chrome", "playwright", "torch.distributed.run"}
-    assert (
-        doctor.browser() == "/bin/google-chrome" and doctor._browser().can and doctor._ranks().can
-    )
+    assert doctor.browser() == "/bin/google-chrome" and doctor._browser()[0] and doctor._ranks()[0]
     there |= {"chromium"}
     assert doctor.browser() == "/bin/chromium"
     for name in ("gloo", "nccl"):
         monkeypatch.setattr(doctor.distributed, f"is_{name}_available", lambda: False)
-    assert not doctor._ranks().can
+    assert not doctor._ranks()[0]
     monkeypatch.setattr(doctor.distributed, "is_available", lambda: False)
-    assert "not in this torch" in doctor._ranks().found
+    assert "not in this torch" in doctor._ranks()[1]
     for library, can in (("glibc", True), ("musl", False)):
         monkeypatch.setattr(doctor.platform, "libc_ver", lambda library=library: (library, "1"))
         assert (
-            doctor._process_peak().can is can
-            and ("not glibc" in doctor._process_peak().found) is not can
+            doctor._process_peak()[0] is can
+            and ("not glibc" in doctor._process_peak()[1]) is not can
         )
 
 
 def test_why_there_is_no_card_and_how_bf16_is_formed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "built for the CPU only" in doctor._cuda().found
+    assert "built for the CPU only" in doctor._cuda()[1]
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     for hidden, words in (
         ("", "hides"),
@@ -286,16 +285,17 @@ def test_why_there_is_no_card_and_how_bf16_is_formed(monkeypatch):
         ("1", "finds no card"),
     ):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert words in doctor._cuda().found
+        assert words in doctor._cuda()[1]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert "finds no card" in doctor._cuda().found
+    assert "finds no card" in doctor._cuda()[1]
     for needed, words in ((True, "formed in fp32 and rounded: why"), (False, "native: why")):
-        monkeypatch.setattr(doctor.environment, "needed", lambda needed=needed: (needed, "why"))
-        assert (doctor._bf16().can, doctor._bf16().found) == (not needed, words)
-    assert not doctor._history().can
+        answer = (needed, "why")
+        monkeypatch.setattr(environment, "needs_fp32_products", lambda answer=answer: answer)
+        assert (doctor._bf16()[0], doctor._bf16()[1]) == (not needed, words)
+    assert not doctor._history()[0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delattr(torch.cuda.memory, "_snapshot")
-    assert not doctor._history().can and "lacks _snapshot" in doctor._history().found
+    assert not doctor._history()[0] and "lacks _snapshot" in doctor._history()[1]
 
 
 @pytest.mark.parametrize(
@@ -310,4 +310,4 @@ def test_energy_by_counter_else_by_power(sample, can, words):
     reader = SimpleNamespace(
         sample=lambda: sample, said=["energy_j: N/A", "x: N/A", "power_w: N/A"]
     )
-    assert (doctor._energy(reader).can, words in doctor._energy(reader).found) == (can, True)
+    assert (doctor._energy(reader)[0], words in doctor._energy(reader)[1]) == (can, True)

@@ -22,6 +22,7 @@ from vramlab.capture.oom import RanOut, holders, of_snapshot, record_of, watched
 from vramlab.forecast import what_fits as fitting
 from vramlab.forecast.forecast import Question, forecast
 from vramlab.forecast.what_fits import changes, ladder, limited, what_fits
+from vramlab.processes import CallResult
 from vramlab.regimes.regime import read_row
 from vramlab.runs import passes
 from vramlab.runs.execute import execute
@@ -444,10 +445,13 @@ def test_a_limit_is_a_card_of_just_these_bytes_and_no_speed():
 
 
 def test_what_fits_is_asked_of_a_process_that_sees_no_gpu(monkeypatch):
-    asked, answers = [], [{"fitted": [{"change": "one"}]}, {"reason": "killed"}]
+    asked, answers = (
+        [],
+        [CallResult({"fitted": [{"change": "one"}]}, ""), CallResult(None, "killed")],
+    )
 
-    def apart(target, payload, timeout_s, threads, environment):
-        asked.append((target, timeout_s, threads, environment))
+    def apart(target, payload, limit_s, environment):
+        asked.append((target, limit_s, environment))
         monkeypatch.setattr(fitting, "what_fits", lambda *what: what)
         question, card, settings = fitting._answered(json.loads(json.dumps(payload)))["fitted"]
         assert (question, card, settings) == (
@@ -457,12 +461,10 @@ def test_what_fits_is_asked_of_a_process_that_sees_no_gpu(monkeypatch):
         )
         return answers.pop(0)
 
-    monkeypatch.setattr(fitting, "run_in_measured_process", apart)
+    monkeypatch.setattr(fitting, "call_once", apart)
     assert fitting.asked_apart(ASKED, 77, "expandable_segments:True", 5.0) == [{"change": "one"}]
     assert fitting.asked_apart(ASKED, 77, "expandable_segments:True", 5.0) == [
         {"change": "any change", "fits": None, "reason": "no forecast: killed"}
     ]
-    assert (
-        asked
-        == [("vramlab.forecast.what_fits:_answered", 5.0, 1, {"CUDA_VISIBLE_DEVICES": ""})] * 2
-    )
+    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    assert asked == [("vramlab.forecast.what_fits:_answered", 5.0, environment)] * 2

@@ -210,7 +210,7 @@ def test_damage_anywhere_in_a_table_is_noticed(tmp_path):
         )
         found = ends(lambda: read_table(path))
         # names of columns have no checksum: a table without the columns its readers name is refused
-        # by them (see `Run.lacks`)
+        # by them (see `Run.missing`)
         silent += (
             not refused(found, path) and {*frame} <= {*found} and not found[[*frame]].equals(frame)
         )

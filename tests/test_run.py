@@ -41,7 +41,7 @@ def lomo(tmp_path_factory):
 def test_the_folder_is_the_contract(lomo):
     names = {path.name for path in lomo.folder.iterdir()}
     tables = {f"{table}.parquet" for table in ("steps", "timeline", "scores", "accuracy")}
-    assert names == {"params.yml", "env.json", "result.json", *tables}
+    assert names == {"params.yml", "env.json", "result.json", "checksums.json", *tables}
     assert (
         lomo.ok
         and lomo.params["lr"] == 0.3

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import readme_pictures as pictures
+from vramlab.processes import CallResult
 from vramlab.runs.parameters import SCHEMA
 from vramlab.studies import gallery, plan, runner
 from vramlab.studies import run_all as batch
@@ -141,7 +142,7 @@ def test_what_is_timed_goes_alone_and_a_failure_is_a_line(tmp_path, monkeypatch,
     def side_by_side(does, items, jobs):
         asked.append((does, [cell for _, cell in items], jobs))
         for at, item in enumerate(items):
-            yield item, "no" if at == 1 else "", ValueError("dead") if item[1] in alone else None
+            yield item, "no" if at == 1 else "", "ValueError: dead" if item[1] in alone else ""
 
     monkeypatch.setattr(runner, "side_by_side", side_by_side)
     monkeypatch.setattr(runner, "make_bases", lambda found, progress: bases.extend(found))
@@ -257,38 +258,32 @@ def test_what_became_of_the_studies_in_words():
         {"study": "c", "cells": 5, "due": 5, "failed": [], "reason": ""},
     ]
     assert (
-        batch.words(found)
+        batch.to_text(found)
         == "a: 3 cells, 2 due\nb: 4 cells, 1 failed; E: no\n  reproduced             c\n"
         "                         w\nc: 5 cells, 0 failed"
     )
 
 
 def test_a_notebook_that_fails_is_told_by_its_last_line(tmp_path, monkeypatch):
-    said, its = (
-        {"code": 0, "log": ""},
-        SimpleNamespace(path=batch.ROOT / "params" / "x.yml", name="lomo"),
-    )
+    plan = SimpleNamespace(path=batch.ROOT / "params" / "x.yml", name="lomo")
+    kept = {"log": "", "reason": ""}
 
-    def called(command, stdout, stderr):
-        given = json.loads(Path(command[-1]).read_text())
-        assert given == {"params_file": "params/x.yml", "out_dir": str(tmp_path)} and command[
-            3
-        ].endswith("studies/lomo.ipynb")
-        stdout.write(said["log"])
-        return SimpleNamespace(returncode=said["code"])
+    def call_once(target, call, output):
+        parameters = {"params_file": "params/x.yml", "out_dir": str(tmp_path)}
+        assert call["parameters"] == parameters
+        assert call["notebook"].endswith("studies/lomo.ipynb")
+        output.write(kept["log"])
+        return CallResult(None, kept["reason"])
 
-    monkeypatch.setattr(batch.subprocess, "run", called)
-    assert (
-        batch._notebook(its, tmp_path) == tmp_path / "study.ipynb"
-        and not (tmp_path / "given.json").exists()
-    )
-    for code, log, words in (
-        (1, "first\nlast\n", "lomo.ipynb: last"),
-        (7, "", "lomo.ipynb: code 7"),
+    monkeypatch.setattr(batch, "call_once", call_once)
+    assert batch._notebook(plan, tmp_path) == tmp_path / "study.ipynb"
+    for log, reason, words in (
+        ("first\nlast\n", "ValueError: x", "lomo.ipynb: last"),
+        ("", "its process ended with code 7", "lomo.ipynb: its process ended with code 7"),
     ):
-        said |= {"code": code, "log": log}
+        kept |= {"log": log, "reason": reason}
         with pytest.raises(RuntimeError, match=f"^{words}$"):
-            batch._notebook(its, tmp_path)
+            batch._notebook(plan, tmp_path)
 
 
 # the gallery --------------------------------------------------------------------------------------

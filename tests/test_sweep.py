@@ -317,14 +317,12 @@ def test_the_sweep_over_every_row_has_every_row():
     )
 
 
-def test_a_pools_worker_ends_with_the_process_that_asked_it(tmp_path):
+def test_a_child_ends_with_its_parent(tmp_path):
     script = tmp_path / "asks.py"
     script.write_text(
-        "import multiprocessing, os, time\nfrom concurrent.futures import ProcessPoolExecutor\nfrom"
-        " vramlab.processes import worker\nif __name__ == '__main__':\n    pool ="
-        " ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), worker, (os.getpid(),))\n   "
-        " print(pool.submit(os.getpid).result(), flush=True)\n    pool.submit(time.sleep,"
-        " 60).result()\n"
+        "import time\nfrom vramlab.processes import Child\nchild = Child('time:sleep')\n"
+        "child.wait_until_loaded()\nchild.send(60)\nprint(child._process.pid, flush=True)\n"
+        "child.result()\n"
     )
     asks = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     child = int(asks.stdout.readline())

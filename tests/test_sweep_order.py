@@ -4,13 +4,16 @@ finished counted."""
 from __future__ import annotations
 
 import json
+import multiprocessing
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from vramlab.processes import CallResult, run_cells
 from vramlab.runs import sweep
 from vramlab.runs.folder import KILLED
-from vramlab.runs.sweep import Cell, combinations
+from vramlab.runs.sweep_file import Cell, combinations
 
 
 def cells(folder: Path, *outcomes: str | None) -> list[Cell]:
@@ -25,26 +28,79 @@ def cells(folder: Path, *outcomes: str | None) -> list[Cell]:
     return made
 
 
-@pytest.mark.parametrize("ahead", [True, False])
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_every_cell_runs_in_the_process_that_was_started_for_it(
-    monkeypatch, tmp_path, count, ahead
-):
-    events, due = [], cells(tmp_path, *["ok"] * count)
+class Process:
+    """Stands for the process of a cell that has ended."""
 
-    def run(notebook, cell, process, following):
-        events.append((cell.run_id, process, following and following.run_id))
-        return sweep._start(notebook, following) if following and ahead else None
+    def __init__(self, name):
+        self.name, self.stopped = name, False
+        self.connection, self._far_end = multiprocessing.Pipe()
+        self._far_end.close()
+
+    def ended(self):
+        return True
+
+    def result(self):
+        return CallResult(None, "")
+
+    def stop(self):
+        self.stopped = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_every_cell_runs_in_the_process_that_was_started_for_it(monkeypatch, tmp_path, count):
+    processes, due = {}, cells(tmp_path, *["ok"] * count)
+
+    def start(notebook, cell):
+        assert all(process.stopped for process in processes.values())
+        return processes.setdefault(cell.run_id, Process(cell.run_id))
 
     monkeypatch.setattr(sweep, "make_bases", lambda *_: None)
-    monkeypatch.setattr(sweep, "_start", lambda notebook, cell: f"process of {cell.run_id}")
-    monkeypatch.setattr(sweep, "_run", run)
+    monkeypatch.setattr(sweep, "_start", start)
     sweep._run_all(tmp_path / "cells.ipynb", due, 0, quiet=True)
-    names = [cell.run_id for cell in due]
-    assert events == [
-        (name, f"process of {name}", after)
-        for name, after in zip(names, [*names[1:], None], strict=True)
-    ]
+    assert [*processes] == [cell.run_id for cell in due]
+    assert all(process.stopped for process in processes.values())
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_the_next_cell_starts_beside_one_that_allows_it(early):
+    started, running = [], []
+
+    class Working(Process):
+        def ended(self):  # when it has been looked at twice
+            self.looks = getattr(self, "looks", 0) + 1
+            return self.looks > 1
+
+    def start(name):
+        running.append(name)
+        started.append([*running])
+        return Working(name)
+
+    for name, process in run_cells("abc", start, may_start_next=lambda _: early):
+        assert process.name == name
+        running.remove(name)
+    assert max(map(len, started)) == 1 + early and running == []
+
+
+def test_processes_end_when_the_loop_is_left():
+    processes = {}
+
+    class Endless(Process):
+        def ended(self):
+            return self.name == "a"
+
+    def start(name):
+        return processes.setdefault(name, Endless(name))
+
+    with closing(run_cells("abcd", start, jobs=3)) as ended:
+        assert next(ended)[0] == "a"
+    assert [process.stopped for process in processes.values()] == [False, True, True]
+    assert [*run_cells("b", start, budget_s=0.1)] == [] and len(processes) == 3
 
 
 @pytest.mark.parametrize(
@@ -94,19 +150,20 @@ def test_an_interrupted_sweep_says_how_many_are_finished(monkeypatch, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("log", "code", "outcome", "reason"),
+    ("log", "outcome", "reason"),
     [
-        ("", 3, "failed", "papermill ended with code 3"),
-        ("one\nlast words", 1, "failed", "last words"),
-        (f"ValueError: first\nKernelDied: {KILLED}\nafter", 1, "oom", f"KernelDied: {KILLED}"),
-        ("x\nCellTimeout: 60 s\nmore", 1, "failed", "CellTimeout: 60 s"),
-        ("ValueError: a\nKeyError: b\n  at the end", 1, "failed", "KeyError: b"),
+        ("", "failed", "its process ended with code 3"),
+        ("one\nlast words", "failed", "last words"),
+        (f"ValueError: first\nKernelDied: {KILLED}\nafter", "oom", f"KernelDied: {KILLED}"),
+        ("x\nCellTimeout: 60 s\nmore", "failed", "CellTimeout: 60 s"),
+        ("ValueError: a\nKeyError: b\n  at the end", "failed", "KeyError: b"),
     ],
 )
-def test_a_cell_that_wrote_no_result_gets_one_from_its_log(tmp_path, log, code, outcome, reason):
+def test_a_cell_that_wrote_no_result_gets_one_from_its_log(tmp_path, log, outcome, reason):
     (cell,) = cells(tmp_path, None)
     (cell.folder / "notebook.log").write_text(log)
-    found = sweep._ended(cell, code)
+    sweep._record_end(cell, "its process ended with code 3")
+    found = json.loads((cell.folder / "result.json").read_text())
     assert (found["outcome"], found["reason"], found["run_id"], found["regime"]) == (
         outcome,
         reason,

@@ -109,9 +109,9 @@ where it is the device."""
 
 @pytest.mark.parametrize("name", [name for name in REGIMES if name not in NOT_COMPARED])
 def test_the_virtual_gpu_differs_from_the_cpu_by_the_attention_kernel_and_the_batch_only(name):
-    if REGIMES[name].values["weights"] != "fp32" and machine.needed()[0]:
+    if REGIMES[name].values["weights"] != "fp32" and machine.needs_fp32_products()[0]:
         pytest.skip(
-            f"bf16 products are formed in fp32 here, which no GPU does: {machine.needed()[1]}"
+            f"bf16 products are formed in fp32 here, which no GPU does: {machine.needs_fp32_products()[1]}"
         )
     real, real_trainer = _run(REGIMES[name], MIDDLE)
     with virtual_gpu("vgpu") as gpu:

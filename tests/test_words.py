@@ -164,7 +164,7 @@ def test_evidence_in_words_by_value():
     ],
 )
 def test_a_cell_of_the_check_by_value(name, value, text):
-    assert gpu_table._cell(name, value) == text
+    assert gpu_table.to_cell(name, value) == text
 
 
 def test_a_row_of_the_check_by_value():
@@ -191,9 +191,9 @@ def test_a_row_of_the_check_by_value():
         "num_alloc_retries": 2,
     }
     peer = (Cell("peer", question, told), {**kept, "tokens_per_s": 60.0})
-    ours, theirs = gpu_table.table([(Cell("measure", question, told), kept), peer], card).to_dict(
-        "records"
-    )
+    ours, theirs = gpu_table.build_table(
+        [(Cell("measure", question, told), kept), peer], card
+    ).to_dict("records")
     assert (ours["allocated_error"], ours["reserved_error"]) == pytest.approx((-0.1, 0.2)) and ours[
         "over_trainer"
     ] == 1.5
@@ -212,11 +212,11 @@ def test_a_row_of_the_check_by_value():
         and pd.isna(theirs["over_trainer"])
         and theirs["mfu"] == pytest.approx(0.5)
     )
-    bare = gpu_table.table(
+    bare = gpu_table.build_table(
         [(Cell("measure", question, told), {"outcome": "oom", "reason": "no room"})], None
     ).iloc[0]
     assert all(
-        bare[name] is None
+        pd.isna(bare[name])
         for name in (
             "predicted_nvml_bytes",
             "nvml_error",
@@ -225,14 +225,14 @@ def test_a_row_of_the_check_by_value():
             "allocated_error",
         )
     )
-    assert gpu_table.line(Cell("measure", question), {**kept, "took_s": 7.6}).split()[1:] == [
+    assert gpu_table.to_line(Cell("measure", question), {**kept, "took_s": 7.6}).split()[1:] == [
         "ok",
         "8",
         "s",
         "90",
         "tokens/s",
     ]
-    assert gpu_table.line(
+    assert gpu_table.to_line(
         Cell("measure", question), {"outcome": "oom", "reason": "no room"}
     ).split()[1:] == ["oom", "0", "s", "no", "room"]
 

@@ -112,7 +112,7 @@ def _sweep(args) -> Answer:
         report = _build(swept.folder)
     return Answer(
         {"folder": str(swept.folder), "cells": swept.rows, **report.document},
-        f"{sweep.words(swept.rows)}\n{report.text}".strip(),
+        f"{sweep.to_text(swept.rows)}\n{report.text}".strip(),
         swept.code,
     )
 
@@ -184,7 +184,7 @@ def _studies(args) -> Answer:
         args.study, args.out, args.gallery, args.jobs, args.dry_run, quiet=args.json
     )
     failed = any(study.get("reason") for study in studies)
-    return Answer({"studies": studies}, run_all.words(studies), int(failed))
+    return Answer({"studies": studies}, run_all.to_text(studies), int(failed))
 
 
 def _predict(args) -> Answer:
@@ -229,7 +229,7 @@ def _doctor(args) -> Answer:
     from .runs import machine_report as doctor
 
     findings = doctor.examine()
-    return Answer(doctor.to_json(findings), doctor.words(findings))
+    return Answer(doctor.to_json(findings), doctor.to_text(findings))
 
 
 class _JsonParser(argparse.ArgumentParser):

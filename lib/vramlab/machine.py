@@ -1,5 +1,5 @@
-"""What a run was made with: enough to say whether two runs may be compared, nothing that identifies
-the machine."""
+"""The machine and the software of a run: enough to say whether two runs may be compared, nothing
+that identifies the machine."""
 
 from __future__ import annotations
 
@@ -29,9 +29,12 @@ PACKAGES = (
 )
 
 
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Files with the bytes that this container may use, of version 2 and of version 1."""
+
+
 def record(device: str = "cpu") -> dict:
-    """The environment as plain data, the contents of a run's env.json."""
-    in_fp32, why = needed()
+    """The environment as plain data, the content of a run's env.json."""
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -39,7 +42,7 @@ def record(device: str = "cpu") -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "bf16": f"formed in fp32 and rounded: {why}" if in_fp32 else f"native: {why}",
+        "bf16": bf16_products(),
         "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": _device(device),
         "versions": {name: version(name) for name in PACKAGES},
@@ -69,16 +72,12 @@ def _device(device: str) -> dict:
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    names = _lines("/proc/cpuinfo", "model name")
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def version(package: str) -> str:
-    """Of an installed package, or that it is not."""
+    """The version of an installed package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -86,9 +85,9 @@ def version(package: str) -> str:
 
 
 def _commit() -> dict:
-    def git(*words: str) -> str:
+    def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
@@ -101,30 +100,51 @@ def _commit() -> dict:
 
 
 @cache
-def needed() -> tuple[bool, str]:
-    """Whether this CPU should form bf16 products in fp32, and why."""
-    try:
-        flags = set(
-            Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
-        )
-    except (OSError, IndexError):
+def needs_fp32_products() -> tuple[bool, str]:
+    """Whether bf16 products should be formed in fp32 on this CPU, and why."""
+    lines = _lines("/proc/cpuinfo", "flags")
+    if not lines:
         return True, "the CPU's features are not known"
-    units, used = (
-        sorted(flags & {"avx512_bf16", "amx_bf16"}),
-        torch.backends.cpu.get_cpu_capability(),
-    )
-    if units and not used.startswith(
-        "AVX512"
-    ):  # torch was built or told to use less, and its attention then fails in bf16
-        return True, f"the CPU has {', '.join(units)}, but torch uses {used} only"
+    units = ", ".join(sorted({"avx512_bf16", "amx_bf16"} & set(lines[0].split())))
+    capability = torch.backends.cpu.get_cpu_capability()
+    if units and not capability.startswith("AVX512"):
+        # torch was built for less, or told to use less; its attention then fails in bf16
+        return True, f"the CPU has {units}, but torch uses {capability} only"
     if units:
-        return False, f"the CPU has {', '.join(units)}"
-    return True, f"the CPU ({used}) has neither avx512_bf16 nor amx_bf16"
+        return False, f"the CPU has {units}"
+    return True, f"the CPU ({capability}) has neither avx512_bf16 nor amx_bf16"
+
+
+def bf16_products() -> str:
+    """How this CPU forms bf16 products, and why."""
+    in_fp32, why = needs_fp32_products()
+    return f"formed in fp32 and rounded: {why}" if in_fp32 else f"native: {why}"
+
+
+def _lines(path: str, name: str) -> list[str]:
+    """What stands behind the colon in the lines `name: ...` of a file under /proc; none where there
+    is no such file."""
+    try:
+        text = Path(path).read_text()
+    except OSError:
+        return []
+    pairs = [line.split(":", 1) for line in text.splitlines() if ":" in line]
+    return [value.strip() for key, value in pairs if key.strip() == name]
+
+
+def host_memory() -> tuple[int, int, int]:
+    """Bytes of host memory: in all, available now, and the most that this container may use, which
+    is all where it has no limit."""
+    total, free = (
+        int(_lines("/proc/meminfo", name)[0].split()[0]) * 1024
+        for name in ("MemTotal", "MemAvailable")
+    )
+    texts = [Path(path).read_text().strip() for path in CGROUP_LIMITS if Path(path).exists()]
+    return total, free, min([total, *(int(text) for text in texts if text.isdigit())])
 
 
 def library():
-    """The NVML module, initialised. Raises: ImportError or NVMLError, which is what there is to
-    say."""
+    """The NVML module, initialised. Raises: ImportError or NVMLError, with the cause."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -132,7 +152,7 @@ def library():
 
 
 def driver() -> str:
-    """The driver's version, or why there is none to tell. Never raises."""
+    """The version of the NVIDIA driver, or why it is not known. Never raises."""
     try:
         return _text(library().nvmlSystemGetDriverVersion())
     except Exception as error:
@@ -143,15 +163,16 @@ def _text(name: str | bytes) -> str:
     return name.decode() if isinstance(name, bytes) else name
 
 
-def describe(asked: Mapping) -> dict:
-    """The machine, as far as figures need it: card, driver, versions."""
-    device = asked["device"]
-    found = {
+def describe(call: Mapping) -> dict:
+    """The machine as far as the check on a GPU needs it. `call`: `device`."""
+    device = call["device"]
+    _, free, limit = host_memory()
+    description = {
         "device": device,
         "versions": record(device)["versions"],
         "python": sys.version.split()[0],
         "cores": os.cpu_count(),
-        "host_bytes": _host_bytes(),
+        "host_bytes": min(free, limit),
         "name": "CPU",
         "total_bytes": None,
         "context_bytes": None,
@@ -160,34 +181,13 @@ def describe(asked: Mapping) -> dict:
         "cuda": torch.version.cuda,
     }
     if device.startswith("cuda"):
-        free, total = torch.cuda.mem_get_info(device)
-        told = torch.cuda.get_device_properties(device)
-        found |= {
-            "name": told.name,
-            "total_bytes": told.total_memory,
-            "driver": _driver(),
-            "context_bytes": total - free - torch.cuda.memory_reserved(device),
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        properties = torch.cuda.get_device_properties(device)
+        description |= {
+            "name": properties.name,
+            "total_bytes": properties.total_memory,
+            "driver": driver(),
+            "context_bytes": total_bytes - free_bytes - torch.cuda.memory_reserved(device),
             "compute_capability": list(torch.cuda.get_device_capability(device)),
         }
-    return found
-
-
-def _host_bytes() -> int:
-    """What a process may take: free host memory, or a container's share of it where that is
-    less."""
-    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(told["MemAvailable"].split()[0]) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")
-    share = limit.read_text().strip() if limit.exists() else "max"
-    return free if share == "max" else min(free, int(share))
-
-
-def _driver() -> str | None:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        said = pynvml.nvmlSystemGetDriverVersion()
-    except Exception as error:
-        return f"N/A ({type(error).__name__})"
-    return said if isinstance(said, str) else said.decode()
+    return description

@@ -1,24 +1,37 @@
-"""Processes that work for another one, and end with it."""
+"""Child processes: every one that the project starts is started, watched and ended here.
+
+    call_once("module:function", payload, limit_s=600)      # CallResult(value, reason, killed)
+
+    for item, value, reason in side_by_side(function, items, jobs=4):
+        ...  # workers of one thread, each for many items
+
+A child loads its function at once, beside whatever its parent does, and then calls it with each
+payload that is sent. It ends with its parent, even when the parent is killed. `run_cells` is the
+loop behind sweeps, studies, charts and the check on a GPU: it keeps so many cells at work, starts
+the next, ends those that take too long, and leaves no process behind, whatever stops it.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
 import gc
-import importlib
-import json
+import math
 import multiprocessing
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 MALLOC_ENV = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -26,166 +39,264 @@ MALLOC_ENV = {
     "MALLOC_TOP_PAD_": "0",
     "MALLOC_MMAP_MAX_": "1000000",
 }
-
-
-def die_with(parent: int) -> None:
-    """In a child, before it works: when the process `parent` is killed, so is this one (Linux;
-    elsewhere nothing)."""
-    try:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    except (OSError, AttributeError):
-        return
-    if os.getppid() != parent:
-        os._exit(1)
-
-
+"""With these in its environment, glibc returns freed memory to the operating system at once."""
 TURN = "VRAMLAB_TURN"
-"""In the environment: a file, of which a process that was started ahead of its time waits for the
-lock."""
-_turn: list = []
+"""The environment variable that names the lock file of `take_turn`."""
+_turn_locks: list[IO] = []
+_interrupted = threading.Event()
 
 
-def take_turn() -> None:
-    """Wait until no other process that was given the same `TURN` is at work; then this one is, to
-    its end."""
-    if TURN in os.environ and not _turn:
-        _turn.append(open(os.environ[TURN], "w"))  # noqa: SIM115, the lock is held as long as it is open
-        fcntl.flock(_turn[0], fcntl.LOCK_EX)
+class CallResult(NamedTuple):
+    """How a call in a child process ended."""
+
+    value: Any
+    """What the function returned; None, where it did not return."""
+    reason: str
+    """Empty when it returned, else its error, or how the process ended."""
+    killed: bool = False
+    """The process was killed by signal 9, which is what Linux does when memory runs out."""
+
+    def to_dict(self) -> dict:
+        """The dict that the function returned, with `outcome` ("ok", "oom" or "failed") and
+        `reason`. A killed process counts as out of memory."""
+        short = self.killed or self.reason.startswith("MemoryError: ")
+        outcome = "oom" if short else "failed" if self.reason else "ok"
+        return {"outcome": outcome, "reason": self.reason, **(self.value or {})}
 
 
-def worker(parent: int) -> None:
-    """A pool's initializer: one of as many processes as there are cores, so one thread."""
-    import torch
+class Child:
+    """A fresh Python process that calls `target`, "module:function", with each payload sent to it.
 
-    die_with(parent)
-    torch.set_num_threads(1)
+    `environment` is added to this process's own. `output` is where the child prints: a file,
+    `subprocess.DEVNULL`, or None for where this process prints. As a context, it ends with the
+    block.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        environment: Mapping[str, str] | None = None,
+        output: IO | int | None = None,
+    ):
+        self.target = target
+        self.connection, far_end = multiprocessing.Pipe()
+        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *sys.path]))
+        arguments = [str(far_end.fileno()), str(os.getpid()), target]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "vramlab.processes", *arguments],
+            env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+            pass_fds=[far_end.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+        far_end.close()
+
+    def send(self, payload: Any, limit_s: float = math.inf) -> None:
+        """Begin a call. One that takes longer than `limit_s` seconds counts as ended."""
+        self._limit_s, self._ends_s = limit_s, time.monotonic() + limit_s
+        with suppress(BrokenPipeError, ConnectionResetError):  # `result` says how it died
+            self.connection.send(payload)
+
+    def ended(self) -> bool:
+        """Whether the call has returned, raised or outlived its limit, or the process has died."""
+        return self.connection.poll() or time.monotonic() >= self._ends_s
+
+    def result(self) -> CallResult:
+        """Wait for the end of the call. A process that has not answered in time is ended."""
+        left_s = max(0.0, self._ends_s - time.monotonic())
+        try:
+            if self.connection.poll(None if math.isinf(left_s) else left_s):
+                return CallResult(*self.connection.recv())
+        except (EOFError, ConnectionResetError):
+            code = self._process.wait()
+            killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
+            how = "was killed by signal 9" if killed else f"ended with code {code}"
+            return CallResult(None, f"its process {how}", killed)
+        self.stop()
+        return CallResult(None, f"no answer from {self.target} in {self._limit_s:.0f} s")
+
+    def wait_until_loaded(self) -> None:
+        """Return once the child has loaded its function, or died: what is timed from here on is
+        timed alone."""
+        self.send(None)
+        self.result()
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self, grace_s: float = 20.0) -> None:
+        """End the process: with SIGTERM, and after `grace_s` seconds with SIGKILL."""
+        self.connection.close()
+        self._process.terminate()
+        try:
+            self._process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+
+def call_once(
+    target: str,
+    payload: Any,
+    limit_s: float = math.inf,
+    environment: Mapping[str, str] | None = None,
+    output: IO | int | None = subprocess.DEVNULL,
+) -> CallResult:
+    """One call of `target` in a fresh process; see `Child`."""
+    with Child(target, environment, output) as child:
+        child.send(payload, limit_s)
+        return child.result()
+
+
+def run_cells(
+    cells: Iterable,
+    start: Callable[[Any], Child],
+    jobs: int = 1,
+    may_start_next: Callable[[Any], bool] = lambda cell: False,
+    budget_s: float = math.inf,
+) -> Iterator[tuple[Any, Child]]:
+    """Work on `cells` in child processes; yield each with its process when its call has ended.
+
+    `start(cell)` returns the process that the cell was sent to. `jobs` cells run at a time; one
+    more is started early as soon as `may_start_next` holds for those that run. `cells` may be lazy:
+    the next is taken when there is room for it. After `budget_s` seconds the loop ends. The caller
+    ends the processes that it was handed, this loop those that are still at work when it is closed.
+
+    Raises: KeyboardInterrupt, on Ctrl-C.
+    """
+    waiting, running, ends_s = iter(cells), {}, time.monotonic() + budget_s
+    with ExitStack() as stack:
+        stack.callback(lambda: [child.stop() for child in running])
+        if threading.current_thread() is threading.main_thread():
+            _interrupted.clear()
+            stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, _interrupt))
+        while time.monotonic() < ends_s:
+            early = len(running) == jobs and all(map(may_start_next, running.values()))
+            for cell in waiting if len(running) < jobs + early else ():
+                running[start(cell)] = cell
+                if len(running) >= jobs + early:
+                    break
+            if not running:
+                return
+            wait([child.connection for child in running], min(1.0, ends_s - time.monotonic()))
+            if _interrupted.is_set():
+                raise KeyboardInterrupt
+            for child in [child for child in running if child.ended()]:
+                yield running.pop(child), child
 
 
 def side_by_side(
-    does: Callable, asked: Sequence, jobs: int
-) -> Iterator[tuple[Any, Any, BaseException | None]]:
-    """(item, what `does` makes of it, its error) as each of `asked` ends, in `jobs` fresh processes
-    of one thread. A process that dies is the error of every item that had not ended."""
-    pool = ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), initializer=worker, initargs=(os.getpid(),)
-    )
-    try:
-        waiting = {pool.submit(_do, does, item): item for item in asked}
-        for future in as_completed(waiting):
-            error = future.exception()
-            yield waiting[future], None if error else future.result(), error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    function: Callable,
+    items: Sequence,
+    jobs: int,
+    environment: Mapping[str, str] | None = None,
+    budget_s: float = math.inf,
+) -> Iterator[tuple[Any, Any, str]]:
+    """Yield (item, `function(item)`, reason of its failure) as each item ends, in `jobs` processes
+    of one thread. A process that dies fails its own item; items that are not done after `budget_s`
+    seconds are left out. `function` and items must be picklable."""
+    idle: list[Child] = []
+
+    def start(item: Any) -> Child:
+        target = "vramlab.processes:call_in_one_thread"
+        child = idle.pop() if idle else children.enter_context(Child(target, environment))
+        child.send((function, item))
+        return child
+
+    with (
+        ExitStack() as children,
+        closing(run_cells(items, start, jobs, budget_s=budget_s)) as ended,
+    ):
+        for item, child in ended:
+            result = child.result()
+            idle += [child] if child.alive else []
+            yield item, result.value, result.reason
 
 
-def _do(does: Callable, item: Any) -> Any:
-    _leave_alone()
-    return does(item)
+def call_in_one_thread(call: tuple[Callable, Any]) -> Any:
+    """Call (function, argument) in a worker: there are as many workers as cores."""
+    _prepare_worker()
+    function, argument = call
+    return function(argument)
 
 
 @cache
-def _leave_alone() -> None:
-    """Once, when the libraries are there, which are half a million objects: the collector need not
-    look at them again."""
+def _prepare_worker() -> None:
+    """One thread; and the half a million objects of the libraries are kept from the garbage
+    collector."""
+    import torch
+
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
 
 
-def run_in_measured_process(
-    target: str,
-    payload: Mapping,
-    timeout_s: float,
-    threads: int = 0,
-    environment: Mapping[str, str] = MALLOC_ENV,
-) -> dict:
-    """Call `module:function` with `payload` in a fresh Python with `environment` set; return its
-    dict. See `MeasuredProcess`."""
-    with MeasuredProcess(target, threads, environment) as process:
-        return process.call(payload, timeout_s)
+def take_turn() -> None:
+    """Wait until no other process with the same `TURN` is at work; it is then this one's turn, to
+    its end. Without `TURN`, return at once."""
+    if TURN in os.environ and not _turn_locks:
+        _turn_locks.append(open(os.environ[TURN], "w"))  # noqa: SIM115, locked while it is open
+        fcntl.flock(_turn_locks[0], fcntl.LOCK_EX)
 
 
-class MeasuredProcess:
-    """A fresh Python with `environment` set, for one call of `module:function`. It loads the module
-    at once, beside whatever its caller does, and then waits for the call. A context: at its end no
-    process is left."""
-
-    def __init__(self, target: str, threads: int = 0, environment: Mapping[str, str] = MALLOC_ENV):
-        self.target = target
-        self._folder = tempfile.TemporaryDirectory(prefix="vramlab-")
-        self._answer, self._loaded = (
-            Path(self._folder.name, "answer.json"),
-            Path(self._folder.name, "loaded"),
-        )
-        environment = {
-            **os.environ,
-            **environment,
-            **({"OMP_NUM_THREADS": str(threads)} if threads else {}),
-        }
-        command = [
-            sys.executable,
-            "-m",
-            "vramlab.processes",
-            target,
-            str(self._loaded),
-            str(self._answer),
-        ]
-        self._process = subprocess.Popen(
-            command,
-            env=environment,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-
-    def wait_until_loaded(self) -> None:
-        """Return once nothing more is loaded there, or it has died: what is timed from here on is
-        timed alone."""
-        while not self._loaded.exists() and self._process.poll() is None:
-            time.sleep(0.02)
-
-    def call(self, payload: Mapping, timeout_s: float) -> dict:
-        """The function's dict. What goes wrong there is a result, not an exception here:
-        {"outcome": "oom" | "failed", "reason": ...}. A process killed by signal 9 is taken for out
-        of memory, which is what the kernel does to it.
-        """
+@contextmanager
+def alone(folder: Path, work: str) -> Iterator[None]:
+    """Lock `folder`, where two processes would run the same cells. Raises: ValueError, when another
+    process has the lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
         try:
-            _, printed = self._process.communicate(json.dumps(dict(payload)), timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            return {
-                "outcome": "failed",
-                "reason": f"no answer from {self.target} in {timeout_s:.0f} s",
-            }
-        if self._answer.exists():
-            return json.loads(self._answer.read_text())
-        last = (printed.strip().splitlines() or ["no message"])[-1]
-        killed = self._process.returncode in (-9, 137)
-        return {
-            "outcome": "oom" if killed else "failed",
-            "reason": "killed by the kernel" if killed else last,
-        }
-
-    def __enter__(self) -> MeasuredProcess:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._folder.cleanup()
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another {work} is running in {folder}: wait for it, or use --out for another"
+                " folder"
+            ) from None
+        yield
 
 
-def _main(target: str, loaded: str, answer: str) -> None:
-    module, _, name = target.partition(":")
-    function = getattr(importlib.import_module(module), name)
-    Path(loaded).touch()
+def _interrupt(*_) -> None:
+    """Remember Ctrl-C besides raising it: an exception raised inside a callback of the interpreter
+    is lost."""
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def _die_with(parent: int) -> None:
+    """When the process `parent` is killed, so is this one. Linux only."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it was killed before
+            os._exit(1)
+
+
+def _attempt(function: Callable, argument: Any) -> tuple[Any, str]:
     try:
-        result = {"outcome": "ok", "reason": "", **function(json.loads(sys.stdin.read()))}
-    except MemoryError as error:
-        result = {"outcome": "oom", "reason": f"MemoryError: {error}"}
-    partial = Path(answer + ".part")
-    partial.write_text(json.dumps(result))
-    os.replace(partial, answer)
+        return function(argument), ""
+    except Exception as error:
+        traceback.print_exc()
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _serve(descriptor: str, parent: str, target: str) -> None:
+    """The child's side: answer each payload until the parent closes the connection."""
+    _die_with(int(parent))
+    connection = Connection(int(descriptor))
+    function, reason = _attempt(pkgutil.resolve_name, target)
+    with suppress(EOFError, ConnectionResetError, KeyboardInterrupt):
+        while True:
+            payload = connection.recv()
+            loaded_only = payload is None or reason
+            connection.send((None, reason) if loaded_only else _attempt(function, payload))
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    _serve(*sys.argv[1:])

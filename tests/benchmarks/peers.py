@@ -13,7 +13,7 @@ is also the warm-up. Losses: of that pass' first steps, so that a ratio compares
 Speed: nothing watches; whole runs of both sides take turns, and who begins alternates; a repetition
 gives one ratio, the table their median and quartiles. First steps, which make optimizer state, are
 not timed. What the operating system saw is measured apart, in one process whose allocator returns
-memory. Peers: `vramlab.gpu_check.peer_loops`.
+memory. Peers: `benchmarks.peer_loops`.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.peer_loops import Job, Loop, Seen, badam, hugging_face, ours, peft_lora
 from vramlab import machine as environment
 from vramlab.baichuan import BaichuanForCausalLM
 from vramlab.capture.meter import Meter
 from vramlab.files import ROOT, write_whole
-from vramlab.gpu_check.peer_loops import Job, Loop, Seen, badam, hugging_face, ours, peft_lora
 from vramlab.observer import Observer
 from vramlab.progress import bar
 from vramlab.regimes.parameters import model_spec

@@ -205,13 +205,9 @@ def _all(
 def _in_processes(
     find, due: list[list[Question]], jobs: int
 ) -> Iterator[tuple[list[Question], dict]]:
-    for row, cells, error in side_by_side(
-        find, due, jobs
-    ):  # a process that died takes its row, never the atlas
-        yield (
-            row,
-            ({question: _named(question, _reason(error)) for question in row} if error else cells),
-        )
+    for row, cells, reason in side_by_side(find, due, jobs):
+        # a process that died takes its row, never the atlas
+        yield row, {question: _named(question, reason) for question in row} if reason else cells
 
 
 def _row(questions: list[Question], keep: Keep) -> dict[Question, dict]:

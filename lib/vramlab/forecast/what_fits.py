@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..allocator.settings import Settings
 from ..cards import AMPERE, Card
-from ..processes import run_in_measured_process
+from ..processes import call_once
 from ..regimes.regime import ImpossibleHere
 from .forecast import CACHE, Question, forecast
 
@@ -183,15 +183,14 @@ def asked_apart(
         "capacity_bytes": capacity_bytes,
         "settings": settings,
     }
-    answer = run_in_measured_process(
+    answer = call_once(
         "vramlab.forecast.what_fits:_answered",
         payload,
         timeout_s,
-        threads=1,
-        environment={"CUDA_VISIBLE_DEVICES": ""},
+        {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )
-    return answer.get("fitted") or [
-        {"change": "any change", "fits": None, "reason": f"no forecast: {answer['reason']}"}
+    return (answer.value or {}).get("fitted") or [
+        {"change": "any change", "fits": None, "reason": f"no forecast: {answer.reason}"}
     ]
 
 

@@ -1,36 +1,21 @@
-"""What `gpu_check` measures and in which order: forecasts first, of every row and length, in
-processes that see no GPU.
+"""What `gpu_check` measures, and in which order.
 
 A cell is measured if its forecast fits the card, with what a process holds besides, and host memory
-holds what the row puts there; most informative first, so that a deadline cuts off the least. One
-cell that does not fit is measured all the same, to run out of memory on purpose. A row that cannot
-be forecast is measured after all those that can.
+holds what the row puts there. The most informative cells come first, so that a deadline cuts off
+the least. One cell that does not fit is measured all the same, to run out of memory on purpose. A
+row that could not be forecast is measured after all those that could.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import multiprocessing
-import os
-import time
-from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-import torch
-
-from ..allocator.simulate import simulate
 from ..cards import Card, read_cards
-from ..files import write_whole
 from ..forecast.arithmetic import STORED, parameters
 from ..forecast.chart import Atlas
-from ..forecast.forecast import CACHE, Question, _code, forecast
-from ..forecast.trace import trace
-from ..forecast.what_fits import what_fits
-from .trainer_peers import ROWS
+from ..forecast.forecast import Question
 
 FIRST = (
     "lora",
@@ -54,86 +39,86 @@ FIRST = (
     "host_weights",
     "full",
 )
-"""Rows from most to least informative: each of these is another mechanism. The rest follow in the
-order of regimes.yml."""
+"""Rows from most to least informative: each is another mechanism. The rest follow in the order of
+regimes.yml."""
 LAST = ("galore", "galore_layerwise")
-"""They decompose every matrix at each recorded step, which takes minutes: after all else."""
+"""They decompose every matrix at each recorded step, which takes minutes."""
 AS_WRITTEN = ("mixed", "master", "qlora", "int8_lora", "bf16_sr")
-"""Rows whose point is the type they are stored in."""
-NOT_HERE = ("ImpossibleHere", "IllegalRegime", "ImportError", "ModuleNotFoundError")
-"""Reasons that hold for the measurement too."""
+"""Rows whose point is the type that they are stored in."""
+CANNOT_RUN = ("ImpossibleHere", "IllegalRegime", "ImportError", "ModuleNotFoundError")
+"""Reasons against a forecast that hold for the measurement too."""
+SMALL_SHAPE = (256, 16)
+"""Tokens of a row and rows of a step, of a run of the small sweep."""
 HOST_SHARE = 0.7
-"""Of host memory, for what a row puts there; the model is made there too."""
+"""Of host memory, for what a row puts there and for the model, which is made there."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing to do in a process of its own."""
+    """One thing to do in a process of its own. `kind` is a key of `cell.KINDS`."""
 
-    does: str
-    question: Question | None
-    forecast: Mapping | None = None
-    regime: str = ""
+    kind: str
+    question: Question
+    """The step to take; for a run of the small sweep, one on full rows."""
+    forecast: Mapping = field(default_factory=dict)
+    """Of that step, see `forecasts.predict_step`; empty where there is none."""
     limit_bytes: int = 0
-    """The end of the device, where the cell is to reach it on purpose."""
+    """What the device has for the allocator; 0: all of it."""
 
     @property
     def name(self) -> str:
         """Its folder."""
-        if self.question is None:
-            return "-".join(part for part in (self.does, self.regime) if part)
-        asked = self.question
-        weights = [asked.weights] if asked.weights not in ("", asked.regime) else []
-        name = "-".join([asked.regime, *weights, f"{asked.batch}x{asked.seq}"])
-        return {"measure": name, "peer": f"{name}-trainer"}[self.does] + (
-            "-oom" if self.on_purpose else ""
-        )
+        if self.kind == "tiny":
+            return f"tiny-{self.question.regime}"
+        regime, weights = self.question.regime, self.question.weights
+        stored = [weights] if weights not in ("", regime) else []
+        suffix = ["trainer"] if self.kind == "peer" else []
+        suffix += ["oom"] if self.meant_to_run_out else []
+        return "-".join([regime, *stored, f"{self.question.batch}x{self.question.seq}", *suffix])
 
     @property
-    def on_purpose(self) -> bool:
-        """Whether it is to run out of memory."""
-        return bool(self.limit_bytes) or (
-            self.forecast is not None and self.forecast.get("fits") is False
-        )
+    def meant_to_run_out(self) -> bool:
+        """Whether running out of memory is the expected end."""
+        return self.limit_bytes > 0 or self.forecast.get("fits") is False
 
 
-def questions(model: str, seq: tuple[int, ...], only: tuple[str, ...] = ()) -> list[Question]:
-    """Every row in bf16 where it can be, at every length: rows in the order of `FIRST`, all rows of
-    the first length first. Rows that shard want several cards and are left out."""
-    asked = Atlas(
-        "gpu-check", (model,), seq, (1,), ("bf16", ""), AS_WRITTEN, regimes=only
-    ).questions()
-    single = [
+def questions(model: str, seq: Sequence[int], only: Sequence[str] = ()) -> list[Question]:
+    """Every row at every length, in bf16 where the row allows it: all rows of the first length
+    first, in the order of `FIRST`. Rows that shard need several cards and are left out."""
+    atlas = Atlas(
+        "gpu-check", (model,), tuple(seq), (1,), ("bf16", ""), AS_WRITTEN, regimes=tuple(only)
+    )
+    on_one_card = [
         question
-        for question in asked
+        for question in atlas.questions()
         if "fsdp" not in question.row.values["place"]
         and not (question.weights and question.regime in AS_WRITTEN)
     ]
-    rank = {name: at for at, name in enumerate(FIRST)}
+    rank = {name: place for place, name in enumerate(FIRST)}
     return sorted(
-        single, key=lambda question: (seq.index(question.seq), rank.get(_row(question), len(FIRST)))
+        on_one_card,
+        key=lambda question: (
+            seq.index(question.seq),
+            rank.get(row_name(question), len(FIRST)),
+        ),
     )
 
 
-def _row(question: Question) -> str:
-    """Its rank's name: full in bf16 is the row called bf16."""
-    return "bf16" if (question.regime, question.weights) == ("full", "bf16") else question.regime
+def row_name(question: Question) -> str:
+    """The row's name in `FIRST`: full in bf16 is the row called bf16."""
+    full_in_bf16 = (question.regime, question.weights) == ("full", "bf16")
+    return "bf16" if full_in_bf16 else question.regime
 
 
 def card_of(machine: Mapping) -> Card | None:
-    """The card that was found, with its own total and context; rates from params/cards.yml, of the
-    card of the same capability whose memory is nearest. None without a GPU."""
+    """The card of this machine, with its own total and context. Its rates are from
+    params/cards.yml, of the card of the same capability whose memory is nearest. None without a
+    GPU."""
     if machine["total_bytes"] is None:
         return None
-    alike = [
-        card
-        for card in read_cards().values()
-        if list(card.compute_capability) == machine["compute_capability"]
-    ]
-    near = min(
-        alike or read_cards().values(),
-        key=lambda card: abs(card.total_bytes - machine["total_bytes"]),
-    )
+    cards = list(read_cards().values())
+    alike = [c for c in cards if list(c.compute_capability) == machine["compute_capability"]]
+    near = min(alike or cards, key=lambda c: abs(c.total_bytes - machine["total_bytes"]))
     return dataclasses.replace(
         near,
         key="here",
@@ -145,186 +130,71 @@ def card_of(machine: Mapping) -> Card | None:
     )
 
 
-def forecasts(
-    asked: list[Question],
-    card: Card | None,
-    file: Path,
-    budget_s: float,
-    cache_dir: Path | None = CACHE,
-    jobs: int | None = None,
-) -> dict[str, dict]:
-    """name -> what is predicted, for as many of `asked`, in their order, as `budget_s` is enough
-    for; kept in `file` as long as the code that makes steps stays the same. A row that cannot be
-    forecast has its reason."""
-    kept = json.loads(file.read_text()) if file.exists() else {}
-    kept = kept["steps"] if kept.get("code") == code() else {}
-    due = [question for question in asked if _name(question) not in kept]
-    if due:
-        pool = ProcessPoolExecutor(
-            jobs or os.cpu_count() or 1, multiprocessing.get_context("spawn"), initializer=_blind
-        )
-        made = {pool.submit(predicted, question, card, cache_dir): question for question in due}
-        wait(made, timeout=budget_s)
-        for future, question in made.items():
-            if future.done() and not future.cancelled():
-                error = future.exception()
-                kept[_name(question)] = (
-                    {"reason": f"{type(error).__name__}: {error}"} if error else future.result()
-                )
-        _close(pool)
-        write_whole(file, json.dumps({"code": code(), "steps": kept}, indent=1))
-    return kept
-
-
-def code() -> str:
-    """Hash of the code and the torch that steps are made of: what was kept of another is forecast
-    and measured again."""
-    here = Path(__file__).parents[1]
-    names = (
-        "gpu_check/cell.py",
-        "baichuan/random_weights.py",
-        "gpu_check/trainer_peers.py",
-        "gpu_check/plan.py",
-    )
-    parts = [_code(), torch.__version__, *((here / name).read_text() for name in names)]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
-
-
-def _close(pool: ProcessPoolExecutor) -> None:
-    """Now: what has not been answered in time is not wanted any more, and would disturb what is
-    measured."""
-    processes = list((pool._processes or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.join()
-
-
-def _name(question: Question) -> str:
-    return Cell("measure", question).name
-
-
-def _blind() -> None:
-    """Before anything asks for a GPU: forecasts take the place of one."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.nice(5)
-    torch.set_num_threads(1)
-
-
-def predicted(question: Question, card: Card | None, cache_dir: Path | None = CACHE) -> dict:
-    """A forecast in plain numbers, with what a measurement needs to take the same step and to tell
-    its MFU. Without a card it is of this CPU and its kernels: `allocated` is then requested bytes,
-    which is what its meter sees.
-    """
-    began = time.perf_counter()
-    try:
-        made = forecast(question, card, cache_dir=cache_dir) if card else None
-        step = (
-            made.trace
-            if made
-            else trace(question.spec, question.row, question.seq, question.batch, mode="cpu")
-        )
-        reserved = made.reserved_peak_bytes if made else simulate(step.events).peak_reserved_bytes
-    except Exception as error:  # whatever it is, the other rows go on and this one says why
-        return {"reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-    flops = {phase: int(sum(work["flops"].values())) for phase, work in step.work.items()}
-    return {
-        "reason": "",
-        "allocated_peak_bytes": made.allocated_peak_bytes if made else step.peak_bytes,
-        "reserved_peak_bytes": reserved,
-        "requested_peak_bytes": step.peak_bytes,
-        "fits": made.fits if made else None,
-        "num_alloc_retries": made.retries if made else 0,
-        "host_bytes": step.host_bytes,
-        "phase": step.phase,
-        "ledger": dict(made.ledger if made else step.ledger),
-        "step": step.step,
-        "parts": list(step.parts),
-        "flops": flops,
-        "floor_s": made.floor_s if made else None,
-        "device": step.device,
-        "took_s": time.perf_counter() - began,
-    }
-
-
-def fitted(question: Question, card: Card, cache_dir: Path | None = CACHE) -> list[dict]:
-    """What would have fitted in the place of `question`, for a process that sees no GPU."""
-    return what_fits(question, card, cache_dir=cache_dir)
-
-
 def plan(
-    asked: list[Question], known: Mapping[str, Mapping], machine: Mapping, tiny: tuple[str, ...]
+    questions: Sequence[Question],
+    forecasts: Mapping[str, Mapping],
+    machine: Mapping,
+    small: Sequence[str] = (),
+    peers: Sequence[str] = (),
 ) -> list[Cell]:
-    """Cells in the order in which they are worth measuring: by `asked`, the one that runs out
-    fourth, then those at the last length that have a peer and their peers, the small sweep after
-    the first length; then the rest."""
-    cells, blind, host_bytes = [], [], machine["host_bytes"] * HOST_SHARE
-    for question in asked:
-        told = known.get(_name(question), {"reason": "no forecast in time"})
-        if told["reason"].startswith(NOT_HERE):
-            continue
-        if told["reason"]:
-            blind.append(Cell("measure", question, None))
-        elif (
-            told["fits"] is not False and told["host_bytes"] + _model_bytes(question) <= host_bytes
-        ):
-            cells.append(Cell("measure", question, told))
-    peers = [
-        Cell("peer", cell.question, cell.forecast)
-        for cell in cells
-        if cell.question and cell.question.seq == asked[-1].seq and _row(cell.question) in ROWS
-    ]
-    pairs = [
-        each
-        for peer in peers
-        for each in (next(c for c in cells if c.question == peer.question), peer)
-    ]
-    short = running_out(asked, known, cells)
-    head = list({cell.name: cell for cell in (*cells[:3], *short, *pairs)}.values())
-    rest = [cell for cell in cells if cell not in head]
-    late = [cell for cell in rest if cell.question and cell.question.regime in LAST]
-    first = [
-        cell
-        for cell in rest
-        if cell.question and cell.question.seq == asked[0].seq and cell not in late
-    ]
-    small = [Cell("tiny", None, regime=regime) for regime in tiny]
+    """Cells in the order in which they are worth measuring: three rows, the one that runs out, the
+    rows of the last length that have a peer, each before its peer; the rest of the first length;
+    the small sweep of the rows `small`; the rest of the other lengths; what takes minutes; what
+    could not be forecast. `peers` names the rows that have one."""
+    fitting, too_large, unknown = sort_out(questions, forecasts, machine["host_bytes"] * HOST_SHARE)
+    head = [*fitting[:3], *running_out(fitting, too_large)]
+    for cell in fitting:
+        if cell.question.seq == questions[-1].seq and row_name(cell.question) in peers:
+            head += [cell, Cell("peer", cell.question, cell.forecast)]
+    head = list({cell.name: cell for cell in head}.values())
+    rest = [cell for cell in fitting if cell not in head]
+    late = [cell for cell in rest if cell.question.regime in LAST]
+    soon = [cell for cell in rest if cell not in late]
+    first = [cell for cell in soon if cell.question.seq == questions[0].seq]
     return [
         *head,
         *first,
-        *small,
-        *[cell for cell in rest if cell not in first and cell not in late],
+        *(Cell("tiny", Question("tiny", regime, *SMALL_SHAPE)) for regime in small),
+        *(cell for cell in soon if cell not in first),
         *late,
-        *blind,
+        *unknown,
     ]
 
 
-def running_out(
-    asked: list[Question], known: Mapping[str, Mapping], cells: list[Cell]
-) -> list[Cell]:
-    """The one cell that runs out: of those that do not fit the one that lacks least, so that it
-    gets far; where all fit, the one with the highest peak on three quarters of what it takes."""
-    lacking = [
-        (known[_name(question)]["reserved_peak_bytes"], at, question)
-        for at, question in enumerate(asked)
-        if known.get(_name(question), {}).get("fits") is False
-    ]
-    if lacking:
-        _, _, question = min(lacking)
-        return [Cell("measure", question, known[_name(question)])]
-    highest = max(
-        cells, key=lambda cell: (cell.forecast or {}).get("requested_peak_bytes", 0), default=None
-    )
-    if highest is None or highest.forecast is None:
+def sort_out(
+    questions: Sequence[Question], forecasts: Mapping[str, Mapping], host_bytes: float
+) -> tuple[list[Cell], list[Cell], list[Cell]]:
+    """Cells that fit card and host, cells that do not fit the card, and cells that were not
+    forecast though they may run."""
+    fitting, too_large, unknown = list[Cell](), list[Cell](), list[Cell]()
+    for question in questions:
+        bare = Cell("measure", question)
+        forecast = forecasts.get(bare.name, {"reason": "no forecast in time"})
+        cell = Cell("measure", question, forecast)
+        if forecast["reason"]:
+            unknown += [] if forecast["reason"].startswith(CANNOT_RUN) else [bare]
+        elif cell.meant_to_run_out:
+            too_large.append(cell)
+        elif forecast["host_bytes"] + _model_bytes(question) <= host_bytes:
+            fitting.append(cell)
+    return fitting, too_large, unknown
+
+
+def running_out(fitting: Sequence[Cell], too_large: Sequence[Cell]) -> list[Cell]:
+    """The cell that runs out of memory on purpose: of those that do not fit, the one with the
+    lowest peak, so that it gets far; where all fit, the one with the highest peak, on three
+    quarters of what it takes."""
+    if too_large:
+        return [min(too_large, key=lambda cell: cell.forecast["reserved_peak_bytes"])]
+    if not fitting:
         return []
-    return [
-        dataclasses.replace(highest, limit_bytes=highest.forecast["reserved_peak_bytes"] * 3 // 4)
-    ]
+    highest = max(fitting, key=lambda cell: cell.forecast["requested_peak_bytes"])
+    limit_bytes = highest.forecast["reserved_peak_bytes"] * 3 // 4
+    return [dataclasses.replace(highest, limit_bytes=limit_bytes)]
 
 
 def _model_bytes(question: Question) -> int:
-    """On the host while it is made: as published, and once more where it is stored in another
-    type."""
+    """On the host while the model is made: as published, and once more in the type that the row
+    stores it in, where that is another."""
     stored = STORED.get(question.row.values["weights"], 2)
     return round(parameters(question.spec) * (2 + (stored if stored != 2 else 0)))

@@ -1,5 +1,5 @@
-"""The table of a GPU check: predicted beside measured, error, speed, MFU, energy; and all errors in
-a few numbers."""
+"""The table of a GPU check: predicted beside measured, errors, speed, MFU and energy, and a summary
+of the errors."""
 
 from __future__ import annotations
 
@@ -14,90 +14,75 @@ from .plan import Cell
 GIB = 2**30
 
 
-def table(found: Sequence[tuple[Cell, Mapping]], card: Card | None) -> pd.DataFrame:
+def build_table(results: Sequence[tuple[Cell, Mapping]], card: Card | None) -> pd.DataFrame:
     """One row a cell. Errors are predicted over measured, less 1: negative is an under-estimate.
-    `mfu` is of the card's bf16 peak, by the FLOPs of forward and backward as forecast,
-    recomputation left out."""
-    by_name = {cell.name: kept for cell, kept in found}
-    return pd.DataFrame([_row(cell, kept, card, by_name) for cell, kept in found])
+    `mfu` is of the card's bf16 peak, by the FLOPs of forward and backward as forecast, without
+    recomputation; `over_trainer`, how many times the tokens a second of the row's peer."""
+    tokens_per_s = {cell.name: result.get("tokens_per_s") for cell, result in results}
+    rows = [
+        _row(cell, result, card, tokens_per_s.get(Cell("peer", cell.question).name))
+        for cell, result in results
+    ]
+    errors = agreement.errors(rows).drop(columns="regime").add_suffix("_error")
+    return pd.DataFrame(rows).join(errors)
 
 
-def _row(cell: Cell, kept: Mapping, card: Card | None, by_name: Mapping[str, Mapping]) -> dict:
-    told = cell.forecast or {}
-    row = {
-        "cell": cell.name,
-        "does": cell.does,
-        "outcome": kept["outcome"],
-        "on_purpose": cell.on_purpose,
-    }
-    for name in ("allocated", "reserved"):
-        row[f"predicted_{name}_bytes"] = (
-            told.get(f"{name}_peak_bytes") if cell.does == "measure" else None
-        )
-        row[f"measured_{name}_bytes"] = kept.get(f"{name}_peak_bytes")
-        row[f"{name}_error"] = _error(row[f"predicted_{name}_bytes"], row[f"measured_{name}_bytes"])
-    nvml = kept.get("nvml_process_bytes") or kept.get("nvml_used_bytes")
-    row["predicted_nvml_bytes"] = _sum(row["predicted_reserved_bytes"], card and card.context_bytes)
-    row |= {"measured_nvml_bytes": nvml, "nvml_error": _error(row["predicted_nvml_bytes"], nvml)}
-    energy, tokens = (kept.get("energy") or {}).get("j"), kept.get("window_tokens")
+def _row(cell: Cell, result: Mapping, card: Card | None, peer_tokens_per_s: float | None) -> dict:
+    measured = cell.kind == "measure"
+    forecast = cell.forecast if measured else {}
+    reserved_bytes = forecast.get("reserved_peak_bytes")
+    joules, tokens = (result.get("energy") or {}).get("j"), result.get("window_tokens")
+    speed = result.get("tokens_per_s")
     return {
-        **row,
-        "step_s": kept.get("step_s_median"),
-        "tokens_per_s": kept.get("tokens_per_s"),
-        "mfu": _mfu(told, kept, card),
-        "j_per_1000_tokens": energy / tokens * 1000 if energy is not None and tokens else None,
-        "num_alloc_retries": kept.get("num_alloc_retries"),
-        "over_trainer": _over_trainer(cell, kept, by_name),
-        "predicted_fits": told.get("fits"),
-        "reason": kept["reason"],
+        "cell": cell.name,
+        "does": cell.kind,
+        "outcome": result["outcome"],
+        "on_purpose": cell.meant_to_run_out,
+        "predicted_allocated_bytes": forecast.get("allocated_peak_bytes"),
+        "measured_allocated_bytes": result.get("allocated_peak_bytes"),
+        "predicted_reserved_bytes": reserved_bytes,
+        "measured_reserved_bytes": result.get("reserved_peak_bytes"),
+        "predicted_nvml_bytes": reserved_bytes and card and reserved_bytes + card.context_bytes,
+        "measured_nvml_bytes": result.get("nvml_process_bytes") or result.get("nvml_used_bytes"),
+        "step_s": result.get("step_s_median"),
+        "tokens_per_s": speed,
+        "mfu": _mfu(cell.forecast, result, card),
+        "j_per_1000_tokens": joules / tokens * 1000 if joules is not None and tokens else None,
+        "num_alloc_retries": result.get("num_alloc_retries"),
+        "over_trainer": speed / peer_tokens_per_s
+        if measured and speed and peer_tokens_per_s
+        else None,
+        "predicted_fits": cell.forecast.get("fits"),
+        "reason": result["reason"],
     }
 
 
-def _error(predicted: int | None, measured: int | None) -> float | None:
-    return predicted / measured - 1 if predicted and measured else None
-
-
-def _sum(*parts: int | None) -> int | None:
-    return None if None in parts else sum(part for part in parts if part is not None)
-
-
-def _mfu(told: Mapping, kept: Mapping, card: Card | None) -> float | None:
-    seconds = kept.get("step_s_median")
-    if card is None or not seconds or not told.get("flops"):
+def _mfu(forecast: Mapping, result: Mapping, card: Card | None) -> float | None:
+    step_s, flops = result.get("step_s_median"), forecast.get("flops")
+    if not (card and step_s and flops):
         return None
-    flops = sum(count for phase, count in told["flops"].items() if phase in ("forward", "backward"))
-    return flops / seconds / (card.bf16_tflops * 1e12)
+    model_flops = flops.get("forward", 0) + flops.get("backward", 0)
+    return model_flops / step_s / (card.bf16_tflops * 1e12)
 
 
-def _over_trainer(cell: Cell, kept: Mapping, by_name: Mapping[str, Mapping]) -> float | None:
-    """How many times the tokens a second of the Trainer of transformers."""
-    theirs = (
-        by_name.get(Cell("peer", cell.question).name, {}).get("tokens_per_s")
-        if cell.does == "measure"
-        else None
-    )
-    return kept["tokens_per_s"] / theirs if theirs and kept.get("tokens_per_s") else None
-
-
-def summary(rows: pd.DataFrame) -> dict:
-    """`agreement.summary` of the cells that measured a row: errors of each peak, and what was
+def summarise(table: pd.DataFrame) -> dict:
+    """`agreement.summary` of the cells that measured a row: errors of each peak, and how many were
     refused or promised falsely."""
-    ended = {"ok": True, "oom": False}
-    told = [
-        {**row, "regime": row["cell"], "measured_fits": ended.get(row["outcome"])}
-        for row in rows.to_dict("records")
+    measured_fits = {"ok": True, "oom": False}
+    rows = [
+        {**row, "regime": row["cell"], "measured_fits": measured_fits.get(row["outcome"])}
+        for row in table.to_dict("records")
         if row["does"] == "measure"
     ]
-    return {"cells": len(rows), **agreement.summary(told)}
+    return {"cells": len(table), **agreement.summary(rows)}
 
 
-def line(cell: Cell, kept: Mapping) -> str:
+def to_line(cell: Cell, result: Mapping) -> str:
     """One cell when it is done."""
-    tokens = f"{kept['tokens_per_s']:,.0f} tokens/s" if kept.get("tokens_per_s") else ""
-    return (
-        f"{cell.name:<34}{kept['outcome']:<8}{kept.get('took_s', 0):5.0f} s "
-        f" {tokens or kept['reason']}"
-    )
+    tokens_per_s = result.get("tokens_per_s")
+    speed_or_reason = f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s else result["reason"]
+    took_s = result.get("took_s", 0)
+    return f"{cell.name:<34}{result['outcome']:<8}{took_s:5.0f} s  {speed_or_reason}"
 
 
 COLUMNS = (
@@ -112,64 +97,46 @@ COLUMNS = (
     ("J/1k tokens", "j_per_1000_tokens"),
     ("over Trainer", "over_trainer"),
 )
+"""(heading, column of the table)."""
+RATES = (("false_refusal_rate", "that ran"), ("false_promise_rate", "that ran out"))
 
 
-def text(rows: pd.DataFrame, total: Mapping, machine: Mapping, card: Card | None) -> str:
-    """The table as Markdown, and under it the errors and the machine."""
-    lines = [
-        "| cell | ended | " + " | ".join(head for head, _ in COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 2) + "|",
-    ]
-    for _, row in rows.iterrows():
-        ended = row["outcome"] + (
-            " (on purpose)" if row["on_purpose"] and row["outcome"] == "oom" else ""
-        )
-        lines.append(
-            f"| {row['cell']} | {ended} | "
-            + " | ".join(_cell(name, row[name]) for _, name in COLUMNS)
-            + " |"
-        )
-    for name in agreement.PEAKS:
-        told = total[name]
-        lines.append(
-            f"{name} peak: "
-            + (
-                "N/A, nothing measured"
-                if not told["n"]
-                else (
-                    f"median error {told['median_error']:.3%}, worst {told['worst_error']:.3%},"
-                    f" under by more than {agreement.TOLERANCE:.1%}"
-                    f" {told['under_rate_beyond']:.0%}, n = {told['n']}"
-                )
-            )
-        )
-    for name, of in (("false_refusal_rate", "that ran"), ("false_promise_rate", "that ran out")):
-        rate = total["fits"][name]
-        lines.append(
-            f"{name.replace('_', ' ')}, of those {of}: "
-            + ("N/A" if rate is None else f"{rate:.0%}")
-        )
-    rates = (
-        f"; MFU of {card.bf16_tflops:.0f} TFLOPS, {card.source['rates']}"
-        if card
-        else "; no GPU: measured on CPU, requested bytes"
-    )
-    return "\n".join(
-        [
-            *lines,
-            (
-                f"{machine['name']}, driver {machine['driver']}, torch"
-                f" {machine['versions']['torch']}{rates}"
-            ),
-        ]
+def to_text(table: pd.DataFrame, summary: Mapping, machine: Mapping, card: Card | None) -> str:
+    """The table in Markdown; under it the errors, and the machine."""
+    headings = ["cell", "ended", *(heading for heading, _ in COLUMNS)]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for row in table.to_dict("records"):
+        on_purpose = " (on purpose)" if row["on_purpose"] and row["outcome"] == "oom" else ""
+        values = [to_cell(column, row[column]) for _, column in COLUMNS]
+        lines.append(f"| {' | '.join([row['cell'], row['outcome'] + on_purpose, *values])} |")
+    lines += [f"{name} peak: {_errors_to_text(summary[name])}" for name in agreement.PEAKS]
+    for name, population in RATES:
+        rate = summary["fits"][name]
+        share = "N/A" if rate is None else f"{rate:.0%}"
+        lines.append(f"{name.replace('_', ' ')}, of those {population}: {share}")
+    note = "no GPU: measured on CPU, requested bytes"
+    if card:
+        note = f"MFU of {card.bf16_tflops:.0f} TFLOPS, {card.source['rates']}"
+    versions = f"driver {machine['driver']}, torch {machine['versions']['torch']}"
+    return "\n".join([*lines, f"{machine['name']}, {versions}; {note}"])
+
+
+def _errors_to_text(errors: Mapping) -> str:
+    if not errors["n"]:
+        return "N/A, nothing measured"
+    return (
+        f"median error {errors['median_error']:.3%}, worst {errors['worst_error']:.3%}, under by"
+        f" more than {agreement.TOLERANCE:.1%} {errors['under_rate_beyond']:.0%},"
+        f" n = {errors['n']}"
     )
 
 
-def _cell(name: str, value) -> str:
+def to_cell(column: str, value) -> str:
+    """A value in the unit and with the digits of its column; empty where there is none."""
     if value is None or pd.isna(value):
         return ""
-    if name.endswith("_bytes"):
+    if column.endswith("_bytes"):
         return f"{value / GIB:.3f}"
-    if name.endswith("_error"):
+    if column.endswith("_error"):
         return f"{value:+.2%}"
-    return f"{value:.1%}" if name == "mfu" else f"{value:,.{2 if value < 100 else 0}f}"
+    return f"{value:.1%}" if column == "mfu" else f"{value:,.{2 if value < 100 else 0}f}"

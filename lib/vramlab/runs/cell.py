@@ -1,26 +1,20 @@
-"""What the process of one cell of a sweep does: run its notebook. Apart from the sweep, so that it
-starts without torch."""
+"""The notebook of one cell, executed in a process of its own. A module apart from the sweep, so
+that the process starts without torch."""
 
-import json
-import sys
-from pathlib import Path
+from collections.abc import Mapping
 
 import papermill
 
 
-def main(notebook: str, output: str, given: str) -> None:
-    """Run `notebook` into `output` with the parameters in the JSON file `given`. A failing cell
-    raises."""
+def run_notebook(call: Mapping) -> None:
+    """Execute the notebook `call["notebook"]` into `call["output"]` with `call["parameters"]`.
+    Raises: what its failing cell raised."""
     papermill.execute_notebook(
-        notebook,
-        output,
-        parameters=json.loads(Path(given).read_text()),
+        call["notebook"],
+        call["output"],
+        parameters=call["parameters"],
         engine_name="vramlab",
         kernel_name="python3",
         progress_bar=False,
         log_output=False,
     )
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,127 +1,50 @@
 """Finished run folders, read back: what reports and notebooks draw from. Imports nothing that
 trains.
 
-A file that is damaged counts as not there: a run without the files that its outcome promises has
-not ended, and one whose timeline cannot be read has no timeline. Each damaged file is named; it
-hides no other run.
+A damaged file counts as missing: a run without the files that its outcome promises has not ended,
+and one whose timeline cannot be read has no timeline. Each damaged file is named; it hides no other
+run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from ..files import notice, read_checked, recall
+from ..files import intact, notice, read_checked, recall, seal
 from ..reading import BadFile, checked, read_json, read_table, read_yaml
+from .schema import (
+    ENVIRONMENT,
+    FINISHED,
+    NEEDED,
+    NUMBERS,
+    PARAMETERS,
+    READERS,
+    RESULT,
+    SCORINGS,
+    TABLES,
+)
 
-OUTCOMES = ("ok", "oom", "diverged", "failed")
+RETRY = {
+    "failed": ("failed",),
+    "oom": ("oom",),
+    "diverged": ("diverged",),
+    "all": ("failed", "oom", "diverged"),
+}
+"""What `--retry` may be, and the outcomes that are then run again."""
 KILLED = "the notebook's process was killed by signal 9"
 """The reason that stands for running out of memory when nobody lived to say so."""
 
-SPEED = (
-    "tokens_per_s",
-    "step_s_median",
-    "step_s_q25",
-    "step_s_q75",
-    "forward_s",
-    "backward_s",
-    "update_s",
-)
-_OWNER = {"category": str, "module": str, "bytes": int}
-_COUNTS = dict.fromkeys(
-    (
-        "asked_bytes",
-        "free_bytes",
-        "capacity_bytes",
-        "reserved_bytes",
-        "allocated_bytes",
-        "largest_free_block_bytes",
-    ),
-    int | None,
-)
-RESULT: Mapping[str, Any] = {
-    "outcome": OUTCOMES,
-    "reason": str,
-    "regime": str,
-    "model": str,
-    "measured_on": str,
-    "device": str,
-    "loss_first": Real,
-    "loss_last": Real,
-    "trainable_parameters": int,
-    "parameters": int,
-    "host_bytes": int | None,
-    "optimizer_state_bytes": int,
-    "speed": dict.fromkeys(SPEED, float),
-    "peak_bytes": Mapping[str, int | None],
-    "memory_ledger": Mapping[str, int],
-    "peak": {
-        "peak_bytes": int,
-        "phase": str,
-        "step": int,
-        "categories": Mapping[str, int],
-        "owners": [_OWNER],
-    },
-    "base": Mapping[str, Any],
-    "notes": Sequence[str],
-    "generation": {
-        "shares": [
-            {"judge": str, "domain": str, "shift": str, "call": str, "share": Real, "n": int}
-        ]
-    },
-    "oom": {**_COUNTS, "phase": str | None, "source": str, "said": str | None, "owners": [_OWNER]},
-    "ledger": {"parts": Mapping[str, int | None], "used": int | None, "context_source": str},
-}
-"""Fields of `result.json` that are drawn, with their types. Which are there depends on the outcome
-and the passes."""
-PARAMETERS = {"regime": str, "model": str, "seed": int, "train_domain": str, "batch_size": int}
-ENVIRONMENT = {"device": {"name": str}, "versions": Mapping[str, Any]}
-FINISHED = ("speed", "trainable_parameters", "loss_first", "loss_last")
-"""Fields that a run which ended ok has."""
-TABLES: Mapping[str, Sequence[str]] = {
-    "steps": ("step", "loss", "step_s", "tokens", "lr"),
-    "scores": (
-        "uid",
-        "domain",
-        "split",
-        "shift",
-        "transform",
-        "label",
-        "group",
-        "yesno",
-        "likelihood",
-    ),
-    "accuracy": ("domain", "shift", "scoring", "metric", "value", "low", "high", "n", "threshold"),
-    "timeline": ("event", "bytes", "category", "module", "step", "phase", "live_bytes"),
-}
-"""Tables of a run with the columns that are drawn."""
-NUMBERS = {
-    "step",
-    "loss",
-    "step_s",
-    "tokens",
-    "lr",
-    "label",
-    "yesno",
-    "likelihood",
-    "value",
-    "low",
-    "high",
-    "n",
-    "bytes",
-    "live_bytes",
-}
-SCORINGS = ("yesno", "likelihood")
-"""Those of the model, which figures draw in its training domain."""
-NEEDED = ("params.yml", "steps.parquet", "scores.parquet", "accuracy.parquet")
-"""Without one of these a finished run cannot be drawn."""
+
+def _table(name: str) -> cached_property[pd.DataFrame]:
+    """A property of `Run`: its table of this name, read once."""
+    return cached_property(lambda run: read_table(run.folder / f"{name}.parquet"))
 
 
 @dataclass(frozen=True)
@@ -152,57 +75,31 @@ class Run:
     def _checked(
         self, read: Callable, name: str, hints: Mapping, needed: Sequence[str] = ()
     ) -> dict:
-        return checked(
-            read(self.folder / name), hints, str(self.folder / name), needed, others=True
-        )
+        path = self.folder / name
+        return checked(read(path), hints, str(path), needed, others=True)
 
     @property
     def ok(self) -> bool:
         return self.result["outcome"] == "ok"
 
-    def _table(self, name: str) -> pd.DataFrame:
-        return read_table(self.folder / f"{name}.parquet")
-
-    @cached_property
-    def steps(self) -> pd.DataFrame:
-        return self._table("steps")
-
-    @cached_property
-    def timeline(self) -> pd.DataFrame:
-        return self._table("timeline")
+    steps = _table("steps")
+    timeline = _table("timeline")
+    scores = _table("scores")
+    accuracy = _table("accuracy")
+    table = _table("table")
+    """The rows that a study's measurement returned."""
 
     @cached_property
     def samples(self) -> pd.DataFrame:
-        """What the driver said of the card beside the learning pass; empty where there was none."""
+        """The driver's samples of the card during the learning pass; empty where it took none."""
         path = self.folder / "nvml.parquet"
         return read_table(path) if path.exists() else pd.DataFrame()
 
     @cached_property
-    def scores(self) -> pd.DataFrame:
-        return self._table("scores")
-
-    @cached_property
-    def accuracy(self) -> pd.DataFrame:
-        return self._table("accuracy")
-
-    @cached_property
-    def table(self) -> pd.DataFrame:
-        """What a study's measurement found."""
-        return self._table("table")
-
-    @cached_property
     def damage(self) -> dict[str, str]:
-        """File -> why it cannot be read, of the files that are there."""
-        readers = {
-            "result.json": "result",
-            "params.yml": "params",
-            "env.json": "environment",
-            "nvml.parquet": "samples",
-            "table.parquet": "table",
-            **{f"{name}.parquet": name for name in TABLES},
-        }
+        """File -> why it cannot be read, of the files that exist."""
         reasons = {}
-        for file, reader in readers.items():
+        for file, reader in READERS.items():
             try:
                 getattr(self, reader)
             except FileNotFoundError:
@@ -212,51 +109,44 @@ class Run:
         return reasons
 
     @cached_property
-    def lacks(self) -> list[str]:
-        """What its outcome promises and is not there, or damaged: of a run that lacks anything no
-        figure can be drawn."""
+    def missing(self) -> list[str]:
+        """What the run's outcome promises and the folder does not have whole. No figure can be
+        drawn of a run that misses anything."""
         if "result.json" in self.damage:
             return ["result.json"]
         files = [
             name
-            for name in NEEDED[: None if self.ok else 1]
+            for name in (NEEDED if self.ok else NEEDED[:1])
             if name in self.damage or not (self.folder / name).exists()
         ]
-        fields = [name for name in FINISHED if self.ok and name not in self.result]
-        columns = [
-            column for table in TABLES if self.ok and not files for column in self._missing(table)
-        ]
-        if self.ok and not files + columns:
-            home = self.params.get("train_domain")
-            columns = [
-                f"{scoring} of its training domain, {home!r}, in accuracy.parquet"
-                for scoring in SCORINGS
-                if scoring not in self._scored(home)
-            ]
-        return files + fields + columns
+        if not self.ok:
+            return files
+        fields = [name for name in FINISHED if name not in self.result]
+        return files + fields + ([] if files else self._missing_columns() or self._missing_scores())
 
-    def _scored(self, domain: str | None) -> set[str]:
-        """The scorings whose balanced accuracy on new documents of the domain is recorded."""
-        frame = self.accuracy
+    def _missing_columns(self) -> list[str]:
+        """Columns that figures draw and that a table does not have, or not as numbers; all, of a
+        table without rows."""
+        drawn = [name for name in TABLES if name != "timeline" or self.has_timeline]
+        return [
+            f"{column} in {name}.parquet"
+            for name in drawn
+            for column in TABLES[name]
+            if not _is_drawable(getattr(self, name), column)
+        ]
+
+    def _missing_scores(self) -> list[str]:
+        """Scorings whose balanced accuracy on new documents of the training domain is missing."""
+        frame, home = self.accuracy, self.params.get("train_domain")
         rows = (
-            (frame["domain"] == domain)
+            (frame["domain"] == home)
             & (frame["shift"] == "none")
             & (frame["metric"] == "balanced_accuracy")
         )
-        return {*frame["scoring"][rows]}
-
-    def _missing(self, table: str) -> list[str]:
-        """Columns that figures draw and the table has not, or not as numbers; all, where it has no
-        row."""
-        if table == "timeline" and not self.has_timeline:
-            return []
-        frame = getattr(self, table)
         return [
-            f"{column} in {table}.parquet"
-            for column in TABLES[table]
-            if frame.empty
-            or column not in frame
-            or (column in NUMBERS and not is_numeric_dtype(frame[column]))
+            f"{scoring} of its training domain, {home!r}, in accuracy.parquet"
+            for scoring in SCORINGS
+            if scoring not in set(frame["scoring"][rows])
         ]
 
     @property
@@ -269,35 +159,56 @@ class Run:
         )
 
 
+def _is_drawable(frame: pd.DataFrame, column: str) -> bool:
+    if frame.empty or column not in frame:
+        return False
+    return column not in NUMBERS or is_numeric_dtype(frame[column])
+
+
 def outcome(folder: Path) -> str | None:
-    """How what runs in `folder` ended; None when it has not, or when a file it ended with is
-    damaged, which is said once."""
+    """How the run or measurement in `folder` ended; None when it has not ended, or when a file that
+    it needs is damaged. Each damaged file is reported once.
+
+    Files that still match the checksums of `seal_run` are not parsed again.
+    """
     run = Run(folder)
-    for reason in run.damage.values():
+    damage = {} if intact(folder) else run.damage
+    for reason in damage.values():
         notice(f"{reason}; it counts as not there")
-    ended = (folder / "result.json").exists() and not run.damage.keys() & {
-        "result.json",
-        "table.parquet",
-        *NEEDED,
-    }
-    return run.result["outcome"] if ended else None
+    ended = (folder / "result.json").exists()
+    damaged = damage.keys() & {"result.json", "table.parquet", *NEEDED}
+    return run.result["outcome"] if ended and not damaged else None
+
+
+def seal_run(folder: Path) -> None:
+    """Record the checksums of a finished run's files, when all of them can be read. A disk that has
+    no room for them costs time later, and no run."""
+    if not Run(folder).damage:
+        with suppress(OSError):
+            seal(folder, *(name for name in READERS if (folder / name).exists()))
+
+
+def is_due(ended: str | None, retry: str | None = None) -> bool:
+    """Whether a cell whose outcome is `ended` (None: it has not ended) has to run, `retry` being
+    one of `RETRY`."""
+    return ended is None or ended in RETRY.get(retry or "", ())
 
 
 def read_runs(folder: Path | str, damage: list[str] | None = None) -> list[Run]:
-    """Complete runs under `folder`, in the order of the sweep when it has one, else by name. What
-    is damaged is left out; `damage` gets a sentence for each such file and run, and without
-    `damage` they go to standard error.
+    """Complete runs under `folder`, in the order of the sweep when it has one, else by name.
+    Damaged runs are left out; a sentence for each damaged file and run is appended to `damage`, or
+    printed to standard error without it.
 
-    Raises: FileNotFoundError, when there is no complete run, with the way to make some.
+    Raises: FileNotFoundError, when no run is complete, with the way to make some.
     """
     folder, sentences = Path(folder), [] if damage is None else damage
     every = [Run(path.parent) for path in sorted(folder.glob("*/result.json"))]
-    runs = [run for run in every if not run.lacks]
+    runs = [run for run in every if not run.missing]
     sentences += [reason for run in every for reason in run.damage.values()]
     sentences += [
-        f"{run.folder.name} is left out: it lacks {', '.join(run.lacks)}"
+        f"{run.folder.name} is left out: it lacks {', '.join(run.missing)}"
         for run in every
-        if run.lacks
+        if run.missing
     ]
     index = recall(folder / "sweep.json", _sweep, sentences.append) or {"cells": ()}
     place = {cell["run_id"]: at for at, cell in enumerate(index["cells"])}

@@ -1,6 +1,7 @@
-"""What this machine can measure, what it cannot, why, and what would help. It changes no setting
-and identifies nothing; for a moment it may hold 256 MiB of a card, see `capture.nvml_process`, and
-it resets its own process's high-water mark.
+"""What this machine can measure, what it cannot, why, and what would help: `vramlab doctor`.
+
+It changes no setting and identifies nothing. For a moment it may hold 256 MiB of a card, see
+`capture.nvml_process`, and it resets the high-water mark of its own process.
 """
 
 from __future__ import annotations
@@ -9,44 +10,44 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import distributed
 
-from .. import machine as environment
+from .. import machine
 from ..capture import nvml
 from ..capture.peak_rss import peak_method
+from ..forecast.virtual_gpu import virtual_gpu
 
 GIB = 2**30
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+SUPPORTED_TORCH = "torch 2.11 to 2.13"
+Answer = tuple[bool, str, str]
+"""Whether the machine can do it; what it has, or why it cannot; what would help."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`can`: whether it can be had here; `found`: what there is, or why not; `way_out`: what would
-    help."""
+    """One topic, with its `Answer`."""
 
     topic: str
     can: bool
-    found: str
+    detail: str
     way_out: str = ""
 
 
 def examine() -> list[Finding]:
-    """Every topic. A topic whose examination itself breaks is one that this machine cannot do, with
+    """Every topic. A topic whose examination itself fails is one that this machine cannot do, with
     the error as the reason."""
     reader = nvml.find("cuda")
-    topics: dict[str, Callable[[], Finding]] = {
+    topics = {
         "torch": _torch,
         "forecast": _forecast,
         "cuda": _cuda,
         "bf16": _bf16,
         "allocator history": _history,
         "nvml": lambda: _nvml(reader),
-        "process memory on the card": lambda: _of_reader(reader, "process_bytes"),
+        "process memory on the card": lambda: _process_memory(reader),
         "energy": lambda: _energy(reader),
         "host memory": _memory,
         "process peak": _process_peak,
@@ -54,242 +55,191 @@ def examine() -> list[Finding]:
         "browser tests": _browser,
         "disk": _disk,
     }
-    return [_asked(topic, ask) for topic, ask in topics.items()]
+    findings = []
+    for topic, ask in topics.items():
+        try:
+            findings.append(Finding(topic, *ask()))
+        except Exception as error:
+            findings.append(Finding(topic, False, f"{type(error).__name__}: {error}"))
+    return findings
 
 
-def words(findings: list[Finding]) -> str:
-    """One line a topic; the way out below those that cannot be had."""
+def to_text(findings: list[Finding]) -> str:
+    """One line for each topic; what would help stands below a topic that the machine cannot do."""
     lines = []
     for finding in findings:
-        lines.append(f"{'yes' if finding.can else 'no':<4}{finding.topic:<27}{finding.found}")
+        lines.append(f"{'yes' if finding.can else 'no':<4}{finding.topic:<27}{finding.detail}")
         if finding.way_out and not finding.can:
             lines.append(f"{'':<31}-> {finding.way_out}")
     return "\n".join(lines)
 
 
 def to_json(findings: list[Finding]) -> dict:
-    return {"findings": [asdict(finding) for finding in findings]}
+    return {
+        "findings": [
+            {"topic": each.topic, "can": each.can, "found": each.detail, "way_out": each.way_out}
+            for each in findings
+        ]
+    }
 
 
-def _asked(topic: str, ask: Callable[[], Finding]) -> Finding:
-    try:
-        return ask()
-    except Exception as error:
-        return Finding(topic, False, f"{type(error).__name__}: {error}")
-
-
-def _torch() -> Finding:
+def _torch() -> Answer:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
-    found = (
-        f"{torch.__version__} ({build}), Python {platform.python_version()}, transformers"
-        f" {environment.version('transformers')}"
-    )
-    return Finding(
-        "torch",
+    return (
         (2, 11) <= version < (2, 14),
-        found,
-        "torch 2.11 to 2.13 is what this was tested with",
+        f"{torch.__version__} ({build}), Python {platform.python_version()}, transformers"
+        f" {machine.version('transformers')}",
+        f"{SUPPORTED_TORCH} is what this was tested with",
     )
 
 
-def _forecast() -> Finding:
-    from ..forecast.virtual_gpu import virtual_gpu
-
+def _forecast() -> Answer:
     with virtual_gpu() as gpu:
-        held = torch.empty(3, 5, device=gpu.device)
-        return Finding(
-            "forecast",
-            held.untyped_storage().nbytes() == 60,
-            f"on a {gpu.label}: `vramlab predict`",
-        )
+        size_bytes = torch.empty(3, 5, device=gpu.device).untyped_storage().nbytes()
+        return size_bytes == 60, f"on a {gpu.label}: `vramlab predict`", ""
 
 
-def _cuda() -> Finding:
+def _cuda() -> Answer:
     if torch.cuda.is_available():
         cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        told = ", ".join(
+        names = ", ".join(
             f"{card.name} ({card.total_memory / GIB:.1f} GiB, {card.major}.{card.minor})"
             for card in cards
         )
-        return Finding("cuda", True, f"CUDA {torch.version.cuda}: {told}")
+        return True, f"CUDA {torch.version.cuda}: {names}", ""
     if not torch.version.cuda:
-        return Finding(
-            "cuda",
+        return (
             False,
             "this torch is built for the CPU only",
             "install torch from PyTorch's index of CUDA wheels",
         )
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
-        return Finding(
-            "cuda", False, "CUDA_VISIBLE_DEVICES hides every card", "unset it, or name a card"
-        )
-    return Finding(
-        "cuda",
+        return False, "CUDA_VISIBLE_DEVICES hides every card", "unset it, or name a card"
+    return (
         False,
         "torch finds no card",
         "a driver as new as this torch's CUDA; in a container, --gpus all",
     )
 
 
-def _bf16() -> Finding:
+def _bf16() -> Answer:
     if torch.cuda.is_available():
         can = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Finding(
-            "bf16",
+        return (
             can,
             "the card's own" if can else "the card emulates it",
             "compute capability 8.0; or fp32 rows",
         )
-    needed, why = environment.needed()
-    return Finding(
-        "bf16",
-        not needed,
-        f"formed in fp32 and rounded: {why}" if needed else f"native: {why}",
+    return (
+        not machine.needs_fp32_products()[0],
+        machine.bf16_products(),
         "the same numerics; speeds of bf16 rows are not bf16's",
     )
 
 
-def _history() -> Finding:
+def _history() -> Answer:
+    if not torch.cuda.is_available():
+        return False, "it is CUDA's; on a CPU the event meter sees every storage", "a GPU"
     missing = [
         name
         for name in ("_record_memory_history", "_snapshot", "_set_memory_metadata")
         if not hasattr(torch.cuda.memory, name)
     ]
-    if not torch.cuda.is_available():
-        return Finding(
-            "allocator history",
-            False,
-            "it is CUDA's; on a CPU the event meter sees every storage",
-            "a GPU",
-        )
-    return Finding(
-        "allocator history",
+    return (
         not missing,
         f"torch lacks {', '.join(missing)}" if missing else "with phases",
-        "torch 2.11 to 2.13",
+        SUPPORTED_TORCH,
     )
 
 
-def _nvml(reader: nvml.Reader) -> Finding:
+def _nvml(reader: nvml.Reader) -> Answer:
     if reader.card:
-        lacks = [said for said in reader.said if not said.startswith(("process_bytes", "energy_j"))]
-        return Finding("nvml", True, "; ".join([f"{reader.card}, driver {reader.driver}", *lacks]))
+        missing = [text for text in reader.said if not text.startswith(("process_b", "energy_j"))]
+        return True, "; ".join([f"{reader.card}, driver {reader.driver}", *missing]), ""
     try:
         count = nvml.library().nvmlDeviceGetCount()
     except Exception as error:
-        return Finding(
-            "nvml",
+        return (
             False,
             f"{type(error).__name__}: {error}",
             "NVIDIA's driver; in a container, its `utility` part",
         )
-    return Finding(
-        "nvml",
+    return (
         False,
         f"cards that the driver has: {count}; {'; '.join(reader.said)}",
         "a torch that sees the card",
     )
 
 
-def _of_reader(reader: nvml.Reader, name: str) -> Finding:
-    said = next((said for said in reader.said if said.startswith(name)), "") or (
-        "" if reader.card else "no card is read"
-    )
-    return Finding(
-        "process memory on the card",
-        not said,
-        said or reader.process_method,
-        "run outside a container, or with --pid host; what all processes hold is told either way",
+def _process_memory(reader: nvml.Reader) -> Answer:
+    missing = [text for text in reader.said if text.startswith("process_bytes")]
+    missing += [] if reader.card else ["no card is read"]
+    return (
+        not missing,
+        missing[0] if missing else reader.process_method,
+        "run outside a container, or with --pid host; the card's total is read either way",
     )
 
 
-def _energy(reader: nvml.Reader) -> Finding:
-    now = reader.sample()
-    if now["energy_j"] is not None:
-        return Finding("energy", True, "the card's counter, for windows of 2 s and more")
-    if now["power_w"] is not None:
-        return Finding("energy", True, "power, integrated; this card has no counter")
-    said = [said for said in reader.said if said.startswith(("energy_j", "power_w"))]
-    return Finding(
-        "energy", False, "; ".join(said) or "no card is read", "a card since Volta, whole"
-    )
+def _energy(reader: nvml.Reader) -> Answer:
+    sample = reader.sample()
+    if sample["energy_j"] is not None:
+        return True, "the card's counter, for windows of 2 s and more", ""
+    if sample["power_w"] is not None:
+        return True, "power, integrated; this card has no counter", ""
+    missing = [text for text in reader.said if text.startswith(("energy_j", "power_w"))]
+    return False, "; ".join(missing) or "no card is read", "a card since Volta, whole"
 
 
-def _memory() -> Finding:
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    total, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    limits = [
-        int(text)
-        for path in CGROUP_LIMITS
-        if Path(path).exists() and (text := Path(path).read_text().strip()).isdigit()
-    ]
-    capped = [limit for limit in limits if limit < total]
-    told = f", of which this container may use {capped[0] / GIB:.1f}" if capped else ""
-    return Finding(
-        "host memory",
+def _memory() -> Answer:
+    total, free, limit = machine.host_memory()
+    share = f", of which this container may use {limit / GIB:.1f}" if limit < total else ""
+    return (
         True,
-        f"{total / GIB:.1f} GiB{told}, {free / GIB:.1f} available, {os.cpu_count()} cores",
+        f"{total / GIB:.1f} GiB{share}, {free / GIB:.1f} available, {os.cpu_count()} cores",
+        "",
     )
 
 
-def _process_peak() -> Finding:
+def _process_peak() -> Answer:
     glibc = platform.libc_ver()[0] == "glibc"
-    allocator = (
-        ""
-        if glibc
-        else "; this is not glibc, whose settings make freed memory return: peaks read high"
-    )
-    return Finding("process peak", glibc, peak_method() + allocator, "Linux with glibc")
+    other = "; this is not glibc, whose settings make freed memory return: peaks read high"
+    return glibc, peak_method() + ("" if glibc else other), "Linux with glibc"
 
 
-def _ranks() -> Finding:
+def _ranks() -> Answer:
     if not distributed.is_available():
-        return Finding(
-            "ranks",
+        return (
             False,
             "torch.distributed is not in this torch",
             "a torch with it; forecasts need none",
         )
     backends = [name for name in ("gloo", "nccl") if getattr(distributed, f"is_{name}_available")()]
     launcher = shutil.which("torchrun") or importlib.util.find_spec("torch.distributed.run")
-    return Finding(
-        "ranks",
+    return (
         bool(launcher and backends),
         f"python -m torch.distributed.run, with {', '.join(backends)}",
+        "",
     )
 
 
-def _browser() -> Finding:
-    chromium = browser()
-    lacks = [
-        name
-        for name, there in (
-            ("Chromium", chromium),
-            ("playwright", importlib.util.find_spec("playwright")),
-        )
-        if not there
-    ]
-    return Finding(
-        "browser tests",
-        not lacks,
-        f"no {' and no '.join(lacks)}" if lacks else "Chromium, driven by playwright",
+def _browser() -> Answer:
+    programs = {"Chromium": browser(), "playwright": importlib.util.find_spec("playwright")}
+    missing = [f"no {name}" for name, program in programs.items() if not program]
+    return (
+        not missing,
+        " and ".join(missing) or "Chromium, driven by playwright",
         "the package chromium, and `pip install playwright`; only tests of the report need them",
     )
 
 
-def _disk() -> Finding:
+def _disk() -> Answer:
     free = shutil.disk_usage(".").free
-    return Finding(
-        "disk",
-        free > GIB,
-        f"{free / GIB:.1f} GiB free here",
-        "a sweep's run folders take a few MB each",
-    )
+    return free > GIB, f"{free / GIB:.1f} GiB free here", "a sweep's run folders take a few MB each"
 
 
 def browser() -> str | None:
-    """Chromium's path, by whichever name it is here."""
-    return next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
+    """The path of Chromium, under any of its names."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next(filter(None, map(shutil.which, names)), None)

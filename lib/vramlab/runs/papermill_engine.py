@@ -1,14 +1,13 @@
-"""A papermill engine that says what happened: a kernel that dies or a cell that runs out of time is
-an error in the notebook.
+"""A papermill engine that makes a kernel's death and a cell that runs out of time an error in the
+notebook.
 
-Papermill's own marks every cell "completed" in both cases and raises nothing that a reader of the
-notebook would see. Kernels talk over a private socket file: no port, no race for one, and no
+Papermill's own engine marks every cell "completed" in both cases and raises nothing that a reader
+of the notebook would see. Kernels talk over a private socket file: no port, no race for one, and no
 warning about encryption.
 """
 
 from __future__ import annotations
 
-import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -23,35 +22,36 @@ from .folder import KILLED
 
 
 class HonestClient(PapermillNotebookClient):
-    """Stops at the first cell that did not end, and writes down why."""
+    """Stops at the first cell that fails, and records why."""
 
-    _silent = False
-    """The kernel is dead or busy: it will not say which language it speaks."""
+    _kernel_lost = False
+    """The kernel is dead or busy, so it cannot be asked for its language."""
 
     def papermill_execute_cells(self) -> None:
         for index, cell in enumerate(self.nb.cells):
             try:
                 self.nb_man.cell_start(cell, index)
                 self.execute_cell(cell, index)
-            except Exception as error:  # CellExecutionError has written its own output
-                self._tell(cell, error)
+            except Exception as error:
+                self._record(cell, error)
                 self.nb_man.cell_exception(cell, cell_index=index, exception=error)
                 break
             finally:
                 self.nb_man.cell_complete(cell, cell_index=index)
 
-    def _tell(self, cell, error: Exception) -> None:
-        self._silent = isinstance(error, DeadKernelError | CellTimeoutError)
-        if not self._silent:
+    def _record(self, cell, error: Exception) -> None:
+        """Append the error output that a lost kernel did not write."""
+        if isinstance(error, DeadKernelError):
+            name, reason = "KernelDied", self._cause_of_death()
+        elif isinstance(error, CellTimeoutError):
+            name, reason = "CellTimeout", str(error).strip().splitlines()[0]
+        else:  # the kernel has written its own output
             return
-        dead = isinstance(error, DeadKernelError)
-        name = "KernelDied" if dead else "CellTimeout"
-        what = self._how_it_died() if dead else str(error).strip().splitlines()[0]
-        cell.outputs.append(
-            nbformat.v4.new_output("error", ename=name, evalue=what, traceback=[f"{name}: {what}"])
-        )
+        self._kernel_lost = True
+        output = {"ename": name, "evalue": reason, "traceback": [f"{name}: {reason}"]}
+        cell.outputs.append(nbformat.v4.new_output("error", **output))
 
-    def _how_it_died(self) -> str:
+    def _cause_of_death(self) -> str:
         code = self.km.provisioner.process.poll()
         if code == -signal.SIGKILL:
             return f"{KILLED}, as the operating system does when memory runs out"
@@ -61,7 +61,7 @@ class HonestClient(PapermillNotebookClient):
         self.reset_execution_trackers()
         with self.setup_kernel(**kwargs):
             self.papermill_execute_cells()
-            if not self._silent:
+            if not self._kernel_lost:
                 info = self.wait_for_reply(self.kc.kernel_info())
                 self.nb.metadata["language_info"] = info["content"]["language_info"]
                 self.set_widgets_metadata()
@@ -83,12 +83,9 @@ class HonestEngine(NBClientEngine):
         execution_timeout=None,
         **kwargs,
     ):
-        kwargs.pop("input_path", None)
-        folder = tempfile.mkdtemp(prefix="vl-")  # short: a socket's path has 107 characters at most
-        config = Config(
-            {"KernelManager": {"transport": "ipc", "connection_file": str(Path(folder) / "k.json")}}
-        )
-        try:
+        # a short name: the path of a socket has at most 107 characters
+        with tempfile.TemporaryDirectory(prefix="vl-", ignore_cleanup_errors=True) as folder:
+            manager = {"transport": "ipc", "connection_file": str(Path(folder) / "k.json")}
             client = HonestClient(
                 nb_man,
                 kernel_name=kernel_name,
@@ -97,8 +94,6 @@ class HonestEngine(NBClientEngine):
                 log_output=log_output,
                 stdout_file=stdout_file,
                 stderr_file=stderr_file,
-                config=config,
+                config=Config({"KernelManager": manager}),
             )
             return client.execute()
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)

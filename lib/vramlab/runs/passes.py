@@ -197,7 +197,7 @@ def learn(prepared: Prepared, progress: bool) -> tuple[Learned, nn.Module]:
         logits.stop()
     frame = pd.DataFrame([{**timed, **row} for timed, row in zip(watch.rows, seen, strict=True)])
     result = {
-        "speed": _speed(frame),
+        "speed": speed(warm(frame)),
         "trainable_parameters": trainer.trainable_parameters(),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "loss_first": float(frame["loss"].iloc[0]),
@@ -227,9 +227,9 @@ def warm(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.iloc[max(1, len(frame) // 10) :] if len(frame) > 1 else frame
 
 
-def _speed(frame: pd.DataFrame) -> dict:
-    """Medians over the warm steps."""
-    timed = warm(frame)
+def speed(timed: pd.DataFrame) -> dict:
+    """Tokens a second over the steps `timed`, rows of a clock with their `tokens`; quartiles of a
+    step's seconds, and medians of its phases."""
     q25, q50, q75 = (float(timed["step_s"].quantile(q)) for q in (0.25, 0.5, 0.75))
     phases = {
         f"{name}_s": float(timed[f"{name}_s"].median())
@@ -245,14 +245,14 @@ def _speed(frame: pd.DataFrame) -> dict:
     }
 
 
-def _limited(params: Mapping) -> Ceiling | None:
-    """What stands for a device with an end on a CPU; a card is told its end itself, for the whole
-    process."""
-    limit = int(params["limit_mib"] * 2**20)
-    if limit and params["device"].startswith("cuda"):
-        whole = torch.cuda.get_device_properties(params["device"]).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole), params["device"])
-    return Ceiling(limit) if limit and params["device"] == "cpu" else None
+def limited(device: str, limit_bytes: int) -> Ceiling | None:
+    """Give `device` so many bytes for its allocator; 0: all that there is. A GPU is limited for the
+    whole process; on a CPU the meter that is returned stands for a device with an end."""
+    if limit_bytes and device.startswith("cuda"):
+        fraction = min(1.0, limit_bytes / torch.cuda.get_device_properties(device).total_memory)
+        # torch refuses "cuda" here: it takes the number of a GPU, or None for the current one
+        torch.cuda.set_per_process_memory_fraction(fraction, torch.device(device).index)
+    return Ceiling(limit_bytes) if limit_bytes and device == "cpu" else None
 
 
 def meter(prepared: Prepared) -> Metered:
@@ -260,7 +260,8 @@ def meter(prepared: Prepared) -> Metered:
     allocator's history recorded. Slower than the real thing; bytes only. Raises: RanOut, where the
     run has a limit on a CPU and does not keep within it.
     """
-    watcher = _limited(prepared.params) or watching(prepared.params["device"])
+    device, limit_bytes = prepared.params["device"], int(prepared.params["limit_mib"] * 2**20)
+    watcher = limited(device, limit_bytes) or watching(device)
     sampler = Sampler(find(prepared.params["device"]))
     with ExitStack() as stack:
         stack.enter_context(sampler)
@@ -397,7 +398,7 @@ def notes(prepared: Prepared) -> list[str]:
         " process, allocator returning memory to the OS"
     ]
     if prepared.regime.values["weights"] != "fp32" and prepared.params["device"] == "cpu":
-        needed, why = machine.needed()
+        needed, why = machine.needs_fp32_products()
         if needed:
             said.append(
                 f"bf16 products formed in fp32 and rounded ({why}): same numerics, and its speed is"

@@ -22,7 +22,7 @@ from typing import Any
 from ..files import ROOT
 from ..reading import BadFile, checked, nearest, read_yaml, typed
 from ..runs.parameters import run_id
-from ..runs.sweep import combinations
+from ..runs.sweep_file import combinations
 from . import STUDIES
 
 PARAMS = ROOT / "params" / "studies"

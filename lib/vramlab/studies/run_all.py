@@ -3,14 +3,13 @@ papermill, then the gallery."""
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..files import ROOT
+from ..processes import call_once
 from . import STUDIES, runner
 from .claims import table
 from .plan import PARAMS, Plan, read_plan
@@ -76,22 +75,19 @@ def _study(plan: Plan, folder: Path, gallery: Path | None) -> dict:
 def _notebook(plan: Plan, folder: Path) -> Path:
     """The study's notebook executed on the finished runs. Raises: RuntimeError, with the last line
     of what it said."""
-    done, given = folder / "study.ipynb", folder / "given.json"
-    given.write_text(
-        json.dumps({"params_file": _relative(plan.path), "out_dir": _relative(folder)})
-    )
+    target = folder / "study.ipynb"
     notebook = ROOT / "notebooks" / "studies" / f"{plan.name}.ipynb"
+    call = {
+        "notebook": str(notebook),
+        "output": str(target),
+        "parameters": {"params_file": _relative(plan.path), "out_dir": _relative(folder)},
+    }
     with open(folder / "notebook.log", "w") as log:
-        code = subprocess.run(
-            [sys.executable, "-m", "vramlab.runs.cell", str(notebook), str(done), str(given)],
-            stdout=log,
-            stderr=log,
-        ).returncode
-    given.unlink()
-    if code:
+        reason = call_once("vramlab.runs.cell:run_notebook", call, output=log).reason
+    if reason:
         lines = (folder / "notebook.log").read_text().strip().splitlines()
-        raise RuntimeError(f"{notebook.name}: {lines[-1] if lines else f'code {code}'}")
-    return done
+        raise RuntimeError(f"{notebook.name}: {lines[-1] if lines else reason}")
+    return target
 
 
 def _relative(path: Path) -> str:
@@ -101,7 +97,7 @@ def _relative(path: Path) -> str:
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
-def words(found: Sequence[Mapping]) -> str:
+def to_text(found: Sequence[Mapping]) -> str:
     """What became of each study, as text."""
     lines = []
     for study in found:

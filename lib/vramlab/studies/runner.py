@@ -19,7 +19,7 @@ from ..files import ROOT, write_table, write_whole
 from ..processes import side_by_side
 from ..progress import bar
 from ..runs.execute import execute
-from ..runs.folder import outcome
+from ..runs.folder import is_due, outcome
 from ..runs.parameters import KNOWN_PARAMETERS, SCHEMA
 from ..runs.passes import make_bases
 from ..training.trainer import Diverged
@@ -30,7 +30,7 @@ def due(cells: Iterable[tuple[Path, StudyCell]]) -> list[tuple[Path, StudyCell]]
     """Those that have not ended, and those that failed: a mended cause should need no flag. Each
     folder once."""
     found = {folder / cell.name: (folder, cell) for folder, cell in cells}
-    return [pair for target, pair in found.items() if outcome(target) in (None, "failed")]
+    return [pair for target, pair in found.items() if is_due(outcome(target), "failed")]
 
 
 def make(
@@ -48,11 +48,10 @@ def make(
     )
     failed = []
     with bar("studies", len(waiting), progress and bool(waiting)) as shown:
-        for (folder, cell), reason, error in _all(waiting, jobs or os.cpu_count() or 1):
+        for (folder, cell), reason, death in _all(waiting, jobs or os.cpu_count() or 1):
             shown.update()
-            reason = f"{type(error).__name__}: {error}" if error else reason
-            if reason:
-                failed.append(f"{folder.name}, {cell.arm}, {cell.name}: {reason}")
+            if reason or death:
+                failed.append(f"{folder.name}, {cell.arm}, {cell.name}: {reason or death}")
                 print(failed[-1], file=sys.stderr)
     return failed
 

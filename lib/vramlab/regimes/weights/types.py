@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ...baichuan.model import decoder
-from ...machine import needed
+from ...machine import needs_fp32_products
 from ..fields import Seed
 from . import bf16_on_cpu as rounding
 from .quantized_linear import Int8Linear, Nf4Linear, Quantized, quantize_blocks
@@ -23,7 +23,7 @@ from .storage import Master, Nearest, Stochastic
 def _bf16_products(device_type: str) -> Iterator[None]:
     """bf16 operands and results. A CPU without bf16 units forms each product in fp32 and rounds it,
     see `rounding`."""
-    if device_type == "cpu" and needed()[0]:
+    if device_type == "cpu" and needs_fp32_products()[0]:
         with rounding.halves_formed_in_fp32():
             yield
     else:

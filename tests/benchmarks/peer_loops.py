@@ -1,10 +1,10 @@
-"""The training loops that `peers` compares: ours, and what a user would run instead, each at its
-best.
+"""The training loops that `peers` and `trainer_peers` compare: ours, and what a user would run
+instead, each at its best.
 
-A loop takes a job, trains its model and says when each step ended and what its loss was. Batches of
-all come from a DataLoader without workers over the same rows, in order. A peer under the Trainer of
-transformers logs, saves, evaluates and reports nothing, clips nothing, and does not look whether
-losses are finite: what is left is what training asks for.
+A loop takes a job, trains its model and returns when each step ended and what its loss was. The
+batches of all loops come from a DataLoader without workers over the same rows, in order. A peer
+under the Trainer of transformers does not log, save, evaluate, report, clip, or check whether
+losses are finite: only the training is left.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 
-from ..observer import Observer
-from ..regimes.regime import Regime
-from ..regimes.trains.adapters import Lora
-from ..regimes.trains.parts import Blocks
-from ..training.trainer import Schedule, Trainer
+from vramlab.observer import Observer
+from vramlab.regimes.regime import Regime
+from vramlab.regimes.trains.adapters import Lora
+from vramlab.regimes.trains.parts import Blocks
+from vramlab.training.trainer import Schedule, Trainer
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Seen:
 
 
 Loop = Callable[[Job, Observer], Seen]
-"""Trains the job's model. The observer is told of backward at least: the event meter looks closer
-there."""
+"""Trains the job's model. The observer learns of backward at least, where the event meter looks
+closer."""
 
 
 def ours(regime: Regime) -> Loop:
@@ -103,8 +103,8 @@ def hugging_face(optim: str, checkpointing: bool = False, cpu: bool = True, **ar
             def _get_train_sampler(self, *_):
                 return SequentialSampler(self.train_dataset)
 
-            def training_step(self, *given):
-                self.last_loss = super().training_step(*given)
+            def training_step(self, *inputs):
+                self.last_loss = super().training_step(*inputs)
                 return self.last_loss
 
         class Clock(TrainerCallback):
@@ -145,11 +145,11 @@ def hugging_face(optim: str, checkpointing: bool = False, cpu: bool = True, **ar
             trainer.remove_callback(PrinterCallback)
             backward = trainer.accelerator.backward
 
-            def told(*given, **named) -> None:
+            def observed_backward(*inputs, **named) -> None:
                 with observer.phase("backward"):
-                    backward(*given, **named)
+                    backward(*inputs, **named)
 
-            trainer.accelerator.backward = told
+            trainer.accelerator.backward = observed_backward
             trainer.train()
         if "bnb" in optim:
             _forget_overrides()
@@ -159,16 +159,16 @@ def hugging_face(optim: str, checkpointing: bool = False, cpu: bool = True, **ar
 
 
 def _forget_overrides() -> None:
-    """The Trainer asks bitsandbytes for 32-bit moments of embeddings. It remembers that for the
-    whole process, by a parameter's place in its group, and so for whatever optimizer comes next,
-    ours too."""
+    """The Trainer asks bitsandbytes for 32-bit moments of embeddings, and bitsandbytes remembers
+    that for the whole process, by a parameter's place in its group: it would hold for the next
+    optimizer too, also for ours."""
     from bitsandbytes.optim import GlobalOptimManager
 
     GlobalOptimManager.get_instance().initialize()
 
 
 def _checkpointing() -> dict:
-    """By the names this version of transformers has: the older are gone in 6."""
+    """Under the names that this version of transformers has: version 6 drops the older ones."""
     from transformers import TrainingArguments
 
     name = (
@@ -208,7 +208,7 @@ def badam(blocks: Blocks, checkpointing: bool = False) -> Loop:
     def loop(job: Job, observer: Observer) -> Seen:
         from badam import BlockOptimizer
 
-        with redirect_stdout(io.StringIO()):  # it says which parameters will train
+        with redirect_stdout(io.StringIO()):  # it prints which parameters will train
             optimizer = BlockOptimizer(
                 torch.optim.AdamW(job.model.parameters(), lr=job.lr, weight_decay=0.0, fused=True),
                 list(job.model.named_parameters()),
