@@ -24,7 +24,7 @@ from ..observer import Observer
 from ..regimes.regime import Regime
 from ..runs.execute import execute, out_of_memory
 from ..runs.folder import Run
-from ..runs.passes import speed
+from ..runs.learning import speed
 from ..training.clock import clock
 from ..training.trainer import Schedule, Trainer
 from .recorded_step import Switch, record_step
