@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import yaml
-from vramlab.studies.calls import cost
+from vramlab.studies.measurements import cost
 
 import chunkft
 from chunkft_trajectories import apart, gaps, layer_of, sliced
