@@ -16,7 +16,7 @@ from baichuan2_ladder import frequencies, shape
 from vramlab.baichuan.model import causal_loss
 from vramlab.regimes.parameters import model_spec
 from vramlab.runs.parameters import resolve
-from vramlab.runs.passes import prepare
+from vramlab.runs.preparation import prepare
 from vramlab.studies.gallery import GALLERY
 from vramlab.studies.plan import Pair, Plan, read_plan
 from vramlab.studies.records import Records

@@ -13,7 +13,7 @@ from vramlab.forecast import what_fits as fitting
 from vramlab.forecast.forecast import Question, forecast
 from vramlab.regimes.parameters import model_spec, row_of, run_row, run_spec
 from vramlab.runs.parameters import KNOWN_PARAMETERS, resolve
-from vramlab.studies import calls as measurements
+from vramlab.studies import measurements
 
 CHANGED = {
     "weights": "bf16",

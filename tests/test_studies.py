@@ -10,8 +10,7 @@ import yaml
 from scipy import stats
 
 from vramlab.regimes.sharded import weights_hash
-from vramlab.studies import STUDIES, claims, runner
-from vramlab.studies import calls as measurements
+from vramlab.studies import STUDIES, claims, measurements, runner
 from vramlab.studies import estimates as evidence
 from vramlab.studies import run_all as batch
 from vramlab.studies.claims import NOT_REPRODUCED, REPRODUCED, UNTESTED, Claim, decide
@@ -98,8 +97,8 @@ def test_records_from_runs_and_from_the_gallery_agree(tmp_path):
         {"model": "tiny", "seq": 64, "regime": "lomo", "axes": {"acts": "nothing"}},
         "vramlab.studies.measurements:predicted",
     )
-    assert "acts is 'nothing': use one of keep" in runner.one(tmp_path / "runs", broken)
-    assert [runner.one(tmp_path / "runs", cell) for cell in plan.every_cell()] == [""] * 7
+    assert "acts is 'nothing': use one of keep" in runner.run_cell((tmp_path / "runs", broken))
+    assert [runner.run_cell((tmp_path / "runs", cell)) for cell in plan.every_cell()] == [""] * 7
     assert runner.due([(tmp_path / "runs", cell) for cell in [*plan.every_cell(), broken]]) == [
         (tmp_path / "runs", broken)
     ]

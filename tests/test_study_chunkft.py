@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 import yaml
+from vramlab.studies.measurements import cost
 
 import chunkft
 from chunkft_trajectories import apart, gaps, layer_of, sliced
 from vramlab.studies import runner
-from vramlab.studies.calls import cost
 from vramlab.studies.plan import read_plan
 from vramlab.studies.records import Records
 from vramlab.studies.study import Lab
@@ -130,7 +130,9 @@ def test_figures_from_runs(tmp_path):
     path.write_text(yaml.safe_dump(said))
     plan = read_plan(path)
     assert [
-        runner.one(tmp_path / "runs", cell) for cell in plan.every_cell() if cell.arm != "proof"
+        runner.run_cell((tmp_path / "runs", cell))
+        for cell in plan.every_cell()
+        if cell.arm != "proof"
     ] == [""] * 3
     found = chunkft.figures(Lab(plan, tmp_path, Records.of(plan, tmp_path / "runs")))
     assert found["seeds_that_differ.K=1"].value == 0 and found["seeds_that_differ.K=1"].seeds == 1

@@ -149,7 +149,7 @@ def test_what_is_timed_goes_alone_and_a_failure_is_a_line(tmp_path, monkeypatch,
     monkeypatch.setattr(runner.os, "cpu_count", lambda: 6)
     cells = [(tmp_path, cell) for cell in [*alone, *together, *run, *reading]]
     failed = runner.make(cells, progress=False)
-    assert asked == [(runner._one, [*together, *run, *reading], 6), (runner._one, alone, 1)]
+    assert asked == [(runner.run_cell, [*together, *run, *reading], 6), (runner.run_cell, alone, 1)]
     place = tmp_path.name
     assert failed == [
         f"{place}, bytes, {together[1].name}: no",
@@ -173,21 +173,21 @@ def test_a_cell_records_how_it_ended_unless_it_has(tmp_path, monkeypatch, error,
 
     monkeypatch.setattr(runner, "execute", execute)
     cell, reason = StudyCell("quality", {"seed": 9}), f"{type(error).__name__}: {error}"
-    assert runner.one(tmp_path, cell) == reason
+    assert runner.run_cell((tmp_path, cell)) == reason
     said = {"schema": SCHEMA, "outcome": outcome, "reason": reason}
     assert json.loads((tmp_path / cell.name / "result.json").read_text()) == said
     ended(tmp_path / "again", cell, "oom")
-    assert runner._one((tmp_path / "again", cell)) == reason
+    assert runner.run_cell((tmp_path / "again", cell)) == reason
     assert (
         json.loads((tmp_path / "again" / cell.name / "result.json").read_text())["outcome"] == "oom"
     )
     monkeypatch.setattr(runner, "execute", lambda params, target, progress: None)
-    assert runner.one(tmp_path / "fine", cell) == "" and not (tmp_path / "fine").exists()
+    assert runner.run_cell((tmp_path / "fine", cell)) == "" and not (tmp_path / "fine").exists()
 
 
 def test_a_measurement_is_its_table_and_then_its_result(tmp_path):
     cell = StudyCell("bytes", {"data": {"x": [1, 2]}}, "pandas:DataFrame")
-    assert runner.one(tmp_path, cell) == ""
+    assert runner.run_cell((tmp_path, cell)) == ""
     assert pd.read_parquet(tmp_path / cell.name / "table.parquet")["x"].tolist() == [1, 2]
     assert json.loads((tmp_path / cell.name / "result.json").read_text()) == {
         "schema": SCHEMA,

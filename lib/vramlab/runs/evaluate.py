@@ -16,7 +16,7 @@ from ..factcc.items import Item
 from ..factcc.scoring import score_items
 from ..files import write_table
 from ..progress import bar
-from .passes import Prepared
+from .preparation import Prepared
 
 SCORED_TOKENS, WRITTEN_TOKENS = 64 * 256, 32 * 256
 """Of a batch, at most: beside the 7B's weights some 2 and 5 GiB. Writing keeps every token's keys

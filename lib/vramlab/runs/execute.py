@@ -35,7 +35,7 @@ from ..regimes.parameters import run_row, run_spec
 from ..regimes.place.place import alone
 from ..regimes.regime import check_machine
 from ..training.trainer import Diverged
-from . import evaluate, passes
+from . import evaluate, learning, passes, preparation
 from .folder import seal_run
 from .parameters import KNOWN_PARAMETERS, SCHEMA, config_hash, resolve
 
@@ -117,7 +117,7 @@ def _passes(params: dict, folder: Path, progress: bool) -> dict:
     # started first, so that it does not load while training is timed
     target, quiet = "vramlab.runs.passes:measured", subprocess.DEVNULL
     with Child(target, MALLOC_ENV, quiet) if measuring else nullcontext() as process:
-        prepared = passes.prepare(params, progress)
+        prepared = preparation.prepare(params, progress)
         take_turn()
         if process:
             process.wait_until_loaded()
@@ -126,7 +126,7 @@ def _passes(params: dict, folder: Path, progress: bool) -> dict:
 
 def _learned(
     params: dict,
-    prepared: passes.Prepared,
+    prepared: preparation.Prepared,
     process: Child | None,
     folder: Path,
     progress: bool,
@@ -136,7 +136,7 @@ def _learned(
     sampler = Sampler(find(params["device"]))
     try:
         with sampler:
-            learned, trained = passes.learn(prepared, progress)
+            learned, trained = learning.learn(prepared, progress)
     finally:
         peaks = _keep_samples(sampler, folder)
     write_table(learned.steps, folder / "steps.parquet")
@@ -160,7 +160,7 @@ def _learned(
         write_table(summarise(scores), folder / "accuracy.parquet")
         result = {
             **learned.result,
-            "energy": per_tokens(passes.warm(learned.steps), sampler.frame()),
+            "energy": per_tokens(learning.warm(learned.steps), sampler.frame()),
             "nvml": peaks,
             "base": prepared.base_record,
             "weights_hash": weights_hash,

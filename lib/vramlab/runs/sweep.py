@@ -19,7 +19,7 @@ from ..files import notice, write_checked, write_whole
 from ..processes import TURN, Child, alone, run_cells
 from .folder import KILLED, Run, is_due
 from .parameters import SCHEMA, config_hash
-from .passes import make_bases
+from .preparation import make_bases
 from .sweep_file import Cell, read_sweep
 
 TIMED = "steps.parquet"

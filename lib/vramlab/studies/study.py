@@ -52,7 +52,7 @@ class Lab:
     @cached_property
     def figures(self) -> dict[str, Figure]:
         """Every number that a claim may look at."""
-        return runner.module(self.plan.name).figures(self)
+        return runner.load_module(self.plan.name, self.plan.module).figures(self)
 
     def verdicts(self) -> list[claims.Verdict]:
         """Of every claim of this study."""
