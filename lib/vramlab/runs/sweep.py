@@ -44,8 +44,8 @@ def sweep(
     dry_run: bool = False,
     quiet: bool = False,
 ) -> Swept:
-    """Run the cells of a sweep's file that have not ended; with `retry` those too that ended so, and
-    with `force` all. With `dry_run`, only list them. Raises: as `read_sweep`; ValueError, when
+    """Run the cells of a sweep's file that have not ended; with `retry` those too that ended so,
+    and with `force` all. With `dry_run`, only list them. Raises: as `read_sweep`; ValueError, when
     another sweep is running in the folder."""
     notebook, folder, cells = read_sweep(path, out)
     data = {(name, cell.full[name]) for cell in cells for name in ("items", "checker")}

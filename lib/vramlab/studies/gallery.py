@@ -18,14 +18,14 @@ GALLERY = ROOT / "outputs" / "gallery"
 
 
 def read_figures(folder: Path) -> dict[str, Figure]:
-    """Name -> figure of one study; empty, when the gallery does not have it."""
+    """Name -> figure of a study; empty, when the gallery does not have it."""
     path = folder / "figures.json"
     contents = read_json(path) if path.exists() else {}
     return {name: Figure.from_json(content) for name, content in contents.items()}
 
 
 def read_made(folder: Path) -> dict:
-    """The origin of one study: its file, the hash of the file's content, and the environment;
+    """The origin of a study: its file, the hash of the file's content, and the environment;
     empty, when the gallery does not have it."""
     path = folder / "made.json"
     return read_json(path) if path.exists() else {}

@@ -47,7 +47,7 @@ def predicted(
     card: str = "",
     world: int = 1,
 ) -> pd.DataFrame:
-    """The forecast of one step: peaks, phase, host bytes, `ledger` and `owners` (JSON), FLOPs in
+    """The forecast of a step: peaks, phase, host bytes, `ledger` and `owners` (JSON), FLOPs in
     all and by phase (JSON), bytes moved, and with a card whether it fits. With `place: fsdp`, of
     that one of `world` ranks that needs most. Raises: IllegalRegime."""
     changes = json.dumps(axes or {}, sort_keys=True)

@@ -153,7 +153,7 @@ def _proof(arms: Mapping[str, Sequence[StudyCell]]) -> dict[str, list[StudyCell]
 def _cells(
     name: str, arm: str, content: Mapping, defaults: Mapping, paths: Mapping[str, str]
 ) -> list[StudyCell]:
-    """The cells of one arm. Raises: BadFile, for a parameter that no run has, before anything
+    """The cells of an arm. Raises: BadFile, for a parameter that no run has, before anything
     runs."""
     spec = checked(content, ARM_KEYS, name)
     call, alone = spec.get("call", ""), spec.get("alone", False)
