@@ -37,6 +37,7 @@ def _file(tmp_path, **changes):
     said = {
         "name": "lomo",
         "says": "a test",
+        "module": "notebooks/studies/lomo.py",
         "defaults": SMOKE,
         "pairs": {
             "lomo against full": {
@@ -328,7 +329,7 @@ def test_a_study_goes_from_its_file_to_the_gallery_and_a_second_time_runs_nothin
         UNTESTED
     }  # two seeds and few items decide nothing
     assert (
-        Lab.shown(small_lomo, tmp_path / "gallery").figures.keys()
+        Lab.committed(small_lomo, tmp_path / "gallery").figures.keys()
         == read_figures(tmp_path / "gallery" / "lomo").keys()
     )
     (again,) = batch.run([small_lomo], tmp_path / "out", dry_run=True)

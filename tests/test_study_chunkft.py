@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 import yaml
-from vramlab.studies.measurements import cost
 
 import chunkft
 from chunkft_trajectories import apart, gaps, layer_of, sliced
 from vramlab.studies import runner
+from vramlab.studies.measurements import cost
 from vramlab.studies.plan import read_plan
 from vramlab.studies.records import Records
 from vramlab.studies.study import Lab
@@ -104,6 +104,7 @@ def test_figures_from_runs(tmp_path):
     said = {
         "name": "chunkft",
         "says": "a test",
+        "module": "notebooks/studies/chunkft.py",
         "defaults": {**SMOKE, "regime": "chunkft"},
         "settings": {"published_gib": 13.72},
         "pairs": {

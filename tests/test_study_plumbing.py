@@ -28,6 +28,7 @@ def written(folder: Path, name: str = "small", **changes) -> Path:
     said = {
         "name": "lomo",
         "says": "s",
+        "module": "notebooks/studies/lomo.py",
         "defaults": {"steps": 7, "seed": 1},
         "runs": {
             "bytes": {"call": "m:f", "alone": True, "defaults": {"seq": 64}},
@@ -198,6 +199,22 @@ def test_a_measurement_is_its_table_and_then_its_result(tmp_path):
     }
 
 
+@pytest.mark.slow
+def test_a_worker_loads_a_studys_module_by_its_path_which_is_in_no_hash(tmp_path):
+    code = "import pandas as pd\ndef f(seq): return pd.DataFrame({'x': [seq]})\n"
+    (tmp_path / "beside_a_notebook.py").write_text(code)
+    plain = read_plan(written(tmp_path))
+    named = read_plan(
+        written(tmp_path, "named", calls={"m": str(tmp_path / "beside_a_notebook.py")})
+    )
+    (cell,) = named.arms["bytes"]
+    assert named.content_hash() == plain.content_hash()
+    assert cell.name == plain.arms["bytes"][0].name
+    assert runner.make([(tmp_path / "runs", cell)], progress=False) == []
+    table = pd.read_parquet(tmp_path / "runs" / cell.name / "table.parquet")
+    assert table["x"].tolist() == [64]
+
+
 # all studies --------------------------------------------------------------------------------------
 
 
@@ -265,7 +282,7 @@ def test_what_became_of_the_studies_in_words():
 
 
 def test_a_notebook_that_fails_is_told_by_its_last_line(tmp_path, monkeypatch):
-    plan = SimpleNamespace(path=batch.ROOT / "params" / "x.yml", name="lomo")
+    plan = SimpleNamespace(path=batch.ROOT / "params" / "x.yml", module="notebooks/studies/lomo.py")
     kept = {"log": "", "reason": ""}
 
     def call_once(target, call, output):

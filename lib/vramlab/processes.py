@@ -3,7 +3,7 @@
     call_once("module:function", payload, limit_s=600)      # CallResult(value, reason, killed)
 
     for item, value, reason in side_by_side(function, items, jobs=4):
-        ...  # workers of one thread, each for many items
+        ...  # single-threaded workers, each for many items
 
 A child loads its function at once, beside whatever its parent does, and then calls it with each
 payload that is sent. It ends with its parent, even when the parent is killed. `run_cells` is the
@@ -200,8 +200,8 @@ def side_by_side(
     environment: Mapping[str, str] | None = None,
     budget_s: float = math.inf,
 ) -> Iterator[tuple[Any, Any, str]]:
-    """Yield (item, `function(item)`, reason of its failure) as each item ends, in `jobs` processes
-    of one thread. A process that dies fails its own item; items that are not done after `budget_s`
+    """Yield (item, `function(item)`, reason of its failure) as each item ends, in `jobs`
+    single-threaded processes. A process that dies fails its own item; items that are not done after `budget_s`
     seconds are left out. `function` and items must be picklable."""
     idle: list[Child] = []
 

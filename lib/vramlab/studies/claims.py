@@ -42,7 +42,7 @@ HOW = ("paper", "abstract", "recalled", "third party", "")
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of one source."""
+    """A claim of a source paper."""
 
     id: str
     study: str

@@ -1,5 +1,8 @@
-"""What studies ask for besides runs: forecasts, and bytes and seconds of real steps on this
-machine. An arm's `call:` names one."""
+"""What studies measure besides runs: forecasts, and bytes and seconds of real steps on this
+machine. An arm's `call:` names one of the functions.
+
+`rows` is always {name: {regime, weights, axes}}.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,22 @@ from ..cards import card as read_card
 from ..forecast.forecast import Question, forecast
 from ..observer import Observer
 from ..regimes.parameters import model_spec, row_of
-from ..regimes.regime import Regime
 from ..regimes.updates import updates
 from ..training.clock import Clock
 from ..training.trainer import Batch, Schedule, Trainer
+
+PREDICTED = (
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "peak_requested_bytes",
+    "phase",
+    "host_bytes",
+    "fits",
+    "margin_bytes",
+    "floor_s",
+)
+"""Fields of a forecast that a study keeps as they are."""
+SECONDS = ["step_s", "forward_s", "backward_s", "update_s"]
 
 
 def predicted(
@@ -32,70 +47,51 @@ def predicted(
     card: str = "",
     world: int = 1,
 ) -> pd.DataFrame:
-    """The forecast of one step as one row: peaks, phase, host bytes, `ledger` and `owners` (JSON),
-    FLOPs, in all and by phase (JSON), bytes moved, and with a card whether it fits. With `place:
-    fsdp`, of one of `world` ranks that holds most. Raises: IllegalRegime."""
-    question = Question(
-        model, regime, seq, batch, weights, world=world, axes=json.dumps(axes or {}, sort_keys=True)
-    )
-    said = forecast(question, read_card(card) if card else None).to_json()
-    kept = (
-        "peak_allocated_bytes",
-        "peak_reserved_bytes",
-        "peak_requested_bytes",
-        "phase",
-        "host_bytes",
-        "fits",
-        "margin_bytes",
-        "floor_s",
-    )
-    flops = {phase: sum(work["flops"].values()) for phase, work in said["work"].items()}
-    work = {
+    """The forecast of a step: peaks, phase, host bytes, `ledger` and `owners` (JSON), FLOPs in
+    all and by phase (JSON), bytes moved, and with a card whether it fits. With `place: fsdp`, of
+    that one of `world` ranks that needs most. Raises: IllegalRegime."""
+    changes = json.dumps(axes or {}, sort_keys=True)
+    question = Question(model, regime, seq, batch, weights, world=world, axes=changes)
+    content = forecast(question, read_card(card) if card else None).to_json()
+    flops = {phase: sum(work["flops"].values()) for phase, work in content["work"].items()}
+    row = {
+        **{name: content[name] for name in PREDICTED},
+        "ledger": json.dumps(content["ledger"]),
+        "owners": json.dumps(content["owners"]),
         "flops": sum(flops.values()),
         "phase_flops": json.dumps(flops),
-        "moved_bytes": sum(work["moved_bytes"] for work in said["work"].values()),
+        "moved_bytes": sum(work["moved_bytes"] for work in content["work"].values()),
     }
-    return pd.DataFrame(
-        [
-            {
-                **{name: said[name] for name in kept},
-                "ledger": json.dumps(said["ledger"]),
-                "owners": json.dumps(said["owners"]),
-                **work,
-            }
-        ]
-    )
+    return pd.DataFrame([row])
 
 
 def metered(model: str, rows: Mapping[str, Mapping], seq: int, batch: int = 1) -> pd.DataFrame:
     """Real steps of random weights under the event meter: `row`, `peak_bytes`, `phase`, `ledger`
-    (JSON), `host_bytes`. `rows`: name -> {regime, axes, weights}. Two steps, the second has
-    optimizer state; regimes that take turns are refused.
-    """
-    found = []
-    for name, said in rows.items():
-        meter = Meter()
-        trainer = _trainer(model, _row(said), meter)
-        if len(trainer.parts) > 1:
-            raise ValueError(
-                f"{name} takes turns between {len(trainer.parts)} parts: two steps would not show"
-                " its peak"
-            )
-        batches = _batches(trainer, model, seq, batch)
-        with meter:
-            for _ in range(2):
-                trainer.step(batches)
-        peak = meter.peak()
-        found.append(
-            {
-                "row": name,
-                "peak_bytes": peak["peak_bytes"],
-                "phase": peak["phase"],
-                "ledger": json.dumps(peak["categories"]),
-                "host_bytes": meter.host_peak_bytes,
-            }
+    (JSON), `host_bytes`. There are two steps; the second has optimizer state. Raises: ValueError,
+    for a regime that takes turns."""
+    return pd.DataFrame([_metered(model, name, spec, seq, batch) for name, spec in rows.items()])
+
+
+def _metered(model: str, name: str, spec: Mapping, seq: int, batch: int) -> dict:
+    meter = Meter()
+    trainer = _trainer(model, spec, meter)
+    if len(trainer.parts) > 1:
+        raise ValueError(
+            f"{name} takes turns between {len(trainer.parts)} parts: two steps would not show"
+            " its peak"
         )
-    return pd.DataFrame(found)
+    batches = _batches(trainer, model, seq, batch)
+    with meter:
+        for _ in range(2):
+            trainer.step(batches)
+    peak = meter.peak()
+    return {
+        "row": name,
+        "peak_bytes": peak["peak_bytes"],
+        "phase": peak["phase"],
+        "ledger": json.dumps(peak["categories"]),
+        "host_bytes": meter.host_peak_bytes,
+    }
 
 
 def timed(
@@ -106,87 +102,77 @@ def timed(
     steps: int = 6,
     repeats: int = 5,
 ) -> pd.DataFrame:
-    """Seconds of real steps in turns, so that whatever else the machine does falls on all rows
-    alike: `row`, `repeat`, `step_s` (median of the steps but the first), `forward_s`, `backward_s`,
-    `update_s`. Ratios within a repeat are what counts.
-    """
-    found = []
-    for said in rows.values():
-        _timed(model, _row(said), seq, batch, 2)  # the library's own first step is nobody's
-    for repeat in range(repeats):
-        for name, said in rows.items():
-            frame = _timed(model, _row(said), seq, batch, steps)
-            medians = frame.iloc[1:][["step_s", "forward_s", "backward_s", "update_s"]].median()
-            found.append({"row": name, "repeat": repeat, **medians.to_dict()})
-    return pd.DataFrame(found)
+    """Seconds of real steps, the rows in turns, so that other work of the machine slows all rows
+    alike: `row`, `repeat`, `step_s` (median of the steps after the first), `forward_s`,
+    `backward_s`, `update_s`. Compare rows within a repeat."""
+    for spec in rows.values():
+        _timed(model, spec, seq, batch, 2)  # the first step of the library itself is not counted
+    medians = [
+        {"row": name, "repeat": repeat, **_timed(model, spec, seq, batch, steps)}
+        for repeat in range(repeats)
+        for name, spec in rows.items()
+    ]
+    return pd.DataFrame(medians)
+
+
+def _timed(model: str, spec: Mapping, seq: int, batch: int, steps: int) -> dict:
+    """Median seconds of the steps after the first."""
+    clock = Clock()
+    trainer = _trainer(model, spec, clock)
+    batches = _batches(trainer, model, seq, batch)
+    for _ in range(steps):
+        trainer.step(batches)
+    return pd.DataFrame(clock.rows).iloc[1:][SECONDS].median().to_dict()
 
 
 def cost(
     model: str, rows: Mapping[str, Mapping], seq: int, batch: int = 1, rounds: int = 4
 ) -> pd.DataFrame:
-    """CPU seconds of a step, which other processes do not lengthen, over whole cycles: every part
-    has its turns, a projection is made as often as in training. In rounds of all rows: `row`,
-    `round`, `step_s`, `steps`, and of 1,000 steps `updates` of a parameter, their mean, `least` and
-    `most`. One thread, or the seconds of all are added up."""
-    trainers = {name: _trainer(model, _row(said), Observer()) for name, said in rows.items()}
+    """CPU seconds of a step, which other processes do not lengthen, over whole cycles, in which
+    every part has its turns and a projection is made as often as in training. In rounds of all
+    rows: `row`, `round`, `step_s`, `steps`, and the `updates` of a parameter in 1,000 steps, their
+    mean, `least` and `most`. Use one thread: the seconds of all threads are added up."""
+    trainers = {name: _trainer(model, spec, Observer()) for name, spec in rows.items()}
     counts = {
         name: updates(model_spec(model), trainer.regime) for name, trainer in trainers.items()
     }
-    found = []
-    for number in range(-1, rounds):  # the first round makes optimizer state, and counts for nobody
+    costs = []
+    for number in range(-1, rounds):  # round -1 creates optimizer state, and is not counted
         for name, trainer in trainers.items():
             batches, steps = _batches(trainer, model, seq, batch), _cycle(trainer)
-            began = time.process_time()
+            began_s = time.process_time()
             for _ in range(steps):
                 trainer.step(batches)
-            found.append(
+            costs.append(
                 {
                     "row": name,
                     "round": number,
-                    "step_s": (time.process_time() - began) / steps,
+                    "step_s": (time.process_time() - began_s) / steps,
                     "steps": steps,
                     "updates": counts[name].mean,
                     "least": counts[name].least,
                     "most": counts[name].most,
                 }
             )
-    return pd.DataFrame(found).query("round >= 0").reset_index(drop=True)
+    return pd.DataFrame(costs).query("round >= 0").reset_index(drop=True)
 
 
 def _cycle(trainer: Trainer, least: int = 8) -> int:
-    """Steps after which a row has done everything it does."""
+    """At least so many steps in which everything that a row does occurs equally often."""
     row, parts = trainer.regime, len(trainer.parts)
     cycle = max(getattr(row.trains, "interval", 1) * parts, getattr(row.rule, "gap", 1))
     return cycle * -(-least // cycle)
 
 
-def _timed(model: str, row: Regime, seq: int, batch: int, steps: int) -> pd.DataFrame:
-    clock = Clock()
-    trainer = _trainer(model, row, clock)
-    batches = _batches(trainer, model, seq, batch)
-    for _ in range(steps):
-        trainer.step(batches)
-    return pd.DataFrame(clock.rows)
-
-
-def _row(said: Mapping) -> Regime:
-    return row_of(said["regime"], said.get("weights", ""), said.get("axes"))
-
-
-def _trainer(model: str, row: Regime, observer: Observer) -> Trainer:
+def _trainer(model: str, spec: Mapping, observer: Observer) -> Trainer:
+    row = row_of(spec["regime"], spec.get("weights", ""), spec.get("axes"))
     torch.manual_seed(0)
-    return Trainer(
-        BaichuanForCausalLM(model_spec(model).config), row, Schedule(row.lr, 100), observer=observer
-    )
+    network = BaichuanForCausalLM(model_spec(model).config)
+    return Trainer(network, row, Schedule(row.lr, 100), observer=observer)
 
 
 def _batches(trainer: Trainer, model: str, seq: int, batch: int) -> Sequence[Batch]:
-    ids = torch.randint(
-        3,
-        model_spec(model).config.vocab_size,
-        (batch, seq),
-        generator=torch.Generator().manual_seed(0),
-    )
-    return [
-        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    ] * trainer.regime.accumulate
+    vocabulary, random = model_spec(model).config.vocab_size, torch.Generator().manual_seed(0)
+    ids = torch.randint(3, vocabulary, (batch, seq), generator=random)
+    micro_batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return [micro_batch] * trainer.regime.accumulate

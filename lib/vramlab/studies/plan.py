@@ -93,8 +93,9 @@ class Plan:
     pairs: Sequence[Pair]
     settings: Mapping
     path: Path
-    module: str = ""
-    """The file of the module that computes the study's figures, from the project's folder."""
+    module: str
+    """The file that computes the study's figures, from the project's folder; the study's notebook
+    lies beside it."""
 
     def every_cell(self) -> list[StudyCell]:
         """The cells of all arms; a run that two arms share is listed once."""
@@ -120,7 +121,7 @@ def read_plan(path: Path | str) -> Plan:
         raise FileNotFoundError(
             f"no study {path}{nearest(path.stem, known)}: there are {', '.join(known)}"
         )
-    spec = checked(read_yaml(path), KEYS, str(path), ("name", "says", "runs"))
+    spec = checked(read_yaml(path), KEYS, str(path), ("name", "says", "runs", "module"))
     defaults, paths = spec.get("defaults") or {}, spec.get("calls") or {}
     arms = {
         arm: _cells(f"{path}: runs.{arm}", arm, content, defaults, paths)
@@ -133,8 +134,8 @@ def read_plan(path: Path | str) -> Plan:
     ]
     if wrong := [pair.name for pair in pairs if pair.arm not in arms]:
         raise BadFile(f"{path}: pairs {', '.join(wrong)} are of no arm there is: {', '.join(arms)}")
-    settings, module = spec.get("settings") or {}, spec.get("module", "")
-    return Plan(spec["name"], spec["says"], arms, pairs, settings, path, module)
+    settings = spec.get("settings") or {}
+    return Plan(spec["name"], spec["says"], arms, pairs, settings, path, spec["module"])
 
 
 def _proof(arms: Mapping[str, Sequence[StudyCell]]) -> dict[str, list[StudyCell]]:
@@ -152,7 +153,7 @@ def _proof(arms: Mapping[str, Sequence[StudyCell]]) -> dict[str, list[StudyCell]
 def _cells(
     name: str, arm: str, content: Mapping, defaults: Mapping, paths: Mapping[str, str]
 ) -> list[StudyCell]:
-    """The cells of one arm. Raises: BadFile, for a parameter that no run has, before anything
+    """The cells of an arm. Raises: BadFile, for a parameter that no run has, before anything
     runs."""
     spec = checked(content, ARM_KEYS, name)
     call, alone = spec.get("call", ""), spec.get("alone", False)

@@ -218,7 +218,7 @@ def _item_set(run: Run) -> str:
 
 
 def _gather(run: Run, parts: Mapping[str, list]) -> None:
-    """Append the tables of one run to `parts`; its items and baselines, where no run before had
+    """Append the tables of a run to `parts`; its items and baselines, where no run before had
     them."""
     tested, item_set, run_id = _tested(run), _item_set(run), run.folder.name
     known = any(item_set == frame["item_set"].iloc[0] for frame in parts["items"] if len(frame))

@@ -77,7 +77,7 @@ def run_cell(item: Item) -> str:
 
 def load_module(name: str, path: str) -> ModuleType:
     """The module in the file `path`, from the project's folder; without a path, the module called
-    `name`. Modules of one folder may import each other."""
+    `name`. Modules of the same folder may import each other."""
     if not path:
         return importlib.import_module(name)
     file = ROOT / path
