@@ -99,7 +99,7 @@ def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path
         result[ended] = (
             fitting.evidence(full, oom.record_of(error))
             if ended == "oom"
-            else {"step": error.step, "what": error.what}
+            else {"step": error.step, "what": error.quantity}
         )
     finally:
         if "outcome" in result:
