@@ -108,16 +108,16 @@ class NormOfAll(ByValue):
     def hands_on(self) -> bool:
         return self._factor is not None
 
+    def _measures(self, sweep: int) -> bool:
+        return self._factor is None
+
     @torch.no_grad()
     def clip(self, grad: Tensor, sweep: int = 0) -> bool:
-        if self._factor is None:
-            self._measure(grad)
-            return False
-        grad.mul_(self._factor)
-        return True
-
-    def _measure(self, grad: Tensor) -> None:
-        self._norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
+        if self._measures(sweep):
+            self._norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
+        if self._factor is not None:
+            grad.mul_(self._factor)
+        return self.hands_on
 
 
 class LastNorm(NormOfAll):
@@ -136,14 +136,8 @@ class LastNorm(NormOfAll):
             self._factor = self._clip_factor()
         yield
 
-    @torch.no_grad()
-    def clip(self, grad: Tensor, sweep: int = 0) -> bool:
-        if sweep == 0:
-            self._measure(grad)
-        if self._factor is None:
-            return False
-        grad.mul_(self._factor)
-        return True
+    def _measures(self, sweep: int) -> bool:
+        return sweep == 0
 
 
 class ScaledNorm(NormOfAll):
@@ -181,11 +175,8 @@ class ScaledNorm(NormOfAll):
     def hands_on(self) -> bool:
         return self._usable and not self._measuring
 
-    @torch.no_grad()
-    def clip(self, grad: Tensor, sweep: int = 0) -> bool:
-        if self._measuring:
-            self._measure(grad)
-        return self.hands_on
+    def _measures(self, sweep: int) -> bool:
+        return self._measuring
 
 
 class _ClippedRows:

@@ -191,7 +191,7 @@ class Backward:
     clip_value: Limit = 0.0
     """Largest absolute value of a number of a gradient; 0 is no limit."""
     loss_scale: Annotated[float, Range(0, 2.0**40)] = 0.0
-    """Initial factor of the loss, for gradients in fp16; it adapts later, see `clipping`. 0 is off."""
+    """Initial factor of the loss, for gradients in fp16, see `clipping`; 0 is no scaling."""
 
     def updater(self, rule, params: list[nn.Parameter], lr: float) -> Updater:
         kind = _Scaled if self.loss_scale else _InBackward
