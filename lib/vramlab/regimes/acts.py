@@ -177,11 +177,10 @@ class _Moved:
             tensor.stride(),
             tensor.dtype,
         )
-        owner, waiting = self._waiting.get(key, (None, None))
-        if owner is None or owner.expired():  # an address is unique only among living storages
-            waiting = _Waiting(self._bus, tensor.detach())
-            self._waiting[key] = StorageWeakRef(storage), waiting
-        return waiting
+        # an address is unique only among living storages
+        if key not in self._waiting or self._waiting[key][0].expired():
+            self._waiting[key] = StorageWeakRef(storage), _Waiting(self._bus, tensor.detach())
+        return self._waiting[key][1]
 
     def end(self) -> None:
         self._waiting.clear()

@@ -56,7 +56,7 @@ WeightDecay = Annotated[float, Range(0, 10)]
 
 
 @cache
-def annotations(kind: type) -> dict[str, Any]:
+def field_types(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
@@ -106,7 +106,7 @@ def unknown(names: Iterable[Any], known: Sequence[str], owner: str) -> list[str]
 def faults(kind: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
     """One sentence for each field of `kind` that may not hold its value in `values`."""
     return [
-        f"{prefix}{name} is {quoted(value)}: use {usable(annotations(kind)[name])}"
+        f"{prefix}{name} is {quoted(value)}: use {usable(field_types(kind)[name])}"
         for name, value in values.items()
-        if not fits(value, annotations(kind)[name])
+        if not fits(value, field_types(kind)[name])
     ]

@@ -111,7 +111,7 @@ def _value(axis: str, cell: Any) -> tuple[str, Any]:
 def _typed(kind: type, field: str, value: Any) -> Any:
     """YAML's value in the type of the field: a whole number may stand for a float, and a list is a
     tuple."""
-    if float in get_args(fields.annotations(kind)[field]):
+    if float in get_args(fields.field_types(kind)[field]):
         return float(value)
     return tuple(value) if isinstance(value, list) else value
 

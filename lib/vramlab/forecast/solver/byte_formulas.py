@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -66,18 +67,22 @@ class ByteFormulas:
         outside = np.full((len(self._is_alloc), len(traces)), -1)
         # samples, each the arguments of a monomial and the bytes: of an event in a loop, and of it
         # and its counterparts in the other turns
-        self._own: dict[int, set[Point]] = defaultdict(set)
-        self._pooled: dict[tuple[int, int], set[Point]] = defaultdict(set)
+        own: dict[int, set[Point]] = defaultdict(set)
+        pooled: dict[tuple[int, int], set[Point]] = defaultdict(set)
         events = read_events(first)
-        self._names = list(zip(events.loop.tolist(), events.name.tolist(), strict=True))
+        names = list(zip(events.loop.tolist(), events.name.tolist(), strict=True))
         for number, (trace, plan) in enumerate(zip(traces, plans, strict=True)):
             sizes, allocs = trace.frame["bytes"].to_numpy(), self._is_alloc[plan.source]
             rows = np.column_stack((plan.source, plan.chunks(), sizes))
             in_loop = plan.loop >= 0
             outside[plan.source[allocs & ~in_loop], number] = sizes[allocs & ~in_loop]
             for event, *sample in np.unique(rows[allocs & in_loop], axis=0).tolist():
-                self._own[event].add((trace.seq * trace.batch, *sample))
-                self._pooled[self._names[event]].add((trace.seq * trace.batch, *sample))
+                own[event].add((trace.seq * trace.batch, *sample))
+                pooled[names[event]].add((trace.seq * trace.batch, *sample))
+        self._samples = {
+            event: (frozenset(pooled[names[event]]), frozenset(samples))
+            for event, samples in own.items()
+        }
         # the different rows of `outside`, and which of them each event has
         self._sizes, self._sizes_row = np.unique(outside, axis=0, return_inverse=True)
 
@@ -111,15 +116,8 @@ class ByteFormulas:
         return self._solve(self._sizes[key[0]].tolist(), seq, batch)
 
     def _in_turn(self, key: list[int], seq: int, batch: int) -> int | None:
-        """From the samples of the event's counterparts in all turns, else from its own alone."""
         event, *chunks = key
-        for samples in (self._pooled[self._names[event]], self._own[event]):
-            points, sizes = [sample[:-1] for sample in samples], [sample[-1] for sample in samples]
-            wanted = (seq * batch, *chunks)
-            size = solve_bytes(points, sizes, wanted, PAIRS_IN_A_TURN, IN_A_TURN)
-            if size is not None:
-                return size
-        return None
+        return _solve_in_turn(self._samples[event], (seq * batch, *chunks))
 
     def _solve(self, sizes: Sequence[int], seq: int, batch: int) -> int | None:
         """The bytes at another size of what has `sizes` bytes in the traces, outside of loops."""
@@ -135,6 +133,17 @@ class ByteFormulas:
 
     def _point(self, seq: int, batch: int) -> Point:
         return seq, batch, *(len(cut.spans(seq * batch)) for cut in self._cuts)
+
+
+@lru_cache(1 << 14)
+def _solve_in_turn(sample_sets: tuple[frozenset[Point], ...], wanted: Point) -> int | None:
+    """The bytes in a turn, from the first of the sets of samples that determines them."""
+    for samples in sample_sets:
+        points, sizes = [sample[:-1] for sample in samples], [sample[-1] for sample in samples]
+        size = solve_bytes(points, sizes, wanted, PAIRS_IN_A_TURN, IN_A_TURN)
+        if size is not None:
+            return size
+    return None
 
 
 def solve_bytes(

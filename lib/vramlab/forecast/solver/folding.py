@@ -150,8 +150,8 @@ class _Builder:
         loop, turn, birth_turn = np.repeat([place for _, *place in self._pieces], lengths, axis=0).T
         storages = self._storages(source, turn, birth_turn)
         births = np.flatnonzero(self._events.birth[source] == source)
-        found = storages[births].get_indexer(storages)
-        storage = np.where(found < 0, -1, births[found])
+        birth_numbers = storages[births].get_indexer(storages)
+        storage = np.where(birth_numbers < 0, -1, births[birth_numbers])
         if (storage < 0).any() or (storage > np.arange(len(storage))).any():
             raise NoPlan
         loops = tuple(

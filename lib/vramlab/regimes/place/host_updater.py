@@ -67,7 +67,7 @@ class HostUpdater(Updater):
         leaf.grad = None
         return event
 
-    def _finish(self, pending: tuple[int, object] | None) -> None:
+    def _finish(self, pending: tuple[int, Any] | None) -> None:
         if pending is None:
             return
         index, event = pending

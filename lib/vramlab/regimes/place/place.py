@@ -121,7 +121,8 @@ class Fsdp(Device):
         policy = MixedPrecisionPolicy(
             weights.gathered, torch.float32 if weights.gathered else None, cast_forward_inputs=False
         )
-        names, storages = {id(module): name for name, module in model.named_modules()}, set()
+        names = {id(module): name for name, module in model.named_modules()}
+        storages: set[int] = set()
         for unit in (*decoder(model).layers, model):
             _move_unsharded(unit, device)
             with observer.region(self.pieces_on):

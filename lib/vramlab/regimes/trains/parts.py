@@ -209,11 +209,11 @@ class Blocks(_Moving):
 
     def active(self, step: int, count: int) -> tuple[int, ...]:
         groups = count - (self.ends == "always")
-        if self.sample:
-            drawn = sorted(self._drawn(step // self.interval, groups)[: self.sample])
-        else:
-            drawn = super().active(step, groups)
-        return (*drawn, *range(groups, count))
+        always = range(groups, count)
+        if not self.sample:
+            return (*super().active(step, groups), *always)
+        drawn = self._drawn(step // self.interval, groups)[: self.sample]
+        return (*sorted(drawn), *always)
 
     def sets(self, count: int) -> list[tuple[int, ...]]:
         groups, size = count - (self.ends == "always"), self.sample or 1
@@ -269,7 +269,7 @@ def _rows_by_chunk(
     A row, or `grain` rows that must stay together, belongs to the chunk that has its middle
     byte."""
     rows, row_bytes = param.shape[0], param.nbytes // param.shape[0]
-    first = np.arange(0, rows, grain, np.int64)
+    first = np.arange(0, rows, grain, dtype=np.int64)
     middle = before + first * row_bytes + grain * row_bytes // 2
     chunk = np.minimum(middle * count // total, count - 1)
     starts = [0, *(1 + np.flatnonzero(np.diff(chunk))).tolist()]

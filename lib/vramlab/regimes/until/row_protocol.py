@@ -35,8 +35,9 @@ Spans = list[tuple[int, int]]
 class TakesRows(Protocol):
     """An optimizer of one leaf that can receive its gradient in rows."""
 
-    sweeps: int
-    """How often it needs every row."""
+    @property
+    def sweeps(self) -> int:
+        """How often it needs every row."""
 
     def begin_rows(self, leaf: Tensor) -> None:
         """An update of `leaf` begins: create missing state and count the step."""
