@@ -44,7 +44,7 @@ def one_step(clipper, scale=1.0):
         recorder = Recorder()
         with clipper.run(number):
             feed(
-                clipper.taker(recorder),
+                clipper.wrap(recorder),
                 leaf,
                 [(0, 1), (1, 2)],
                 lambda start, stop: scale * (FIRST, SECOND)[start],

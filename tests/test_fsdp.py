@@ -119,7 +119,7 @@ def test_one_rank_is_one_device_and_its_buffers(name, monkeypatch):
     """And its gradients, which are one storage a unit beside what autograd forms for each
     weight."""
     monkeypatch.setattr(
-        _InBackward, "taker", lambda self, leaf: None
+        _InBackward, "row_receiver", lambda self, leaf: None
     )  # on one device the embeddings' is formed in rows
     alone, one = _said(ROWS[name], place="device"), _of(name)
     for step in (0, 1):

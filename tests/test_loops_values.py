@@ -12,6 +12,7 @@ from benchmarks.peer_loops import Job, Seen
 from vramlab.observer import Observer
 from vramlab.regimes import updates
 from vramlab.regimes.rule.rules import AdamW, Rule, Sgd, _AdamW, _Sgd
+from vramlab.regimes.trains.leaves import Leaf
 
 
 def test_a_loop_ends_a_step_for_every_batch_and_reads_its_losses_at_the_end(monkeypatch):
@@ -86,7 +87,7 @@ def test_parameters_are_updated_as_often_as_their_part_has_its_turn(monkeypatch)
         return model
 
     def leaf(name, rows, start, stop):
-        return Its(name=name, rows=rows, start=start, stop=stop)
+        return Leaf(name, start, stop, rows)
 
     monkeypatch.setattr(updates, "BaichuanForCausalLM", Model)
     parts = [[leaf("a", 4, 0, 4), leaf("extra", 2, 0, 1)], [leaf("b", 6, 2, 5)]]

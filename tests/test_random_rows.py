@@ -90,7 +90,7 @@ def random_cell(axis: str, chance: random.Random, wrong: float) -> Any:
         field: (
             chance.choice(WRONG)
             if chance.random() < wrong
-            else fitting(fields.annotations(known[name])[field], chance)
+            else fitting(fields.field_types(known[name])[field], chance)
         )
         for field in owned
         if chance.random() < 0.4
@@ -207,7 +207,7 @@ def companions(axis: str, name: str) -> dict:
 
 @pytest.mark.parametrize(("axis", "name"), KINDS, ids=lambda part: part)
 def test_every_field_refuses_by_name_what_it_cannot_hold(axis, name):
-    row, annotations = companions(axis, name), fields.annotations(AXES[axis][name])
+    row, annotations = companions(axis, name), fields.field_types(AXES[axis][name])
     for field in dataclasses.fields(AXES[axis][name]):
         assert get_args(annotations[field.name]) or annotations[field.name] is bool, (
             f"{field.name} has no range, choice or items"
@@ -226,7 +226,7 @@ def test_every_field_refuses_by_name_what_it_cannot_hold(axis, name):
 @pytest.mark.parametrize(("axis", "name"), KINDS, ids=lambda part: part)
 def test_whatever_a_field_holds_trains(axis, name):
     """The bounds of its range, and what of the odd values it takes."""
-    row, annotations = companions(axis, name), fields.annotations(AXES[axis][name])
+    row, annotations = companions(axis, name), fields.field_types(AXES[axis][name])
     for field in dataclasses.fields(AXES[axis][name]):
         bounds = (
             get_args(annotations[field.name])[1:]

@@ -1,12 +1,13 @@
-"""What a training step tells whoever watches it.
+"""The protocol by which a training step reports what it does.
 
-The trainer speaks to one `Observer` and does not know which: nobody, a clock, or the event meter.
-So the code that is timed is the code that is metered, and neither is in the other's way.
+The trainer reports to one `Observer` and does not know which it is: a null object, a clock or the
+event meter. So the code that is timed is the code that is metered, and neither is in the other's
+way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,24 +28,25 @@ CATEGORIES = (
 
 
 class _Recomputation:
-    """How many checkpointed blocks are being formed again, in whichever thread autograd does it."""
+    """Counts the checkpointed blocks that are being recomputed, in whichever thread autograd does
+    it."""
 
     depth = 0
 
     def __init__(self):
         self.listeners: list[Callable[[], object]] = []
-        """Called when a recomputation has begun, and when one has ended."""
+        """Called after a recomputation has begun, and after one has ended."""
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        self._now(1)
+        self._add(1)
         try:
             yield
-        finally:  # checkpointing stops early by an exception
-            self._now(-1)
+        finally:  # checkpointing stops a recomputation early by an exception
+            self._add(-1)
 
-    def _now(self, more: int) -> None:
-        self.depth += more
+    def _add(self, count: int) -> None:
+        self.depth += count
         for listener in self.listeners:
             listener()
 
@@ -53,66 +55,45 @@ class _Recomputation:
 
 
 recomputing = _Recomputation()
-"""True while a block is recomputed; `with recomputing():` is for whoever recomputes."""
-
-
-class _Chunking:
-    """Tells listeners where each turn of a loop over chunks begins, and where the loop ends."""
-
-    def __init__(self):
-        self.listeners: list[Callable[[Any, int, int], object]] = []
-        """Called with the cut, the tokens it was made for, and the turn that begins, counted from
-        0; one more at the end."""
-
-    def __call__(
-        self, cut: Any, tokens: int, spans: Sequence[tuple[int, int]]
-    ) -> Iterator[tuple[int, int]]:
-        for turn, span in enumerate(spans):
-            self._now(cut, tokens, turn)
-            yield span
-        self._now(cut, tokens, len(spans))
-
-    def _now(self, *what) -> None:
-        for listener in self.listeners:
-            listener(*what)
-
-
-chunking = _Chunking()
-"""The `spans`, one after the other; for loops that take another number of turns for another number
-of tokens."""
+"""True while a block is recomputed. Code that recomputes one does so inside `with
+recomputing():`."""
 
 
 class Observer:
-    """Watches nothing: the null object every other observer refines."""
+    """Ignores every report: the null object that other observers inherit from."""
 
     def begin_step(self, step: int) -> None:
-        """Step `step` (counted from 0) is about to start."""
+        """Step `step` (counted from 0) begins."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Everything inside belongs to `name`, one of `PHASES` except recompute, which is inside
-        backward and which checkpointing tells, see `recomputing`."""
+        """Everything inside belongs to the phase `name`, one of `PHASES` except recompute: that one
+        lies inside backward, and checkpointing reports it by `recomputing`."""
         yield
 
     @contextmanager
     def region(self, place: str) -> Iterator[None]:
-        """Storages made inside live in `place`; "host" is the only place that differs from the
+        """Storages that are allocated inside lie in `place`: "host" for host memory, else on the
         device."""
         yield
 
     def own(self, category: str, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """These tensors' storages are of `category`, one of `CATEGORIES`."""
+        """The storages of these tensors belong to `category`, one of `CATEGORIES`."""
 
     def trains(self, named_leaves: Iterable[tuple[str, Tensor]]) -> None:
-        """From now on these leaves, and no others, take gradients."""
+        """From now on exactly these leaves take gradients."""
+
+    def begin_chunk(self, cut: Any, tokens: int, turn: int) -> None:
+        """Turn `turn` (counted from 0) of a loop over the chunks `cut.spans(tokens)` begins. Called
+        once more when the loop ends, with the number of chunks as `turn`."""
 
     def end_step(self) -> None:
         """The step is over."""
 
 
 class GradientsToo(Observer):
-    """Declares each trained leaf's gradient when it is whole. A part of observers that are told
-    what tensors are for."""
+    """Declares the gradient of each trained leaf, by `own`, when autograd has formed all of it.
+    Base class of observers that record the category of each tensor."""
 
     def __init__(self) -> None:
         self._hooks: list = []
@@ -125,9 +106,7 @@ class GradientsToo(Observer):
 
     def _whole_gradient(self, name: str):
         def hook(leaf: Tensor) -> None:
-            if (
-                leaf.grad is not None
-            ):  # else it was taken in rows, and torch says so by the same hook
+            if leaf.grad is not None:  # None: it was taken in rows, and torch calls the hook too
                 self.own("gradients", [(name, leaf.grad)])
 
         return hook

@@ -1,2 +1,1 @@
-"""Memory regimes: a row of answers, one for each axis, and what each answer does to a model and its
-training."""
+"""Memory regimes: a regime is a row with one value for each axis of the training."""

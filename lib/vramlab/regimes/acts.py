@@ -1,9 +1,9 @@
-"""Axis `acts`: what the forward keeps for the backward."""
+"""Axis `acts`: which activations forward keeps for backward, and where."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,31 +26,32 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Keep:
-    """Every tensor autograd asks for stays on the device."""
+    """Every tensor that autograd saves stays on the device."""
 
     def prepare(self, model: nn.Module) -> nn.Module:
         return model
 
     @contextmanager
     def saving(self, observer: Observer, weights: set[int]) -> Iterator[None]:
-        """Around the forward. `weights` holds the storage pointers that are parameters, not
+        """Around the forward. `weights` are the storages (`_cdata`) of parameters, which are no
         activations."""
         yield
 
 
 @dataclass(frozen=True)
 class Checkpoint(Keep):
-    """Only the input of a block is kept; the rest is formed again in backward, at the price of one
-    more forward. Chen 2016, arXiv:1604.06174. Exact: same operations on the same values."""
+    """Only the input of a block is kept; the rest is recomputed in backward, which costs one more
+    forward. Chen 2016, arXiv:1604.06174. Exact: the same operations on the same values."""
 
     every: Count = 1
-    """Checkpoint one block in `every`: 1 is all of them, 2 every other one."""
+    """Checkpoint one block in `every`: 1 is every block, 2 every other one."""
     offload: bool = False
-    """Whether blocks' inputs wait on the host, as `Offload` has it; what is kept outside of blocks
-    stays."""
+    """Whether the inputs of blocks wait on the host, as in `Offload`; tensors saved outside of
+    blocks stay on the device."""
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        return _checkpointed(model, _told, self.every, _offloaded if self.offload else checkpoint)
+        run = _offloaded if self.offload else checkpoint
+        return _checkpointed(model, _contexts, self.every, run)
 
     @contextmanager
     def saving(self, observer: Observer, weights: set[int]) -> Iterator[None]:
@@ -65,12 +66,11 @@ class Checkpoint(Keep):
 
 
 _moving: list[_Moved] = []
-"""Innermost last: where a block that is checkpointed now puts its inputs."""
+"""Innermost last: takes the inputs of the block that is being checkpointed."""
 
 
 def _offloaded(block: Callable, *args, **kwargs):
-    """`checkpoint`, whose saved inputs go to the host. What the block itself saves is
-    checkpointing's own business."""
+    """`checkpoint`, with the saved inputs sent to the host."""
     with _moving[-1].hooks():
         return checkpoint(block, *args, **kwargs)
 
@@ -78,31 +78,29 @@ def _offloaded(block: Callable, *args, **kwargs):
 def _checkpointed(
     model: nn.Module, contexts: Callable, every: int = 1, run: Callable = checkpoint
 ) -> nn.Module:
-    # not transformers' own switch: it makes the embeddings' output require grad, so that backward
-    # always runs to the bottom, which takes from block-wise regimes the half of the backward they
-    # can skip
+    # not by transformers' own switch: it makes the embeddings' output require grad, so backward
+    # would always run to the bottom, and block-wise regimes skip half of that
     for index, layer in enumerate(decoder(model).layers):
         layer.gradient_checkpointing = index % every == 0
         layer._gradient_checkpointing_func = partial(run, use_reentrant=False, context_fn=contexts)
     return model
 
 
-def _told() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Around a block's forward, and around forming it again: whoever watches is told which of the
-    two it sees."""
+def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Around a block's forward, and around its recomputation."""
     return nullcontext(), recomputing()
 
 
 @dataclass(frozen=True)
 class Selective(Keep):
-    """Of every block its input, the results of matrix products and of attention are kept; what lies
-    between (norms, SwiGLU, rotation, sums) is formed again, which costs little time. Korthikanti
-    2022, arXiv:2205.05198, turned round: there attention is formed again. By torch's selective
-    checkpointing. Exact. On a CPU whose bf16 products are formed in fp32 (`rounding`) what is kept
-    is their fp32 form, twice the bytes of a GPU's."""
+    """The input of a block and the results of matrix products and of attention are kept. Everything
+    between them (norms, SwiGLU, rotation, sums) is recomputed, which costs little time. The reverse
+    of Korthikanti 2022, arXiv:2205.05198, where attention is recomputed. Uses torch's selective
+    checkpointing. Exact. On a CPU that forms bf16 products in fp32 (`bf16_on_cpu`), the kept
+    results are fp32, twice the bytes of a GPU's."""
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        return _checkpointed(model, _told_selectively)
+        return _checkpointed(model, _selective_contexts)
 
 
 KEPT = frozenset(
@@ -116,12 +114,12 @@ KEPT = frozenset(
         aten._scaled_dot_product_cudnn_attention.default,
     }
 )
-"""Operations that do most of a block's work, and whose results are small beside it."""
+"""The operations that do most of a block's work; their results are small in comparison."""
 
 
-def _told_selectively() -> tuple[AbstractContextManager, AbstractContextManager]:
-    first, again = create_selective_checkpoint_contexts(_policy)
-    return first, _both(recomputing(), again)
+def _selective_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    forward, recomputation = create_selective_checkpoint_contexts(_policy)
+    return forward, _recomputing_with(recomputation)
 
 
 def _policy(context, operation, *args, **kwargs) -> CheckpointPolicy:
@@ -129,23 +127,21 @@ def _policy(context, operation, *args, **kwargs) -> CheckpointPolicy:
 
 
 @contextmanager
-def _both(*contexts: AbstractContextManager) -> Iterator[None]:
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
+def _recomputing_with(context: AbstractContextManager) -> Iterator[None]:
+    with recomputing(), context:
         yield
 
 
 @dataclass(frozen=True)
 class Offload(Keep):
-    """Saved tensors wait in host memory from forward to backward; the copy back is exact. Rhu 2016
-    (vDNN), arXiv:1602.08124; the mechanism of `torch.autograd.graph.save_on_cpu`, without the
-    parameters, each tensor once however often it is saved, and beside the computing on the way
-    down. On the way up backward waits for it.
+    """Saved tensors wait in host memory from forward to backward. Exact. Rhu 2016 (vDNN),
+    arXiv:1602.08124. The mechanism of `torch.autograd.graph.save_on_cpu`, but without the
+    parameters, and each tensor moves once however often it is saved. Copies down overlap with
+    computation; backward waits for copies up.
     """
 
     min_bytes: CountOrNone = 1024
-    """Smaller tensors stay: moving them costs more than they hold."""
+    """Smaller tensors stay on the device, because moving them costs more than they hold."""
 
     @contextmanager
     def saving(self, observer: Observer, weights: set[int]) -> Iterator[None]:
@@ -156,15 +152,11 @@ class Offload(Keep):
 
 
 class _Moved:
-    """What goes to the host in one forward, and the hooks that send it there."""
+    """The tensors that one forward sends to the host, and the hooks that send them."""
 
     def __init__(self, observer: Observer, weights: set[int], min_bytes: int = 1024):
-        self._observer, self._weights, self._min_bytes, self._bus = (
-            observer,
-            weights,
-            min_bytes,
-            None,
-        )
+        self._observer, self._weights, self._min_bytes = observer, weights, min_bytes
+        self._bus: Bus | None = None
         self._waiting: dict[tuple, tuple[StorageWeakRef, _Waiting]] = {}
 
     def hooks(self) -> AbstractContextManager:
@@ -185,11 +177,10 @@ class _Moved:
             tensor.stride(),
             tensor.dtype,
         )
-        owner, waiting = self._waiting.get(key, (None, None))
-        if owner is None or owner.expired():  # an address is unique among the living only
-            waiting = _Waiting(self._bus, tensor.detach())
-            self._waiting[key] = StorageWeakRef(storage), waiting
-        return waiting
+        # an address is unique only among living storages
+        if key not in self._waiting or self._waiting[key][0].expired():
+            self._waiting[key] = StorageWeakRef(storage), _Waiting(self._bus, tensor.detach())
+        return self._waiting[key][1]
 
     def end(self) -> None:
         self._waiting.clear()
@@ -198,10 +189,10 @@ class _Moved:
 
 
 class _Waiting:
-    """A tensor on the host. Called, it is on the device again."""
+    """A tensor on the host; calling it returns a copy on the device."""
 
     def __init__(self, bus: Bus, tensor: Tensor):
-        self._bus, (self._host, self._there) = bus, bus.down(tensor)
+        self._bus, (self._host, self._arrived) = bus, bus.down(tensor)
 
     def __call__(self) -> Tensor:
-        return self._bus.fetch(self._host, after=self._there)
+        return self._bus.fetch(self._host, after=self._arrived)

@@ -1,7 +1,8 @@
-"""What excludes what: answers of different axes, or fields of one, that cannot mean anything
-together, each with its reason and the way out. What one field can hold is in `fields`.
+"""The prohibitions: values of different axes, or fields of one value, that are meaningless
+together, each with its reason and the way out. `fields` checks what a single field may hold.
 
-A new value adds what it excludes here, with a row that nothing else forbids: the tests try each.
+A new value of an axis adds its prohibitions here. Each has an example, a row that nothing else
+forbids, which the tests try.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from .weights.types import Fp16, Nf4
 
 
 class Prohibition(NamedTuple):
-    """`excludes` is asked of a `Regime`."""
+    """A combination of values that no `Regime` may have."""
 
     excludes: Callable[[Any], bool]
+    """Whether a `Regime` has the combination."""
     reason: str
     example: Mapping
-    """A row that this alone forbids."""
+    """A row that only this prohibition forbids."""
 
 
 NOTHING = {"trains": "none", "rule": "none"}
@@ -66,7 +68,7 @@ ILLEGAL: list[Prohibition] = [
             getattr(r.trains, "sample", 0) > 0
             and (r.trains.order != "random" or r.trains.delayed_lr)
         ),
-        "trains.blocks.sample draws blocks, and what is drawn has no order and no cycle: use order:"
+        "trains.blocks.sample draws blocks, which then have no order and no cycle: use order:"
         " random and delayed_lr: false, or sample: 0",
         {"trains": {"blocks": {"sample": 2, "order": "ascending"}}},
     ),
@@ -84,13 +86,13 @@ ILLEGAL: list[Prohibition] = [
     ),
     Prohibition(
         lambda r: _predicted(r) and r.grads.by == "learned" and not r.grads.every,
-        "grads.predicted.every is 0, but what is learned is learned at anchors: use every: 8, or"
-        " by: identity",
+        "grads.predicted.every is 0, but a learned approximator learns only at anchors: use every:"
+        " 8, or by: identity",
         {"trains": "writers", "grads": {"predicted": {"every": 0}}},
     ),
     Prohibition(
         lambda r: _in_backward(r) and r.until.clip_norm > 0 and r.until.clip_value > 0,
-        "until.backward has clip_norm and clip_value, and one would clip what the other has"
+        "until.backward has clip_norm and clip_value, and one would clip again what the other has"
         " clipped: use one of them",
         {"until": {"backward": {"clip_norm": 1.0, "clip_value": 1.0}}},
     ),
@@ -100,8 +102,8 @@ ILLEGAL: list[Prohibition] = [
             and r.until.loss_scale > 0
             and not (r.until.clip_norm > 0 and r.until.norm == "this")
         ),
-        "until.backward.loss_scale needs a norm of this step, which alone tells an overflow before"
-        " half of it is applied: use clip_norm, with norm: this, or loss_scale: 0",
+        "until.backward.loss_scale needs the norm of this step, because only that shows an overflow"
+        " before half of it is applied: use clip_norm, with norm: this, or loss_scale: 0",
         {"until": {"backward": {"loss_scale": 8.0}}, "rule": "sgd"},
     ),
     Prohibition(
@@ -139,7 +141,7 @@ ILLEGAL: list[Prohibition] = [
     Prohibition(
         lambda r: _in_backward(r) and r.clip > 0,
         "until: backward drops each gradient before the norm of all is known: use until: {backward:"
-        " {clip_norm: ...}}, which looks twice, or until: step, or clip: 0",
+        " {clip_norm: ...}}, which runs backward twice, or until: step, or clip: 0",
         {"until": "backward", "clip": 1.0},
     ),
     Prohibition(
@@ -163,7 +165,7 @@ ILLEGAL: list[Prohibition] = [
     ),
     Prohibition(
         lambda r: _fsdp(r) and not r.rule.pieces,
-        "this rule looks at whole matrices or blocks of them, and place: fsdp cuts them between"
+        "this rule reads whole matrices or blocks of them, and place: fsdp cuts them between"
         " ranks: use rule: adamw or sgd, or place: device",
         {"place": "fsdp", "rule": "galore"},
     ),
@@ -175,8 +177,8 @@ ILLEGAL: list[Prohibition] = [
     ),
     Prohibition(
         lambda r: _fsdp(r) and getattr(r.until, "clip_norm", 0) > 0,
-        "until.backward.clip_norm measures what this rank has, and place: fsdp cuts every gradient"
-        " between ranks: use until: step and clip, or place: device",
+        "until.backward.clip_norm measures only this rank's pieces, and place: fsdp cuts every"
+        " gradient between ranks: use until: step and clip, or place: device",
         {"place": "fsdp", "until": {"backward": {"clip_norm": 1.0}}},
     ),
     Prohibition(
@@ -216,19 +218,19 @@ ILLEGAL: list[Prohibition] = [
     ),
     Prohibition(
         lambda r: _fsdp(r) and _guessed(r),
-        "grads: zeroth_order moves a weight while its module runs, and place: fsdp has gathered it"
-        " before: use place: device",
+        "grads: zeroth_order changes a weight while its module runs, and place: fsdp has gathered"
+        " it before that: use place: device",
         {**GUESSED, "place": "fsdp"},
     ),
     Prohibition(
         lambda r: _guessed(r) and not (isinstance(r.rule, Sgd) or _no_rule(r)),
-        "grads: zeroth_order never holds a gradient that a rule could remember something of: use"
+        "grads: zeroth_order never forms a gradient of which a rule could keep a moment: use"
         " rule: sgd, or grads: exact",
         {"grads": "zeroth_order"},
     ),
     Prohibition(
         lambda r: _guessed(r) and _nothing(r),
-        "nothing trains, so there is no gradient to guess: use grads: exact",
+        "nothing trains, so there is no gradient to approximate: use grads: exact",
         {**NOTHING, "grads": "zeroth_order"},
     ),
     Prohibition(
@@ -249,8 +251,8 @@ ILLEGAL: list[Prohibition] = [
     ),
     Prohibition(
         lambda r: _guessed(r) and isinstance(r.weights.storage, Master) and not _nothing(r),
-        "grads: zeroth_order moves the weights the network has, and an fp32 master would not know:"
-        " use weights: fp32 or bf16_sr",
+        "grads: zeroth_order changes the network's weights, and an fp32 master would not change"
+        " with them: use weights: fp32 or bf16_sr",
         {**GUESSED, "weights": "master"},
     ),
     Prohibition(
@@ -280,8 +282,8 @@ ILLEGAL: list[Prohibition] = [
     ),
     Prohibition(
         lambda r: isinstance(r.trains, SplitLora) and _fsdp(r),
-        "trains: split_lora is two machines with one part each, place: fsdp cuts every part: use"
-        " place: device, or trains: lora",
+        "trains: split_lora is two machines with one part each, and place: fsdp cuts every part:"
+        " use place: device, or trains: lora",
         {"trains": "split_lora", "place": "fsdp"},
     ),
     Prohibition(
@@ -292,8 +294,8 @@ ILLEGAL: list[Prohibition] = [
     ),
     Prohibition(
         lambda r: (_predicted(r) or _amortised(r)) and _in_backward(r),
-        "a guess, or a probe of one, is made of the weights a step starts with, and until: backward"
-        " changes them on the way: use until: step, or grads: exact",
+        "approximated gradients and their probes belong to the weights at the start of a step, and"
+        " until: backward changes weights during the step: use until: step, or grads: exact",
         {"grads": "predicted", "trains": "writers", "until": "backward"},
     ),
     Prohibition(
@@ -333,8 +335,8 @@ ILLEGAL: list[Prohibition] = [
     ),
     Prohibition(
         lambda r: (_predicted(r) or _amortised(r)) and _fsdp(r),
-        "place: fsdp reduces a gradient where backward has formed it, and a guess or a probe forms"
-        " one elsewhere: use place: device, or grads: exact",
+        "place: fsdp reduces a gradient where backward has formed it, and an approximated gradient"
+        " or a probe is formed elsewhere: use place: device, or grads: exact",
         {"grads": "predicted", "trains": "writers", "place": "fsdp"},
     ),
     Prohibition(
@@ -355,8 +357,9 @@ ILLEGAL: list[Prohibition] = [
     ),
     Prohibition(
         lambda r: _streamed(r) and r.values["trains"] not in ("all", "none", "lora", "blocks"),
-        "place: host_weights brings up whole weights of plain modules, not rows that train apart or"
-        " modules that read others' weights: use trains: all, blocks or lora, or place: host_embed",
+        "place: host_weights brings up whole weights of plain modules, not rows that train alone or"
+        " modules that read the weights of others: use trains: all, blocks or lora, or place:"
+        " host_embed",
         {"place": "host_weights", "acts": "checkpoint", "trains": "chunks"},
     ),
     Prohibition(
@@ -370,9 +373,9 @@ ILLEGAL: list[Prohibition] = [
             getattr(r.trains, "ends", "") == "always"
             and (getattr(r.until, "clip_norm", 0) > 0 or type(r.grads) is not Exact)
         ),
-        "with ends: always two parts are active together, and what looks twice or guesses would see"
-        " each apart: use ends: units, or clip and until: step",
+        "with ends: always two parts are active together, and clip_norm or approximated gradients"
+        " would treat each of them alone: use ends: units, or clip and until: step",
         {"trains": {"blocks": {"ends": "always"}}, "until": {"backward": {"clip_norm": 1.0}}},
     ),
 ]
-"""All that apply are reported together."""
+"""All prohibitions that apply to a row are reported together."""

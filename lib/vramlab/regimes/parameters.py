@@ -1,11 +1,10 @@
-"""The one place that resolves what was asked: the model and the row that a run, a forecast, a
-what-if or a study means.
+"""Resolves which model and which row a run, a forecast, a what-if or a study means.
 
     spec = model_spec("baichuan2-7b", {"norm_head": False})
     row = row_of("lomo", weights="bf16", axes={"acts": "keep"})
 
-One precedence: what was asked for wins over the row, the row over the model file, the model file
-over the axis's default. Of what was asked for, an answer in `axes` wins over `weights`.
+There is one precedence: arguments win over the row, the row wins over the model file, and the model
+file wins over the axis's default. Among arguments, a value in `axes` wins over `weights`.
 """
 
 from __future__ import annotations
@@ -21,13 +20,14 @@ from .regime import Regime, read_row, regime_row
 
 
 def row_of(regime: str, weights: str = "", axes: Mapping[str, Any] | None = None) -> Regime:
-    """The row called `regime`, with `axes` in place of its own answers, stored as `weights` where
-    that is not empty. `axes` may set `accumulate`, `clip` and `lr` too. Raises: IllegalRegime."""
-    # lowest precedence first; a default of the model file, such as its storage type, would stand
+    """The row called `regime`, with the values in `axes` in place of its own, and stored as
+    `weights` unless that is empty. `axes` may also set `accumulate`, `clip` and `lr`. Raises:
+    IllegalRegime.
+    """
+    # lowest precedence first; a default of the model file, such as its storage type, would come
     # before the row
-    return read_row(
-        regime, {**regime_row(regime), **({"weights": weights} if weights else {}), **(axes or {})}
-    )
+    stored = {"weights": weights} if weights else {}
+    return read_row(regime, {**regime_row(regime), **stored, **(axes or {})})
 
 
 def model_spec(model: str, config: Mapping[str, Any] | None = None) -> ModelSpec:
@@ -40,7 +40,7 @@ def model_spec(model: str, config: Mapping[str, Any] | None = None) -> ModelSpec
 def model_file(name: str) -> Path:
     """The file of the model called `name` in params/models, or the model file at that path.
 
-    Raises: ValueError, naming the models there are.
+    Raises: ValueError, listing the known models.
     """
     folder = ROOT / "params" / "models"
     path = Path(name) if name.endswith(".yml") else folder / f"{name}.yml"
@@ -58,6 +58,5 @@ def run_row(params: Mapping[str, Any]) -> Regime:
 
 
 def run_spec(params: Mapping[str, Any]) -> ModelSpec:
-    """The model of a run with these parameters, its config as the run has it. Raises:
-    ValueError."""
+    """The model of a run with these parameters, with the run's config. Raises: ValueError."""
     return model_spec(params["model"], params.get("config"))

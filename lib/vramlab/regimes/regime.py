@@ -1,5 +1,5 @@
-"""A regime: one row of answers, read from `params/regimes.yml`, and refused at once when the
-answers exclude each other."""
+"""A regime: one row with a value for each axis, read from `params/regimes.yml`, and refused at once
+if the values exclude each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, distributed, nn
 
 from ..reading import BadFile, nearest, read_yaml
 from . import fields
@@ -33,7 +34,7 @@ class ImpossibleHere(RuntimeError):
 
 @dataclass(frozen=True)
 class Regime:
-    """One memory regime: a value for each axis, and how often and how hard it updates."""
+    """One memory regime: a value for each axis, and the settings of its updates."""
 
     name: str
     weights: Any
@@ -45,37 +46,36 @@ class Regime:
     head: Any
     place: Any
     accumulate: Count = 1
-    """Micro-batches whose gradients are added before one update; the sum equals the large batch's
-    gradient."""
+    """How many micro-batches' gradients are added before one update; their sum is the gradient of
+    the large batch."""
     clip: Limit = 0.0
-    """Largest norm of the gradient of the active leaves; 0 leaves it alone."""
+    """Largest norm of the gradient of the active leaves; 0: no limit."""
     lr: Annotated[float, Range(0, 100)] = 1e-3
-    """Default learning rate of the row; a sweep may set another."""
+    """The row's default learning rate; a sweep may set another."""
     says: str = ""
     source: str = ""
     differs: str = ""
-    """How the published code differs from its paper, which of the two the row is, and the field
-    that gives the other."""
+    """How the published code differs from its paper, which of the two the row follows, and the
+    field that gives the other."""
     values: Mapping[str, str] = field(default_factory=dict)
     """axis -> the name of its value, as written in the row."""
 
     def __post_init__(self):
         reasons = [prohibition.reason for prohibition in ILLEGAL if prohibition.excludes(self)]
         if reasons:
-            raise IllegalRegime(
-                f"regime {self.name!r} is not possible:\n" + "\n".join(f"  - {r}" for r in reasons)
-            )
+            heading = f"regime {self.name!r} is not possible:"
+            raise IllegalRegime("\n  - ".join((heading, *reasons)))
 
     def rule_for(self, model: nn.Module, named: Mapping[str, Tensor]) -> Rule:
-        """The rule, told how weights are stored and what the leaves are that it will update."""
+        """The rule, fitted to how weights are stored and to the leaves (name -> tensor) that it
+        will update."""
         names = {id(leaf): name for name, leaf in named.items()}
         return self.rule.fitted(
             Fit(self.weights.storage, names, getattr(model.config, "head_dim", 0))
         )
 
     def axes(self) -> dict[str, dict]:
-        """The resolved row: every axis with its value and that value's fields. Plain data, for
-        records and tables."""
+        """The resolved row as plain data: every axis with its value and that value's fields."""
         return {
             axis: {"value": self.values[axis], **dataclasses.asdict(getattr(self, axis))}
             for axis in AXES
@@ -83,58 +83,52 @@ class Regime:
 
 
 SCALARS = ("accumulate", "clip", "lr", "says", "source", "differs")
-"""What a row may have beside a value for each axis."""
+"""What a row may have besides a value for each axis."""
 
 
 def _value(axis: str, cell: Any) -> tuple[str, Any]:
-    """One cell of a row, `name` or `{name: {field: value}}`, as its name and its value. Raises:
-    ValueError, a reason a line."""
-    known = AXES[axis]
-    name, given = (
-        next(iter(cell.items())) if isinstance(cell, Mapping) and len(cell) == 1 else (cell, {})
-    )
+    """The name and the value of one cell of a row, `name` or `{name: {field: value}}`. Raises:
+    ValueError, with one reason in each line."""
+    known, name, settings = AXES[axis], cell, {}
+    if isinstance(cell, Mapping) and len(cell) == 1:
+        ((name, settings),) = cell.items()
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"{axis} is {fields.quoted(cell)}: use one of {', '.join(known)}")
-    given = {} if given is None else given
-    if not isinstance(given, Mapping):
+    settings = {} if settings is None else settings
+    if not isinstance(settings, Mapping):
         raise ValueError(
-            f"{axis}.{name} is {fields.quoted(given)}: use {{{name}: {{field: value}}}}"
+            f"{axis}.{name} is {fields.quoted(settings)}: use {{{name}: {{field: value}}}}"
         )
-    owned = [field.name for field in dataclasses.fields(known[name])]
-    reasons = fields.unknown(given, owned, f"{axis}.{name}") or fields.faults(
-        known[name], given, f"{axis}.{name}."
-    )
+    kind = known[name]
+    owned = [field.name for field in dataclasses.fields(kind)]
+    reasons = fields.unknown(settings, owned, f"{axis}.{name}")
+    reasons = reasons or fields.faults(kind, settings, f"{axis}.{name}.")
     if reasons:
         raise ValueError("\n".join(reasons))
-    return name, known[name](
-        **{
-            field: (
-                float(value)
-                if float in get_args(fields.annotations(known[name])[field])
-                else tuple(value)
-                if isinstance(value, list)
-                else value
-            )
-            for field, value in given.items()
-        }
-    )
+    return name, kind(**{field: _typed(kind, field, settings[field]) for field in settings})
+
+
+def _typed(kind: type, field: str, value: Any) -> Any:
+    """YAML's value in the type of the field: a whole number may stand for a float, and a list is a
+    tuple."""
+    if float in get_args(fields.field_types(kind)[field]):
+        return float(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def read_row(name: str, row: Mapping[str, Any]) -> Regime:
-    """A row as plain data -> a `Regime`. Axes left out take their first value.
+    """A row as plain data -> a `Regime`. An axis that is left out takes its first value.
 
-    Raises: IllegalRegime, with every reason: unknown keys, values and fields, values that a field
-    cannot hold; and where there is none, answers that exclude each other.
+    Raises: IllegalRegime, with every reason: unknown keys, values and fields, and values that a
+    field may not hold. Without any of these: values that exclude each other.
     """
     if not isinstance(row, Mapping):
         raise IllegalRegime(
             f"regime {name!r} is {fields.quoted(row)}: use a mapping, such as {{acts: checkpoint}}"
         )
     scalars = {key: row[key] for key in SCALARS if key in row}
-    reasons, cells = (
-        fields.unknown(row, (*AXES, *SCALARS), "a row") + fields.faults(Regime, scalars),
-        {},
-    )
+    reasons = fields.unknown(row, (*AXES, *SCALARS), "a row") + fields.faults(Regime, scalars)
+    cells: dict[str, tuple[str, Any]] = {}
     for axis, known in AXES.items():
         try:
             cells[axis] = _value(axis, row.get(axis, next(iter(known))))
@@ -146,23 +140,23 @@ def read_row(name: str, row: Mapping[str, Any]) -> Regime:
         name,
         **{axis: value for axis, (_, value) in cells.items()},
         **scalars,
-        values={axis: label for axis, (label, _) in cells.items()},
+        values={axis: value_name for axis, (value_name, _) in cells.items()},
     )
 
 
 def read_regimes(path: Path = REGIMES_FILE) -> dict[str, Regime]:
-    """Every row of the file, by name. Raises: OSError; BadFile, naming the file, also for the first
-    row that is wrong."""
+    """Every row of the file, by name. Raises: OSError; BadFile, naming the file, also for an
+    illegal row."""
     try:
-        return {name: read_row(name, row) for name, row in _file(path).items()}
+        return {name: read_row(name, row) for name, row in _rows(path).items()}
     except IllegalRegime as error:
         raise BadFile(f"{path}: {error}") from None
 
 
 def regime_row(name: str, path: Path = REGIMES_FILE) -> dict:
-    """The row called `name` as it is written. Raises: OSError; BadFile; IllegalRegime, naming the
-    rows there are."""
-    rows = _file(path)
+    """The row called `name` as it is written. Raises: OSError; BadFile; IllegalRegime, listing the
+    known rows."""
+    rows = _rows(path)
     if name not in rows:
         raise IllegalRegime(
             f"no regime {name!r} in {Path(path).name}{nearest(name, rows)}; it has:"
@@ -171,14 +165,14 @@ def regime_row(name: str, path: Path = REGIMES_FILE) -> dict:
     return copy.deepcopy(rows[name])
 
 
-def _file(path: Path) -> dict[str, Any]:
+def _rows(path: Path) -> dict[str, Any]:
     """The rows as they are written. Raises: OSError; BadFile."""
-    return _rows(Path(path), Path(path).stat().st_mtime_ns)
+    return _read_version(Path(path), Path(path).stat().st_mtime_ns)
 
 
 @cache
-def _rows(path: Path, _changed_ns: int) -> dict[str, Any]:
-    """Read once for each version of the file: a study asks for a row at every name of a run."""
+def _read_version(path: Path, _changed_ns: int) -> dict[str, Any]:
+    """Each version of the file is read once: a study looks a row up for every name of a run."""
     return read_yaml(path)
 
 
@@ -188,42 +182,31 @@ def regime(name: str, path: Path = REGIMES_FILE) -> Regime:
 
 
 def check_machine(regime: Regime, device: str) -> None:
-    """Raises ImpossibleHere when this machine lacks what the row needs. Says nothing about memory:
+    """Raises ImpossibleHere if this machine lacks what the row needs. Memory is not checked:
     running out of it is a result."""
-    import torch
-    from torch import distributed
-
-    if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ImpossibleHere(
-                f"device is {device!r}, but torch sees no GPU here: use device: cpu"
-            )
-        if isinstance(regime.weights, Mixed | Bf16) and not torch.cuda.is_bf16_supported():
-            name = torch.cuda.get_device_name(device)
-            raise ImpossibleHere(
-                f"regime {regime.name!r} computes in bf16, which {name} cannot: use weights: fp32"
-            )
-    try:  # before the first step, whose bytes and seconds are not the import's
+    on_cuda = device.startswith("cuda")
+    in_group = distributed.is_available() and distributed.is_initialized()
+    if on_cuda and not torch.cuda.is_available():
+        raise ImpossibleHere(f"device is {device!r}, but torch sees no GPU here: use device: cpu")
+    if on_cuda and isinstance(regime.weights, Mixed | Bf16) and not torch.cuda.is_bf16_supported():
+        raise ImpossibleHere(
+            f"regime {regime.name!r} computes in bf16, which {torch.cuda.get_device_name(device)}"
+            " cannot: use weights: fp32"
+        )
+    try:  # before the first step, so that the import is not in the step's bytes and seconds
         regime.rule.load()
     except ImportError as error:
         raise ImpossibleHere(
             f"regime {regime.name!r} updates by a library that does not import here ({error}):"
             " install it, or use rule: adam4bit"
         ) from error
-    if (
-        isinstance(regime.place, FsdpOffload)
-        and regime.clip > 0
-        and device.startswith("cuda")
-        and distributed.is_initialized()
-        and "gloo" not in distributed.get_backend_config()
-    ):
+    clips_on_host = isinstance(regime.place, FsdpOffload) and regime.clip > 0 and on_cuda
+    if clips_on_host and in_group and "gloo" not in distributed.get_backend_config():
         raise ImpossibleHere(
             f"regime {regime.name!r} clips gradients that lie in host memory, and this process"
             ' group reduces none there: use init_process_group("cpu:gloo,cuda:nccl"), or clip: 0'
         )
-    if isinstance(regime.place, Fsdp) and not (
-        distributed.is_available() and distributed.is_initialized()
-    ):
+    if isinstance(regime.place, Fsdp) and not in_group:
         raise ImpossibleHere(
             f"regime {regime.name!r} shards over a process group, and this process is in none:"
             " start it with torchrun and call torch.distributed.init_process_group, or use place:"

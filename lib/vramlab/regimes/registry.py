@@ -1,7 +1,7 @@
-"""The axes of a regime: each value is a small frozen record with essentially one verb.
+"""The axes of a regime and their values: small frozen records with essentially one verb.
 
-`AXES[axis][value]` is the record's class. A row of `params/regimes.yml` picks one value an axis, by
-its name (`rule: adamw`) or by its name with fields (`trains: {chunks: {count: 8, interval: 4}}`).
+`AXES[axis][value]` is the class of a record. A row of `params/regimes.yml` picks one value for each
+axis, by its name (`rule: adamw`) or by its name with fields (`trains: {chunks: {count: 8}}`).
 """
 
 from .acts import Checkpoint, Keep, Offload, Selective

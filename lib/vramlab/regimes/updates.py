@@ -1,4 +1,4 @@
-"""How often a row updates the parameters of a model, counted from its parts and its schedule."""
+"""Counts how often a row updates the parameters of a model, from its parts and their schedule."""
 
 from __future__ import annotations
 
@@ -11,41 +11,40 @@ from ..baichuan import BaichuanForCausalLM, ModelSpec
 from .regime import Regime
 
 STEPS = 1000
-"""Updates are counted over so many steps."""
+"""The number of steps over which updates are counted."""
 
 
 @dataclass(frozen=True)
 class Updates:
-    """How often the published model's parameters are updated in `STEPS` steps."""
+    """How often the parameters of the published model are updated in `STEPS` steps."""
 
     mean: float
     least: int
     most: int
     added: int
-    """Trained numbers that are not the published model's: adapters and whatever guesses gradients.
-    Each is updated at every step."""
+    """Trained numbers that the published model does not have: adapters and gradient approximators.
+    Each is updated in every step."""
 
 
 def updates(spec: ModelSpec, row: Regime, steps: int = STEPS) -> Updates:
-    """Counted from the row's parts and its schedule, of the model without any bytes."""
+    """Counted on a model without bytes."""
     with torch.device("meta"):
         model = BaichuanForCausalLM(spec.config)
         own = {id(param): param.numel() for param in model.parameters()}
         model = row.grads.prepare(row.trains.prepare(model, 0), 0)
     parts, params = row.trains.parts(model), dict(model.named_parameters())
     turns = Counter(part for step in range(steps) for part in row.trains.active(step, len(parts)))
-    sizes: Counter = Counter()  # number of updates -> parameters with so many
+    sizes: Counter = Counter()  # number of updates -> how many parameters have so many
     added = 0
     for index, part in enumerate(parts):
         for leaf in part:
-            size = params[leaf.name].numel() // leaf.rows * (leaf.stop - leaf.start)
-            if id(params[leaf.name]) in own:
-                sizes[turns[index]] += size
+            param = params[leaf.name]
+            if id(param) in own:
+                sizes[turns[index]] += leaf.numel(param)
             else:
-                added += size
+                added += leaf.numel(param)
     total = sum(own.values())
     sizes[0] += total - sizes.total()
-    there = [number for number, size in sizes.items() if size]
-    return Updates(
-        sum(number * size for number, size in sizes.items()) / total, min(there), max(there), added
-    )
+    counts = [count for count, size in sizes.items() if size]
+    mean = sum(count * size for count, size in sizes.items()) / total
+    return Updates(mean, min(counts), max(counts), added)

@@ -66,7 +66,7 @@ def execute(params: Mapping, out_dir: Path | str, progress: bool = True) -> Path
         with alone(run_row(full).place), oom.watched(full["device"]):
             result |= {"outcome": "ok", "reason": "", **_passes(full, folder, progress)}
     except Diverged as error:
-        where = {"step": error.step, "what": error.what}
+        where = {"step": error.step, "what": error.quantity}
         result |= {"outcome": "diverged", "reason": f"Diverged: {error}", "diverged": where}
     except Exception as error:  # Ctrl-C is no Exception: such a run has not ended
         ended = "oom" if out_of_memory(error) else "failed"

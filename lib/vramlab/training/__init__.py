@@ -1,1 +1,1 @@
-"""The training step: one trainer for every regime, and what is timed and watched beside it."""
+"""The training step: one trainer for every regime, its clock, and the watch on its logits."""

@@ -1,4 +1,4 @@
-"""Wall time of each phase of each step: by the host's clock, or on CUDA by the device's."""
+"""Times each phase of each step: by the host's clock, or on CUDA by events of the device."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..observer import Observer
 class Clock(Observer):
     """Wall time of each phase of each step, in seconds, from one monotonic clock.
 
-    `rows` holds one dict a step: `step`, `t_s` (when it began, by `time.perf_counter`),
-    `forward_s`, `backward_s`, `update_s`, `step_s`. An update that happens inside backward (LOMO)
-    is part of `backward_s`: there is no edge between them to measure. For a device that works while
-    the host goes on, see `EventClock`.
+    `rows` holds one dict for each step: `step`, `t_s` (its beginning by `time.perf_counter`),
+    `forward_s`, `backward_s`, `update_s`, `step_s`. Updates inside backward (LOMO) are part of
+    `backward_s`, because they have no edge that could be timed. For a device that works while the
+    host goes on, use `EventClock`.
     """
 
     def __init__(self):
@@ -39,14 +39,13 @@ class Clock(Observer):
 
 
 class EventClock(Observer):
-    """The same rows on CUDA, timed by the device: a mark at each edge, no synchronization inside a
-    step.
+    """The same rows on CUDA, timed by the device, without a synchronization inside a step.
 
-    A mark is an event in the stream that computes; side streams count as far as that one waits for
-    them. `t_s` is the host's: the step's own time when the caller has read the last loss before it
-    begins the next step. Marks that the device has passed are read when a later step begins, the
-    rest when `rows` is asked for, which waits for the device. `mark` makes and records one, CUDA's
-    unless given. Not yet run on a GPU. Source: CUDA runtime API, event management.
+    Each edge of a phase records a CUDA event in the compute stream; side streams count as far as
+    that stream waits for them. `t_s` is read on the host: it is when the step began on the device
+    only if the caller has read the last loss before. Events that the device has passed are read
+    when a later step begins. The property `rows` waits for the device and reads the rest. `mark`
+    creates and records an event. Not yet run on a GPU. Source: CUDA runtime API, event management.
     """
 
     def __init__(self, device: str = "cuda", mark: Callable[[], torch.cuda.Event] | None = None):
@@ -76,7 +75,8 @@ class EventClock(Observer):
         return self._rows
 
     def _read(self, stop: Callable) -> None:
-        """Turn marks into seconds, step by step, until `stop` says so of a step's last mark."""
+        """Turn events into seconds, step by step, until `stop` is true of the last event of a
+        step."""
         while self._due and not stop(self._due[0][1][-1][2]):
             row, spans = self._due.popleft()
             for name, start, end in spans:
@@ -84,19 +84,13 @@ class EventClock(Observer):
 
 
 def clock(device: str) -> Clock | EventClock:
-    """The clock for torch's `device`."""
+    """The clock for a torch device, such as "cuda:0"."""
     return EventClock(device) if device.startswith("cuda") else Clock()
 
 
 def _row(step: int) -> dict:
-    return {
-        "step": step,
-        "t_s": time.perf_counter(),
-        "forward_s": 0.0,
-        "backward_s": 0.0,
-        "update_s": 0.0,
-        "step_s": 0.0,
-    }
+    spans = dict.fromkeys(("forward_s", "backward_s", "update_s", "step_s"), 0.0)
+    return {"step": step, "t_s": time.perf_counter(), **spans}
 
 
 def _cuda_mark(device: str) -> torch.cuda.Event:

@@ -1,8 +1,7 @@
 """One trainer for every regime.
 
-The order in which the axes rewrite the model carries meaning, so it stands here once, in
-`Trainer.__init__`. The order of a step stands in `Trainer.step`. Everything a regime changes hangs
-on those two.
+The order in which the axes rewrite the model matters, so it is written once, in `Trainer.__init__`.
+The order of a step is written in `Trainer.step`. A regime changes nothing but what those two call.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..observer import Observer
 from ..regimes.regime import Regime, check_machine
@@ -23,43 +21,22 @@ from ..regimes.sharded import local
 from ..regimes.trains.leaves import ActiveLeaves
 from ..regimes.trains.parts import Part
 from ..regimes.until.until import Updater
-
-Batch = Mapping[str, Tensor]
-"""input_ids, labels, and where wanted attention_mask and position_ids: each (batch, tokens),
-integers; labels are -100 where nothing is to be learned."""
+from .labels import Batch, count_labels
+from .schedule import Schedule
 
 
 class Diverged(ArithmeticError):
-    """A number of the training is infinite or nan: `what` of step `step`, counted from 0, which is
-    `loss`, `weights` or, after the last step, `scores`."""
+    """A number of the training is infinite or NaN. `quantity` is `loss`, `weights` or, after the
+    last step, `scores`; `step` counts from 0."""
 
-    def __init__(self, step: int, what: str, words: str):
-        super().__init__(f"{words}: use a lower lr, or clip gradients")
-        self.step, self.what = step, what
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rate by step: linear warm-up over `warmup` of the steps, then cosine to `floor` of
-    the peak."""
-
-    lr: float
-    steps: int
-    warmup: float = 0.06
-    floor: float = 0.1
-
-    def at(self, step: int) -> float:
-        warmup_steps = max(1, round(self.warmup * self.steps))
-        if step < warmup_steps:
-            return self.lr * (step + 1) / warmup_steps
-        progress = min(1.0, (step - warmup_steps) / max(1, self.steps - warmup_steps))
-        return self.lr * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    def __init__(self, step: int, quantity: str, message: str):
+        super().__init__(f"{message}: use a lower lr, or clip gradients")
+        self.step, self.quantity = step, quantity
 
 
 @dataclass
 class _Turn:
-    """A part that has been active at least once: its leaves, and their updater with whatever state
-    it holds."""
+    """A part that has been active at least once: its leaves, and their updater with its state."""
 
     leaves: ActiveLeaves
     updater: Updater
@@ -71,10 +48,10 @@ class _Turn:
 
 
 class Trainer:
-    """Trains `model` in place under `regime`, telling `observer` what it is doing.
+    """Trains `model` in place under `regime` and reports each step to `observer`.
 
-    After construction `model` is the rewritten one (peft-wrapped for LoRA, cast, checkpointed).
-    Raises: ImpossibleHere, when the device cannot do what the regime needs.
+    The attribute `model` is the rewritten model (wrapped by peft for LoRA, cast, checkpointed).
+    Raises: ImpossibleHere, if the device cannot do what the regime needs.
     """
 
     def __init__(
@@ -91,22 +68,21 @@ class Trainer:
         self.regime, self.schedule, self.device = regime, schedule, torch.device(device)
         self.observer = observer or Observer()
         self.steps_done = 0
-        # 1. storage type first: adapters and leaves must be made in the type they train in
+        # 1. the storage type: adapters and leaves have to be made in the type they train in
         model = regime.weights.prepare(model)
-        # 2. then the device, so that nothing below is made twice; a model to be sharded stays on
-        #    the host until it is
+        # 2. the device, so that nothing below is made twice; a model that will be sharded stays on
+        #    the host until then
         model = regime.place.move(model, self.device)
-        # 3. adapters wrap modules, so they come before anything that looks modules up
+        # 3. adapters, which wrap modules, so before anything that looks modules up
         model = regime.trains.prepare(model, seed)
-        # 4. what guesses the adapters' gradients is made for them
+        # 4. approximators of the adapters' gradients, which are made for the adapters
         model = regime.grads.prepare(model, seed)
-        # 5. checkpointing wraps blocks, adapters included; the head is no block
-        self.model = regime.head.prepare(regime.acts.prepare(model))
-        # 6. sharding replaces parameters and gathers them around a block, so around all that is
-        # done to it; it needs them before any leaf is cut out of one
+        # 5. checkpointing, which wraps blocks with their adapters, and the head, which is no block
+        self.model = regime.head.prepare(regime.acts.prepare(model), self.observer)
+        # 6. sharding, which replaces parameters and gathers them around a block and all that wraps
+        #    it; it needs whole parameters, before leaves are cut out of them
         self._weights = regime.place.shard(self.model, self.device, regime.weights, self.observer)
-        # 7. last, what trains is cut out of the finished network; everything else stops asking for
-        #    a gradient
+        # 7. last, the leaves are cut out of the finished network; nothing else requires a gradient
         self.parts: list[Part] = regime.trains.parts(self.model)
         self.model.requires_grad_(False)
         self._turns: dict[int, _Turn] = {}
@@ -116,34 +92,37 @@ class Trainer:
 
     def step(self, batches: Sequence[Batch], shares: Sequence[float] | None = None) -> Tensor:
         """One update from `regime.accumulate` micro-batches. Returns the loss: the mean over all
-        their labelled tokens, a detached 0-d tensor on the device (reading it is the caller's
-        synchronization, not ours). `shares` are the micro-batches' shares of those tokens, for a
-        caller that knows them, or whose labels are on the device and should not be waited for; else
-        they are counted, and the labels checked: where `shares` are given nothing looks at a label,
-        and the fused head trains on one outside the vocabulary without an error. A micro-batch
-        without a label contributes nothing. Where there are ranks, each gives its own
-        micro-batches, of the same number; tokens and loss are then all ranks' together.
+        their labelled tokens, a detached 0-d tensor on the device. The caller synchronizes by
+        reading it.
 
-        Raises: ValueError, before any weight changes, when the number of micro-batches is not what
-        the regime accumulates, one has no `labels`, a label is outside the vocabulary, or no token
-        of the step is labelled.
+        `shares` are the micro-batches' shares of those tokens. Without them labels are counted and
+        checked, which waits for labels that are on the device. With them no label is read, and a
+        fused head trains on a label outside the vocabulary without an error. A micro-batch without
+        a label contributes nothing. Each rank gives its own micro-batches, of the same number;
+        tokens and loss are then those of all ranks together.
+
+        Raises: ValueError, before any weight changes, if the number of micro-batches is not
+        `regime.accumulate`, one has no `labels`, a label is outside the vocabulary, or no token of
+        the step is labelled.
         """
         if len(batches) != self.regime.accumulate:
             raise ValueError(
                 f"{len(batches)} micro-batches for accumulate: {self.regime.accumulate}: "
                 f"give step() exactly {self.regime.accumulate}"
             )
-        if bare := [sorted(batch) for batch in batches if batch.get("labels") is None]:
-            raise ValueError(
-                f"a micro-batch of step {self.steps_done} has no labels, only {', '.join(bare[0])}:"
-                " a batch needs labels, the input_ids with -100 where nothing is to be learned"
-            )
+        for batch in batches:
+            if batch.get("labels") is None:
+                raise ValueError(
+                    f"a micro-batch of step {self.steps_done} has no labels, only"
+                    f" {', '.join(sorted(batch))}: a batch needs labels, the input_ids with -100"
+                    " where nothing is to be learned"
+                )
         shares = self._shares(batches) if shares is None else shares
         self.observer.begin_step(self.steps_done)
         self._take_turns()
         self.model.train(bool(self.parts))
-        # a rank runs what is not labelled too, since all gather together: with made-up labels, at a
-        # share of 0
+        # all ranks gather together, so each also runs a micro-batch without labels: with made-up
+        # labels, at a share of 0
         counted = [
             (batch if share else {**batch, "labels": torch.zeros_like(batch["labels"])}, share)
             for batch, share in zip(batches, shares, strict=True)
@@ -157,12 +136,10 @@ class Trainer:
                         loss = self._forward(batch)
                         total += loss.detach() * (share / self._runs)
                         if self.parts:
-                            with self.observer.phase(
-                                "backward"
-                            ):  # one backward, whatever parts it serves
-                                self._active_turns()[0].updater.take(
-                                    loss if share == 1.0 else loss * share
-                                )
+                            # one backward forms the gradients of all active parts
+                            updater = self._active_turns()[0].updater
+                            with self.observer.phase("backward"):
+                                updater.take(loss if share == 1.0 else loss * share)
                         del loss
         if self.parts:
             with self.observer.phase("update"):
@@ -172,12 +149,12 @@ class Trainer:
         return self.regime.place.mean(total)
 
     def check(self, loss: Tensor) -> float:
-        """The loss that the last step returned, as a number; waits for the device. Then each weight
-        that the step trained is read once, of which the loss says nothing yet: a gradient that is
-        not finite shows in them, unless `clip_value` cut it or `loss_scale` left its step out. All
-        ranks find the same.
+        """Returns the loss of the last step as a number, which waits for the device, and reads each
+        weight that the step trained once: a gradient that is not finite shows in the weights, not
+        in the loss. It does not show if `clip_value` cut it or `loss_scale` left its step out. All
+        ranks come to the same result.
 
-        Raises: Diverged, when the loss or a weight is not finite.
+        Raises: Diverged, if the loss or a weight is not finite.
         """
         step, number = self.steps_done - 1, float(loss)
         if not math.isfinite(number):
@@ -198,44 +175,26 @@ class Trainer:
         return number
 
     def _shares(self, batches: Sequence[Batch]) -> list[float]:
-        """Each micro-batch's share of the tokens that the loss counts, so that the sum of gradients
-        is the large batch's gradient, and so is its mean over ranks. Counted where the labels are,
-        unseen by whoever watches the step. Raises: ValueError, when a label that counts is outside
-        the vocabulary, or there is none."""
-        words = self.model.config.vocab_size
-        with _disable_current_modes():
-            labels = [
-                predicted[predicted != -100]
-                for predicted in map(self.regime.trains.predicted, batches)
-            ]
-            outside = [
-                int(label)
-                for counted in labels
-                for label in counted[(counted < 0) | (counted >= words)][:1]
-            ]
-        if outside:
-            raise ValueError(
-                f"a label of step {self.steps_done} is {outside[0]}, outside the vocabulary of"
-                f" {words}: use 0 to {words - 1}, or -100 where nothing is to be learned"
-            )
-        counts = [len(counted) for counted in labels]
-        whole = self._mean_of_ranks(sum(counts))
-        if not whole:
+        """Each micro-batch's share of the tokens that the loss counts. With them the sum of the
+        gradients is the large batch's gradient, and so is its mean over ranks. Raises: ValueError.
+        """
+        counts = count_labels(
+            batches, self.regime.trains.predicted, self.model.config.vocab_size, self.steps_done
+        )
+        total = self._mean_of_ranks(sum(counts))
+        if not total:
             raise ValueError(
                 f"no token of step {self.steps_done} is labelled, in none of its {len(batches)}"
                 " micro-batches: every label is -100, or the first of its document, which nothing"
                 " predicts: leave such a step out, or put its rows together with labelled ones"
             )
-        return [count / whole for count in counts]
+        return [count / total for count in counts]
 
     def _mean_of_ranks(self, number: float) -> float:
         if self.regime.place.ranks == 1:
             return number
-        return float(
-            self.regime.place.mean(
-                torch.tensor(float(number), dtype=torch.float64, device=self.device)
-            )
-        )
+        value = torch.tensor(float(number), dtype=torch.float64, device=self.device)
+        return float(self.regime.place.mean(value))
 
     def _forward(self, batch: Batch) -> Tensor:
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
@@ -263,7 +222,7 @@ class Trainer:
 
     @property
     def _runs(self) -> int:
-        """How often a step looks at each micro-batch."""
+        """How often a step runs each micro-batch."""
         return max((turn.updater.runs for turn in self._active_turns()), default=1)
 
     @contextmanager
@@ -275,19 +234,18 @@ class Trainer:
 
     @property
     def active(self) -> dict[str, nn.Parameter]:
-        """The leaves that train at this step, by name; a cut matrix's leaf is named
+        """The leaves that train in this step, by name; some rows of a matrix are called
         `weight[start:stop]`."""
         return {
             name: leaf for turn in self._active_turns() for name, leaf in turn.leaves.named.items()
         }
 
     def lr(self, step: int) -> float:
-        """The learning rate of `step`."""
         return self.schedule.at(self.regime.trains.lr_step(step, len(self.parts)))
 
     def _take_turns(self) -> None:
-        """Hand over to the parts whose turn it is, and set the learning rate. A part that stays
-        active keeps its state."""
+        """Activate the parts whose turn it is and set the learning rate. A part that stays active
+        keeps its state."""
         due = self.regime.trains.active(self.steps_done, len(self.parts)) if self.parts else ()
         if due != self._active:
             self._rest(set(self._active) - set(due))
@@ -299,7 +257,7 @@ class Trainer:
 
     def _arm(self, indices: tuple[int, ...]) -> None:
         self._active = indices
-        # the observer first: an updater inside backward drops the gradient it is handed
+        # the observer's hooks first: an updater inside backward drops the gradient
         self.observer.trains(self.active.items())
         for turn in self._active_turns():
             turn.updater.arm()
@@ -319,16 +277,16 @@ class Trainer:
                 self.observer,
             )
             self._turns[index] = _Turn(leaves, updater)
-            leaves.switch_on(updater.taker)
+            leaves.switch_on(updater.row_receiver)
         else:
-            turn.leaves.switch_on(turn.updater.taker)
+            turn.leaves.switch_on(turn.updater.row_receiver)
             if self.regime.trains.state == "host":
                 turn.updater.move_state(self.observer, "device")
                 self.observer.own("optimizer", turn.state())
 
     def _rest(self, indices: set[int]) -> None:
-        """Disarm all, since whoever watches is to come first again; put the parts `indices` to
-        rest."""
+        """Put the parts `indices` to rest. Disarms all parts, so that the observer's hooks can come
+        first again."""
         for turn in self._active_turns():
             turn.updater.disarm()
         for index in sorted(indices):
@@ -340,10 +298,10 @@ class Trainer:
                 turn.updater.move_state(self.observer, "host")
 
     def state_dict(self) -> dict:
-        """What another trainer of the same regime and model goes on from as if this one had never
-        stopped. As torch's: tensors are the trainer's own, so save or copy them before the next
-        step. Probes are not in it, nor the norm of the last step and the loss scale of `until:
-        backward`, which begin anew."""
+        """Everything that another trainer of the same regime and model needs to go on exactly here.
+        As in torch, the tensors are the trainer's own: save or copy them before the next step. Not
+        included: probes, the last step's gradient norm and the loss scale of `until: backward`,
+        which start anew."""
         turns = {
             index: [optimizer.state_dict() for optimizer in turn.updater.optimizers]
             for index, turn in self._turns.items()
@@ -356,8 +314,8 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Go on from `state_dict`, whose tensors are copied. Raises: ValueError, when steps have
-        been taken already."""
+        """Go on from a `state_dict`, whose tensors are copied. Raises: ValueError, if this trainer
+        has taken steps already."""
         if self.steps_done or self._turns:
             raise ValueError(
                 f"{self.steps_done} steps are done: load the state into a trainer that has taken"
@@ -375,22 +333,17 @@ class Trainer:
         self.steps_done = state["steps_done"]
 
     def optimizer_state_bytes(self) -> int:
-        """Bytes of optimizer state that exist now, wherever they live."""
+        """Bytes of optimizer state that exist now, on the device and on the host."""
         return sum(tensor.nbytes for turn in self._turns.values() for _, tensor in turn.state())
 
     def probes(self) -> list[dict]:
-        """What was measured of guessed gradients so far, in plain numbers: one row a step and
-        site."""
+        """The probes of approximated gradients so far: one row for each step and site."""
         return [row for turn in self._turns.values() for row in turn.updater.probes()]
 
     def trainable_parameters(self) -> int:
-        """Parameters that some part trains, each counted once."""
+        """How many numbers of the model some part trains, each counted once."""
         params = dict(self.model.named_parameters())
-        return sum(
-            params[leaf.name].numel() // leaf.rows * (leaf.stop - leaf.start)
-            for part in self.parts
-            for leaf in part
-        )
+        return sum(leaf.numel(params[leaf.name]) for part in self.parts for leaf in part)
 
     def finish(self) -> nn.Module:
         """Put the active parts to rest and return the trained model, ready to be scored."""

@@ -1,8 +1,8 @@
-"""Updates that run on the host: gradients go down, the rule runs there, new weights come up. See
-`host` for who asks for it."""
+"""Updates that run on the host: gradients go down, the rule runs there, and new weights come up."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,53 +16,50 @@ from .transfers import Bus
 
 
 class HostUpdater(Updater):
-    """Updates on the host. `copies`: the leaves are on the device, and the host holds a copy of
-    each; else the leaves themselves are on the host. The update of one gradient that lives until
-    backward waits for the next one to have left, so that the copy down is not waited for."""
+    """Updates on the host. With `copies` the leaves are on the device and the host holds a copy of
+    each; else the leaves themselves are on the host. Inside backward, the update from a gradient
+    waits until the next gradient has left, so that no copy down is waited for."""
 
     def __init__(
         self, until: Any, rule: Any, leaves: list[nn.Parameter], lr: float, bus: Bus, copies: bool
     ):
         self._leaves, self._bus, self._copies = leaves, bus, copies
-        self._on_host = (
-            [nn.Parameter(bus.host_like(leaf.detach())) for leaf in leaves] if copies else leaves
-        )
+        self._on_host = leaves
+        if copies:
+            self._on_host = [nn.Parameter(bus.host_like(leaf.detach())) for leaf in leaves]
         self._inner = until.updater(rule, self._on_host, lr)
         super().__init__(self._inner.optimizers)
         self._at_once = isinstance(until, Backward)
-        self._pending: tuple[int, object] | None = None
+        self._pending: tuple[int, Any] | None = None
         self._handles: list = []
 
     def arm(self) -> None:
-        if self._copies:  # at every turn: another part may have trained a weight since
+        if self._copies:  # in every turn: another part may have trained a weight meanwhile
             with torch.no_grad():
                 for leaf, copy in zip(self._leaves, self._on_host, strict=True):
                     copy.copy_(leaf)
         if self._at_once:
             self._handles = [
-                leaf.register_post_accumulate_grad_hook(self._hook(i))
-                for i, leaf in enumerate(self._leaves)
+                leaf.register_post_accumulate_grad_hook(partial(self._send, index))
+                for index, leaf in enumerate(self._leaves)
             ]
 
     def disarm(self) -> None:
         while self._handles:
             self._handles.pop().remove()
 
-    def _hook(self, index: int):
-        def hook(leaf: Tensor) -> None:
-            if leaf.grad is not None:  # else it was taken in rows
-                self._then_finish_another(index, self._receive(index))
+    def _send(self, index: int, leaf: Tensor) -> None:
+        if leaf.grad is not None:  # None: it was taken in rows
+            self._finish_previous(index, self._receive(index))
 
-        return hook
-
-    def _then_finish_another(self, index: int, arrived) -> None:
-        before, self._pending = self._pending, (index, arrived)
-        self._finish(before)
+    def _finish_previous(self, index: int, arrived) -> None:
+        previous, self._pending = self._pending, (index, arrived)
+        self._finish(previous)
 
     @torch.no_grad()
     def _receive(self, index: int):
-        """The gradient of a leaf on its way to the host, and gone from the device; the event of its
-        arrival."""
+        """Send the gradient of a leaf to the host and drop it on the device. Returns the event of
+        its arrival."""
         leaf = self._leaves[index]
         if not self._copies:
             return self._bus.last_down()
@@ -70,7 +67,7 @@ class HostUpdater(Updater):
         leaf.grad = None
         return event
 
-    def _finish(self, pending: tuple[int, object] | None) -> None:
+    def _finish(self, pending: tuple[int, Any] | None) -> None:
         if pending is None:
             return
         index, event = pending
@@ -86,24 +83,24 @@ class HostUpdater(Updater):
             self._bus.up(self._on_host[index], into=self._leaves[index])
 
     def has(self, leaf: Tensor) -> bool:
-        return any(mine is leaf for mine in self._leaves)
+        return any(own is leaf for own in self._leaves)
 
-    def taker(self, leaf: Tensor) -> TakesRows | None:
-        """Rows go down as they are formed; here the whole gradient is on the device only where it
-        stays to the end."""
+    def row_receiver(self, leaf: Tensor) -> TakesRows | None:
+        """Rows go down as they are formed, except where the whole gradient stays on the device
+        until the end of the step."""
         if is_sharded(leaf) or (self._copies and not self._at_once):
             return None
-        return _RowsDown(self, next(i for i, mine in enumerate(self._leaves) if mine is leaf))
+        return _RowsDown(self, next(i for i, own in enumerate(self._leaves) if own is leaf))
 
-    def rows_came(self, index: int, gradient: Tensor) -> None:
+    def finish_rows(self, index: int, gradient: Tensor) -> None:
         """All rows of a leaf's gradient have been sent down into `gradient`."""
-        into = self._on_host[index]
-        if into.grad is not None:  # of the micro-batch before
+        leaf = self._on_host[index]
+        if leaf.grad is not None:  # of the micro-batch before
             self._bus.settle()
-            gradient.add_(into.grad)
-        into.grad = gradient
-        if self._copies:  # else the hook, which torch calls next, finds it
-            self._then_finish_another(index, self._bus.last_down())
+            gradient.add_(leaf.grad)
+        leaf.grad = gradient
+        if self._copies:  # else torch calls the leaf's own hook next
+            self._finish_previous(index, self._bus.last_down())
 
     def gather(self) -> None:
         if not self._copies:
@@ -111,8 +108,8 @@ class HostUpdater(Updater):
 
     def apply(self) -> None:
         if self._at_once:
-            before, self._pending = self._pending, None
-            self._finish(before)
+            previous, self._pending = self._pending, None
+            self._finish(previous)
         else:
             self._all_at_the_end()
         self._bus.settle()
@@ -132,11 +129,11 @@ class HostUpdater(Updater):
         return ((leaves[id(copy)], key, tensor) for copy, key, tensor in super().state())
 
     def move_state(self, observer: Observer, place: str) -> None:
-        """It is on the host, and stays."""
+        """State always stays on the host."""
 
 
 class _RowsDown:
-    """Takes a leaf's gradient in rows, see `rows`, and sends them down."""
+    """Receives a leaf's gradient in rows, see `row_protocol`, and sends them down."""
 
     sweeps = 1
 
@@ -152,36 +149,33 @@ class _RowsDown:
     @torch.no_grad()
     def end_rows(self, leaf: Tensor) -> None:
         gradient, self._gradient = self._gradient, None
-        self._updater.rows_came(self._index, gradient)
+        self._updater.finish_rows(self._index, gradient)
 
 
-class Together(Updater):
-    """Leaves on the device and leaves on the host, each updated where they are."""
+class SplitUpdater(Updater):
+    """Updates leaves on the device and leaves on the host, each where they are."""
 
-    def __init__(self, there: Updater, here: HostUpdater):
-        super().__init__([*there.optimizers, *here.optimizers])
-        self._updaters = there, here
+    def __init__(self, on_device: Updater, on_host: HostUpdater):
+        super().__init__([*on_device.optimizers, *on_host.optimizers])
+        self._on_device, self._on_host = on_device, on_host
 
     def arm(self) -> None:
-        for updater in self._updaters:
-            updater.arm()
+        self._on_device.arm()
+        self._on_host.arm()
 
     def disarm(self) -> None:
-        for updater in self._updaters:
-            updater.disarm()
+        self._on_device.disarm()
+        self._on_host.disarm()
 
     def gather(self) -> None:
-        for updater in self._updaters:
-            updater.gather()
+        self._on_host.gather()
 
-    def taker(self, leaf: Tensor) -> TakesRows | None:
-        there, here = self._updaters
-        return (here if here.has(leaf) else there).taker(leaf)
+    def row_receiver(self, leaf: Tensor) -> TakesRows | None:
+        return (self._on_host if self._on_host.has(leaf) else self._on_device).row_receiver(leaf)
 
     def apply(self) -> None:
-        for updater in self._updaters:
-            updater.apply()
+        self._on_device.apply()
+        self._on_host.apply()
 
     def move_state(self, observer: Observer, place: str) -> None:
-        for updater in self._updaters:
-            updater.move_state(observer, place)
+        self._on_device.move_state(observer, place)

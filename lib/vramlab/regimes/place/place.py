@@ -1,27 +1,24 @@
-"""Axis `place`: where the bytes live: on one device, or sharded over all the ranks of a process
-group.
+"""Axis `place`: where the bytes live: on one device, or sharded over the ranks of a process group.
 
-`fsdp` is torch's FSDP2 (`fully_shard`; Zhao 2023, arXiv:2304.11277): of N ranks each holds 1/N of
+`fsdp` is torch's FSDP2 (`fully_shard`; Zhao 2023, arXiv:2304.11277). Each of N ranks holds 1/N of
 every parameter, gradient and moment, cut along the first dimension, and sees its own share of the
-batch. A unit is a decoder block, and the root is the rest: embeddings, final norm, head. What a
-unit does, in bytes:
+batch. Each decoder block is a unit. The root unit is the rest: embeddings, final norm, head. In
+bytes, a unit does this:
 
-    forward    gather: the unit's parameters whole in one buffer, then copied out to a storage each;
-               they are dropped after
-               the unit (the root keeps its own to the end of backward). The next unit's gather may
-                 overlap.
-    backward   gather again, one unit ahead; form whole gradients; copy them to a buffer; reduce it,
-               so that each rank
-               keeps the mean over ranks of its 1/N, in one storage a unit.
-    update     on the pieces alone.
+    forward    Gathers its whole parameters in one buffer, copies each to a storage of its own, and
+               drops them after the unit (the root keeps its own until the end of backward). The
+               gather of the next unit may overlap.
+    backward   Gathers again, one unit ahead, forms whole gradients, copies them to a buffer and
+               reduces it: each rank keeps the mean over ranks of its 1/N, one storage for a unit.
+    update     Works on the pieces alone.
 
-Padding: a parameter (O, ...) is cut into pieces of ceil(O / N) rows; the last ranks' pieces are
-shorter or empty, but their storage, the gathered parameter and the reduced gradient are as long as
-if they were not. Rank 0 never holds less than another.
+Padding: a parameter (O, ...) is cut into pieces of ceil(O / N) rows. The pieces of the last ranks
+are shorter or empty, but their storage, the gathered parameter and the reduced gradient are as long
+as if they were not. No rank holds more than rank 0.
 
-Buffers and gathered parameters are `collectives`. Whole gradients, before they are reduced, are
-temporaries. Not included: what NCCL holds for itself (1 to 2 GiB a rank), which no allocator of
-torch sees.
+Buffers and gathered parameters are `collectives`. Whole gradients are temporaries until they are
+reduced. Not included: the 1 to 2 GiB that NCCL holds on each rank, which torch's allocator does not
+see.
 """
 
 from __future__ import annotations
@@ -53,18 +50,18 @@ class Device:
 
     @property
     def ranks(self) -> int:
-        """How many processes take the step together."""
+        """How many processes take a step together."""
         return 1
 
     def move(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model where the next rewriting steps should find it."""
+        """Move the model to where the next axes expect it."""
         return model.to(device)
 
     def shard(
         self, model: nn.Module, device: torch.device, weights: Fp32, observer: Observer
     ) -> set[int]:
-        """Puts the finished network on `device` as it will be run. Returns the storages of its
-        parameters: a set that grows, when they come into being later."""
+        """Put the finished network on `device` as it will run. Returns the storages of its
+        parameters, a set that grows where they are created later."""
         return {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
     def updater(
@@ -76,17 +73,15 @@ class Device:
         model: nn.Module,
         observer: Observer,
     ) -> Any:
-        """The `regimes.until.until.Updater` of some leaves, by name, wherever they and their state
-        are."""
+        """The `regimes.until.until.Updater` for `leaves` (name -> parameter) and their state."""
         return until.updater(rule, list(leaves.values()), lr)
 
     def on_host(self, name: str) -> bool:
-        """Whether the optimizer's state of the leaf called `name` is always in host memory."""
+        """Whether the optimizer state of the leaf called `name` is always in host memory."""
         return False
 
     def host_copy_bytes(self, leaf: Tensor) -> int:
-        """What of host memory a leaf on the device takes for good, besides the optimizer's
-        state."""
+        """Bytes of host memory that a leaf takes permanently, besides its optimizer state."""
         return 0
 
     def mean(self, value: Tensor) -> Tensor:
@@ -96,13 +91,13 @@ class Device:
 
 @dataclass(frozen=True)
 class Fsdp(Device):
-    """One piece of everything on each rank of the process group that exists. Exact up to the order
+    """Each rank of the existing process group holds one piece of everything. Exact up to the order
     of sums.
 
     With `weights: mixed` a unit is gathered in bf16 and its gradients are reduced in fp32 (FSDP2's
-    `MixedPrecisionPolicy`), so autocast finds nothing to copy; norms and the sum of blocks are bf16
-    then, which on one device they are not. Every rank makes the whole model in host memory first,
-    and must make the same one; on the device it is never whole.
+    `MixedPrecisionPolicy`), so autocast has nothing to cast. Norms and the residual sum are then
+    bf16, which they are not on one device. Every rank first creates the same whole model in host
+    memory; on the device it is never whole.
     """
 
     pieces_on: ClassVar[str] = "device"
@@ -121,12 +116,13 @@ class Fsdp(Device):
         self, model: nn.Module, device: torch.device, weights: Fp32, observer: Observer
     ) -> set[int]:
         mesh = device_mesh.init_device_mesh(device.type, (self.ranks,))
-        # cast nothing at a unit's door: rotary angles come through it, and bf16 has no digits for
-        # positions
+        # inputs of a unit are not cast: rotary angles are among them, and bf16 has too few digits
+        # for positions
         policy = MixedPrecisionPolicy(
             weights.gathered, torch.float32 if weights.gathered else None, cast_forward_inputs=False
         )
-        names, storages = {id(module): name for name, module in model.named_modules()}, set()
+        names = {id(module): name for name, module in model.named_modules()}
+        storages: set[int] = set()
         for unit in (*decoder(model).layers, model):
             _move_unsharded(unit, device)
             with observer.region(self.pieces_on):
@@ -146,8 +142,8 @@ class Fsdp(Device):
 
 @contextmanager
 def alone(place: Device) -> Iterator[None]:
-    """A process group of this process only, where `place` shards and nobody started ranks: nothing
-    is cut, and all else of sharding is done. It is gone at the end."""
+    """A process group of only this process, if `place` shards and no ranks were started. Everything
+    is done as in sharding, but nothing is cut. The group is destroyed at the end."""
     if not isinstance(place, Fsdp) or distributed.is_initialized() or "RANK" in os.environ:
         yield
         return
@@ -159,15 +155,14 @@ def alone(place: Device) -> Iterator[None]:
 
 
 def _move_unsharded(unit: nn.Module, device: torch.device) -> None:
-    """A unit at a time, so that the device never holds more of the model than pieces and one
-    unit."""
+    """Move one unit, so that the device never holds more of the model than pieces and one unit."""
     for module in unit.modules():
         if not any(is_sharded(parameter) for parameter in module.parameters(recurse=False)):
             module._apply(lambda tensor: tensor.to(device), recurse=False)
 
 
-class _Told:
-    """torch's own buffers for a unit's collectives, each declared when it is made."""
+class _DeclaredBuffers:
+    """Declares the buffers that torch allocates for a unit's collectives."""
 
     def __init__(self, name: str, observer: Observer):
         self._name, self._observer = name, observer
@@ -178,25 +173,25 @@ class _Told:
         return buffer
 
 
-class _AllGather(_Told, DefaultAllGather):
-    pass
+class _AllGather(_DeclaredBuffers, DefaultAllGather):
+    """torch's own, declared."""
 
 
-class _ReduceScatter(_Told, DefaultReduceScatter):
-    pass
+class _ReduceScatter(_DeclaredBuffers, DefaultReduceScatter):
+    """torch's own, declared."""
 
 
 def _gathered(name: str, observer: Observer, storages: set[int]):
-    """A hook that runs when a unit has been gathered: its parameters are then whole, those of other
-    units are pieces."""
+    """A hook that runs when a unit has been gathered: its own parameters are then whole, and those
+    of units inside it are pieces."""
 
     def hook(unit: nn.Module, args: tuple) -> None:
         whole = {
-            f"{name}.{key}".lstrip("."): p
-            for key, p in unit.named_parameters()
-            if not is_sharded(p)
+            f"{name}.{key}".lstrip("."): parameter
+            for key, parameter in unit.named_parameters()
+            if not is_sharded(parameter)
         }
         observer.own("collectives", whole.items())
-        storages.update(p.untyped_storage()._cdata for p in whole.values())
+        storages.update(parameter.untyped_storage()._cdata for parameter in whole.values())
 
     return hook

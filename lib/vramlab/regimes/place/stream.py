@@ -1,21 +1,20 @@
-"""Axis `place`, value host_weights: weights, gradients and optimizer state in host memory; the
-device sees them pass.
+"""Axis `place`, value host_weights: weights, gradients and optimizer state stay in host memory, and
+the device gets them piece by piece.
 
-    embedding   the tokens' rows, looked up on the host (see `host.LookUp`)
-    a block     its weights come up while the block before it runs (forward: the one above;
-                backward: the one below), so two
-                blocks' are there at most; a weight is dropped when forward has used it. Backward
-                  forms the block again, which
-                is what brings its weights up again, so blocks must be checkpointed.
-    the head    `head_rows` rows of W at a time, forward and backward: rows are normalised one by
-                one
-    a gradient  goes down when it is formed; the rule runs on the host, see `host.HostUpdater`
+    embedding   The rows of the tokens are looked up on the host (see `host.LookUp`).
+    block       Its weights come up while the block before it runs (in forward the one above, in
+                backward the one below), so those of two blocks exist at most. A weight is dropped
+                when forward has used it. Backward recomputes the block, which brings its weights up
+                again, so blocks must be checkpointed.
+    head        `head_rows` rows of W at a time, forward and backward, since rows are normalised one
+                by one.
+    gradient    Goes down when it is formed; the rule runs on the host, see `HostUpdater`.
 
 After ZeRO-Infinity, Rajbhandari 2021, arXiv:2104.07857, and L2L, Pudipeddi 2020, arXiv:2002.05645,
-on one device. Exact, but for the order in which chunks of the head are summed into the gradient of
-what it is given. A step moves 4 bytes a bf16 weight up and 2 down. On a GPU weights come up, and
-gradients go down, beside the computing; not run on one yet. Host bytes, a weight of `b` bytes: b +
-b (gradient; with `until: backward` two tensors' at a time) + the rule's state.
+on one device. Exact, except for the order in which chunks of the head are summed into the gradient
+of its input. A step moves 4 bytes up and 2 down for each bf16 weight. On a GPU these copies overlap
+with computation; not run on one yet. Host bytes for a weight of `b` bytes: b + b (gradient; with
+`until: backward` those of two tensors at a time) + the rule's state.
 
 Shapes: t tokens (any leading dimensions), H hidden, V vocabulary.
 """
@@ -45,43 +44,42 @@ from .transfers import Bus
 
 
 class Fetch(torch.autograd.Function):
-    """A parameter on the host -> the same on the device. backward: its gradient, on its way to the
-    host. Called right before the operation that uses it: then autograd runs its backward right
-    after that operation's, and one gradient is there.
+    """A parameter on the host -> the same on the device. backward: sends its gradient to the host.
+    Called right before the operation that uses it: so autograd runs this backward right after that
+    operation's, and only one gradient exists.
     """
 
     @staticmethod
     def forward(
         ctx, parameter: nn.Parameter, take: Callable[[nn.Parameter], Tensor], bus: Bus
     ) -> Tensor:
-        ctx.bus, ctx.first = bus, lambda: parameter.grad is None
+        ctx.bus, ctx.parameter = bus, parameter
         return take(parameter)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         host, arrived = ctx.bus.down(grad)
-        if not ctx.first():  # autograd is about to add it, on the host
+        if ctx.parameter.grad is not None:  # autograd is about to add to it, on the host
             arrived.synchronize()
         return host, None, None
 
 
 class BlockStream:
-    """Brings up the weights of the blocks in the order they run."""
+    """Brings up the weights of the blocks in the order in which they run."""
 
     def __init__(self, model: nn.Module, stack: nn.Module, bus: Bus):
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._blocks, self._bus, self._table = list(stack.layers), bus, stack.embed_tokens
-        self._there: dict[
-            int, dict[int, tuple[Tensor, object]]
-        ] = {}  # block -> weight -> on the device, and when
-        self._running: tuple[int, bool] | None = None  # block, and whether it is formed again
+        # block -> id of a parameter -> its copy on the device, and the event of its arrival
+        self._on_device: dict[int, dict[int, tuple[Tensor, Any]]] = {}
+        self._running: tuple[int, bool] | None = None  # block, and whether it is recomputed
         for index, block in enumerate(self._blocks):
             for module in block.modules():
-                self.brings(module, partial(self._take, index))
-        self.brings(stack.norm, bus.fetch)
+                self.bring_for(module, partial(self._take, index))
+        self.bring_for(stack.norm, bus.fetch)
 
-    def brings(self, module: nn.Module, take: Callable[[nn.Parameter], Tensor]) -> None:
-        """`module` runs with its own parameters on the device."""
+    def bring_for(self, module: nn.Module, take: Callable[[nn.Parameter], Tensor]) -> None:
+        """Make `module` run with what `take` makes of its own parameters, on the device."""
         if not module._parameters:
             return
         native = module.forward
@@ -92,16 +90,16 @@ class BlockStream:
 
         module.forward = forward
 
-    def _begin(self, index: int, again: bool) -> None:
-        self._running = index, again
-        following = index - 1 if again else index + 1
-        # a new forward begins with nothing: what backward brought up too much has been updated
-        # since
-        kept = () if index == 0 and not again else (index, following)
-        for other in [other for other in self._there if other not in kept]:
+    def _begin(self, index: int, recomputed: bool) -> None:
+        self._running = index, recomputed
+        following = index - 1 if recomputed else index + 1
+        # a new forward keeps nothing: weights that backward brought up have been updated since
+        kept = () if index == 0 and not recomputed else (index, following)
+        for other in [other for other in self._on_device if other not in kept]:
             self._drop(other)
         self._bring(index)
-        if 0 <= following < len(self._blocks) and (not again or self._backward_reaches(following)):
+        exists = 0 <= following < len(self._blocks)
+        if exists and (not recomputed or self._backward_reaches(following)):
             self._bring(following)
 
     def _backward_reaches(self, index: int) -> bool:
@@ -112,32 +110,32 @@ class BlockStream:
         )
 
     def _bring(self, index: int) -> None:
-        if not self._there.get(index):
-            self._there[index] = {
+        if not self._on_device.get(index):
+            self._on_device[index] = copies = {
                 id(p): self._bus.up(p.detach()) for p in self._blocks[index].parameters()
             }
             self._bus.observer.own(
-                "weights", ((self._names[key], up) for key, (up, _) in self._there[index].items())
+                "weights", ((self._names[key], copy) for key, (copy, _) in copies.items())
             )
 
     def _drop(self, index: int) -> None:
-        for _, event in self._there.pop(index, {}).values():
-            self._bus.arrived(event)  # before its memory is anyone else's
+        for _, event in self._on_device.pop(index, {}).values():
+            self._bus.arrived(event)  # before the memory is used again
 
     def _take(self, index: int, parameter: nn.Parameter) -> Tensor:
-        again = bool(recomputing)
-        # told by its weights that a block begins: hooks and wrappers do not run when one is formed
-        # again
-        if (index, again) != self._running or id(parameter) not in self._there[index]:
-            self._begin(index, again)
-        there, event = self._there[index].pop(id(parameter))
+        recomputed = bool(recomputing)
+        # a block begins when its first weight is taken: hooks and wrappers of the block do not run
+        # when it is recomputed
+        if (index, recomputed) != self._running or id(parameter) not in self._on_device[index]:
+            self._begin(index, recomputed)
+        copy, event = self._on_device[index].pop(id(parameter))
         self._bus.arrived(event)
-        return there
+        return copy
 
 
 @contextmanager
 def _replaced(module: nn.Module, fetched: Callable[[nn.Parameter], Tensor]) -> Iterator[None]:
-    """The module's own parameters are what `fetched` makes of them."""
+    """Inside, the module's own parameters are replaced by what `fetched` returns for them."""
     own = dict(module._parameters)
     try:
         module._parameters.update(
@@ -149,9 +147,9 @@ def _replaced(module: nn.Module, fetched: Callable[[nn.Parameter], Tensor]) -> I
 
 
 class StreamedLogits(torch.autograd.Function):
-    """logits = h normalize(W)^T, or h W^T where `norm` is off, W (V, H) on the host, `step` rows of
-    it on the device at a time; h (..., H) -> (..., V). backward: dh summed over the chunks in h's
-    type, and dW row by row, on its way to the host.
+    """logits = h normalize(W)^T, or h W^T without `norm`, with W (V, H) on the host and `step` of
+    its rows on the device at a time; h (..., H) -> (..., V). backward: dh is summed over the chunks
+    in h's type, and dW is sent to the host chunk by chunk.
     """
 
     @staticmethod
@@ -202,8 +200,8 @@ class StreamedLogits(torch.autograd.Function):
 
 
 def rows_up(weight: Tensor, pieces: Spans, bus: Bus) -> Iterator[Tensor]:
-    """Rows of a weight on the host, piece by piece on the device, the next piece on its way up
-    meanwhile."""
+    """The rows of a weight that is on the host, piece by piece on the device. The next piece is
+    copied meanwhile."""
     coming = None
     for at, (a, b) in enumerate(pieces):
         rows, event = coming or bus.up(weight[a:b])
@@ -215,13 +213,13 @@ def rows_up(weight: Tensor, pieces: Spans, bus: Bus) -> Iterator[Tensor]:
 
 
 class StreamedHead(NormHead):
-    """Stands in for `NormHead`, with the same parameter, on the host."""
+    """Replaces a `NormHead`, with the same parameter, on the host."""
 
     def __init__(self, head: NormHead, step: int, bus: Bus):
         nn.Module.__init__(self)
         self.weight, self.norm, self.step, self.bus = head.weight, head.norm, step, bus
         if head.fused is not None:
-            self.fused = FusedLoss(partial(rows_up, bus=bus))
+            self.fused = FusedLoss(partial(rows_up, bus=bus), bus.observer)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return StreamedLogits.apply(hidden, self.weight, self.step, self.bus, self.norm)
@@ -229,10 +227,10 @@ class StreamedHead(NormHead):
 
 @dataclass(frozen=True)
 class HostWeights(Device):
-    """Everything that lasts longer than a step is in host memory."""
+    """Everything that outlives a step is in host memory."""
 
     head_rows: Count = 8192
-    """Rows of a plain head on the device at one time; two such pieces are there. A fused head has
+    """Rows in a piece of a plain head, of which two are on the device at one time. A fused head has
     its own sizes."""
 
     def on_host(self, name: str) -> bool:

@@ -1,1 +1,1 @@
-"""Axis `trains`: which of the weights move, and when."""
+"""Axis `trains`: which weights train, and when."""

@@ -1,11 +1,10 @@
-"""Adapters, of axis `trains`: the model's own weights stand still, and small new ones are trained
-beside them. By peft.
+"""Axis `trains`, values that freeze the model's weights and train small new ones, by peft.
 
-Bytes: weights once, in whatever form `weights` stores them, and gradient and optimizer state for
-the adapter only. All but LoRA-FA keep, for each adapted matrix, its input x for the gradient of A;
-backward runs to the lowest adapter, so prompt and prefix tuning run it to the bottom. Unless said
-otherwise adapters are fp32, as peft makes them for a bf16 model too, so that a bf16 x is kept once
-more in fp32 for each adapted matrix.
+Bytes: the weights once, as `weights` stores them; gradients and optimizer state of the adapters
+only. Each adapted matrix keeps its input x for the gradient of A, except in LoRA-FA. Backward runs
+down to the lowest adapter, so with prompt and prefix tuning down to the embeddings. Adapters are
+fp32 by default, as peft makes them also for a bf16 model. A bf16 x is then kept once more in fp32
+for each adapted matrix.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from .parts import All, Part, whole
 
 ADAPTERS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Linear = Literal["W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"]
-"""The matrices of a block. The packed projection is one, so its adapter serves query, key and value
-together."""
+"""The matrices of a block. W_pack is the projection to query, key and value together, with one
+adapter."""
 LINEARS = get_args(Linear)
 
 
 @contextmanager
-def _peft(seed: int) -> Iterator[None]:
+def _seeded_peft(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(), warnings.catch_warnings():
         # peft asks transformers 5.24 for an attribute by its old name
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
@@ -43,21 +42,22 @@ def _peft(seed: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Lora(All):
-    """W x + (alpha / rank) B A x with W frozen, A (rank, in) and B (out, rank) trained, B starting
-    at 0, so that the first forward is the base model's. Hu 2021, arXiv:2106.09685."""
+    """W x + (alpha / rank) B A x, with W frozen, and A (rank, in) and B (out, rank) trained. B
+    starts at 0, so that the first forward is that of the base model. Hu 2021, arXiv:2106.09685."""
 
     rank: Width = 8
     alpha: Width = 16
     targets: tuple[Linear, ...] = LINEARS
     adapters: Literal["fp32", "bf16"] = "fp32"
-    """Their type, `fp32` or `bf16`: 4 or 2 bytes a number, its gradient and each moment."""
+    """Storage type of A and B: 4 or 2 bytes for a number, for its gradient and for each moment."""
     dora: bool = False
-    """m (W + B A) / |W + B A| with row norms m trained too. The norm is formed from the whole
-    matrix in each forward and is not differentiated, as published. Liu 2024, arXiv:2402.09353."""
+    """m (W + B A) / |W + B A|, with the row norms m trained too. The norm is computed from the
+    whole matrix in each forward and is not differentiated, as published. Liu 2024,
+    arXiv:2402.09353."""
     frozen_a: bool = False
-    """LoRA-FA: A stays as it was drawn, so that rank numbers a token, A x, are kept in place of x.
-    Zhang 2023, arXiv:2308.03303. The paper's algorithm: a later version, in peft, also corrects the
-    gradient of B by (A A^T)^-1."""
+    """LoRA-FA: A stays as it was drawn, so A x, `rank` numbers for each token, is kept in place of
+    x. Zhang 2023, arXiv:2308.03303. This is the paper's algorithm; a later version, in peft, also
+    corrects the gradient of B by (A A^T)^-1."""
 
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
         from peft import LoraConfig, get_peft_model
@@ -71,10 +71,10 @@ class Lora(All):
             bias="none",
             use_dora=self.dora,
         )
-        with _peft(seed):
+        with _seeded_peft(seed):
             model = get_peft_model(model, config)
         for module in model.modules():
-            if isinstance(module, LoraLayer):  # the base inside it is none of these
+            if isinstance(module, LoraLayer):
                 for name in module.adapter_layer_names:
                     getattr(module, name).to(ADAPTERS[self.adapters])
                 for magnitude in module.lora_magnitude_vector.values():
@@ -82,62 +82,61 @@ class Lora(All):
         return model
 
     def parts(self, model: nn.Module) -> list[Part]:
-        frozen = ("lora_A",) if self.frozen_a else ()
         return [
             tuple(
-                whole(name, p)
-                for name, p in model.named_parameters()
-                if "lora_" in name and not any(word in name for word in frozen)
+                whole(name, param)
+                for name, param in model.named_parameters()
+                if "lora_" in name and not (self.frozen_a and "lora_A" in name)
             )
         ]
 
 
 @torch.no_grad()
 def _start_at_the_norm(magnitude: nn.Module, weight: Tensor) -> None:
-    """DoRA's m as the forward will form the norm, in the adapters' type: else m / norm is not 1 at
-    the start."""
+    """Set DoRA's m to the norm as the forward computes it, in the adapters' type: else m / norm
+    would not be 1 at the start."""
     weight = weight.to(magnitude.weight.dtype)
     magnitude.weight.copy_(magnitude.get_weight_norm(weight, torch.zeros_like(weight), 1.0))
 
 
 @dataclass
 class Link:
-    """What has crossed the cut so far, in bytes: activations up to the server, their gradients down
-    to the client. Labels, which SplitLoRA sends up too, are not counted."""
+    """Counts the bytes that cross the cut: activations up to the server, their gradients down to
+    the client. Labels, which SplitLoRA also sends up, are not counted."""
 
     up_bytes: int = 0
     down_bytes: int = 0
 
     def read(self) -> dict[str, int]:
-        """What has crossed since it was read last."""
-        seen = {"up_bytes": self.up_bytes, "down_bytes": self.down_bytes}
+        """The bytes since the last call, which are then counted anew."""
+        crossed = {"up_bytes": self.up_bytes, "down_bytes": self.down_bytes}
         self.up_bytes = self.down_bytes = 0
-        return seen
+        return crossed
 
     def carry(self, block: nn.Module, args: tuple) -> None:
         """Hook of the server's first block."""
-        if recomputing:  # it kept what it received
+        if recomputing:  # the server kept what it received
             return
         hidden: Tensor = args[0]
         self.up_bytes += hidden.nbytes
         if hidden.requires_grad:
-            hidden.register_hook(self._back)
+            hidden.register_hook(self._carry_back)
 
-    def _back(self, gradient: Tensor) -> None:
+    def _carry_back(self, gradient: Tensor) -> None:
         self.down_bytes += gradient.nbytes
 
 
 def link(model: nn.Module) -> Link | None:
-    """The link of a model that is cut, of any other none."""
+    """The link of a model that is cut between two machines; else None."""
     return getattr(decoder(model), "link", None)
 
 
 @dataclass(frozen=True)
 class SplitLora(Lora):
-    """LoRA whose blocks below `cut`, with the embeddings, are a client's and the rest a server's.
-    Lin 2024, arXiv:2407.00952. One client, in one process: it trains as LoRA does, saves no byte of
-    the sum, and what a client has to hold is told apart, see `split`. Not here: several clients,
-    and the averaging of their adapters.
+    """LoRA, cut between two machines: the embeddings and the blocks below `cut` are the client's,
+    the rest is the server's. Lin 2024, arXiv:2407.00952. Here client and server are one process,
+    which trains as LoRA does and needs as many bytes in total; `timeline.sides` reports what each
+    side holds. Not included: several clients, and the averaging of their adapters.
     """
 
     cut: Count = 1
@@ -158,33 +157,48 @@ class SplitLora(Lora):
 
 @dataclass(frozen=True)
 class Prompt(All):
-    """`tokens` trained vectors stand before every sequence, as many tokens longer it becomes; they
-    start as embeddings of words drawn from the vocabulary. Lester 2021, arXiv:2104.08691."""
+    """`tokens` trained vectors precede every sequence, which becomes longer by as many tokens. They
+    start as the embeddings of words drawn from the vocabulary. Lester 2021, arXiv:2104.08691."""
 
     tokens: Width = 20
 
     def prepare(self, model: nn.Module, seed: int) -> nn.Module:
-        from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
+        import peft
 
-        config = PromptTuningConfig(
-            task_type=TaskType.CAUSAL_LM,
-            num_virtual_tokens=self.tokens,
-            prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
-            **_sizes(model),
-        )
-        return _made_where_the_model_is(get_peft_model, model, config, seed)
+        device, config = next(model.parameters()).device, model.config
+        kind, options = self._peft_config()
+        with _seeded_peft(seed):
+            wrapped = peft.get_peft_model(
+                model,
+                kind(
+                    task_type=peft.TaskType.CAUSAL_LM,
+                    num_virtual_tokens=self.tokens,
+                    num_layers=config.num_hidden_layers,
+                    token_dim=config.hidden_size,
+                    num_attention_heads=config.num_attention_heads,
+                    num_transformer_submodules=1,
+                    **options,
+                ),
+            )
+            wrapped.prompt_encoder.to(device)
+        return wrapped
+
+    def _peft_config(self) -> tuple[type, dict]:
+        from peft import PromptTuningConfig, PromptTuningInit
+
+        return PromptTuningConfig, {"prompt_tuning_init": PromptTuningInit.SAMPLE_VOCAB}
 
     def parts(self, model: nn.Module) -> list[Part]:
         return [
             tuple(
-                whole(name, p)
-                for name, p in model.named_parameters()
+                whole(name, param)
+                for name, param in model.named_parameters()
                 if name.startswith("prompt_encoder.")
             )
         ]
 
     def predicted(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Behind a prompt a row's first token is predicted too; peft drops position_ids."""
+        """Behind a prompt the first token of a row is predicted too; peft drops position_ids."""
         labels, mask = batch["labels"], batch.get("attention_mask")
         mask = None if mask is None else F.pad(mask, (self.tokens, 0), value=1)
         return next_labels(F.pad(labels, (self.tokens, 0), value=-100), mask)
@@ -192,34 +206,13 @@ class Prompt(All):
 
 @dataclass(frozen=True)
 class Prefix(Prompt):
-    """`tokens` trained keys and values stand before every block's own, through the key-value cache.
+    """`tokens` trained keys and values precede those of every block, through the key-value cache.
     Li 2021, arXiv:2101.00190, without its reparametrisation by a network."""
+
+    def _peft_config(self) -> tuple[type, dict]:
+        from peft import PrefixTuningConfig
+
+        return PrefixTuningConfig, {}
 
     def predicted(self, batch: Mapping[str, Tensor]) -> Tensor:
         return next_labels(batch["labels"], batch.get("attention_mask"))
-
-    def prepare(self, model: nn.Module, seed: int) -> nn.Module:
-        from peft import PrefixTuningConfig, TaskType, get_peft_model
-
-        config = PrefixTuningConfig(
-            task_type=TaskType.CAUSAL_LM, num_virtual_tokens=self.tokens, **_sizes(model)
-        )
-        return _made_where_the_model_is(get_peft_model, model, config, seed)
-
-
-def _sizes(model: nn.Module) -> dict:
-    config = model.config
-    return {
-        "num_layers": config.num_hidden_layers,
-        "token_dim": config.hidden_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_transformer_submodules": 1,
-    }
-
-
-def _made_where_the_model_is(get_peft_model, model: nn.Module, config, seed: int) -> nn.Module:
-    device = next(model.parameters()).device
-    with _peft(seed):
-        wrapped = get_peft_model(model, config)
-        wrapped.prompt_encoder.to(device)
-        return wrapped

@@ -1,10 +1,9 @@
-"""A leaf is what autograd trains: a whole parameter, or some rows of one.
+"""Leaves: what autograd trains, whole parameters or some rows of one.
 
-Rows `start:stop` of a weight become an ordinary `Parameter` that shares the weight's storage. The
-module's forward is replaced, while the leaf is active, by one that computes the same output from
-the whole weight and gives a gradient to the leaf only: the rest of the weight's gradient is never
-formed. So `.grad`, hooks, clipping, checkpointing and every rule work on it as they do on any
-parameter.
+Rows `start:stop` of a weight become an ordinary `Parameter` that shares the weight's storage. While
+the leaf is active, the module's forward is replaced by one that computes the same output from the
+whole weight and gives a gradient to the leaf only, so the rest of the weight's gradient is never
+formed. `.grad`, hooks, clipping, checkpointing and every rule work on a leaf as on any parameter.
 
 Shapes: weight (O, I); leaf (stop - start, I); x (..., I); y (..., O); ids (...).
 """
@@ -22,12 +21,12 @@ from ...baichuan.model import NormHead
 from ..until.row_protocol import TakesRows, feed, spans
 
 TAKEN_BYTES = 32 << 20
-"""Most bytes of an embedding's gradient at once, where it is taken in rows."""
+"""Most bytes of an embedding's gradient at one time, if it is formed in rows."""
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """Rows `start:stop` of the parameter `name`, which has `rows` of them."""
+    """Rows `start:stop` of the parameter `name`, which has `rows` rows."""
 
     name: str
     start: int
@@ -37,6 +36,10 @@ class Leaf:
     @property
     def whole(self) -> bool:
         return self.start == 0 and self.stop == self.rows
+
+    def numel(self, parameter: Tensor) -> int:
+        """How many numbers of its parameter the leaf has."""
+        return parameter.numel() // self.rows * (self.stop - self.start)
 
 
 class SlicedLinear(torch.autograd.Function):
@@ -59,8 +62,7 @@ class SlicedLinear(torch.autograd.Function):
 
 class SlicedEmbedding(torch.autograd.Function):
     """y = W[ids]; backward: dleaf sums dy over the tokens whose id lies in the slice. The padding
-    row gets none. Whoever takes the gradient in rows is handed some rows of dleaf at a time, and
-    autograd none."""
+    row gets none. A `receiver` gets dleaf some rows at a time, and autograd then gets nothing."""
 
     @staticmethod
     def forward(
@@ -70,11 +72,11 @@ class SlicedEmbedding(torch.autograd.Function):
         leaf: Tensor,
         start: int,
         padding_idx: int | None,
-        taker: TakesRows | None = None,
+        receiver: TakesRows | None = None,
     ) -> Tensor:
-        # who hands rows over needs the leaf itself; the weight's values nobody needs
-        ctx.save_for_backward(ids, leaf if taker is not None else None)
-        ctx.start, ctx.rows, ctx.padding_idx, ctx.taker = start, len(leaf), padding_idx, taker
+        # rows are handed over together with the leaf; nothing needs the weight's values
+        ctx.save_for_backward(ids, leaf if receiver is not None else None)
+        ctx.start, ctx.rows, ctx.padding_idx, ctx.receiver = start, len(leaf), padding_idx, receiver
         return F.embedding(ids, weight)
 
     @staticmethod
@@ -86,25 +88,22 @@ class SlicedEmbedding(torch.autograd.Function):
             inside = (local >= 0) & (local < b - a)
             if ctx.padding_idx is not None:
                 inside &= ids != ctx.padding_idx
-            # tokens outside go to a spare row, which torch is told to leave out: no data-dependent
-            # shape
+            # tokens outside go to a spare row, which torch leaves out as padding: so no shape
+            # depends on the data
             return torch.ops.aten.embedding_dense_backward(
                 dy, local.where(inside, b - a), b - a + 1, b - a, False
             )[:-1]
 
-        if ctx.taker is None:
+        if ctx.receiver is None:
             return None, None, gradient(0, ctx.rows), None, None, None
-        feed(
-            ctx.taker,
-            leaf,
-            spans(ctx.rows, max(64, TAKEN_BYTES // (leaf.nbytes // ctx.rows))),
-            gradient,
-        )
+        most_rows = max(64, TAKEN_BYTES // (leaf.nbytes // ctx.rows))
+        feed(ctx.receiver, leaf, spans(ctx.rows, most_rows), gradient)
         return None, None, None, None, None, None
 
 
 def _autocast(*tensors: Tensor) -> Iterable[Tensor]:
-    """What autocast does to the operands of F.linear: custom Functions have to do it themselves."""
+    """The operands of F.linear as autocast would cast them: custom Functions have to do it
+    themselves."""
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors
@@ -113,17 +112,17 @@ def _autocast(*tensors: Tensor) -> Iterable[Tensor]:
 
 
 def _leaf_forward(
-    module: nn.Module, leaf: nn.Parameter, start: int, taker: TakesRows | None
+    module: nn.Module, leaf: nn.Parameter, start: int, receiver: TakesRows | None
 ) -> Callable:
-    """What stands in for the module's method while only `leaf` is trained in it."""
+    """Replaces the module's method while only `leaf` is trained in it."""
     if hasattr(module, "look_up"):  # a table on the host
         return lambda ids: module.look_up(ids, leaf, start)
     if isinstance(module, nn.Linear):
         return lambda x: SlicedLinear.apply(*_autocast(x, module.weight, leaf), start)
     if isinstance(module, nn.Embedding):
-        # detached: the same storage, of which autograd sees the leaf only
+        # detached: the same storage, but autograd sees only the leaf
         return lambda ids: SlicedEmbedding.apply(
-            ids, module.weight.detach(), leaf, start, module.padding_idx, taker
+            ids, module.weight.detach(), leaf, start, module.padding_idx, receiver
         )
     if isinstance(module, NormHead):
         # rows are normalised one by one, so a slice of the normalised weight is the normalised
@@ -135,7 +134,7 @@ def _leaf_forward(
 
 
 def divisible(model: nn.Module) -> set[str]:
-    """Names of the parameters that can be cut between rows."""
+    """The names of the parameters that can be cut between rows."""
     kinds = (nn.Linear, nn.Embedding, NormHead)
     return {
         f"{name}.weight"
@@ -145,8 +144,8 @@ def divisible(model: nn.Module) -> set[str]:
 
 
 class ActiveLeaves:
-    """The parameters of one part, ready to be switched on and off. `named` maps names to what
-    autograd trains."""
+    """The leaves of one part, to be switched on and off. `named` maps their names to the parameters
+    that autograd trains."""
 
     def __init__(self, model: nn.Module, part: Iterable[Leaf]):
         self._leaves: list[tuple[nn.Module, nn.Parameter, Leaf]] = []
@@ -167,19 +166,19 @@ class ActiveLeaves:
         self.named[name] = rows
 
     def switch_on(
-        self, taker: Callable[[nn.Parameter], TakesRows | None] = lambda leaf: None
+        self, row_receiver: Callable[[nn.Parameter], TakesRows | None] = lambda leaf: None
     ) -> None:
-        """`taker` says who takes the rows of a leaf's gradient as they are formed, if anyone
-        does."""
+        """Start training. `row_receiver` returns the receiver of a leaf's gradient in rows, or None
+        if the gradient has to be whole."""
         for module, rows, leaf in self._leaves:
             rows.requires_grad_(True)
+            receiver = row_receiver(rows)
             if _fused(module):
-                # the whole weight it finds by itself, gathered where it is sharded
-                module.fused.trains(None if leaf.whole else rows, leaf.start, taker(rows))
-            if not leaf.whole or (isinstance(module, nn.Embedding) and taker(rows) is not None):
-                setattr(
-                    module, _method(module), _leaf_forward(module, rows, leaf.start, taker(rows))
-                )
+                # of a whole leaf the head uses its own weight, gathered where it is sharded
+                module.fused.trains(None if leaf.whole else rows, leaf.start, receiver)
+            if not leaf.whole or (isinstance(module, nn.Embedding) and receiver is not None):
+                forward = _leaf_forward(module, rows, leaf.start, receiver)
+                setattr(module, _method(module), forward)
 
     def switch_off(self) -> None:
         for module, rows, leaf in self._leaves:
@@ -193,7 +192,7 @@ class ActiveLeaves:
 
 
 def _method(module: nn.Module) -> str:
-    """The method that `_leaf_forward` stands in for."""
+    """The name of the method that `_leaf_forward` replaces."""
     return "logits" if isinstance(module, NormHead) else "forward"
 
 

@@ -1,13 +1,14 @@
-"""Axis `trains`: which of the weights move, and when.
+"""Axis `trains`: which weights train, and when.
 
-Everything that trains is a list of parts, each a tuple of leaves, no leaf in two. At each step a
-set of parts is active: all weights at once are one part; block-wise methods take turns with one
-part a block, ChunkFT with one a chunk; LISA draws some blocks and keeps one part, of what is
-outside the blocks, active always. A part at rest requires no gradient, so autograd saves nothing
-for its weights and stops below the lowest active leaf.
+The weights that train are a list of parts. A part is a tuple of leaves, and no leaf is in two
+parts. At each step some parts are active. If all weights train together, they are one part.
+Block-wise methods have one part for each block and ChunkFT has one for each chunk, and the parts
+take turns. LISA draws some blocks, and one more part, of everything outside the blocks, is always
+active. A part at rest requires no gradient, so autograd saves nothing for its weights and stops
+below the lowest active leaf.
 
-The state of a part that goes to rest is dropped, parked or kept (`state`); a part that stays active
-keeps its own. Adapters, which add weights, are in `adapters`.
+When a part goes to rest, its optimizer state is dropped, moved to the host or kept (`state`). A
+part that stays active keeps its state. Adapters, which add weights, are in `adapters`.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ Part = tuple[Leaf, ...]
 
 
 def whole(name: str, param: nn.Parameter) -> Leaf:
-    """All of a parameter."""
+    """The leaf that is a whole parameter."""
     return Leaf(name, 0, param.shape[0], param.shape[0])
 
 
 @dataclass(frozen=True)
 class All:
-    """Every parameter, every step."""
+    """Every parameter trains in every step."""
 
     state = "device"
 
@@ -50,23 +51,23 @@ class All:
         return tuple(range(count))
 
     def sets(self, count: int) -> list[tuple[int, ...]]:
-        """The sets of parts that are active together at some step; where parts are drawn, enough of
-        them to show every size."""
+        """The sets of parts that are active together at some step. If parts are drawn, only some of
+        the sets, but of every size."""
         return [tuple(range(count))]
 
     def lr_step(self, step: int, count: int) -> int:
-        """The step whose learning rate `step` uses."""
+        """The step whose learning rate is used at `step`."""
         return step
 
     def predicted(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The labels of a batch that the loss counts, each where it is predicted; -100 everywhere
-        else."""
+        """The labels of a batch that the loss counts, each at the position that predicts it; -100
+        everywhere else."""
         return next_labels(batch["labels"], batch.get("attention_mask"), batch.get("position_ids"))
 
 
 @dataclass(frozen=True)
 class Nothing(All):
-    """No parameter: the model is only run."""
+    """No parameter trains: the model is only run."""
 
     def parts(self, model: nn.Module) -> list[Part]:
         return []
@@ -74,7 +75,7 @@ class Nothing(All):
 
 @dataclass(frozen=True)
 class Norms(All):
-    """The weights of the norms: what BitFit is on a model that has no biases. Zaken 2022,
+    """Only the weights of the norms train, which is BitFit on a model without biases. Zaken 2022,
     arXiv:2106.10199."""
 
     def parts(self, model: nn.Module) -> list[Part]:
@@ -90,19 +91,16 @@ class Norms(All):
 
 @dataclass(frozen=True)
 class Top(All):
-    """The top `share` of the blocks, at least one; all below, embeddings and head are frozen, and
-    backward stops there: a lower block keeps nothing. Howard 2018, arXiv:1801.06146, without the
-    gradual unfreezing."""
+    """The top `share` of the blocks trains, at least one block. The blocks below, embeddings and
+    head are frozen. Backward stops there, so lower blocks keep no activations. Howard 2018,
+    arXiv:1801.06146, without the gradual unfreezing."""
 
     share: Annotated[float, Range(0.001, 1)] = 0.25
 
     def parts(self, model: nn.Module) -> list[Part]:
-        stack = decoder(model).layers
-        chosen = {
-            id(p)
-            for block in stack[len(stack) - max(1, round(self.share * len(stack))) :]
-            for p in block.parameters()
-        }
+        blocks = decoder(model).layers
+        count = max(1, round(self.share * len(blocks)))
+        chosen = {id(param) for param in blocks[len(blocks) - count :].parameters()}
         return [
             tuple(
                 whole(name, param)
@@ -114,12 +112,11 @@ class Top(All):
 
 @dataclass(frozen=True)
 class _Moving(All):
-    """A schedule over parts: `interval` updates on each, then the next. `state` says what becomes
-    of a part's optimizer state when its turn ends: `reset` drops it, `host` parks it in host
-    memory, `device` leaves it there.
+    """Parts take turns of `interval` updates each. When a turn ends, `state: reset` drops the
+    part's optimizer state, `host` moves it to host memory, and `device` leaves it on the device.
 
-    `order`: ascending is from the embeddings up; random is drawn anew every cycle, shuffled once
-    for all.
+    `order: ascending` begins with the embeddings. `random` is drawn anew in every cycle, `shuffled`
+    once.
     """
 
     interval: Count = 1
@@ -127,8 +124,8 @@ class _Moving(All):
     state: Literal["reset", "host", "device"] = "reset"
     seed: Seed = 0
     delayed_lr: bool = False
-    """Whether the learning rate advances only when every part has had its turn (HiFT): it stands
-    still within a cycle, so that no part is trained at a higher rate than another."""
+    """Whether the learning rate changes only when every part has had its turn (HiFT), so that all
+    parts of a cycle train at the same rate."""
 
     def active(self, step: int, count: int) -> tuple[int, ...]:
         cycle, position = divmod(step // self.interval, count)
@@ -139,11 +136,10 @@ class _Moving(All):
         return (self._drawn(cycle if self.order == "random" else 0, count)[position],)
 
     def _drawn(self, number: int, count: int) -> list[int]:
-        """`count` parts in the order of draw `number`: a pure function of it, so that a run can
-        resume."""
-        return torch.randperm(
-            count, generator=torch.Generator().manual_seed(self.seed + number)
-        ).tolist()
+        """`count` parts in the order of draw `number`, which depends on nothing else, so that a run
+        can resume."""
+        generator = torch.Generator().manual_seed(self.seed + number)
+        return torch.randperm(count, generator=generator).tolist()
 
     def sets(self, count: int) -> list[tuple[int, ...]]:
         return [(part,) for part in range(count)]
@@ -155,71 +151,73 @@ class _Moving(All):
 
 @dataclass(frozen=True)
 class Blocks(_Moving):
-    """Groups of transformer blocks take turns, or some of them are drawn.
+    """Groups of transformer blocks take turns, or some of them are drawn for each turn.
 
     BAdam, Luo 2024, arXiv:2404.02827: one block at a time, order random, state reset, ends at rest.
-    Not exact: a block that two cycles' edge gives two turns in a row keeps its state, where BAdam
-    resets it. badam 1.4 leaves out the first block's last step, too. HiFT, Liu 2024,
-    arXiv:2401.15207: interval 1, state host, ends as units, delayed_lr; its random order is
-    `shuffled`. The published code trains the final norm as a unit between the last block and the
-    head: `norm: own`. LISA, Pan 2024, arXiv:2403.17919: `sample` blocks drawn each turn, state
-    reset, ends always. Backward then runs to the embeddings at every step: blocks at rest save
-    nothing for their own weights, but it passes through them. A block drawn twice in a row keeps
-    its state. The published code (LMFlow) has one optimizer, which never drops a state: `state:
-    device`, whose bytes grow to full AdamW's as blocks are drawn.
+    Not exact: a block that is last in one cycle and first in the next keeps its state, and BAdam
+    resets it. badam 1.4 also leaves out the last step of the first block.
+
+    HiFT, Liu 2024, arXiv:2401.15207: interval 1, state host, ends as units, delayed_lr; its random
+    order is `shuffled`. The published code trains the final norm as a unit between the last block
+    and the head: `norm: own`.
+
+    LISA, Pan 2024, arXiv:2403.17919: `sample` blocks drawn for each turn, state reset, ends always.
+    Backward then runs down to the embeddings in every step: blocks at rest save nothing for their
+    own weights, but gradients pass through them. A block that is drawn twice in a row keeps its
+    state. The published code (LMFlow) has one optimizer that never drops state: `state: device`,
+    whose bytes grow to those of full AdamW as blocks are drawn.
     """
 
     interval: Count = 50
     order: Literal["ascending", "descending", "random", "shuffled"] = "random"
     count: CountOrNone = 0
-    """Number of groups of equal length; 0 is one group a block."""
+    """Number of groups of equal length; 0: one group for each block."""
     ends: Literal["rest", "units", "always"] = "rest"
-    """What embeddings, and final norm and head, do: `rest`, take part as the first and the last
-    unit (`units`), or train at every step, with a state that lasts (`always`)."""
+    """Whether embeddings, and final norm and head, are at `rest`, take turns as the first and the
+    last of the `units`, or train in every step, with state that lasts (`always`)."""
     norm: Literal["head", "own"] = "head"
-    """With ends: units, whether the final norm trains with the head or is a unit of its own."""
+    """With ends: units, whether the final norm trains with the `head` or is a unit of its `own`."""
     sample: CountOrNone = 0
-    """How many groups each turn draws, uniformly and without replacement; 0 is one after the
-    other."""
+    """How many groups are drawn for each turn, uniformly and without replacement; 0: groups take
+    turns in `order`."""
 
     def parts(self, model: nn.Module) -> list[Part]:
-        names = {id(param): name for name, param in model.named_parameters()}
-        units = [[names.pop(id(p)) for p in block.parameters()] for block in decoder(model).layers]
-        below = list(names.values()).index(f"{_stem(units)}norm.weight")
-        ends = [list(names.values())[:below], list(names.values())[below:]]
+        params, stack = dict(model.named_parameters()), decoder(model)
+        names = {id(param): name for name, param in params.items()}
+        units = [[names.pop(id(param)) for param in block.parameters()] for block in stack.layers]
+        outside = list(names.values())
+        norm = outside.index(names[id(stack.norm.weight)])
+        below, above = outside[:norm], outside[norm:]
         if self.ends == "units":
             units = [
-                ends[0],
+                below,
                 *units,
-                *([[name] for name in ends[1]] if self.norm == "own" else [ends[1]]),
+                *([[name] for name in above] if self.norm == "own" else [above]),
             ]
-        params = dict(model.named_parameters())
         groups = [
-            [name for unit in units[a:b] for name in unit]
-            for a, b in _cuts(len(units), self.count or len(units))
+            [name for unit in units[first:last] for name in unit]
+            for first, last in _cuts(len(units), self.count or len(units))
         ]
         if self.sample > len(groups):
             raise IllegalRegime(
                 f"trains.blocks.sample is {self.sample}: there are {len(groups)} groups, use 1 to"
                 f" {len(groups)}"
             )
-        always = [[*ends[0], *ends[1]]] if self.ends == "always" else []
-        return [tuple(whole(name, params[name]) for name in group) for group in groups + always]
+        if self.ends == "always":
+            groups.append(outside)
+        return [tuple(whole(name, params[name]) for name in group) for group in groups]
 
     def active(self, step: int, count: int) -> tuple[int, ...]:
         groups = count - (self.ends == "always")
-        drawn = (
-            self._drawn(step // self.interval, groups)[: self.sample]
-            if self.sample
-            else super().active(step, groups)
-        )
-        return (*sorted(drawn), *range(groups, count))
+        always = range(groups, count)
+        if not self.sample:
+            return (*super().active(step, groups), *always)
+        drawn = self._drawn(step // self.interval, groups)[: self.sample]
+        return (*sorted(drawn), *always)
 
     def sets(self, count: int) -> list[tuple[int, ...]]:
-        groups, size = (
-            count - (self.ends == "always"),
-            self.sample or 1,
-        )  # neighbours: any other groups are as large
+        groups, size = count - (self.ends == "always"), self.sample or 1
+        # neighbours only: any other groups are as large
         return [
             (*range(first, first + size), *range(groups, count))
             for first in range(groups - size + 1)
@@ -229,32 +227,26 @@ class Blocks(_Moving):
         return super().lr_step(step, count - (self.ends == "always"))
 
 
-def _stem(units: list[list[str]]) -> str:
-    """What names in the decoder begin with: of "model.layers.0.mlp.up_proj.weight", "model."."""
-    return units[0][0].split("layers.")[0]
-
-
 def _cuts(total: int, count: int) -> list[tuple[int, int]]:
     if not 1 <= count <= total:
         raise IllegalRegime(
             f"trains.blocks.count is {count}: there are {total} units, use 1 to {total} (or 0)"
         )
-    edges = [total * i // count for i in range(count + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(total * i // count for i in range(count + 1)))
 
 
 @dataclass(frozen=True)
 class Chunks(_Moving):
-    """The network's bytes, in the order of its parameters, cut into `count` equal runs at row
-    edges: a chunk is whole matrices and at most two cut ones. Embeddings and head included; each
-    chunk has its own step count. ChunkFT (2026); there a Linear is cut along its input features,
-    here along its rows, which are contiguous in memory.
+    """The network's bytes, in the order of its parameters, are cut between rows into `count` equal
+    chunks, which take turns: whole matrices and at most two cut ones each. Embeddings and head are
+    included, and each chunk counts its own steps. ChunkFT (2026), which cuts a Linear along its
+    input features; here it is cut along its rows, which are contiguous in memory.
     """
 
     interval: Count = 1
     state: Literal["reset", "host", "device"] = "host"
     count: Annotated[int, Range(1, 1_000_000)] = field(default=8, kw_only=True)
-    """K of the paper; 1 is plain training."""
+    """K in the paper; 1 is plain training."""
 
     def parts(self, model: nn.Module) -> list[Part]:
         params = dict(model.named_parameters())
@@ -273,11 +265,11 @@ class Chunks(_Moving):
 def _rows_by_chunk(
     param: nn.Parameter, before: int, total: int, count: int, grain: int
 ) -> list[tuple[int, int, int]]:
-    """(chunk, start, stop) runs of a parameter whose first byte is number `before` of `total`; a
-    row, or `grain` rows that must stay together, belongs to the chunk in which its middle byte
-    lies."""
+    """The runs (chunk, start, stop) of a parameter whose first byte is number `before` of `total`.
+    A row, or `grain` rows that must stay together, belongs to the chunk that has its middle
+    byte."""
     rows, row_bytes = param.shape[0], param.nbytes // param.shape[0]
-    first = np.arange(0, rows, grain, np.int64)
+    first = np.arange(0, rows, grain, dtype=np.int64)
     middle = before + first * row_bytes + grain * row_bytes // 2
     chunk = np.minimum(middle * count // total, count - 1)
     starts = [0, *(1 + np.flatnonzero(np.diff(chunk))).tolist()]

@@ -1,25 +1,23 @@
-"""What becomes of a gradient inside backward before it is used.
+"""Clips gradients inside backward, before they are used.
 
-A norm of all gradients is known only when the last is formed, and inside backward the first has
-then long been used. The ways out:
+The norm of all gradients is known only when the last one is formed. Inside backward the first one
+has been used long before. There are three ways out:
 
-    NormOfAll     looks twice: a forward and a backward for the norm, another for the update. The
-                  same as clipping at the end
-                  of a step. LOMO's own, Lv 2024, arXiv:2306.09782; about twice the time.
-    LastNorm      the norm that the step before had; only the first step, which has none before it,
-                  looks twice. No time, and
-                  not the same: a step whose gradients are suddenly large is not cut, the one after
-                    it is.
-    ByValue       each number by itself, to at most `value` either way. No norm and no time, and not
-                  the same: where numbers are
-                  cut the gradient has another direction.
+    NormOfAll   Forms all gradients twice, first for the norm and then for the update. Gives the
+                same result as clipping at the end of a step, in about twice the time. LOMO's own
+                way, Lv 2024, arXiv:2306.09782.
+    LastNorm    Uses the norm of the step before; only the first step forms its gradients twice.
+                Takes no time, but is not the same: a step whose gradients are suddenly large is not
+                clipped, the step after it is.
+    ByValue     Clips each number to at most `value` in either direction. Needs no norm and no time,
+                but is not the same: a clipped gradient has another direction.
 
-`ScaledNorm` is NormOfAll of a loss that is multiplied, so that gradients of fp16 do not vanish
-(below 6e-8 there is none): Micikevicius 2018, arXiv:1710.03740. Every gradient is then `scale`
-times too large *inside* backward, where no one comes after the hooks who could divide it; the
-step's learning rate is divided instead. Where the norm is not finite the step is left out and the
-scale halved; after `GROWS_AFTER` good steps it is doubled. The look that measures the norm is thus
-also what keeps an overflow from being half applied, which one look could not.
+`ScaledNorm` is NormOfAll with a loss multiplied by a scale, so that fp16 gradients do not vanish
+(the smallest is 6e-8): Micikevicius 2018, arXiv:1710.03740. Inside backward every gradient is then
+too large by that factor, and nothing could divide it after the hooks have run, so the learning rate
+of the step is divided instead. If the norm is not finite, the step is left out and the scale is
+halved; after `GROWS_AFTER` good steps it is doubled. Since the first run only measures the norm, no
+overflow is ever half applied.
 """
 
 from __future__ import annotations
@@ -34,37 +32,36 @@ from torch import Tensor
 from .row_protocol import TakesRows
 
 GROWS_AFTER = 1000
-"""Steps without an overflow after which a scale is tried that is twice as large."""
+"""Steps without an overflow after which the scale is doubled."""
 
 
 class Unclipped:
-    """Every gradient as it is."""
+    """Passes every gradient on as it is."""
 
     runs = 1
     """How often a step forms its gradients."""
     hands_on = True
-    """Whether gradients of this run are used, or only looked at."""
+    """Whether the gradients of the current run are used; else they are only measured."""
 
     def begin(self) -> None:
         """A step begins."""
 
     @contextmanager
     def run(self, number: int) -> Iterator[None]:
-        """Around one of `runs`."""
+        """Around each of the `runs`, counted from 0."""
         yield
 
     def clip(self, grad: Tensor, sweep: int = 0) -> bool:
-        """Clips a gradient, or some rows of one in one of their sweeps, in place; False where it is
-        only looked at."""
+        """Clips in place a gradient, or some rows of one in a sweep. Returns whether to use it."""
         return True
 
-    def taker(self, taker: TakesRows) -> TakesRows:
-        """Who takes rows of a gradient that are meant for `taker`."""
-        return taker
+    def wrap(self, receiver: TakesRows) -> TakesRows:
+        """A receiver that clips the rows of a gradient before it hands them to `receiver`."""
+        return receiver
 
 
 class ByValue(Unclipped):
-    """Every number to at most `value` either way."""
+    """Clips every number to at most `value` in either direction."""
 
     def __init__(self, value: float):
         self._value = value
@@ -74,13 +71,13 @@ class ByValue(Unclipped):
         grad.clamp_(-self._value, self._value)
         return True
 
-    def taker(self, taker: TakesRows) -> TakesRows:
-        return _ClippedRows(self, taker)
+    def wrap(self, receiver: TakesRows) -> TakesRows:
+        return _ClippedRows(self, receiver)
 
 
 class NormOfAll(ByValue):
-    """The first run measures each gradient and drops it, the second hands on what clipping leaves
-    of it. The norm stays on the device."""
+    """Measures each gradient in the first run, and clips it in the second. The norm stays on the
+    device."""
 
     runs = 2
 
@@ -92,87 +89,83 @@ class NormOfAll(ByValue):
     @contextmanager
     def run(self, number: int) -> Iterator[None]:
         if number == 1:
-            self._factor = self._of(self._seen())
+            self._factor = self._clip_factor()
         yield
         if number == 1:
             self._factor = None
 
-    def _seen(self) -> Tensor:
+    def _measured_norm(self) -> Tensor:
         norm = torch.linalg.vector_norm(torch.stack(self._norms))
         self._norms.clear()
         return norm
 
-    def _of(self, norm: Tensor) -> Tensor:
-        return (self._largest / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ does it
+    def _clip_factor(self) -> Tensor:
+        """From the norm of all gradients measured since the last call, as in clip_grad_norm_."""
+        norm = self._measured_norm()
+        return (self._largest / (norm + 1e-6)).clamp(max=1.0)
 
     @property
     def hands_on(self) -> bool:
         return self._factor is not None
 
+    def _measures(self, sweep: int) -> bool:
+        return self._factor is None
+
     @torch.no_grad()
     def clip(self, grad: Tensor, sweep: int = 0) -> bool:
-        if self._factor is None:
-            self._measure(grad)
-            return False
-        grad.mul_(self._factor)
-        return True
-
-    def _measure(self, grad: Tensor) -> None:
-        self._norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
+        if self._measures(sweep):
+            self._norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
+        if self._factor is not None:
+            grad.mul_(self._factor)
+        return self.hands_on
 
 
 class LastNorm(NormOfAll):
-    """Clips by the norm of the step before, and measures this one's for the next."""
+    """Clips by the norm of the step before, and measures the norm for the next step."""
 
     runs = 1
 
     def begin(self) -> None:
         if self._norms:
-            self._factor = self._of(self._seen())
+            self._factor = self._clip_factor()
         self.runs = 1 if self._factor is not None else 2
 
     @contextmanager
     def run(self, number: int) -> Iterator[None]:
         if number == 1:
-            self._factor = self._of(self._seen())
+            self._factor = self._clip_factor()
         yield
 
-    @torch.no_grad()
-    def clip(self, grad: Tensor, sweep: int = 0) -> bool:
-        if sweep == 0:
-            self._measure(grad)
-        if self._factor is None:
-            return False
-        grad.mul_(self._factor)
-        return True
+    def _measures(self, sweep: int) -> bool:
+        return sweep == 0
 
 
 class ScaledNorm(NormOfAll):
-    """Clips by the norm of all, of a loss multiplied by `scale`. Gradients are not touched: what
-    clipping and scale divide is `lr_factor`, so that nothing of them is lost to fp16 again."""
+    """Clips by the norm of all gradients of a loss multiplied by `scale`. Gradients are not
+    changed, since fp16 would round them again: clipping and scale divide the learning rate
+    (`lr_factor`)."""
 
     def __init__(self, norm: float, scale: float):
         super().__init__(norm)
         self.scale = scale
         self.lr_factor = 1.0
-        self._looking = self._usable = True
-        self._good = 0
+        self._measuring, self._usable = True, True
+        self._good_steps = 0
 
     def begin(self) -> None:
         if not self._usable:
             self.scale /= 2
-        elif self._good == GROWS_AFTER:
-            self.scale, self._good = self.scale * 2, 0
+        elif self._good_steps == GROWS_AFTER:
+            self.scale, self._good_steps = self.scale * 2, 0
 
     @contextmanager
     def run(self, number: int) -> Iterator[None]:
-        self._looking = number == 0
+        self._measuring = number == 0
         if number == 1:
-            norm = (
-                float(self._seen()) / self.scale
-            )  # the host waits: whether there is a step at all depends on it
+            # the host waits: whether the step is taken at all depends on the norm
+            norm = float(self._measured_norm()) / self.scale
             self._usable = math.isfinite(norm)
-            self._good = self._good + 1 if self._usable else 0
+            self._good_steps = self._good_steps + 1 if self._usable else 0
             self.lr_factor = (
                 min(1.0, self._largest / (norm + 1e-6)) / self.scale if self._usable else 0.0
             )
@@ -180,34 +173,31 @@ class ScaledNorm(NormOfAll):
 
     @property
     def hands_on(self) -> bool:
-        return self._usable and not self._looking
+        return self._usable and not self._measuring
 
-    @torch.no_grad()
-    def clip(self, grad: Tensor, sweep: int = 0) -> bool:
-        if self._looking:
-            self._measure(grad)
-        return self.hands_on
+    def _measures(self, sweep: int) -> bool:
+        return self._measuring
 
 
 class _ClippedRows:
-    """Takes rows of a gradient in place of an optimizer: looks at them, or hands on what clipping
-    leaves of them."""
+    """Receives rows of a gradient in place of an optimizer, and measures them or hands them on
+    clipped."""
 
-    def __init__(self, clipper: Unclipped, taker: TakesRows):
-        self._clipper, self._taker = clipper, taker
+    def __init__(self, clipper: Unclipped, receiver: TakesRows):
+        self._clipper, self._receiver = clipper, receiver
 
     @property
     def sweeps(self) -> int:
-        return self._taker.sweeps if self._clipper.hands_on else 1
+        return self._receiver.sweeps if self._clipper.hands_on else 1
 
     def begin_rows(self, leaf: Tensor) -> None:
         if self._clipper.hands_on:
-            self._taker.begin_rows(leaf)
+            self._receiver.begin_rows(leaf)
 
     def rows(self, leaf: Tensor, start: int, stop: int, grad: Tensor, sweep: int) -> None:
         if self._clipper.clip(grad, sweep):
-            self._taker.rows(leaf, start, stop, grad, sweep)
+            self._receiver.rows(leaf, start, stop, grad, sweep)
 
     def end_rows(self, leaf: Tensor) -> None:
         if self._clipper.hands_on:
-            self._taker.end_rows(leaf)
+            self._receiver.end_rows(leaf)

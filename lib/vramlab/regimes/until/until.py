@@ -1,9 +1,9 @@
-"""Axis `until`: how long a gradient lives: to the end of the step, or only until backward has
-formed it.
+"""Axis `until`: how long a gradient lives: until the end of the step, or until backward has formed
+it.
 
-Inside backward a gradient need not even be whole: an optimizer that has `sweeps`, `begin_rows`,
-`rows` and `end_rows` (the protocol and its order stand in `rows`) is handed the gradients of
-embeddings and of a fused head some rows at a time, any other optimizer the whole gradient.
+Inside backward a gradient need not be whole: an optimizer that follows `row_protocol` receives the
+gradients of embeddings and of a fused head some rows at a time. Any other optimizer receives the
+whole gradient.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .row_protocol import TakesRows
 
 
 class Updater:
-    """The optimizers of one set of leaves, and what becomes of their state when the leaves go to
+    """Updates one set of leaves by its optimizers, and moves their state when the leaves go to
     rest."""
 
     runs = 1
-    """How often a step looks at each micro-batch: a forward, and what `take` makes of its loss."""
+    """How often a step runs each micro-batch: a forward, then `take` with its loss."""
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]):
         self.optimizers = optimizers
@@ -41,40 +41,39 @@ class Updater:
         """The leaves go to rest."""
 
     def begin(self, step: int, lr: float) -> None:
-        """A step of the training begins, with this learning rate."""
+        """A step begins, with this learning rate."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
     @contextmanager
     def run(self, number: int) -> Iterator[None]:
-        """Around one of `runs`, forward and all; they count from 0."""
+        """Around each of the `runs`, counted from 0, forward included."""
         yield
 
     def take(self, loss: Tensor) -> None:
-        """The loss (0-d, weighted by its micro-batch's share) of the run that is on: its gradients
-        are formed."""
+        """Form the gradients of the current run's loss (0-d, weighted by its micro-batch's
+        share)."""
         loss.backward()
 
     def gather(self) -> None:
-        """Whatever gradients are on their way have come: they may be read."""
+        """Wait for gradients that are still being copied, so that they may be read."""
 
     def apply(self) -> None:
-        """One update from the gradients that are there, which are then dropped."""
+        """Update once from the gradients that exist, and drop them."""
 
-    def taker(self, leaf: Tensor) -> TakesRows | None:
-        """Who takes the rows of `leaf`'s gradient as they are formed; None where its gradient has
-        to be whole."""
+    def row_receiver(self, leaf: Tensor) -> TakesRows | None:
+        """The receiver of the rows of `leaf`'s gradient; None if its gradient has to be whole."""
         return None
 
     def probes(self) -> list[dict]:
-        """What was measured of guessed gradients: one row a step and site, see
+        """Measurements of approximated gradients: one row for each step and site, see
         `regimes.grads.probes.Probes.rows`."""
         return []
 
     def state(self) -> Iterator[tuple[Tensor, str, Tensor]]:
-        """Every tensor of optimizer state: (leaf, what it is, the tensor, of a sharded one this
-        rank's piece)."""
+        """Every tensor of optimizer state: (leaf, key, tensor), of a sharded tensor this rank's
+        piece."""
         for optimizer in self.optimizers:
             for leaf, entry in optimizer.state.items():
                 for key, value in entry.items():
@@ -82,7 +81,7 @@ class Updater:
                         yield leaf, key, local(value)
 
     def move_state(self, observer: Observer, place: str) -> None:
-        """Copy all state to `place`: "host", or "device", which is where each leaf is."""
+        """Copy all state to `place`: "host", or "device" for the device of each leaf."""
         with observer.region(place):
             for optimizer in self.optimizers:
                 for leaf, entry in optimizer.state.items():
@@ -115,9 +114,8 @@ class _InBackward(Updater):
 
     def arm(self) -> None:
         for param, optimizer in zip(self._params, self.optimizers, strict=True):
-            self._handles.append(
-                param.register_post_accumulate_grad_hook(partial(self._use, optimizer))
-            )
+            hook = partial(self._use, optimizer)
+            self._handles.append(param.register_post_accumulate_grad_hook(hook))
 
     def begin(self, step: int, lr: float) -> None:
         self._clipper.begin()
@@ -127,18 +125,16 @@ class _InBackward(Updater):
         return self._clipper.run(number)
 
     def _use(self, optimizer: torch.optim.Optimizer, param: Tensor) -> None:
-        if param.grad is not None:  # else it was taken in rows, and torch says so by the same hook
+        if param.grad is not None:  # None: it was taken in rows, and torch calls the hook too
             if self._clipper.clip(param.grad):
                 optimizer.step()
             param.grad = None
 
-    def taker(self, leaf: Tensor) -> TakesRows | None:
+    def row_receiver(self, leaf: Tensor) -> TakesRows | None:
         optimizer = next(o for p, o in zip(self._params, self.optimizers, strict=True) if p is leaf)
-        return (
-            self._clipper.taker(optimizer)
-            if isinstance(optimizer, TakesRows) and not is_sharded(leaf)
-            else None
-        )
+        if isinstance(optimizer, TakesRows) and not is_sharded(leaf):
+            return self._clipper.wrap(optimizer)
+        return None
 
     def disarm(self) -> None:
         while self._handles:
@@ -146,18 +142,18 @@ class _InBackward(Updater):
 
 
 class _Scaled(_InBackward):
-    """The loss is multiplied before backward, and the step's learning rate divided."""
+    """Multiplies the loss before backward, and divides the step's learning rate."""
 
     _clipper: ScaledNorm
 
     def begin(self, step: int, lr: float) -> None:
         super().begin(step, lr)
-        self._begun = step, lr
+        self._step_and_lr = step, lr
 
     @contextmanager
     def run(self, number: int) -> Iterator[None]:
         with self._clipper.run(number):
-            step, lr = self._begun
+            step, lr = self._step_and_lr
             Updater.begin(self, step, lr * self._clipper.lr_factor)
             yield
 
@@ -167,7 +163,7 @@ class _Scaled(_InBackward):
 
 @dataclass(frozen=True)
 class Step:
-    """All gradients of a step exist together; one update reads and drops them at its end."""
+    """All gradients of a step exist together; one update at its end reads and drops them."""
 
     def updater(self, rule, params: list[nn.Parameter], lr: float) -> Updater:
         return _AtTheEnd([rule.make(params, lr)])
@@ -175,28 +171,27 @@ class Step:
 
 @dataclass(frozen=True)
 class Backward:
-    """Each gradient updates its weight the moment it is formed, and is dropped: one gradient alive
-    at a time, of embeddings and a fused head only some rows of it. With `rule: sgd` this is LOMO,
-    Lv 2024, arXiv:2306.09782. In lomo-optim the update of one tensor waits for the next tensor's
-    hook, so that two gradients live; here none waits. Its weight decay is `rule: {sgd:
-    {weight_decay: ...}}`.
+    """Each gradient updates its weight as soon as it is formed, and is dropped: one gradient is
+    alive at a time, and of embeddings and a fused head only some of its rows. With `rule: sgd` this
+    is LOMO, Lv 2024, arXiv:2306.09782. In lomo-optim the update of a tensor waits for the hook of
+    the next one, so two gradients are alive; here no update waits. LOMO's weight decay is `rule:
+    {sgd: {weight_decay: ...}}`.
 
-    `clip_norm` is LOMO's clipping: forward and backward are run twice, the first only for the norm
-    of all gradients. The published code keeps the first graph for the second backward; here it is
-    formed again, for one more forward: then each activation goes when backward has used it, and the
-    peak is that of one run. Other ways are in `clipping`.
+    `clip_norm` is LOMO's clipping: forward and backward run twice, the first time only for the norm
+    of all gradients. The published code keeps the first graph for the second backward. Here the
+    graph is formed again, by one more forward: so each activation is freed when backward has used
+    it, and the peak is that of one run. `clipping` has other ways.
     """
 
     clip_norm: Limit = 0.0
-    """Largest norm of the gradient of the active leaves; 0 leaves it alone."""
+    """Largest norm of the gradient of the active leaves; 0 is no limit."""
     norm: Literal["this", "last"] = "this"
-    """Whose norm `clip_norm` is held against: `this` step's, for which it is formed twice, or the
-    `last` one's."""
+    """The norm that `clip_norm` limits: that of `this` step, which then forms its gradients twice,
+    or of the `last` one."""
     clip_value: Limit = 0.0
-    """Largest absolute value of a number of a gradient; 0 leaves it alone."""
+    """Largest absolute value of a number of a gradient; 0 is no limit."""
     loss_scale: Annotated[float, Range(0, 2.0**40)] = 0.0
-    """What a loss is multiplied by at first, for gradients in fp16; then dynamic, see `clipping`. 0
-    leaves it alone."""
+    """Initial factor of the loss, for gradients in fp16, see `clipping`; 0 is no scaling."""
 
     def updater(self, rule, params: list[nn.Parameter], lr: float) -> Updater:
         kind = _Scaled if self.loss_scale else _InBackward
