@@ -209,7 +209,7 @@ def test_a_history_that_is_full_or_began_late_is_said(events, before, said):
     one = Recorder(history=History(), max_entries=5)
     one.recording = Its(snapshot=Its(events=[None] * events), before=before)
     one._look_back()
-    assert len(one.said) == said
+    assert len(one.notes) == said
 
 
 # the beginning of a trace -------------------------------------------------------------------------
@@ -333,7 +333,7 @@ def test_whose_process_it_is(monkeypatch, host, found, told):
     monkeypatch.setattr(nvml_process, "in_host_namespace", lambda: host)
     monkeypatch.setattr(nvml_process.os, "getpid", lambda: 7)
     monkeypatch.setattr(nvml_process, "_probe", lambda processes, held: "probed")
-    assert nvml_process._tell(found, None, "cuda") == told
+    assert nvml_process._recognize(found, None, "cuda") == told
 
 
 def test_a_peak_is_over_the_baseline_and_never_under_it():

@@ -59,7 +59,7 @@ class Allocator:
 
     `capacity_bytes`: how much the allocator may take of the device; None: without limit.
     `device_bytes`: the device's whole memory, of which settings take shares; by default the
-    capacity. Keys name allocations; the key of one that is alive cannot be used again.
+    capacity. Keys name allocations; a key cannot be used again while its allocation is alive.
     `allocated_bytes` is what is handed out, `num_alloc_retries` counts the requests for which
     cached memory had to be returned to the driver.
     """

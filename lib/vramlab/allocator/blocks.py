@@ -18,7 +18,7 @@ SLOTS, SLOT_BYTES = 1 << 20, 1 << 45
 
 
 class Block:
-    """A stretch of one segment. `active`: handed out, or freed and still awaited by another stream.
+    """A stretch of a segment. `active`: handed out, or freed and still awaited by another stream.
     `origin`: the address from which its segment's pages are counted. `mapped`: backed by memory;
     only expandable segments have blocks that are not. `born`: when it became free, in searches.
     """
@@ -71,7 +71,7 @@ class Block:
 
 
 class Pool:
-    """The free blocks of one stream and one size class, ordered by (size, address) as `std::set`
+    """The free blocks of a stream and size class, ordered by (size, address) as `std::set`
     orders them. `searches` is shared by the pools of a class: it counts the searches, the clock of
     garbage collection."""
 

@@ -185,7 +185,7 @@ def _event(entry, number: int) -> Event | None:
 
 
 def _segments(entries: list, device: int) -> tuple[Segment, ...]:
-    """Those of one device; old snapshots do not name it."""
+    """The segments of `device`; old snapshots do not name devices."""
     return tuple(
         _segment(entry, number)
         for number, entry in enumerate(entries)
@@ -232,8 +232,8 @@ def _settings(raw: dict) -> str:
 
 
 def _get(entry, key: str, kind: type, owner: str, allowed: Container | None = None):
-    """`entry[key]`. Raises: ValueError, for another type (True is no number) and for what is not
-    `allowed`."""
+    """`entry[key]`. Raises: ValueError, for a value of another type (True is no number) or one that
+    is not among those `allowed`."""
     value = entry.get(key) if isinstance(entry, dict) else None
     if type(value) is not kind or not (allowed is None or value in allowed):
         has = f"{key} {reprlib.repr(value)}" if isinstance(entry, dict) else "no fields"

@@ -1,4 +1,4 @@
-"""What was recorded of one run on CUDA, and the timeline in it: the meter's columns, from torch's
+"""What was recorded of a run on CUDA, and the timeline in it: the meter's columns, from torch's
 own allocator history.
 
 A recording is torch's snapshot and what the trainer declared while it was made: *marks*, a numbered
@@ -41,7 +41,7 @@ PREFIX = "vramlab:"  # of a mark's number in an entry's metadata
 
 @dataclass(frozen=True)
 class Mark:
-    """A moment at which something changed. `span` counts stretches of one phase; `time_us` is since
+    """A moment at which something changed. `span` counts stretches of the same phase; `time_us` is since
     the epoch."""
 
     step: int
@@ -264,8 +264,8 @@ def _read_lives(recording: Recording) -> tuple[list[_Life], list[_Row]]:
 
 
 def _untouched(snapshot: Snapshot, alive: Mapping[int, _Life]) -> Iterator[tuple[int, int, int]]:
-    """(address, bytes, stream) of what was there before the history and still is: only the block's
-    size is known."""
+    """(address, bytes, stream) of allocations from before the history that are still alive: only
+    the block's size is known of them."""
     for segment in snapshot.segments if snapshot.events else ():
         for piece in segment.pieces:
             if piece.state == "active_allocated" and piece.address not in alive:

@@ -134,7 +134,7 @@ def as_recorded(frame: pd.DataFrame, settings: Settings = Settings()) -> tuple[R
 
     It is no measurement: its `source` is "simulated". It has the names that a history can know: of
     modules, those that ran forward. The category of an undeclared storage is inferred from its
-    lifetime again, and two stretches of one phase are distinct only where another phase lies
+    lifetime again, and two stretches of a phase are distinct only where another phase lies
     between them.
     """
     history, marks, declared, mark, span = HistoryAllocator(settings), [], [], None, -1
