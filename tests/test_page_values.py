@@ -106,7 +106,7 @@ def test_what_is_predicted_to_fit_is_told_only_where_it_was_asked():
 
 
 def test_sections_are_there_only_for_what_there_is(monkeypatch):
-    monkeypatch.setattr(html, "evidence_words", lambda found: [f" {at} " for at in range(9)])
+    monkeypatch.setattr(html, "evidence_lines", lambda found: [f" {at} " for at in range(9)])
     lost = SimpleNamespace(name="full", result={"oom": {"x": 1}})
     (section,) = html._ran_out([lost, SimpleNamespace(name="lora", result={})])
     assert section.said == [f"full, {at}" for at in range(6)] and section.title == "Out of memory"

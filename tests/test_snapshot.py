@@ -20,7 +20,8 @@ import pytest
 
 from slow_allocator import MIB, Full, SlowAllocator
 from vramlab.allocator.replay import Divergence, Replay, replay_file
-from vramlab.allocator.snapshot import _DataOnly, read_snapshot
+from vramlab.allocator.safe_pickle import _DataOnly
+from vramlab.allocator.snapshot import read_snapshot
 from vramlab.cli import main
 
 BASE, RECORDED = 0x7F0000000000, Path(__file__).parent / "recorded" / "snapshots"

@@ -69,7 +69,7 @@ def measure(cell: Mapping) -> dict:
         "nvml_used_bytes": _largest(samples["used_bytes"]),
         "nvml_process_bytes": _largest(samples["process_bytes"]),
         "energy": dataclasses.asdict(sampler.energy_j(*window)),
-        "said": [*recorded["said"], *sampler.said],
+        "said": [*recorded["said"], *sampler.notes],
     }
 
 

@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from ..runs.folder import Run
 from ..timeline import events as timeline
 from ..timeline.agreement import Agreement, Divergence
-from ..timeline.ledger import NOT_AVAILABLE, Ledger
+from ..timeline.byte_ledger import NOT_AVAILABLE, Ledger
+from ..timeline.thin import highest_of_bins
 from .figures import COLORS, PHASES, _figure, timelines
 from .tables import MIB
 
@@ -152,14 +152,13 @@ def overlay(found: Agreement, name: str, other: str, points: int = 500) -> go.Fi
 def _thinned(curve: pd.DataFrame, points: int) -> pd.DataFrame:
     """Of each bin the highest of either side and the largest difference, so that no peak is
     lost."""
-    bins = np.arange(len(curve)) * points // max(1, len(curve))
-    sizes = curve.assign(error_bytes=curve["error_bytes"].abs()).groupby(bins)
+    sizes = curve.assign(error_bytes=curve["error_bytes"].abs())
     keep = {
         at
         for column in ("measured_bytes", "predicted_bytes", "error_bytes")
-        for at in sizes[column].idxmax()
+        for at in highest_of_bins(sizes[column], points)
     }
-    return curve.loc[sorted(keep)].reset_index(drop=True)
+    return curve.iloc[sorted(keep)].reset_index(drop=True)
 
 
 def agreement_words(found: Agreement) -> list[str]:

@@ -9,6 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ..runs.folder import Run
+from ..timeline.events import alive_rows
 from . import tables
 
 COLORS = {
@@ -363,11 +364,8 @@ def matrix_of(runs: Sequence[Run], scoring: str) -> go.Figure:
 def alive_at(frame: pd.DataFrame, event: int, most: int = 12) -> go.Figure:
     """What is alive after event number `event` of a timeline, grouped by module and category,
     largest first."""
-    until = frame.iloc[: event + 1]
-    until = until[until["category"] != "host"]
-    signed = until["bytes"].where(until["event"] == "alloc", -until["bytes"])
-    alive = signed.groupby([until["module"], until["category"]]).sum().sort_values(ascending=False)
-    alive = alive[alive > 0].head(most)[::-1]
+    owners = alive_rows(frame, event).groupby(["module", "category"], observed=True)["bytes"]
+    alive = owners.sum().sort_values(ascending=False).head(most)[::-1]
     at = frame.iloc[event]
     figure = _figure(
         f"Alive after event {event}: {at['live_bytes'] / tables.MIB:.2f} MiB, step {at['step']},"

@@ -15,7 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from ..capture.oom import evidence_words
+from ..capture.oom import evidence_lines
 from ..files import write_whole
 from ..runs.folder import Run, read_runs
 from ..studies import gallery
@@ -193,7 +193,7 @@ def _ran_out(runs: Sequence[Run]) -> list[Section]:
                 said=[
                     f"{name}, {line.strip()}"
                     for name, found in records.items()
-                    for line in (*evidence_words(found)[:6], *_fitting(found))
+                    for line in (*evidence_lines(found)[:6], *_fitting(found))
                 ],
             )
         ]

@@ -9,6 +9,7 @@ import pandas as pd
 
 from ..factcc.statistics import compare, holm
 from ..runs.folder import Run
+from ..timeline import thin
 
 MIB = 2**20
 REFERENCE = "full"
@@ -172,23 +173,17 @@ def curve(run: Run, points: int = 500) -> pd.DataFrame:
     `event`, `step`, `phase` and `live`. Of each bin of events the highest is kept, so the peak
     survives."""
     frame = run.timeline
-    signed = frame["bytes"].where(frame["event"] == "alloc", -frame["bytes"])
-    device = frame["category"] != "host"
+    columns = {name: sizes / MIB for name, sizes in thin.category_curves(frame).items()}
     wide = pd.DataFrame(
         {
-            category: (signed * ((frame["category"] == category) & device)).cumsum() / MIB
-            for category in frame.loc[device, "category"].unique()
+            **columns,
+            "event": np.arange(len(frame)),
+            "step": frame["step"],
+            "phase": frame["phase"],
+            "live": frame["live_bytes"] / MIB,
         }
     )
-    wide["event"], wide["step"], wide["phase"] = (
-        np.arange(len(frame)),
-        frame["step"],
-        frame["phase"],
-    )
-    wide["live"] = frame["live_bytes"] / MIB
-    bins = np.arange(len(frame)) * points // max(1, len(frame))
-    keep = wide.groupby(bins)["live"].idxmax()
-    return wide.loc[keep].reset_index(drop=True)
+    return wide.iloc[thin.highest_of_bins(wide["live"], points)].reset_index(drop=True)
 
 
 def would_fit(runs: Sequence[Run]) -> pd.DataFrame:

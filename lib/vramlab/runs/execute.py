@@ -179,7 +179,7 @@ def _learned(
 
 def _keep_samples(sampler: Sampler, folder: Path) -> dict:
     """Write `nvml.parquet`; return its peaks. A disk without room for it does not end the run."""
-    frame, notes = sampler.frame(), sampler.said
+    frame, notes = sampler.frame(), sampler.notes
     try:
         if len(frame):
             write_table(frame, folder / "nvml.parquet")

@@ -155,7 +155,7 @@ def _history() -> Answer:
 
 def _nvml(reader: nvml.Reader) -> Answer:
     if reader.card:
-        missing = [text for text in reader.said if not text.startswith(("process_b", "energy_j"))]
+        missing = [text for text in reader.notes if not text.startswith(("process_b", "energy_j"))]
         return True, "; ".join([f"{reader.card}, driver {reader.driver}", *missing]), ""
     try:
         count = nvml.library().nvmlDeviceGetCount()
@@ -167,13 +167,13 @@ def _nvml(reader: nvml.Reader) -> Answer:
         )
     return (
         False,
-        f"cards that the driver has: {count}; {'; '.join(reader.said)}",
+        f"cards that the driver has: {count}; {'; '.join(reader.notes)}",
         "a torch that sees the card",
     )
 
 
 def _process_memory(reader: nvml.Reader) -> Answer:
-    missing = [text for text in reader.said if text.startswith("process_bytes")]
+    missing = [text for text in reader.notes if text.startswith("process_bytes")]
     missing += [] if reader.card else ["no card is read"]
     return (
         not missing,
@@ -188,7 +188,7 @@ def _energy(reader: nvml.Reader) -> Answer:
         return True, "the card's counter, for windows of 2 s and more", ""
     if sample["power_w"] is not None:
         return True, "power, integrated; this card has no counter", ""
-    missing = [text for text in reader.said if text.startswith(("energy_j", "power_w"))]
+    missing = [text for text in reader.notes if text.startswith(("energy_j", "power_w"))]
     return False, "; ".join(missing) or "no card is read", "a card since Volta, whole"
 
 

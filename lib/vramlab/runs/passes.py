@@ -24,7 +24,7 @@ from ..regimes.place.place import Fsdp, alone
 from ..regimes.regime import Regime
 from ..regimes.trains.adapters import link
 from ..timeline import events as timeline
-from ..timeline.ledger import Ledger, ledger, sample_at
+from ..timeline.byte_ledger import Ledger, ledger, sample_at
 from ..timeline.sides import sides
 from ..training.trainer import Batch, Trainer
 from .parameters import resolve
@@ -86,7 +86,7 @@ def meter(prepared: Prepared) -> Metered:
         result["recorder"] = {
             **watcher.result(),
             "steps": watcher.peaks,
-            "said": [*watcher.said, *sampler.said],
+            "said": [*watcher.notes, *sampler.notes],
         }
         before_bytes = watcher.recording.reserved_before_bytes
         result["ledger"] = device_ledger(frame, before_bytes, sampler.frame()).to_json()
