@@ -95,7 +95,7 @@ def test_the_matrix_has_every_domain_for_every_run_and_judge(runs):
             "majority",
         ]
         assert all(cell is not None for row in heat.z for cell in row)
-        home = tables.in_domain(_by_name(runs)["full"]).set_index("scoring").loc[scoring, "value"]
+        home = tables.in_domain(_by_name(runs)["full"]).loc[scoring, "value"]
         assert heat.z[1][0] == pytest.approx(home, abs=1e-4)
 
 
@@ -112,7 +112,7 @@ def test_checkpoint_lies_on_full_and_differs_from_it_by_nothing(runs):
 
 def test_takeaways_hold_the_runs_own_figures_and_failures(runs):
     said = " ".join(words.takeaways(runs))
-    full = tables.in_domain(_by_name(runs)["full"]).set_index("scoring")
+    full = tables.in_domain(_by_name(runs)["full"])
     assert (
         "lora (oom: no room <here>)" in said
         and f"full reaches {full.loc['yesno', 'value']:.3f}" in said
@@ -134,7 +134,7 @@ def test_the_page_is_small_whole_and_asks_for_nothing(page):
     assert page.stat().st_size < 8_000_000 and "default-src 'none'" in text
     assert not re.search(r"(?:src|href)\s*=\s*['\"]?(?:https?:)?//", text.split("id=plotly>")[0])
     for drawn in re.findall(
-        r"<script type='application/json' id=figure\d+>(.*?)</script>", text, re.S
+        r'<script type="application/json" id=figure\d+>(.*?)</script>', text, re.S
     ):
         assert json.loads(drawn.replace("<\\/", "</"))["config"]["showSendToCloud"] is False
     assert "no room &lt;here&gt;" in text and "<here>" not in text

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from baichuan2 import GIB, HEADS, LAST, ladder, power_law, pretraining
-from vramlab.report.figures import dressed
+from vramlab.report.style import finish_figure
 from vramlab.studies.study import Lab
 
 COLORS = {"NormHead": "#4e79a7", "linear": "#e15759"}
@@ -51,7 +51,7 @@ def curves(lab: Lab) -> go.Figure:
     figure.update_yaxes(title_text="cross-entropy, nats (log)", col=1)
     figure.update_xaxes(title_text="step")
     figure.update_annotations(font_size=13)
-    return dressed(
+    return finish_figure(
         figure, "Pre-training from random weights; dashed: the frequencies of tokens", LEARNED, 260
     )
 
@@ -99,7 +99,7 @@ def ends(lab: Lab) -> go.Figure:
             )
     figure.update_xaxes(type="log", title_text="learning rate")
     figure.update_annotations(font_size=13)
-    return dressed(figure, "What a learning rate ends in", LEARNED, 260)
+    return finish_figure(figure, "What a learning rate ends in", LEARNED, 260)
 
 
 def stability(lab: Lab) -> pd.DataFrame:
@@ -159,7 +159,7 @@ def rungs(lab: Lab) -> go.Figure:
     )
     figure.update_xaxes(type="log", title_text="parameters beside embedding and head")
     figure.update_yaxes(title_text=f"cross-entropy, last {LAST:.0%} of the steps, nats")
-    return dressed(figure, "The ladder, an eighth as wide, on the same tokens", LEARNED, 260)
+    return finish_figure(figure, "The ladder, an eighth as wide, on the same tokens", LEARNED, 260)
 
 
 def shapes(lab: Lab) -> pd.DataFrame:
@@ -223,7 +223,7 @@ def collisions(lab: Lab) -> go.Figure:
     figure.update_xaxes(type="log", title_text="slope of the head")
     figure.update_yaxes(rangemode="tozero")
     figure.update_annotations(font_size=13)
-    return dressed(
+    return finish_figure(
         figure, f"ALiBi's {longest['length'].iloc[0]:,} distances in bf16", "computed", 240
     )
 
@@ -245,7 +245,7 @@ def attention(lab: Lab) -> go.Figure:
         )
     figure.update_xaxes(type="log", title_text="slope of the head")
     figure.update_yaxes(type="log", title_text="share of attention moved (log)")
-    return dressed(
+    return finish_figure(
         figure,
         "What a rounded ALiBi table does to attention",
         "computed, mean over drawn scores",
@@ -267,7 +267,7 @@ def rotary(lab: Lab) -> go.Figure:
         )
     figure.update_xaxes(title_text="every position moved up by", type="category")
     figure.update_yaxes(title_text="share of answers that change", range=[-0.02, 0.6])
-    return dressed(
+    return finish_figure(
         figure, "Rotary positions in bf16: what is rounded", "computed, the trained tiny model", 240
     )
 
@@ -295,7 +295,7 @@ def head(lab: Lab) -> go.Figure:
             )
     figure.update_yaxes(title_text="GiB beside weight and input", col=1)
     figure.update_annotations(font_size=13)
-    return dressed(figure, "What forming the loss takes", "predicted", 240)
+    return finish_figure(figure, "What forming the loss takes", "predicted", 240)
 
 
 def steps(lab: Lab) -> pd.DataFrame:

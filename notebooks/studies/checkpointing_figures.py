@@ -22,7 +22,7 @@ from checkpointing import (
     timed,
     trained,
 )
-from vramlab.report.figures import dressed
+from vramlab.report.style import finish_figure
 from vramlab.studies.claims import ALPHA
 from vramlab.studies.estimates import Figure
 
@@ -99,7 +99,7 @@ def lines(
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title_text=y, col=1)
     figure.update_annotations(font_size=13)
-    return dressed(figure, title, kind, 240)
+    return finish_figure(figure, title, kind, 240)
 
 
 def bytes_by_length(lab) -> go.Figure | None:
@@ -264,7 +264,7 @@ def scores(lab) -> go.Figure | None:
     figure.add_hline(0.5, line_dash="dot", line_width=1)
     figure.update_yaxes(title_text="balanced accuracy", col=1)
     figure.update_annotations(font_size=13)
-    return dressed(
+    return finish_figure(
         figure,
         "Scores by precision and shift; bars: 95 %, seeds and items (base: items)",
         "learned",

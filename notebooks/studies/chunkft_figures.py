@@ -12,8 +12,7 @@ from plotly.subplots import make_subplots
 
 from chunkft import CHUNKED, DENSE, GIB, by_chunks, distances, forecasts
 from chunkft_trajectories import EVERY
-from vramlab.report.figures import dressed
-from vramlab.report.forecast_figures import COLORS
+from vramlab.report.style import PREDICTED_COLORS, finish_figure
 from vramlab.studies.estimates import Figure, by_seed
 from vramlab.studies.study import Lab
 
@@ -111,7 +110,7 @@ def count(lab: Lab) -> go.Figure:
         annotation_text=f"{published} published, of a smaller 7B",
         annotation_position="bottom right",
     )
-    return dressed(
+    return finish_figure(
         figure,
         "What K costs and saves. Bars: 95%, of accuracy seeds and items, of loss seeds",
         "learned on tiny, tokens equal; bytes predicted",
@@ -150,7 +149,7 @@ def apart(lab: Lab) -> go.Figure:
     figure.update_xaxes(title_text="share of the steps", row=1, col=1)
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title_text="distance / way gone from the base", col=1)
-    return dressed(
+    return finish_figure(
         figure, "How far apart the weights are. Bars: 95%, seeds", "learned on tiny", 250
     )
 
@@ -207,7 +206,7 @@ def budgets(lab: Lab) -> go.Figure:
             )
     figure.update_xaxes(type="log", row=1, col=3)
     figure.update_yaxes(title_text="loss", col=1)
-    return dressed(
+    return finish_figure(
         figure,
         "Loss at equal budgets: one schedule each, so readings in mid-run have not cooled down",
         "learned on tiny; means of the seeds, no interval",
@@ -227,7 +226,7 @@ def intervals(lab: Lab) -> go.Figure:
         )
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text="loss")
-    return dressed(
+    return finish_figure(
         figure,
         "Updates before the next chunk",
         "learned on tiny; means of the seeds, no interval",
@@ -245,7 +244,7 @@ def budget_7b(lab: Lab) -> go.Figure:
     ]
     ledgers = [json.loads(said) for part in (shapes, peers) if len(part) for said in part["ledger"]]
     figure = go.Figure()
-    for category, color in COLORS.items():
+    for category, color in PREDICTED_COLORS.items():
         sizes = [ledger.get(category, 0) / GIB for ledger in ledgers]
         if category not in ("cached", "context") and max(sizes, default=0) > 0.005:
             figure.add_bar(
@@ -266,7 +265,7 @@ def budget_7b(lab: Lab) -> go.Figure:
     figure.update_yaxes(autorange="reversed", automargin=True)
     figure.update_xaxes(title_text="GiB at the peak of allocated bytes")
     figure.update_layout(barmode="stack")
-    return dressed(
+    return finish_figure(
         figure,
         "1,024 tokens, bf16, blocks checkpointed, head fused",
         "predicted",

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from gradient_approximation import COMPARED, TABLE, probes_of, rows_of, seconds
-from vramlab.report.figures import dressed
+from vramlab.report.style import finish_figure
 from vramlab.runs.parameters import KNOWN_PARAMETERS
 from vramlab.studies.estimates import Figure, NotRun
 from vramlab.studies.study import Lab
@@ -138,7 +138,7 @@ def against(
         return None
     figure.update_xaxes(title_text=x)
     figure.update_yaxes(title_text=y)
-    return dressed(figure, title, LEARNED, 280)
+    return finish_figure(figure, title, LEARNED, 280)
 
 
 def _bars(said: Sequence[Figure]) -> dict:
@@ -242,7 +242,7 @@ def shift(lab: Lab) -> go.Figure | None:
     figure.update_layout(barmode="group")
     figure.update_xaxes(title_text="shift")
     figure.update_yaxes(title_text="balanced accuracy", range=[0.4, 1])
-    return dressed(figure, "New passages, new words, another domain", LEARNED, 280)
+    return finish_figure(figure, "New passages, new words, another domain", LEARNED, 280)
 
 
 def curves(lab: Lab) -> go.Figure | None:
@@ -282,7 +282,7 @@ def curves(lab: Lab) -> go.Figure | None:
     figure.update_xaxes(title_text="tokens", col=1)
     figure.update_xaxes(title_text="seconds of training", col=2)
     figure.update_yaxes(title_text="training loss", col=1)
-    return dressed(figure, "Loss", "learned and measured on this CPU, mean of seeds", 260)
+    return finish_figure(figure, "Loss", "learned and measured on this CPU, mean of seeds", 260)
 
 
 def cosines(lab: Lab) -> go.Figure | None:
@@ -322,7 +322,7 @@ def cosines(lab: Lab) -> go.Figure | None:
         return None
     figure.update_xaxes(title_text="step", col=2)
     figure.update_yaxes(title_text="cosine", range=[-0.2, 1.05])
-    return dressed(
+    return finish_figure(
         figure,
         "How near the guess is to the gradient",
         "measured on the batch of the step, mean of seeds",
@@ -352,7 +352,7 @@ def times(lab: Lab) -> go.Figure | None:
         return None
     figure.update_xaxes(title_text="tokens of a row")
     figure.update_yaxes(title_text="step time, of full's", rangemode="tozero")
-    return dressed(
+    return finish_figure(
         figure, "Step time against length", "measured on this CPU; bars: 95 %, repeats", 260
     )
 

@@ -11,8 +11,7 @@ from plotly.subplots import make_subplots
 
 from lomo import DOMAIN, memory, rates
 from vramlab.report import notebook
-from vramlab.report.figures import dressed
-from vramlab.report.forecast_figures import COLORS
+from vramlab.report.style import PREDICTED_COLORS, finish_figure
 from vramlab.studies.estimates import Figure, NotRun
 
 RULES = {"LOMO": "#4e79a7", "AdaLomo": "#59a14f", "AdamW": "#e15759"}
@@ -101,7 +100,7 @@ def _ledgers(tables: dict[str, pd.DataFrame], quoted: dict[int, float]) -> go.Fi
             + (", fused head" if row.head == "fused" else "")
             for row in table.itertuples()
         ]
-        for category, color in COLORS.items():
+        for category, color in PREDICTED_COLORS.items():
             if category in table and table[category].max() > 0.05:
                 new = not any(trace.name == category for trace in figure.data)
                 figure.add_bar(
@@ -130,7 +129,7 @@ def _ledgers(tables: dict[str, pd.DataFrame], quoted: dict[int, float]) -> go.Fi
     figure.update_xaxes(title_text="GiB at the peak", rangemode="tozero")
     figure.update_layout(barmode="stack")
     figure.update_annotations(font_size=13)
-    return dressed(figure, "What is alive at the peak", "predicted", 300)
+    return finish_figure(figure, "What is alive at the peak", "predicted", 300)
 
 
 def cards(lab) -> Shown:
@@ -186,7 +185,7 @@ def learning_rates(lab) -> Shown:
     drawn.update_xaxes(type="log", title_text="learning rate over the middle of the rates tried")
     drawn.update_yaxes(title_text="balanced accuracy")
     return [
-        dressed(drawn, "A learning rate's worth, at equal tokens", LEARNED, 260),
+        finish_figure(drawn, "A learning rate's worth, at equal tokens", LEARNED, 260),
         shown,
         _differences(
             lab, [name for name in lab.figures if "_minus_" in name or name.startswith("rate_drop")]
@@ -267,7 +266,7 @@ def clippings(lab) -> Shown:
             _points(drawn, [lr for lr, _ in its], [figure for _, figure in its], way, color)
     drawn.update_layout(scattermode="group")
     drawn.update_yaxes(title_text="balanced accuracy")
-    found: list = [dressed(drawn, "LOMO's ways of clipping, at equal tokens", LEARNED, 260)]
+    found: list = [finish_figure(drawn, "LOMO's ways of clipping, at equal tokens", LEARNED, 260)]
     names = [name for name in lab.figures if name.endswith(("against_norm", "high_rate"))]
     return [*found, _differences(lab, names)] if names else found
 
@@ -306,7 +305,7 @@ def halves(lab) -> Shown:
         if len(its):
             _points(drawn, [name], [lab.records.balanced(its, DOMAIN)], name, color)
     drawn.update_yaxes(title_text="balanced accuracy")
-    found: list = [dressed(drawn, "LOMO in half types, at equal tokens", LEARNED, 260)]
+    found: list = [finish_figure(drawn, "LOMO in half types, at equal tokens", LEARNED, 260)]
     compared = [
         name for name in ("fp16_against_bf16", "loss_scale_against_none") if name in lab.figures
     ]
@@ -355,7 +354,7 @@ def seconds(lab) -> Shown:
         if name.startswith("time_of_")
     ]
     return [
-        dressed(
+        finish_figure(
             drawn,
             "Step time, tiny model, all with checkpointing and a fused head",
             "measured on this CPU",

@@ -9,9 +9,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from vramlab.report.figures import dressed
-from vramlab.report.forecast_figures import COLORS, RESERVED
 from vramlab.report.forecast_tables import GIB
+from vramlab.report.rank_figures import RESERVED
+from vramlab.report.style import PREDICTED_COLORS, finish_figure
 
 EVENTS = {
     "": "#bab0ac",
@@ -45,7 +45,7 @@ def ledger(cells: Mapping[str, Mapping], counts: Mapping) -> go.Figure:
     figure = make_subplots(
         1, 2, shared_yaxes=True, column_widths=[0.74, 0.26], horizontal_spacing=0.03
     )
-    for category, color in COLORS.items():
+    for category, color in PREDICTED_COLORS.items():
         sizes = [cell["ledger"].get(category, 0) for cell in cells.values()]
         if any(
             its >= cell["requested_bytes"] / 1000
@@ -92,7 +92,7 @@ def ledger(cells: Mapping[str, Mapping], counts: Mapping) -> go.Figure:
         title_text="updates a parameter, 1,000 steps", range=[0, 1080], row=1, col=2
     )
     figure.update_layout(barmode="stack")
-    return dressed(
+    return finish_figure(
         figure, "What is alive at the peak, and what it buys", "predicted", 40 + 36 * len(names)
     )
 
@@ -142,7 +142,7 @@ def stalls(frame: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title_text="step time, ms", col=1)
     figure.update_annotations(font_size=13)
-    return dressed(figure, "Step time, tiny model", "measured on this CPU", 170)
+    return finish_figure(figure, "Step time, tiny model", "measured on this CPU", 170)
 
 
 def table(cells: Mapping[str, Mapping], counts: Mapping, quotes: Mapping) -> pd.DataFrame:
