@@ -3,8 +3,6 @@ runs are."""
 
 from __future__ import annotations
 
-import math
-
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -16,9 +14,10 @@ from vramlab.allocator.settings import Settings
 from vramlab.capture.meter import COLUMNS
 from vramlab.capture.simulated_recording import as_recorded
 from vramlab.regimes.regime import read_regimes
-from vramlab.timeline.agreement import PEAKS, compare, errors, summary
+from vramlab.timeline.accuracy import summary
+from vramlab.timeline.agreement import compare
 from vramlab.timeline.align import align, joined
-from vramlab.timeline.ledger import ledger, sample_at
+from vramlab.timeline.byte_ledger import ledger, sample_at
 from vramlab.timeline.reserved import through_allocator
 
 REGIMES = read_regimes()
@@ -61,7 +60,7 @@ def test_backward_gets_its_names_from_the_same_steps_seen_from_inside(name):
     metered, recorder, _ = recorded(REGIMES[name])
     frame = recorder.frame()
     found = joined(frame, metered)
-    assert (found.share, found.bytes_share, found.backward_bytes_share) == (1.0, 1.0, 1.0)
+    assert (found.share, found.bytes_share) == (1.0, 1.0)
     wanted = metered[(metered["category"] != "host") & (metered["bytes"] > 0)].reset_index(
         drop=True
     )
@@ -342,13 +341,9 @@ def test_a_share_of_nothing_is_no_error_and_a_small_one_is_within_tolerance():
         {"predicted_allocated_bytes": 5, "measured_allocated_bytes": 0},
         {"predicted_reserved_bytes": 0, "measured_reserved_bytes": 8},
     ]
-    table = errors(nothing)
-    assert (
-        math.isnan(table["allocated"][0])
-        and table["reserved"][1] == -1
-        and list(table) == ["regime", *PEAKS]
-    )
-    assert list(errors([])) == ["regime", *PEAKS]
+    found = summary(nothing)
+    assert (found["allocated"]["n"], found["reserved"]["n"]) == (0, 1)
+    assert (found["reserved"]["worst_error"], found["reserved"]["under_rate"]) == (1.0, 1.0)
     sizes = [(1000, 1000), (995.5, 1000), (994, 1000), (1010, 1000)]
     rows = [
         {"predicted_nvml_bytes": predicted, "measured_nvml_bytes": measured}
@@ -390,9 +385,6 @@ def test_errors_over_runs_are_of_what_was_measured_only():
             "measured_fits": False,
         },
     ]
-    assert errors(rows)["allocated"].tolist()[:2] == pytest.approx([0.01, -0.01]) and math.isnan(
-        errors(rows)["allocated"][2]
-    )
     found = summary(rows)
     assert found["allocated"] == pytest.approx(
         {
@@ -436,9 +428,7 @@ def test_the_ledger_closes_and_prints_the_rest():
         [],
     )
     assert sum(found.parts.values()) + found.rest == found.used == found.rows()[-1][1]
-    assert "measured before the first tensor" in found.words() and found.words().splitlines()[
-        -1
-    ].startswith("used (driver)")
+    assert found.context_source == "measured before the first tensor"
 
 
 def test_what_was_not_measured_is_not_nothing():
@@ -452,7 +442,7 @@ def test_what_was_not_measured_is_not_nothing():
         found.used,
         found.rest,
     ) == (None,) * 6
-    assert found.words().count("N/A") == 6 and found.rest_name == "the rest"
+    assert sum(size is None for _, size in found.rows()) == 6 and found.rest_name == "the rest"
     told = ledger(metered, sample={"used_bytes": 10**9, "process_bytes": float("nan")})
     assert told.rest_name == "the rest, with rounding, cached, context, other processes in it"
     assert told.rest == 10**9 - sum(told.categories.values())

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from vramlab.timeline.ledger import Ledger, ledger, sample_at
+from vramlab.timeline.byte_ledger import Ledger, ledger, sample_at
 
 KNOWN = {"rounding": 7, "cached": 64, "context": 500, "other_processes": 1000}
 
@@ -28,31 +28,16 @@ def test_the_rest_is_what_is_used_less_exactly_the_known_parts(unknown):
 
 def test_without_the_drivers_figure_there_is_no_rest():
     found = Ledger({"weights": 300}, **{**KNOWN, "context": None}, used=None)
-    assert found.rest is None and found.rest_name == "the rest" and found.words().count("N/A") == 3
+    assert found.rest is None and found.rest_name == "the rest"
+    assert [name for name, size in found.rows() if size is None] == [
+        "context",
+        "the rest",
+        "used (driver)",
+    ]
 
 
 def test_parts_that_overlap_leave_a_negative_rest():
     assert Ledger({"weights": 300}, 0, 0, 0, 0, used=299).rest == -1
-
-
-def test_words_are_in_mib_and_name_where_the_context_is_from():
-    lines = (
-        Ledger({"weights": 3 << 19}, 0, None, 2 << 20, 1 << 30, 5 << 30, "a report")
-        .words()
-        .splitlines()
-    )
-    assert [line.split()[-2:] for line in lines if "N/A" not in line] == [
-        ["1.5", "MiB"],
-        ["0.0", "MiB"],
-        ["2.0", "MiB"],
-        ["1,024.0", "MiB"],
-        ["4,092.5", "MiB"],
-        ["5,120.0", "MiB"],
-    ]
-    assert [line.startswith("context (a report) ") for line in lines] == [
-        name == 3 for name in range(7)
-    ]
-    assert "a report" not in Ledger({}, 0, 0, None, 0, 0, "a report").words()
 
 
 def _timeline(**columns) -> pd.DataFrame:

@@ -21,8 +21,8 @@ from vramlab.runs import passes
 from vramlab.runs.execute import execute
 from vramlab.runs.folder import Run
 from vramlab.timeline.agreement import compare
+from vramlab.timeline.byte_ledger import ledger
 from vramlab.timeline.events import peak_event, peak_owners
-from vramlab.timeline.ledger import ledger
 
 LOMO = Path(__file__).parent / "recorded" / "lomo"
 REGIMES = read_regimes()

@@ -9,7 +9,7 @@ import pandas as pd
 from test_figure_values import MIB, points
 from vramlab.report import comparison as measured
 from vramlab.timeline.agreement import Agreement, Divergence
-from vramlab.timeline.ledger import Ledger
+from vramlab.timeline.byte_ledger import Ledger
 
 
 def agreement(*sizes: int) -> Agreement:

@@ -15,7 +15,7 @@ from vramlab.report import build, figures, tables
 from vramlab.report import comparison as measured
 from vramlab.report import takeaways as words
 from vramlab.runs.folder import read_runs
-from vramlab.timeline.ledger import Ledger
+from vramlab.timeline.byte_ledger import Ledger
 
 
 @pytest.fixture(scope="module")

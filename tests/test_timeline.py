@@ -48,7 +48,7 @@ def test_blocks_are_one_owner_and_the_largest_come_first():
         ("layers.7.mlp", "weights", "p"): 30,
         ("head", "weights", "o"): 60,
     }
-    assert timeline.owned(alive, 2) == [
+    assert timeline.largest_owners(alive, 2) == [
         ("activations", "layers.*.mlp", 100),
         ("weights", "layers.*.mlp", 70),
     ]

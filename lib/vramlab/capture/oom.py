@@ -32,7 +32,7 @@ import pandas as pd
 import torch
 
 from ..allocator.allocator import OutOfMemory, Shortage
-from ..timeline.events import on_device, owned, signed
+from ..timeline.events import alive_rows, by_category, by_owner, largest_owners
 
 OWNERS = 12
 """Rows of `owners`, largest first."""
@@ -51,17 +51,9 @@ def holders(frame: pd.DataFrame) -> Counter:
     made and nobody has freed yet counts as activations: whether it would have been kept for
     backward cannot be known any more.
     """
-    rows = frame[on_device(frame)]
-    left = pd.Series(signed(rows), index=rows.index).groupby(rows["storage"]).sum()
-    born = (
-        rows[rows["event"] == "alloc"].drop_duplicates("storage", keep="last").set_index("storage")
-    )
-    alive: Counter = Counter()
-    for storage, size in left[left > 0].items():
-        row = born.loc[storage]
-        kept = row["category"] == "temporaries" and row["phase"] in ("forward", "recompute")
-        alive[row["module"], "activations" if kept else row["category"], row["op"]] += int(size)
-    return alive
+    rows = alive_rows(frame, len(frame) - 1)
+    unfinished = (rows["category"] == "temporaries") & rows["phase"].isin(("forward", "recompute"))
+    return by_owner(rows.assign(category=rows["category"].mask(unfinished, "activations")))
 
 
 def record(source: str, figures: Mapping, frame: pd.DataFrame | None, said: str = "") -> dict:
@@ -69,19 +61,16 @@ def record(source: str, figures: Mapping, frame: pd.DataFrame | None, said: str 
     as anybody kept one."""
     known = frame is not None and len(frame) > 0
     alive = holders(frame) if known else Counter()
-    categories: Counter = Counter()
-    for (_, category, _), size in alive.items():
-        categories[category] += size
     last = frame.iloc[-1] if known else {"step": None, "phase": None}
     return {
         "source": source,
         **{name: None if figures.get(name) is None else int(figures[name]) for name in FIGURES},
         "step": int(last["step"]) if known else None,
         "phase": str(last["phase"]) if known else None,
-        "categories": dict(categories.most_common()),
+        "categories": by_category(alive),
         "owners": [
             {"category": category, "module": module, "bytes": size}
-            for category, module, size in owned(alive, OWNERS)
+            for category, module, size in largest_owners(alive, OWNERS)
         ],
         "said": (
             said or ("" if known else "nothing recorded the allocator, so owners are not known")

@@ -12,10 +12,8 @@ rounds; `reserved` is what the allocator has taken from the driver.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -24,7 +22,8 @@ from ..allocator.settings import Settings
 from ..allocator.simulate import Simulated, simulate
 from ..capture.kernels import MATRIX_PRODUCTS, matrix_workspace_bytes
 from ..cards import Architecture, Card
-from ..timeline.events import signed
+from ..timeline.events import any_block, signed
+from ..timeline.thin import category_curves, highest_of_bins
 from .trace import Trace
 
 GROUPS = 8
@@ -124,18 +123,12 @@ def _on_card(
     }
 
 
-@cache
-def pattern(module: str) -> str:
-    """A module's name with the block's number left open: `model.layers.*.mlp`."""
-    return re.sub(r"\b\d+\b", "*", module)
-
-
 def _groups(traced: Trace, count: int = 40) -> list[dict]:
     """What is alive at the peak, by category, module (all blocks as one) and op that made it,
     largest first."""
     sizes: Counter = Counter()
     for (module, category, op), size in traced.alive.items():
-        sizes[category, pattern(module), op] += size
+        sizes[category, any_block(module), op] += size
     return [
         {"category": category, "module": module, "op": op, "bytes": size}
         for (category, module, op), size in sizes.most_common(count)
@@ -153,7 +146,7 @@ def _counterfactuals(traced: Trace, rows: pd.DataFrame) -> list[dict]:
         rows.groupby(["category", "module", "op"], sort=False, observed=True).ngroup().to_numpy()
     )
     first = rows.iloc[np.unique(owner, return_index=True)[1]]
-    owners = list(zip(first["category"], map(pattern, first["module"]), first["op"], strict=True))
+    owners = list(zip(first["category"], map(any_block, first["module"]), first["op"], strict=True))
     for group in _groups(traced, GROUPS):
         its = np.zeros(len(storages), bool)
         same = [
@@ -177,18 +170,11 @@ def _counterfactuals(traced: Trace, rows: pd.DataFrame) -> list[dict]:
 def _curve(traced: Trace, rows: pd.DataFrame) -> dict:
     """The reported step, thinned: of each bin of events the highest is kept, so the peak survives.
     `share` of the step's events in per cent, `phase`, and requested bytes by category."""
-    changes = signed(rows)
-    live, step = changes.cumsum()[traced.reported], traced.reported
-    count = len(live)
-    bins = np.arange(count) * POINTS // max(1, count)
-    keep = pd.Series(live).groupby(bins).idxmax().to_numpy()
-    code, names = pd.factorize(rows["category"])
-    by_category = {
-        name: np.where(code == number, changes, 0).cumsum()[step][keep]
-        for number, name in enumerate(names)
-    }
+    live, step = signed(rows).cumsum()[traced.reported], traced.reported
+    keep = highest_of_bins(live, POINTS)
+    by_category = {name: sizes[step][keep] for name, sizes in category_curves(rows).items()}
     return {
-        "share": [round(100 * int(at) / count, 2) for at in keep],
+        "share": [round(100 * int(at) / len(live), 2) for at in keep],
         "phase": rows["phase"].iloc[step].iloc[keep].tolist(),
         "bytes": {name: values.tolist() for name, values in by_category.items() if values.any()},
     }

@@ -37,7 +37,7 @@ from ..reading import BadFile
 from ..regimes.head.fused import Cut
 from ..regimes.parameters import model_file, model_spec, row_of
 from ..regimes.regime import REGIMES_FILE, Regime
-from ..timeline.events import signed
+from ..timeline.events import alive_after, by_category, signed
 from ..timeline.sides import sides
 from .trace import Trace, trace
 
@@ -379,7 +379,8 @@ def forecast(
     step = traced.reported
     at = step.start + int(free.allocated_bytes[step].argmax())
     allocated, reserved = int(free.allocated_bytes[at]), int(free.reserved_bytes[: step.stop].max())
-    ledger = {**_alive_at(traced, at), "cached": int(free.reserved_bytes[at]) - allocated}
+    alive = by_category(alive_after(traced.device_rows(), at))
+    ledger = {**alive, "cached": int(free.reserved_bytes[at]) - allocated}
     ledger["rounding"] = allocated - sum(size for name, size in ledger.items() if name != "cached")
     ledger |= {"context": card.context_bytes} if card else {}
     return Forecast(
@@ -400,14 +401,6 @@ def forecast(
         ),
         time.perf_counter() - began,
     )
-
-
-def _alive_at(traced: Trace, event: int) -> dict[str, int]:
-    """category -> requested bytes alive on the device after event number `event` of
-    `Trace.events`."""
-    rows = traced.device_rows().iloc[: event + 1]
-    sizes = pd.Series(signed(rows)).groupby(rows["category"].to_numpy()).sum()
-    return {name: int(size) for name, size in sizes.sort_values(ascending=False).items() if size}
 
 
 def traced_step(question: Question, cache_dir: Path | None = CACHE, counted: bool = True) -> Trace:

@@ -127,19 +127,12 @@ class Trace:
     def before(self) -> dict[str, np.ndarray]:
         """`storage`, `bytes`, `stream` of what is alive on the device when the reported step
         starts, oldest first."""
-        events, alive = self.events, {}
-        for index in range(self.reported.start):
-            key = int(events["storage"][index])
-            if events["event"][index] == "alloc":
-                alive[key] = index
-            else:
-                del alive[key]
-        rows = list(alive.values())
-        return {name: events[name][rows] for name in ("storage", "bytes", "stream")}
+        rows = timeline.alive_rows(self.device_rows(), self.reported.start - 1)
+        return {name: rows[name].to_numpy() for name in ("storage", "bytes", "stream")}
 
     def owners(self, count: int = 3) -> list[tuple[str, str, int]]:
-        """The `count` largest (category, module, bytes) at the peak, see `timeline.owned`."""
-        return timeline.owned(self.alive, count)
+        """The `count` largest (category, module, bytes) at the peak; blocks count as one."""
+        return timeline.largest_owners(self.alive, count)
 
 
 def trace(

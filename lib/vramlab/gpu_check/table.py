@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from ..cards import Card
-from ..timeline import agreement
+from ..timeline import accuracy
 from .plan import Cell
 
 GIB = 2**30
@@ -80,7 +80,7 @@ def _over_trainer(cell: Cell, kept: Mapping, by_name: Mapping[str, Mapping]) -> 
 
 
 def summary(rows: pd.DataFrame) -> dict:
-    """`agreement.summary` of the cells that measured a row: errors of each peak, and what was
+    """`accuracy.summary` of the cells that measured a row: errors of each peak, and what was
     refused or promised falsely."""
     ended = {"ok": True, "oom": False}
     told = [
@@ -88,7 +88,7 @@ def summary(rows: pd.DataFrame) -> dict:
         for row in rows.to_dict("records")
         if row["does"] == "measure"
     ]
-    return {"cells": len(rows), **agreement.summary(told)}
+    return {"cells": len(rows), **accuracy.summary(told)}
 
 
 def line(cell: Cell, kept: Mapping) -> str:
@@ -129,7 +129,7 @@ def text(rows: pd.DataFrame, total: Mapping, machine: Mapping, card: Card | None
             + " | ".join(_cell(name, row[name]) for _, name in COLUMNS)
             + " |"
         )
-    for name in agreement.PEAKS:
+    for name in accuracy.PEAKS:
         told = total[name]
         lines.append(
             f"{name} peak: "
@@ -138,7 +138,7 @@ def text(rows: pd.DataFrame, total: Mapping, machine: Mapping, card: Card | None
                 if not told["n"]
                 else (
                     f"median error {told['median_error']:.3%}, worst {told['worst_error']:.3%},"
-                    f" under by more than {agreement.TOLERANCE:.1%}"
+                    f" under by more than {accuracy.TOLERANCE:.1%}"
                     f" {told['under_rate_beyond']:.0%}, n = {told['n']}"
                 )
             )

@@ -17,9 +17,10 @@ import plotly.graph_objects as go
 from ..runs.folder import Run
 from ..timeline import events
 from ..timeline.agreement import Agreement, Divergence
-from ..timeline.ledger import NOT_AVAILABLE, Ledger
+from ..timeline.byte_ledger import NOT_AVAILABLE, Ledger
+from ..timeline.thin import highest_of_bins
 from .style import COLORS, CORNER, new_figure, phase_band
-from .tables import MIB, highest, mib
+from .tables import MIB, mib
 
 KINDS = {
     "meter": "measured on a CPU",
@@ -118,16 +119,15 @@ def overlay(agreement: Agreement, name: str, other: str, points: int = 500) -> g
 def _thinned(curve: pd.DataFrame, points: int) -> pd.DataFrame:
     """Of each bin the highest of either side and the largest difference, so that no peak is
     lost."""
-    sizes = curve[["measured_bytes", "predicted_bytes"]].assign(error=curve["error_bytes"].abs())
-    return curve.loc[highest(sizes, points)].reset_index(drop=True)
+    sizes = (curve["measured_bytes"], curve["predicted_bytes"], curve["error_bytes"].abs())
+    kept = {int(at) for size in sizes for at in highest_of_bins(size, points)}
+    return curve.iloc[sorted(kept)].reset_index(drop=True)
 
 
 def _marked(agreement: Agreement) -> dict[str, Divergence]:
     """The first and the largest divergence; empty when there is none."""
-    divergences = agreement.divergences
-    if not divergences:
-        return {}
-    return {"first": divergences[0], "largest": max(divergences, key=lambda each: each.bytes)}
+    marked = {"first": agreement.first(), "largest": agreement.largest()}
+    return {label: divergence for label, divergence in marked.items() if divergence}
 
 
 def agreement_sentences(agreement: Agreement) -> list[str]:

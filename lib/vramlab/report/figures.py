@@ -3,7 +3,6 @@ the batch draw the same ones."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ..runs.folder import Run
-from ..timeline.events import alive_after
+from ..timeline.events import alive_rows
 from . import tables
 from .style import (
     COLORS,
@@ -261,10 +260,8 @@ def matrix_of(runs: Sequence[Run], scoring: str) -> go.Figure:
 def alive_at(frame: pd.DataFrame, event: int, most: int = 12) -> go.Figure:
     """What is alive after event number `event` of a timeline, grouped by module and category: the
     `most` largest, largest first."""
-    sizes: Counter = Counter()
-    for (module, category, _), size in alive_after(frame, event).items():
-        sizes[module, category] += size
-    alive = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:most][::-1]
+    sizes = alive_rows(frame, event).groupby(["module", "category"], observed=True)["bytes"].sum()
+    alive = sizes.sort_values(ascending=False, kind="stable").head(most)[::-1]
     row = frame.iloc[event]
     figure = new_figure(
         f"Alive after event {event}: {row['live_bytes'] / MIB:.2f} MiB, step {row['step']},"
@@ -273,10 +270,10 @@ def alive_at(frame: pd.DataFrame, event: int, most: int = 12) -> go.Figure:
         xaxis_title="MiB",
     )
     figure.add_bar(
-        y=[f"{module or 'the model'} · {category}" for (module, category), _ in alive],
-        x=[size / MIB for _, size in alive],
+        y=[f"{module or 'the model'} · {category}" for module, category in alive.index],
+        x=alive / MIB,
         orientation="h",
-        marker_color=[COLORS[category] for (_, category), _ in alive],
+        marker_color=[COLORS[category] for _, category in alive.index],
         hovertemplate="%{y}: %{x:.3f} MiB<extra></extra>",
     )
     return figure.update_yaxes(automargin=True)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from ..factcc.statistics import compare, holm
 from ..runs.folder import Run
-from ..timeline.events import on_device, signed
+from ..timeline import thin
 
 MIB = 2**20
 REFERENCE = "full"
@@ -181,27 +181,16 @@ def curve(run: Run, points: int = 500) -> pd.DataFrame:
     `event`, `step`, `phase` and `live`. Of each bin of events the highest is kept, so the peak
     survives."""
     frame = run.timeline
-    categories = frame["category"][on_device(frame)].unique()
     wide = pd.DataFrame(
         {
-            category: np.where(frame["category"] == category, signed(frame), 0).cumsum() / MIB
-            for category in categories
-        },
-        frame.index,
-    ).assign(
-        event=np.arange(len(frame)),
-        step=frame["step"],
-        phase=frame["phase"],
-        live=frame["live_bytes"] / MIB,
+            **{name: sizes / MIB for name, sizes in thin.category_curves(frame).items()},
+            "event": np.arange(len(frame)),
+            "step": frame["step"],
+            "phase": frame["phase"],
+            "live": frame["live_bytes"] / MIB,
+        }
     )
-    return wide.loc[highest(wide[["live"]], points)].reset_index(drop=True)
-
-
-def highest(frame: pd.DataFrame, points: int) -> list:
-    """Index labels of the rows to draw, in order: of each of `points` equal stretches the one where
-    a column is highest, for every column."""
-    stretches = frame.groupby(np.arange(len(frame)) * points // max(1, len(frame)))
-    return sorted(set(stretches.idxmax().to_numpy().ravel()))
+    return wide.iloc[thin.highest_of_bins(wide["live"], points)].reset_index(drop=True)
 
 
 def would_fit(runs: Sequence[Run]) -> pd.DataFrame:

@@ -37,7 +37,7 @@ from ..regimes.place.place import Fsdp, alone
 from ..regimes.regime import Regime
 from ..regimes.trains.adapters import link
 from ..timeline import events as timeline
-from ..timeline.ledger import Ledger, ledger, sample_at
+from ..timeline.byte_ledger import Ledger, ledger, sample_at
 from ..timeline.sides import sides
 from ..training.clock import clock
 from ..training.logit_watch import LogitWatch

@@ -11,15 +11,13 @@ from .events import on_device
 
 
 def through_allocator(frame: pd.DataFrame, settings: Settings = Settings()) -> pd.DataFrame:  # noqa: B008, frozen
-    """A timeline, a meter's or a forecast's, with what an allocator without end makes of it:
-    `allocated_bytes` and `reserved_bytes` after each event, as a recording has them."""
+    """A timeline, a meter's or a forecast's, with what an allocator of unlimited memory makes of
+    it: the columns `allocated_bytes` and `reserved_bytes` after each event, as a recording has
+    them."""
     device = on_device(frame) & (frame["bytes"] > 0).to_numpy()
-    found, last = (
-        simulate(frame[device], settings),
-        device.cumsum() - 1,
-    )  # the last event on the device, -1 before any
-    columns = {
-        name: np.where(last >= 0, getattr(found, name)[last], 0) if device.any() else 0
-        for name in ("allocated_bytes", "reserved_bytes")
-    }
-    return frame.assign(**columns)
+    simulated = simulate(frame[device], settings)
+    last = device.cumsum()  # how many events of the device there have been: its state after these
+    return frame.assign(
+        allocated_bytes=np.append(0, simulated.allocated_bytes)[last],
+        reserved_bytes=np.append(0, simulated.reserved_bytes)[last],
+    )
