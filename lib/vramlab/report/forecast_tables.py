@@ -111,20 +111,27 @@ def verdict(outcome: Mapping) -> str:
 
 def atlas_table(forecasts: Forecasts) -> pd.DataFrame:
     """One row a cell: the outcome on every card, peaks in GiB; a failed cell with its reason."""
-    rows = []
-    for cell in forecasts.content["cells"]:
-        row = {key: cell[key] for key in ("name", "model", "seq", "batch")}
-        if not cell["reason"]:
-            outcome = next(iter(cell["cards"].values()))
-            row |= {
-                "peak_allocated_GiB": outcome["allocated_bytes"] / GIB,
-                "peak_reserved_GiB": outcome["reserved_bytes"] / GIB,
-                "phase": cell["phase"],
-                "host_GiB": cell["host_bytes"] / GIB,
-                **_verdicts(forecasts, cell),
+    return pd.DataFrame(
+        [
+            {
+                **{key: cell[key] for key in ("name", "model", "seq", "batch")},
+                **({} if cell["reason"] else _peaks(forecasts, cell)),
+                "reason": cell["reason"],
             }
-        rows.append({**row, "reason": cell["reason"]})
-    return pd.DataFrame(rows)
+            for cell in forecasts.content["cells"]
+        ]
+    )
+
+
+def _peaks(forecasts: Forecasts, cell: Mapping) -> dict:
+    first = next(iter(cell["cards"].values()))
+    return {
+        "peak_allocated_GiB": first["allocated_bytes"] / GIB,
+        "peak_reserved_GiB": first["reserved_bytes"] / GIB,
+        "phase": cell["phase"],
+        "host_GiB": cell["host_bytes"] / GIB,
+        **_verdicts(forecasts, cell),
+    }
 
 
 def _verdicts(forecasts: Forecasts, cell: Mapping) -> dict[str, str]:
@@ -234,21 +241,28 @@ def settings_that_lose(forecasts: Forecasts) -> list[str]:
 
 def worlds_table(forecasts: Forecasts) -> pd.DataFrame:
     """One row a model and number of ranks: one rank's peak, what it is made of, in GiB, and the
-    outcome on every card."""
-    rows = []
-    for cell in forecasts.content.get("worlds", ()):
-        row = {key: cell[key] for key in ("model", "name", "world")}
-        row["tokens_a_rank"] = cell["seq"] * cell["batch"]
-        if not cell["reason"]:
-            row |= {
-                "peak_requested_GiB": cell["requested_bytes"] / GIB,
-                "phase": cell["phase"],
-                "peak_reserved_GiB": next(iter(cell["cards"].values()))["reserved_bytes"] / GIB,
-                **{f"{name}_GiB": size / GIB for name, size in cell["ledger"].items()},
-                **_verdicts(forecasts, cell),
+    outcome on every card; a failed cell with its reason."""
+    return pd.DataFrame(
+        [
+            {
+                **{key: cell[key] for key in ("model", "name", "world")},
+                "tokens_a_rank": cell["seq"] * cell["batch"],
+                **({} if cell["reason"] else _rank_peak(forecasts, cell)),
+                "reason": cell["reason"],
             }
-        rows.append({**row, "reason": cell["reason"]})
-    return pd.DataFrame(rows)
+            for cell in forecasts.content.get("worlds", ())
+        ]
+    )
+
+
+def _rank_peak(forecasts: Forecasts, cell: Mapping) -> dict:
+    return {
+        "peak_requested_GiB": cell["requested_bytes"] / GIB,
+        "phase": cell["phase"],
+        "peak_reserved_GiB": next(iter(cell["cards"].values()))["reserved_bytes"] / GIB,
+        **{f"{name}_GiB": size / GIB for name, size in cell["ledger"].items()},
+        **_verdicts(forecasts, cell),
+    }
 
 
 def smallest_worlds(forecasts: Forecasts) -> list[str]:

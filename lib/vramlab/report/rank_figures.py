@@ -51,10 +51,10 @@ def worlds(forecasts: Forecasts) -> go.Figure:
 
 def _first_card(forecasts: Forecasts, cells: Sequence[Mapping]) -> str:
     """A card that some numbers of ranks fit on and others do not, else the first."""
-    for key in forecasts.cards:
-        if len({cell["cards"][key]["fits"] for cell in cells}) > 1:
-            return key
-    return next(iter(forecasts.cards))
+    telling = (
+        key for key in forecasts.cards if len({cell["cards"][key]["fits"] for cell in cells}) > 1
+    )
+    return next(telling, next(iter(forecasts.cards)))
 
 
 def _card_buttons(

@@ -1,6 +1,6 @@
 """The report's HTML, made from the templates beside this file. They escape every text that they are
-given; only the styles, the scripts and their data, and the `extra` of a section, which is HTML of
-our own, go in as they are."""
+given; what goes in as it is stands there as `safe`: styles, scripts and their data, and the `extra`
+of a section."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import pandas as pd
 import plotly.graph_objects as go
-from markupsafe import Markup
 
 from .style import CONFIG
 
@@ -41,34 +39,29 @@ def render(template: str, **values) -> str:
     return _templates.get_template(f"{template}.html.j2").render(values)
 
 
-def script_json(value) -> Markup:
+def _script_json(value) -> str:
     """Data for a script element. It has no `<`: a name with `<!--` or `</script` in it would end
     the page."""
-    return Markup(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c"))
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def figure_json(figure: go.Figure) -> Markup:
+def _figure_json(figure: go.Figure) -> str:
     """A figure and its configuration for the page's script, without plotly's template: the page
     gives every figure the same theme."""
     content = json.loads(figure.to_json())
     content["layout"].pop("template", None)
-    return script_json({**content, "config": CONFIG})
+    return _script_json({**content, "config": CONFIG})
 
 
-def cell(value) -> tuple[str, Any]:
-    """(what a table's cell shows, what its column is sorted by); None for the latter means that the
-    shown text sorts."""
-    if value is None or value is pd.NA or value != value:
-        return "–", ""
-    if isinstance(value, float):
-        return (f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"), value
-    if isinstance(value, int):
-        return f"{value:,}", value
-    return str(value), None
+def _rows(frame: pd.DataFrame) -> list[tuple]:
+    """The rows of a table, with None for what is missing."""
+    values = frame.astype(object)
+    return list(values.where(values.notna(), None).itertuples(index=False, name=None))
 
 
-def _source(name: str) -> Markup:
-    return Markup((FOLDER / name).read_text())
+def _source(name: str) -> str:
+    """A style sheet or script of the page."""
+    return (FOLDER / name).read_text()
 
 
 _templates = jinja2.Environment(
@@ -77,5 +70,9 @@ _templates = jinja2.Environment(
     trim_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-_templates.globals["source"] = _source
-_templates.filters |= {"cell": cell, "figure_json": figure_json, "script_json": script_json}
+_templates.filters |= {
+    "figure_json": _figure_json,
+    "rows": _rows,
+    "script_json": _script_json,
+    "source": _source,
+}

@@ -14,18 +14,19 @@ from .rendering import Section
 
 def run_sections(runs: Sequence[Run]) -> list[Section]:
     """The sections for which the runs have the data."""
-    done = [run for run in runs if run.ok]
+    done, summary = [run for run in runs if run.ok], tables.summary(runs)
     if not done:
-        summary = tables.summary(runs)
         reasons = Section("Runs", "No run finished; the reasons are here.", None, summary)
-        return [reasons, *_out_of_memory(runs)]
+        return [reasons, *_with_content(_out_of_memory(runs))]
     return [
-        *_memory(done, tables.summary(runs)),
+        *_memory(done, summary),
         *_scores(done),
-        *_written(done),
-        *_driver(done),
-        *_out_of_memory(runs),
+        *_with_content(_written(done), _driver(done), _out_of_memory(runs)),
     ]
+
+
+def _with_content(*sections: Section) -> list[Section]:
+    return [section for section in sections if len(section.table) or section.sentences]
 
 
 def _memory(done: Sequence[Run], summary: pd.DataFrame) -> list[Section]:
@@ -88,57 +89,43 @@ def _scores(done: Sequence[Run]) -> list[Section]:
     ]
 
 
-def _written(done: Sequence[Run]) -> list[Section]:
-    table = tables.written(done)
-    if table.empty:
-        return []
-    return [
-        Section(
-            "What the models write",
-            "One sentence a document: shares that are consistent, not, or no sentence at all."
-            " The oracle is the grammar that made the document, the checker a published model."
-            " The interval is over documents.",
-            None,
-            table,
-        )
-    ]
+def _written(done: Sequence[Run]) -> Section:
+    return Section(
+        "What the models write",
+        "One sentence a document: shares that are consistent, not, or no sentence at all."
+        " The oracle is the grammar that made the document, the checker a published model."
+        " The interval is over documents.",
+        None,
+        tables.written(done),
+    )
 
 
-def _driver(done: Sequence[Run]) -> list[Section]:
+def _driver(done: Sequence[Run]) -> Section:
     ledgers = comparison.driver_ledgers(done)
-    if not ledgers:
-        return []
-    return [
-        Section(
-            "What the driver reports",
-            "At the peak of the recorded steps: what is asked for by category, what the"
-            " allocator adds by rounding and caching, the context, other processes, and the"
-            " rest, which nothing explains.",
-            comparison.ledgers(ledgers),
-            comparison.ledger_table(ledgers).reset_index(names="part"),
-        )
-    ]
+    return Section(
+        "What the driver reports",
+        "At the peak of the recorded steps: what is asked for by category, what the"
+        " allocator adds by rounding and caching, the context, other processes, and the"
+        " rest, which nothing explains.",
+        comparison.ledgers(ledgers),
+        comparison.ledger_table(ledgers).reset_index(names="part"),
+    )
 
 
-def _out_of_memory(runs: Sequence[Run]) -> list[Section]:
+def _out_of_memory(runs: Sequence[Run]) -> Section:
     records = {run.name: run.result["oom"] for run in runs if run.result.get("oom")}
-    if not records:
-        return []
-    sentences = [
-        f"{name}, {line.strip()}"
-        for name, record in records.items()
-        for line in (*evidence_words(record)[:6], *_would_fit(record))
-    ]
-    return [
-        Section(
-            "Out of memory",
-            "What was asked for, what there was, who held the rest. The table has forecasts of"
-            " the same step with one thing changed; none of them was run.",
-            None,
-            tables.would_fit(runs),
-            sentences=sentences,
-        )
-    ]
+    return Section(
+        "Out of memory",
+        "What was asked for, what there was, who held the rest. The table has forecasts of"
+        " the same step with one thing changed; none of them was run.",
+        None,
+        tables.would_fit(runs),
+        sentences=[
+            f"{name}, {line.strip()}"
+            for name, record in records.items()
+            for line in (*evidence_words(record)[:6], *_would_fit(record))
+        ],
+    )
 
 
 def _would_fit(record: Mapping) -> list[str]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any
 
 import plotly.graph_objects as go
-from plotly.basedatatypes import BaseTraceType
 
 from ..studies.estimates import Figure
 
@@ -46,7 +45,6 @@ CORNER = {
 """An annotation in the upper left corner of a plot."""
 LIMIT_LINE = {"dash": "dash", "color": "#d62728", "width": 2}
 """The line of what a card has for the allocator."""
-Choice = TypeVar("Choice")
 
 
 def new_figure(title: str, height: int = 440, **layout) -> go.Figure:
@@ -77,8 +75,8 @@ def menu(buttons: Sequence[dict], y: float = 1.02) -> dict:
 
 def add_choices(
     figure: go.Figure,
-    choices: Iterable[Choice],
-    to_traces: Callable[[Choice, bool], Sequence[BaseTraceType]],
+    choices: Iterable[Any],
+    to_traces: Callable[[Any, bool], Sequence],
 ) -> list[int | None]:
     """Add `to_traces(choice, visible)` of each choice, of which the first is visible, and return
     the number of the choice that owns each trace."""

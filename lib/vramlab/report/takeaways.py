@@ -20,7 +20,6 @@ def takeaways(runs: Sequence[Run]) -> list[str]:
         _failed(runs),
         *_memory_and_speed(done),
         *_learned(by_name),
-        _transfer(by_name),
         _identical(by_name),
     ]
     return [sentence for sentence in sentences if sentence]
@@ -98,8 +97,8 @@ def _memory(metered: pd.DataFrame) -> str:
 
 
 def _learned(runs: Mapping[str, Run]) -> list[str]:
-    """Full fine-tuning against the base it began from, and against the overlap judges, in the
-    training domain."""
+    """Full fine-tuning against the base it began from and against the overlap judges, in the
+    training domain, and against the base outside."""
     if not {REFERENCE, "zero_shot"} <= runs.keys():
         return []
     full, base = runs[REFERENCE], runs["zero_shot"]
@@ -115,7 +114,7 @@ def _learned(runs: Mapping[str, Run]) -> list[str]:
             f" [{-row['high']:+.3f}, {-row['low']:+.3f}], exact McNemar p ="
             f" {row['mcnemar_p']:.2g})."
         )
-    return [*sentences, _over_baselines(full)]
+    return [*sentences, _over_baselines(full), _transfer(runs)]
 
 
 def _over_baselines(full: Run) -> str:
@@ -137,8 +136,7 @@ def _interval(score: pd.Series) -> str:
 
 
 def _transfer(runs: Mapping[str, Run]) -> str:
-    if not {REFERENCE, "zero_shot"} <= runs.keys():
-        return ""
+    """Full fine-tuning and the base outside the training domain."""
     frame = tables.accuracy(list(runs.values()))
     rows = frame[(frame["shift"] == "severe") & (frame["scoring"] == "yesno")]
     values = rows.pivot(index="place", columns="judge", values="value")
@@ -151,18 +149,17 @@ def _transfer(runs: Mapping[str, Run]) -> str:
 
 
 def _identical(runs: Mapping[str, Run]) -> str:
-    gaps = []
-    for name in ("checkpoint", "offload"):
-        if {REFERENCE, name} <= runs.keys():
-            steps, reference = runs[name].steps, runs[REFERENCE].steps
-            if len(steps) == len(reference):
-                gaps.append(f"{name} {(steps['loss'] - reference['loss']).abs().max():.1e}")
-    return (
-        "Largest difference of any step's loss from full's, which the law says is 0:"
-        f" {', '.join(gaps)}."
-        if gaps
-        else ""
+    """How far the losses of regimes that change no arithmetic are from full fine-tuning's."""
+    names = [name for name in (REFERENCE, "checkpoint", "offload") if name in runs]
+    losses = {name: runs[name].steps["loss"] for name in names}
+    reference = losses.pop(REFERENCE, ())
+    gaps = ", ".join(
+        f"{name} {(loss - reference).abs().max():.1e}"
+        for name, loss in losses.items()
+        if len(loss) == len(reference)
     )
+    law = "Largest difference of any step's loss from full's, which the law says is 0:"
+    return f"{law} {gaps}." if gaps else ""
 
 
 def caveats(runs: Sequence[Run]) -> list[str]:
