@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -154,6 +156,15 @@ def test_the_command_says_where_and_how_large(finished, capsys):
     assert main(["report", str(finished), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["size_bytes"] == (finished / "report.html").stat().st_size
+
+
+def test_a_report_is_made_without_torch(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "runs")
+    light = (
+        "import sys; from vramlab.cli import main; assert main(['report', sys.argv[1]]) == 0;"
+        " sys.exit(not {'torch', 'transformers'}.isdisjoint(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", light, tmp_path / "runs"]).returncode == 0
 
 
 def test_runs_on_other_items_are_not_compared(finished, tmp_path):

@@ -29,7 +29,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from ..allocator.allocator import OutOfMemory, Shortage
 from ..timeline.events import alive_rows, by_category, by_owner, largest_owners
@@ -133,6 +132,8 @@ class _Watch:
         """What torch calls. It never raises: the exception on its way is the one to keep."""
         if not self.open:
             return
+        import torch
+
         figures = {
             "asked_bytes": segment_bytes,
             "free_bytes": free_bytes,
@@ -172,6 +173,8 @@ def watched(
     `frame` gives the timeline so far; `dump` is where torch's own snapshot goes. On any other
     device, or where torch sees none, it does nothing.
     """
+    import torch
+
     if not device.startswith("cuda") or not torch.cuda.is_available():
         yield
         return
@@ -190,6 +193,8 @@ def record_of(error: BaseException) -> dict:
     none."""
     if isinstance(error, RanOut):
         return error.record
+    import torch
+
     if isinstance(error, torch.OutOfMemoryError) and _watch.seen is not None:
         return _watch.seen
     source = (
