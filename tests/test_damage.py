@@ -251,7 +251,7 @@ def test_a_folder_with_nothing_whole_says_what_is_damaged(swept):
 @pytest.mark.slow
 def test_a_report_of_any_result_is_a_page_that_names_the_file(swept, monkeypatch):
     """Values of other types, and missing ones, in every field of the result."""
-    monkeypatch.setattr(html, "_packed", lambda code: "")  # plotly itself, half a second each time
+    monkeypatch.setattr(html, "get_plotlyjs", lambda: "")  # plotly itself, half a second each time
     path = swept / "full-0" / "result.json"
     whole, tried = json.loads(path.read_text()), []
 

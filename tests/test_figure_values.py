@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pandas as pd
 
 from test_report_values import CARDS, cell, made
-from vramlab.report import figures, forecast_figures, tables
+from vramlab.report import figures, forecast_figures, rank_figures, tables
 from vramlab.report.forecast_tables import GIB
 
 MIB = 1 << 20
@@ -141,7 +141,7 @@ def test_one_rank_by_hand():
             **more,
         )
 
-    figure = forecast_figures.worlds(
+    figure = rank_figures.worlds(
         made(worlds=[rank(2, False), rank(4, True), rank(4, False, model="n")])
     )
     assert points(figure) == [
@@ -169,7 +169,7 @@ def test_one_rank_by_hand():
         None,
     ]
     assert figure.layout.updatemenus[1].active == 1 and list(figure.layout.xaxis.tickvals) == [1, 2]
-    alike = forecast_figures.worlds(made(worlds=[rank(2, True), rank(4, True)]))
+    alike = rank_figures.worlds(made(worlds=[rank(2, True), rank(4, True)]))
     assert alike.layout.updatemenus[0].active == 0 and alike.data[-1].name == "limit: A", (
         "no card tells worlds apart: the first"
     )
@@ -214,14 +214,14 @@ def test_no_setting_has_no_bars():
 
 def run(name: str, **more) -> SimpleNamespace:
     events = [
-        ("alloc", 2, "weights", "", 2, "forward"),
-        ("alloc", 1, "gradients", "a", 3, "backward"),
-        ("alloc", 9, "host", "a", 3, "backward"),
-        ("free", 1, "gradients", "a", 2, "backward"),
+        ("alloc", 0, 2, "weights", "", 2, "forward"),
+        ("alloc", 1, 1, "gradients", "a", 3, "backward"),
+        ("alloc", 2, 9, "host", "a", 3, "backward"),
+        ("free", 1, 1, "gradients", "a", 2, "backward"),
     ]
     frame = pd.DataFrame(
-        events, columns=["event", "bytes", "category", "module", "live_bytes", "phase"]
-    ).assign(step=0)
+        events, columns=["event", "storage", "bytes", "category", "module", "live_bytes", "phase"]
+    ).assign(step=0, op="")
     frame[["bytes", "live_bytes"]] *= MIB
     owners = [
         {"op": op, "module": module, "category": "weights", "bytes": size * MIB}
@@ -275,7 +275,9 @@ def test_a_runs_timeline_and_its_peak_by_hand():
         "the loss (weights) 1.0",
     ]
     assert [trace.visible for trace in figure.data] == [True] * 4 + [False] * 4
-    assert not figures.timelines([]).data and not figures.timeline(run("full")).layout.updatemenus
+    assert (
+        not figures.timelines([]).data and not figures.timelines([run("full")]).layout.updatemenus
+    )
 
 
 def test_what_is_alive_by_hand():

@@ -15,6 +15,7 @@ from vramlab.capture.cuda_recorder import Recorder
 from vramlab.capture.recording import COLUMNS, read_recording
 from vramlab.regimes.regime import read_regimes
 from vramlab.report import comparison as measured
+from vramlab.report import figures
 from vramlab.report.page import build
 from vramlab.runs import passes
 from vramlab.runs.execute import execute
@@ -59,16 +60,17 @@ def lines():
 
 def test_every_kind_of_timeline_is_drawn_with_the_same_legend(lines):
     metered, history = lines
-    shown = [measured.Shown(f"full: {measured.kind(frame)}", frame) for frame in lines]
+    shown = [measured.NamedTimeline(f"full: {measured.kind(frame)}", frame) for frame in lines]
     assert [line.name for line in shown] == [
         "full: measured on a CPU",
         "full: recording by our simulator, no GPU",
     ]
     first, second = (
-        [(trace.name, trace.fillcolor) for trace in measured.curves([line]).data] for line in shown
+        [(trace.name, trace.fillcolor) for trace in figures.timelines([line]).data]
+        for line in shown
     )
     assert first == second and {"weights", "activations", "backward"} <= {name for name, _ in first}
-    assert len(measured.curves(shown).layout.updatemenus[0].buttons) == 2
+    assert len(figures.timelines(shown).layout.updatemenus[0].buttons) == 2
 
 
 def test_an_overlay_keeps_both_peaks_and_says_where_they_part(lines):

@@ -75,7 +75,9 @@ def test_tokens_and_the_kind_of_a_timeline():
         }
     )
     its = SimpleNamespace(name="full", timeline=frame, params={"batch_size": 3})
-    assert measured.tokens(its) == 64 and measured.shown(its).name == "full: recorded on CUDA"
+    assert (
+        measured.tokens(its) == 64 and measured.run_timeline(its).name == "full: recorded on CUDA"
+    )
 
 
 def test_a_drivers_ledger_by_hand():

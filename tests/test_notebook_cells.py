@@ -69,19 +69,20 @@ def test_two_small_runs_are_made_only_where_none_has_finished(tmp_path, monkeypa
     ("options", "slider"),
     [(list(range(9)), True), (list(range(8)), False), ([*range(9), "x"], False)],
 )
-def test_more_than_eight_numbers_are_a_slider(options, slider):
+def test_more_than_eight_numbers_are_a_slider(options, slider, monkeypatch):
     widgets = SimpleNamespace(
         IntSlider=lambda *args, **named: ("slider", args, named["description"]),
         Dropdown=lambda **named: ("list", named["options"], named["description"]),
     )
-    found = notebook._control(widgets, "run_name", options[::-1] if slider else options)
+    monkeypatch.setattr(notebook, "ipywidgets", widgets)
+    found = notebook._control("run_name", options[::-1] if slider else options)
     assert found == (("slider", (8, 0, 8), "run name") if slider else ("list", options, "run name"))
 
 
 def test_what_is_empty_is_said_to_be_left_out(monkeypatch):
     shown = []
-    monkeypatch.setattr("IPython.display.display", shown.append)
-    monkeypatch.setattr("IPython.display.Markdown", lambda text: ("markdown", text))
+    monkeypatch.setattr(notebook, "display", shown.append)
+    monkeypatch.setattr(notebook, "Markdown", lambda text: ("markdown", text))
     full, empty = SimpleNamespace(data=[1]), SimpleNamespace(data=[])
     notebook.show("text", full, empty, None, [])
     assert (

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -95,7 +97,7 @@ def test_the_matrix_has_every_domain_for_every_run_and_judge(runs):
             "majority",
         ]
         assert all(cell is not None for row in heat.z for cell in row)
-        home = tables.in_domain(_by_name(runs)["full"]).set_index("scoring").loc[scoring, "value"]
+        home = tables.in_domain(_by_name(runs)["full"]).loc[scoring, "value"]
         assert heat.z[1][0] == pytest.approx(home, abs=1e-4)
 
 
@@ -112,7 +114,7 @@ def test_checkpoint_lies_on_full_and_differs_from_it_by_nothing(runs):
 
 def test_takeaways_hold_the_runs_own_figures_and_failures(runs):
     said = " ".join(words.takeaways(runs))
-    full = tables.in_domain(_by_name(runs)["full"]).set_index("scoring")
+    full = tables.in_domain(_by_name(runs)["full"])
     assert (
         "lora (oom: no room <here>)" in said
         and f"full reaches {full.loc['yesno', 'value']:.3f}" in said
@@ -134,7 +136,7 @@ def test_the_page_is_small_whole_and_asks_for_nothing(page):
     assert page.stat().st_size < 8_000_000 and "default-src 'none'" in text
     assert not re.search(r"(?:src|href)\s*=\s*['\"]?(?:https?:)?//", text.split("id=plotly>")[0])
     for drawn in re.findall(
-        r"<script type='application/json' id=figure\d+>(.*?)</script>", text, re.S
+        r'<script type="application/json" id=figure\d+>(.*?)</script>', text, re.S
     ):
         assert json.loads(drawn.replace("<\\/", "</"))["config"]["showSendToCloud"] is False
     assert "no room &lt;here&gt;" in text and "<here>" not in text
@@ -154,6 +156,15 @@ def test_the_command_says_where_and_how_large(finished, capsys):
     assert main(["report", str(finished), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["size_bytes"] == (finished / "report.html").stat().st_size
+
+
+def test_a_report_is_made_without_torch(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "runs")
+    light = (
+        "import sys; from vramlab.cli import main; assert main(['report', sys.argv[1]]) == 0;"
+        " sys.exit(not {'torch', 'transformers'}.isdisjoint(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", light, tmp_path / "runs"]).returncode == 0
 
 
 def test_runs_on_other_items_are_not_compared(finished, tmp_path):

@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 
+import planner_reference
 from test_report import browser  # noqa: F401, the fixture
 from test_report import (
     test_with_the_network_off_every_figure_is_drawn_and_nothing_is_wider_than_the_window as browse,
@@ -17,9 +18,8 @@ from test_report import (
 from vramlab.files import write_checked
 from vramlab.forecast.chart import Atlas, chart
 from vramlab.forecast.chart_worlds import chart_worlds
-from vramlab.report import build, forecast_figures
+from vramlab.report import build, forecast_figures, planner, rank_figures
 from vramlab.report import forecast_tables as forecasts
-from vramlab.report import planner as plan
 from vramlab.report.forecast_tables import GIB, Forecasts
 
 
@@ -108,7 +108,7 @@ def test_the_heatmap_is_the_margins_and_says_them_in_words(said):
         )
     held = {"fits": True, "margin_bytes": 3.14 * GIB}
     assert [
-        forecasts.outcome({**held, **other})
+        forecasts.verdict({**held, **other})
         for other in (
             {},
             {"margin_bytes": -GIB},
@@ -152,7 +152,7 @@ def test_the_stack_of_the_timeline_reaches_the_peak_and_the_limit_is_the_cards(s
 
 
 def test_one_variable_is_said_only_where_it_is_true():
-    only = forecasts.one_variable(_content({"small": 9, "tight": 12, "large": 24}))
+    only = forecasts.settings_that_save(_content({"small": 9, "tight": 12, "large": 24}))
     assert len(only) == 1 and only[0].startswith(
         "full, 1 × 8 tokens, on TIGHT: you do not need a bigger card"
     )
@@ -169,14 +169,14 @@ def test_one_variable_is_said_only_where_it_is_true():
 
 def test_a_setting_that_loses_a_step_is_named_with_its_reason():
     made = _content({"tight": 15})
-    assert forecasts.lost(made) == []
+    assert forecasts.settings_that_lose(made) == []
     held = made.cells[0]["allocators"][0]
     held["cards"]["tight"] |= {"fits": False}
-    assert forecasts.lost(made) == [
+    assert forecasts.settings_that_lose(made) == [
         "With a:1 these do not fit that fit without it: full, 1 × 8 tokens, on TIGHT."
     ]
     held["allocator"] = "garbage_collection_threshold:0.8"
-    assert "Collection returns whole cached blocks" in forecasts.lost(made)[0]
+    assert "Collection returns whole cached blocks" in forecasts.settings_that_lose(made)[0]
 
 
 def test_what_moved_adds_up_to_the_difference_of_the_peaks(said):
@@ -192,17 +192,20 @@ def test_what_moved_adds_up_to_the_difference_of_the_peaks(said):
 
 
 def test_between_two_forecasts_the_planner_draws_a_line_and_outside_it_refuses(said):
-    known, (card, *_) = plan.config(said), said.cards
+    known, (card, *_) = planner.config(said), said.cards
     ask = {"known": known, "model": "tiny", "name": "full", "card": card}
-    one, half, two = (plan.estimate(**ask, seq=seq, batch=1) for seq in (32, 48, 64))
+    one, half, two = (planner_reference.estimate(**ask, seq=seq, batch=1) for seq in (32, 48, 64))
     assert one["exact"] and two["exact"] and not half["exact"]
     assert half["reserved_bytes"] == (one["reserved_bytes"] + two["reserved_bytes"]) / 2
     cell = next(c for c in said.cells if (c["name"], c["seq"], c["batch"]) == ("full", 32, 1))
     assert one["reserved_bytes"] == cell["cards"][card]["reserved_bytes"]
     for seq, batch in ((31, 1), (65, 1), (64, 3), (64, 0)):
-        assert plan.estimate(**ask, seq=seq, batch=batch) == {"verdict": "refused"}
+        assert planner_reference.estimate(**ask, seq=seq, batch=batch) == {"verdict": "refused"}
     missing = {**known, "cells": [c for c in known["cells"] if (c["seq"], c["batch"]) != (64, 2)]}
-    assert plan.estimate(**{**ask, "known": missing}, seq=40, batch=1.5)["verdict"] == "refused"
+    assert (
+        planner_reference.estimate(**{**ask, "known": missing}, seq=40, batch=1.5)["verdict"]
+        == "refused"
+    )
 
 
 def test_the_page_marks_what_is_predicted_and_has_a_table_behind_each_figure(page):
@@ -261,7 +264,7 @@ def _two_models(said) -> Forecasts:
 
 def test_the_stack_over_worlds_is_each_ranks_peak_and_the_limit_the_cards(said):
     made = _two_models(said)
-    figure = forecast_figures.worlds(made)
+    figure = rank_figures.worlds(made)
     models, cards = figure.layout.updatemenus
     for index, (button, model) in enumerate(zip(models.buttons, ("tiny", "twice"), strict=True)):
         shown = [
@@ -278,14 +281,14 @@ def test_the_stack_over_worlds_is_each_ranks_peak_and_the_limit_the_cards(said):
         )
         assert list(bars[0].x) == [0, 3, 10] and list(bars[0].customdata) == [1, 8, 1024]
         assert (
-            sum(trace.name == forecast_figures.RESERVED for trace in shown) == 1
+            sum(trace.name == rank_figures.RESERVED for trace in shown) == 1
             and shown[-1].name == "limit: SOME"
         )
         assert bool(shown[0].visible) is (index == 0)
     assert cards.active == 1 and list(figure.layout.xaxis.ticktext) == ["1", "8", "1,024"]
     for button, card in zip(cards.buttons, made.cards.values(), strict=True):
         change, where = button.args
-        assert [figure.data[at].name for at in where] == [forecast_figures.RESERVED] * 2 + [
+        assert [figure.data[at].name for at in where] == [rank_figures.RESERVED] * 2 + [
             "limit: SOME"
         ]
         assert (
@@ -293,7 +296,7 @@ def test_the_stack_over_worlds_is_each_ranks_peak_and_the_limit_the_cards(said):
             and change["name"][-1] == f"limit: {card['name']}"
         )
     assert (
-        forecasts.worlds_words(made)[0]
+        forecasts.smallest_worlds(made)[0]
         == "tiny, the smallest of the worlds 1, 8, 1,024 whose ranks fit: ALL 1; SOME 8."
     )
 
@@ -340,8 +343,8 @@ def test_the_whole_page_is_drawn_with_the_network_off(browser, page, width):  # 
 
 def test_the_page_computes_what_python_computes(browser, said, tmp_path):  # noqa: F811
     path = tmp_path / "planner.html"
-    path.write_text(f"<!doctype html><meta charset=utf-8>{plan.embed(said, expose=True)}")
-    known, dice = plan.config(said), random.Random(0)
+    path.write_text(f"<!doctype html><meta charset=utf-8>{planner.embed(said, expose=True)}")
+    known, dice = planner.config(said), random.Random(0)
     known["cards"] = {
         key: {**card, "capacity_bytes": dice.randint(10_000_000, 90_000_000)}
         for key, card in known["cards"].items()
@@ -357,7 +360,7 @@ def test_the_page_computes_what_python_computes(browser, said, tmp_path):  # noq
         )
         for _ in range(200)
     ]
-    here = [plan.estimate(known, *one) for one in asked]
+    here = [planner_reference.estimate(known, *one) for one in asked]
     tab = browser.new_page()
     tab.goto(path.as_uri())
     there = tab.evaluate(
@@ -375,8 +378,8 @@ def test_the_verdict_follows_the_inputs_by_keyboard(browser, page, said):  # noq
     tab.locator(".planner select").nth(1).select_option("full")
     status = tab.locator(".planner [role=status]")
     card = next(iter(said.cards))
-    assert status.text_content() == plan.words(
-        plan.estimate(plan.config(said), "tiny", "full", card, 32, 1)
+    assert status.text_content() == planner_reference.sentence(
+        planner_reference.estimate(planner.config(said), "tiny", "full", card, 32, 1)
     )
     tokens = tab.get_by_label("tokens a row")
     assert tokens.get_attribute("data-lm-suppress-shortcuts") == "true"

@@ -9,10 +9,9 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from vramlab.report import claims_page as ledger
-from vramlab.report import forecast_figures
+import planner_reference as plan
+from vramlab.report import claims_page, forecast_figures
 from vramlab.report import forecast_tables as forecasts
-from vramlab.report import planner as plan
 from vramlab.report.forecast_tables import GIB, MOST_CELLS, Forecasts
 from vramlab.studies.claims import NOT_REPRODUCED, REPRODUCED, UNTESTED
 from vramlab.studies.estimates import Figure, by_seed, ratio_by_seed, share, two_level
@@ -111,7 +110,7 @@ def test_tables_of_forecasts_are_in_gib():
         "without_it_GiB": 5,
         "then_in": "update",
     }
-    assert forecasts.place_words(("m", 8, 2)) == "m, 2 × 8 tokens"
+    assert forecasts.place_label(("m", 8, 2)) == "m, 2 × 8 tokens"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +126,7 @@ def test_tables_of_forecasts_are_in_gib():
     ],
 )
 def test_an_outcome_in_words(fits, margin, words):
-    assert forecasts.outcome({"fits": fits, "margin_bytes": margin * GIB}) == words
+    assert forecasts.verdict({"fits": fits, "margin_bytes": margin * GIB}) == words
 
 
 def test_places_are_shown_whole_as_long_as_there_is_room_and_one_always():
@@ -281,10 +280,12 @@ def test_the_smallest_world_that_fits_each_card_and_the_worlds_table():
     content = made(
         worlds=[rank(1024, True, True), rank(1, False, False), rank(8, False, True), lost]
     )
-    assert forecasts.worlds_words(content) == [
+    assert forecasts.smallest_worlds(content) == [
         "m, the smallest of the worlds 1, 8, 1,024 whose ranks fit: A 1,024; B 8."
     ]
-    assert forecasts.worlds_words(made(worlds=[rank(1, False, True)]))[0].endswith("A none; B 1.")
+    assert forecasts.smallest_worlds(made(worlds=[rank(1, False, True)]))[0].endswith(
+        "A none; B 1."
+    )
     first = forecasts.worlds_table(content).iloc[0]
     assert (
         first["tokens_a_rank"],
@@ -359,13 +360,15 @@ def test_the_planners_verdict_in_words():
         "margin_bytes": -GIB // 2,
         "exact": True,
     }
-    assert plan.words(found) == "Fits: 1.5 GiB reserved, margin -0.5 GiB (a forecast, predicted)."
-    assert plan.words({**found, "verdict": "lacks", "exact": False}).startswith(
+    assert (
+        plan.sentence(found) == "Fits: 1.5 GiB reserved, margin -0.5 GiB (a forecast, predicted)."
+    )
+    assert plan.sentence({**found, "verdict": "lacks", "exact": False}).startswith(
         "Does not fit: 1.5 GiB"
     )
     assert (
-        "interpolated linearly" in plan.words({**found, "exact": False})
-        and plan.words({"verdict": "refused"})[:7] == "Refused"
+        "interpolated linearly" in plan.sentence({**found, "exact": False})
+        and plan.sentence({"verdict": "refused"})[:7] == "Refused"
     )
 
 
@@ -386,14 +389,15 @@ def test_verdicts_are_counted_in_all_and_by_study():
         verdict(UNTESTED),
         verdict(NOT_REPRODUCED, "chunkft"),
     ]
-    whole, *studies = ledger.sentences(its)
+    whole, *studies = claims_page.sentences(its)
     assert whole == f"4 claims: 2 {REPRODUCED}, 1 {NOT_REPRODUCED}, 1 {UNTESTED}."
     assert sorted(studies) == [
         f"chunkft: 1 {NOT_REPRODUCED}.",
         f"lomo: 2 {REPRODUCED}, 1 {UNTESTED}.",
     ]
     bars = {
-        trace.name: dict(zip(trace.y, trace.x, strict=True)) for trace in ledger.figure(its).data
+        trace.name: dict(zip(trace.y, trace.x, strict=True))
+        for trace in claims_page.figure(its).data
     }
     assert (
         bars[REPRODUCED]["lomo"] == 2
@@ -404,8 +408,8 @@ def test_verdicts_are_counted_in_all_and_by_study():
 
 def test_a_figures_basis_tells_what_there_is_and_nothing_else():
     full = Figure(1.0, "learned", seeds=5, n=1200, contains="95%", p_holm=0.012, equal="tokens")
-    assert "(5 seeds; 1,200 items; 95%; p 0.012 by Holm; equal tokens)" in ledger._basis(full)
-    assert ledger._basis(Figure(1.0, "computed")) == ""
+    assert claims_page.basis(full) == "5 seeds; 1,200 items; 95%; p 0.012 by Holm; equal tokens"
+    assert claims_page.basis(Figure(1.0, "computed")) == ""
 
 
 @pytest.mark.parametrize(

@@ -394,18 +394,18 @@ def test_the_least_memory_and_the_speeds_are_those_of_regimes_that_train():
         of_sizes("lora", 25, 0.5, 250.0),
         of_sizes("zero_shot", 1, tokens_per_s=9000.0, trains=0),
     ]
+    memory, speed = sentences._memory_and_speed(runs)
     assert (
-        sentences._memory(runs)
-        == "Least device memory among the regimes that train: lora, 25.0 MiB at its peak in"
+        memory == "Least device memory among the regimes that train: lora, 25.0 MiB at its peak in"
         " backward "
         "(and 0.5 MiB in host memory), 25% of full's 100.0 MiB."
     )
-    assert (
-        sentences._speed(runs) == "Fastest: full, 1,000 tokens/s; slowest: lora, 250 (25% of it)."
-    )
-    assert sentences._memory(runs[:1]).endswith("in backward, 100% of full's 100.0 MiB.")
-    assert sentences._memory([of_sizes("lora", 25)]).endswith("25.0 MiB at its peak in backward.")
-    assert sentences._memory(runs[2:]) == sentences._speed(runs[2:]) == ""
+    assert speed == "Fastest: full, 1,000 tokens/s; slowest: lora, 250 (25% of it)."
+    memory, _ = sentences._memory_and_speed(runs[:1])
+    assert memory.endswith("in backward, 100% of full's 100.0 MiB.")
+    memory, _ = sentences._memory_and_speed([of_sizes("lora", 25)])
+    assert memory.endswith("25.0 MiB at its peak in backward.")
+    assert sentences._memory_and_speed(runs[2:]) == []
 
 
 def test_runs_that_did_not_finish_are_counted_and_named():
@@ -472,6 +472,10 @@ def judging(name: str, **scores: float) -> SimpleNamespace:
     return run(name=name, accuracy=frame)
 
 
+def by_name(*runs) -> dict:
+    return {each.name: each for each in runs}
+
+
 @pytest.mark.parametrize(
     ("high", "p", "words"),
     [
@@ -501,7 +505,7 @@ def test_full_is_clearly_above_the_base_where_interval_and_test_agree(monkeypatc
         judging("full", yesno=0.7, likelihood=0.75, **bars),
         judging("zero_shot", yesno=0.5, likelihood=0.55),
     )
-    first, second, last = sentences._learned([full, base])
+    first, second, last, _ = sentences._learned(by_name(full, base))
     assert (
         first
         == f"In news, yes/no: full reaches 0.700 [0.600, 0.800], {words} zero_shot's 0.500 [0.400,"
@@ -517,7 +521,7 @@ def test_full_is_clearly_above_the_base_where_interval_and_test_agree(monkeypatc
     assert "is NOT above" in sentences._over_baselines(
         judging("full", yesno=0.69, likelihood=0.6, **bars)
     )
-    assert sentences._learned([full]) == sentences._learned([base]) == []
+    assert sentences._learned(by_name(full)) == sentences._learned(by_name(base)) == []
 
 
 def test_transfer_and_identity_by_value():
@@ -538,18 +542,17 @@ def test_transfer_and_identity_by_value():
         run(name="zero_shot", accuracy=pd.DataFrame(far).assign(value=0.5)),
     )
     assert (
-        sentences._transfer([full, base])
+        sentences._transfer(by_name(full, base))
         == "Out of domain after training on news, yes/no: law 0.600 (zero_shot 0.500)."
     )
-    assert sentences._transfer([full]) == sentences._transfer([base]) == ""
     full, same, short = (
         run(name=name, steps=pd.DataFrame({"loss": losses}))
         for name, losses in (("full", [2.0, 1.0]), ("checkpoint", [2.25, 0.5]), ("offload", [2.0]))
     )
-    assert sentences._identical([full, same, short]).endswith(
+    assert sentences._identical(by_name(full, same, short)).endswith(
         "the law says is 0: checkpoint 5.0e-01."
     )
-    assert sentences._identical([full, short]) == sentences._identical([same]) == ""
+    assert sentences._identical(by_name(full, short)) == sentences._identical(by_name(same)) == ""
 
 
 def test_caveats_say_when_there_is_one_seed_and_each_note_once():

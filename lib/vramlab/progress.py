@@ -1,15 +1,17 @@
-"""A progress bar that a terminal, a notebook and a saved notebook can all show.
+"""A progress bar for a terminal, a notebook and a saved notebook.
 
-In a kernel it is one output, rewritten at most four times a second, whose last state is what the
-saved notebook holds; widget bars freeze at 0 % in an exported page, and a bar printed line by line
-floods it.
+In a kernel the bar is one output, rewritten at most four times a second, and the saved notebook
+holds its last state; a widget's bar would freeze at 0 % in an exported page, and a bar that prints
+a line for each state would flood the notebook.
 """
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing
+
+from tqdm import tqdm
 
 
 class _NotebookBar:
@@ -17,49 +19,34 @@ class _NotebookBar:
         from IPython.display import display
 
         self.label, self.total, self.done = label, total, 0
-        self._began = self._shown = time.monotonic()
-        self._handle = display(self._html(), display_id=True)
+        self._started_s = self._drawn_s = time.monotonic()
+        self._output = display(self._html(), display_id=True)
 
     def _html(self):
         from IPython.display import HTML
 
-        elapsed_s = time.monotonic() - self._began
-        left_s = elapsed_s / self.done * (self.total - self.done) if self.done else float("nan")
-        left = f", {left_s:.0f} s left" if 0 < self.done < self.total else ""
-        words = f"{self.done}/{self.total}, {elapsed_s:.0f} s{left}"
+        elapsed_s = time.monotonic() - self._started_s
+        left = ""
+        if 0 < self.done < self.total:
+            left = f", {elapsed_s / self.done * (self.total - self.done):.0f} s left"
         return HTML(
             f'<label>{self.label} <progress value="{self.done}" max="{self.total}"></progress>'
-            f" {words}</label>"
+            f" {self.done}/{self.total}, {elapsed_s:.0f} s{left}</label>"
         )
 
     def update(self, count: int = 1) -> None:
         self.done += count
-        if time.monotonic() - self._shown > 0.25 or self.done >= self.total:
-            self._shown = time.monotonic()
-            self._handle.update(self._html())
+        if time.monotonic() - self._drawn_s > 0.25 or self.done >= self.total:
+            self._drawn_s = time.monotonic()
+            self._output.update(self._html())
 
     def close(self) -> None:
-        self._handle.update(self._html())
+        self._output.update(self._html())
 
 
-def _in_kernel() -> bool:
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    return getattr(get_ipython(), "kernel", None) is not None
-
-
-@contextmanager
-def bar(label: str, total: int, show: bool = True) -> Iterator:
-    """An object with `update(count)`. Shows nothing when `show` is false."""
-    if show and _in_kernel():
-        shown = _NotebookBar(label, total)
-    else:
-        from tqdm import tqdm
-
-        shown = tqdm(total=total, desc=label, disable=not show, leave=False, mininterval=0.25)
-    try:
-        yield shown
-    finally:
-        shown.close()
+def bar(label: str, total: int, show: bool = True) -> AbstractContextManager:
+    """A context whose value has `update(count)`. Nothing is drawn when `show` is false."""
+    ipython = sys.modules.get("IPython")
+    if show and ipython and getattr(ipython.get_ipython(), "kernel", None):
+        return closing(_NotebookBar(label, total))
+    return closing(tqdm(total=total, desc=label, disable=not show, leave=False, mininterval=0.25))

@@ -22,7 +22,7 @@ from checkpointing import (
     timed,
     trained,
 )
-from vramlab.report.figures import dressed
+from vramlab.report.style import finish_figure, interval_bars
 from vramlab.studies.claims import ALPHA
 from vramlab.studies.estimates import Figure
 
@@ -36,13 +36,13 @@ COLORS = {
 REGIMES = {"full": "#4e79a7", "mixed": "#f28e2b", "bf16": "#59a14f", "base": "#bab0ac"}
 MIB = 2**20
 LOWERED = 0.99
-"""A peak of more than that share of the other's is not lower."""
+"""A peak above this share of the other one does not count as lower."""
 
 
-def exactness(lab) -> pd.DataFrame:
-    """Of each cell: how many runs stand beside one that keeps everything, and in how many of them a
-    loss or a weight differs."""
-    rows = changed(lab.records)
+def exactness(study) -> pd.DataFrame:
+    """For each cell: how many runs have a counterpart that keeps everything, and in how many a
+    loss or a weight differs from it."""
+    rows = changed(study.records)
     by = (
         rows.assign(runs=1, losses=rows["losses"].astype(int), weights=rows["weights"].astype(int))
         .groupby(["regime", "acts", "steps"], sort=False)[["runs", "losses", "weights"]]
@@ -67,22 +67,22 @@ def lines(
     )
     for column, panel in enumerate(panels, 1):
         for acts, color in COLORS.items():
-            its = table[(table["panel"] == panel) & (table["acts"] == acts)].sort_values("seq")
+            points = table[(table["panel"] == panel) & (table["acts"] == acts)].sort_values("seq")
             bars = (
                 {
                     "type": "data",
                     "symmetric": False,
-                    "array": its["high"] - its[value],
-                    "arrayminus": its[value] - its["low"],
+                    "array": points["high"] - points[value],
+                    "arrayminus": points[value] - points["low"],
                     "thickness": 1,
                 }
-                if "high" in its
+                if "high" in points
                 else None
             )
-            if len(its):
+            if len(points):
                 figure.add_scatter(
-                    x=its["seq"].tolist(),
-                    y=its[value].round(4).tolist(),
+                    x=points["seq"].tolist(),
+                    y=points[value].round(4).tolist(),
                     name=acts,
                     legendgroup=acts,
                     error_y=bars,
@@ -99,12 +99,12 @@ def lines(
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title_text=y, col=1)
     figure.update_annotations(font_size=13)
-    return dressed(figure, title, kind, 240)
+    return finish_figure(figure, title, kind, 240)
 
 
-def bytes_by_length(lab) -> go.Figure | None:
+def bytes_by_length(study) -> go.Figure | None:
     """Peaks of real steps of the small model, in MiB."""
-    table = counted(lab.records)
+    table = counted(study.records)
     if len(table):
         return lines(
             table.assign(panel=table["regime"], mib=table["peak_bytes"] / MIB),
@@ -116,9 +116,9 @@ def bytes_by_length(lab) -> go.Figure | None:
         )
 
 
-def seconds_by_length(lab) -> go.Figure | None:
+def seconds_by_length(study) -> go.Figure | None:
     """Step times over that of keeping everything, with intervals over repeats."""
-    table = timed(lab.records)
+    table = timed(study.records)
     if not len(table):
         return None
     rows = [
@@ -134,7 +134,7 @@ def seconds_by_length(lab) -> go.Figure | None:
             table[["regime", "acts", "seq"]].drop_duplicates().itertuples(index=False)
         )
         if (
-            figure := lab.figures.get(
+            figure := study.figures.get(
                 f"step time, {'' if regime == 'full' else f'{regime}, '}{acts} of {KEEP}, {seq}"
             )
         )
@@ -148,9 +148,9 @@ def seconds_by_length(lab) -> go.Figure | None:
     )
 
 
-def forecast_by_length(lab, model: str) -> go.Figure | None:
+def forecast_by_length(study, model: str) -> go.Figure | None:
     """Peaks of a published shape, in GiB."""
-    table = forecasts(lab.records)
+    table = forecasts(study.records)
     table = table[(table["model"] == model) & (table["weights"] != "")] if len(table) else table
     if len(table):
         table = table.assign(
@@ -161,11 +161,11 @@ def forecast_by_length(lab, model: str) -> go.Figure | None:
         )
 
 
-def lowered(lab) -> pd.DataFrame:
-    """Each forecast with everything kept beside every block checkpointed: what is saved, and where
-    the peak is."""
+def lowered(study) -> pd.DataFrame:
+    """Forecasts that keep everything beside those that checkpoint every block: whether the peak is
+    lower, and what is alive at it."""
     rows = []
-    for model, regime, seq, by in groups(lab.records):
+    for model, regime, seq, by in groups(study.records):
         if {KEEP, FULL} <= set(by.index):
             keep, less = by.loc[KEEP], by.loc[FULL]
             saved = less["peak_bytes"] <= LOWERED * keep["peak_bytes"]
@@ -185,23 +185,26 @@ def lowered(lab) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def why_not(lab) -> str:
+def why_not(study) -> str:
     """A line for each model and regime: from which length on checkpointing lowers the peak, and
-    what lives there where not."""
-    table, said = lowered(lab), []
-    for (model, regime), its in table.groupby(["model", "regime"]) if len(table) else ():
-        first, rest = its[its["lower"]]["tokens"].min(), its[~its["lower"]]
-        words = f"* `{model}`, {regime}: lower " + (
+    what is alive at the peak where it does not."""
+    table, sentences = lowered(study), []
+    for (model, regime), rows in table.groupby(["model", "regime"]) if len(table) else ():
+        first, rest = (
+            rows[rows["lower"]]["tokens"].min(),
+            rows[~rows["lower"]],
+        )
+        sentence = f"* `{model}`, {regime}: lower " + (
             f"from {first:,.0f} tokens on" if first == first else "at no length asked for"
         )
         if len(rest):
             last = rest.loc[rest["tokens"].idxmax()]
-            words += (
+            sentence += (
                 f"; at {last['tokens']:,} tokens its peak is"
                 f" {last['alive at the peak of keep, GiB']}"
             )
-        said.append(words + ".")
-    return "\n".join(said)
+        sentences.append(sentence + ".")
+    return "\n".join(sentences)
 
 
 def _alive(ledger: str) -> str:
@@ -214,17 +217,19 @@ def _alive(ledger: str) -> str:
     )
 
 
-def updates_lost(lab) -> pd.DataFrame:
+def updates_lost(study) -> pd.DataFrame:
     """Of the weights that a first step moves in fp32, the share that stay where they were."""
-    names = [name for name in lab.figures if name.startswith("updates lost")]
-    return pd.DataFrame([{"": name, "share": round(lab.figures[name].value, 4)} for name in names])
+    names = [name for name in study.figures if name.startswith("updates lost")]
+    return pd.DataFrame(
+        [{"": name, "share": round(study.figures[name].value, 4)} for name in names]
+    )
 
 
-def scores(lab) -> go.Figure | None:
+def scores(study) -> go.Figure | None:
     """Balanced accuracy of every regime at every place, one panel for each training domain."""
-    found = list(trained(lab))
-    own = list(dict.fromkeys(domain for _, domain, _ in found))
-    if not found:
+    families = list(trained(study))
+    own = list(dict.fromkeys(domain for _, domain, _ in families))
+    if not families:
         return None
     figure = make_subplots(
         1,
@@ -233,22 +238,15 @@ def scores(lab) -> go.Figure | None:
         shared_yaxes=True,
         horizontal_spacing=0.03,
     )
-    for regime, domain, rows in found:
-        names = [name for name, _, _ in places(lab.records, rows)]
-        its = [lab.figures[f"{regime}, {domain}: {name}"] for name in names]
+    for regime, domain, rows in families:
+        names = [name for name, _, _ in places(study.records, rows)]
+        estimates = [study.figures[f"{regime}, {domain}: {name}"] for name in names]
         shift = (list(REGIMES).index(regime) - 1.5) * 0.14
         figure.add_scatter(
             x=[at + shift for at in range(len(names))],
-            y=[round(one.value, 4) for one in its],
+            y=[round(estimate.value, 4) for estimate in estimates],
             mode="markers",
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [one.high - one.value for one in its],
-                "arrayminus": [one.value - one.low for one in its],
-                "thickness": 1,
-                "width": 2,
-            },
+            error_y=interval_bars(estimates, thickness=1, width=2),
             name=regime,
             legendgroup=regime,
             marker={"color": REGIMES[regime], "size": 8},
@@ -264,7 +262,7 @@ def scores(lab) -> go.Figure | None:
     figure.add_hline(0.5, line_dash="dot", line_width=1)
     figure.update_yaxes(title_text="balanced accuracy", col=1)
     figure.update_annotations(font_size=13)
-    return dressed(
+    return finish_figure(
         figure,
         "Scores by precision and shift; bars: 95 %, seeds and items (base: items)",
         "learned",
@@ -278,39 +276,39 @@ def compared(family: dict[str, Figure]) -> pd.DataFrame:
         [
             {
                 "comparison": name,
-                "points": round(100 * its.value, 2),
-                "low": round(100 * its.low, 2),
-                "high": round(100 * its.high, 2),
-                "p (Holm)": round(its.p_holm, 4),
-                "n": its.n,
-                "seeds": its.seeds,
-                "equal": its.equal,
+                "points": round(100 * estimate.value, 2),
+                "low": round(100 * estimate.low, 2),
+                "high": round(100 * estimate.high, 2),
+                "p (Holm)": round(estimate.p_holm, 4),
+                "n": estimate.n,
+                "seeds": estimate.seeds,
+                "equal": estimate.equal,
             }
-            for name, its in family.items()
+            for name, estimate in family.items()
         ]
     )
 
 
-def exact_words(lab) -> str:
+def exact_words(study) -> str:
     """How many runs differ from the one that keeps everything."""
-    found = [lab.figures.get(f"runs whose {what} differ") for what in ("weights", "losses")]
-    if None in found:
+    counts = [study.figures.get(f"runs whose {kind} differ") for kind in ("weights", "losses")]
+    if None in counts:
         return ""
-    weights, losses = found
-    so = (
+    weights, losses = counts
+    conclusion = (
         "scores with checkpointing are those without it"
         if not weights.value + losses.value
         else "it is not exact here"
     )
     return (
         f"Keeping less changed the weights in **{weights.value:.0f}** {weights.unit}, and a loss in"
-        f" {losses.value:.0f}: {so}."
+        f" {losses.value:.0f}: {conclusion}."
     )
 
 
-def bytes_words(lab) -> str:
+def bytes_words(study) -> str:
     """How far checkpointing lowers forecasts, at the longest row."""
-    table = lowered(lab)
+    table = lowered(study)
     if not len(table):
         return ""
     table = table.assign(ratio=table["checkpoint, GiB"] / table["keep, GiB"])
@@ -325,36 +323,40 @@ def bytes_words(lab) -> str:
     )
 
 
-def time_words(lab) -> str:
+def time_words(study) -> str:
     """What checkpointing costs in time, at the longest row that was timed."""
-    its = {
+    ratios = {
         name: figure
-        for name, figure in lab.figures.items()
+        for name, figure in study.figures.items()
         if name.startswith(f"step time, {FULL} of {KEEP}")
     }
-    name = max(its, key=lambda name: int(name.rsplit(" ", 1)[-1]), default="")
+    name = max(ratios, key=lambda name: int(name.rsplit(" ", 1)[-1]), default="")
     return name and (
-        f"A step with every block checkpointed takes **{its[name].words()}** as long at"
+        f"A step with every block checkpointed takes **{ratios[name].words()}** as long at"
         f" {name.rsplit(' ', 1)[-1]} tokens (tiny, measured on this CPU)."
     )
 
 
-def precision_words(lab) -> str:
+def precision_words(study) -> str:
     """The widest difference by precision, and which are more than chance."""
-    family = differences(lab)
+    family = differences(study)
     if not family:
         return ""
     widest = max(family, key=lambda name: abs(family[name].value))
-    found = [name for name, its in family.items() if its.p_holm < ALPHA]
+    significant = [name for name, estimate in family.items() if estimate.p_holm < ALPHA]
     return (
         f"Lower precision moved balanced accuracy by **{100 * family[widest].value:+.1f}** points"
-        f" at most ({widest}); more than chance {'is' if len(found) == 1 else 'are'} {len(found)}"
-        f" of {len(family)} differences" + (f": {'; '.join(found)}." if found else ".")
+        f" at most ({widest}); more than chance {'is' if len(significant) == 1 else 'are'}"
+        f" {len(significant)} of {len(family)} differences"
+        + (f": {'; '.join(significant)}." if significant else ".")
     )
 
 
-def answer(lab) -> str:
+def answer(study) -> str:
     """The question's answer in one paragraph, computed from the tables; what was not run is not in
     it."""
-    said = [words(lab) for words in (exact_words, bytes_words, time_words, precision_words)]
-    return " ".join(sentence for sentence in said if sentence)
+    sentences = [
+        sentence_of(study)
+        for sentence_of in (exact_words, bytes_words, time_words, precision_words)
+    ]
+    return " ".join(sentence for sentence in sentences if sentence)

@@ -1,5 +1,5 @@
-"""What the notebook of ChunkFT shows: figures and tables from a study's records. The kind of a
-figure's numbers stands on it."""
+"""The figures and tables of ChunkFT's notebook, from the study's records. Each figure says of which
+kind its numbers are."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from plotly.subplots import make_subplots
 
 from chunkft import CHUNKED, DENSE, GIB, by_chunks, distances, forecasts
 from chunkft_trajectories import EVERY
-from vramlab.report.figures import dressed
-from vramlab.report.forecast_figures import COLORS
+from vramlab.report.style import PREDICTED_COLORS, finish_figure
 from vramlab.studies.estimates import Figure, by_seed
 from vramlab.studies.study import Lab
 
 PALETTE = ("#4e79a7", "#e15759", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2", "#edc948", "#9c755f")
 SMOOTH = 7
-"""Kept steps, of which there are 50, that a curve is the mean of."""
+"""A curve is a moving mean over this many of the 50 kept steps."""
 
 
 def _points(x: Sequence, figures: Sequence[Figure], **style) -> go.Scatter:
@@ -34,7 +33,7 @@ def _points(x: Sequence, figures: Sequence[Figure], **style) -> go.Scatter:
 
 
 def table(figures: Mapping[str, Figure], *prefixes: str) -> pd.DataFrame:
-    """The figures whose names begin so, in words."""
+    """The estimates whose names begin with one of the prefixes, in words."""
     rows = [
         {
             "figure": name,
@@ -53,12 +52,12 @@ def table(figures: Mapping[str, Figure], *prefixes: str) -> pd.DataFrame:
     ).set_index("figure")
 
 
-def pairs(lab: Lab) -> pd.DataFrame:
+def pairs(study: Lab) -> pd.DataFrame:
     """The comparisons that were named before the runs: K = 8, or its variant, minus the other
     side."""
     rows = []
-    for pair in lab.plan.pairs:
-        accuracy, loss = (lab.figures.get(f"{kind}.{pair.name}") for kind in ("accuracy", "loss"))
+    for pair in study.plan.pairs:
+        accuracy, loss = (study.figures.get(f"{kind}.{pair.name}") for kind in ("accuracy", "loss"))
         if accuracy and loss:
             rows.append(
                 {
@@ -75,15 +74,15 @@ def pairs(lab: Lab) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("pair") if rows else pd.DataFrame()
 
 
-def _starting(lab: Lab, prefix: str) -> dict[str, Figure]:
+def _starting(study: Lab, prefix: str) -> dict[str, Figure]:
     return {
         name.removeprefix(prefix): figure
-        for name, figure in lab.figures.items()
+        for name, figure in study.figures.items()
         if name.startswith(prefix)
     }
 
 
-def count(lab: Lab) -> go.Figure:
+def count(study: Lab) -> go.Figure:
     """Accuracy and loss on equal tokens, and bytes at 7B, against K."""
     figure = make_subplots(
         1,
@@ -92,17 +91,19 @@ def count(lab: Lab) -> go.Figure:
         subplot_titles=["balanced accuracy", "loss, last 10 steps", "peak at 7B, GiB"],
     )
     for column, prefix in enumerate(("balanced.K=", "final_loss.K=", "peak.K="), 1):
-        found = _starting(lab, prefix)
+        by_count = _starting(study, prefix)
         style = {
             "mode": "lines+markers",
             "showlegend": False,
             "marker_color": PALETTE[0 if column < 3 else 2],
         }
         figure.add_trace(
-            _points([int(name) for name in found], list(found.values()), **style), row=1, col=column
+            _points([int(name) for name in by_count], list(by_count.values()), **style),
+            row=1,
+            col=column,
         )
     figure.update_xaxes(type="log", title_text="chunks K", tickvals=[1, 8, 64, 512], dtick=None)
-    published = lab.plan.settings["published_gib"]
+    published = study.plan.settings["published_gib"]
     figure.add_hline(
         y=published,
         line={"dash": "dash", "color": "#d62728"},
@@ -111,7 +112,7 @@ def count(lab: Lab) -> go.Figure:
         annotation_text=f"{published} published, of a smaller 7B",
         annotation_position="bottom right",
     )
-    return dressed(
+    return finish_figure(
         figure,
         "What K costs and saves. Bars: 95%, of accuracy seeds and items, of loss seeds",
         "learned on tiny, tokens equal; bytes predicted",
@@ -119,9 +120,9 @@ def count(lab: Lab) -> go.Figure:
     )
 
 
-def apart(lab: Lab) -> go.Figure:
+def apart(study: Lab) -> go.Figure:
     """Distance over time and by layer."""
-    frame = distances(lab)
+    frame = distances(study)
     figure = make_subplots(
         1,
         2,
@@ -129,11 +130,11 @@ def apart(lab: Lab) -> go.Figure:
         subplot_titles=["over training, all weights", "by layer, at the end"],
     )
     for color, (pair, rows) in zip(PALETTE, frame.groupby("pair", sort=False), strict=False):
-        for column, axis, its in (
+        for column, axis, selected in (
             (1, "progress", rows[rows["layer"] == EVERY]),
             (2, "layer", rows[rows["progress"] == rows["progress"].max()]),
         ):
-            means = {x: by_seed(part["relative"]) for x, part in its.groupby(axis, sort=False)}
+            means = {x: by_seed(part["relative"]) for x, part in selected.groupby(axis, sort=False)}
             figure.add_trace(
                 _points(
                     list(means),
@@ -150,32 +151,32 @@ def apart(lab: Lab) -> go.Figure:
     figure.update_xaxes(title_text="share of the steps", row=1, col=1)
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title_text="distance / way gone from the base", col=1)
-    return dressed(
+    return finish_figure(
         figure, "How far apart the weights are. Bars: 95%, seeds", "learned on tiny", 250
     )
 
 
-def _curve(lab: Lab, rows: pd.DataFrame) -> pd.DataFrame:
+def _curve(study: Lab, rows: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds of the smoothed loss: `step`, `loss`, `tokens_seen`."""
-    steps = lab.records.steps[lab.records.steps["run_id"].isin(rows["run_id"])]
+    steps = study.records.steps[study.records.steps["run_id"].isin(rows["run_id"])]
     mean = steps.groupby("step")[["loss", "tokens_seen"]].mean()
     return mean.assign(
         loss=mean["loss"].rolling(SMOOTH, center=True, min_periods=1).mean()
     ).reset_index()
 
 
-def budgets(lab: Lab) -> go.Figure:
+def budgets(study: Lab) -> go.Figure:
     """Loss of K = 8, AdamW and the peers against each of the three budgets, read from the same
     runs."""
     axes = ("tokens", "CPU seconds of one thread", "updates of a parameter")
     figure = make_subplots(1, 3, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=axes)
     cost = (
-        lab.records.tables.get("cost", pd.DataFrame())
+        study.records.tables.get("cost", pd.DataFrame())
         .reindex(columns=["row", "step_s", "updates"])
         .groupby("row")
         .mean()
     )
-    runs = lab.records.runs
+    runs = study.records.runs
     runs = runs[
         (runs["arm"].isin(("budgets", "peers")))
         & (runs["outcome"] == "ok")
@@ -186,7 +187,7 @@ def budgets(lab: Lab) -> go.Figure:
     ):
         if regime not in cost.index:
             continue
-        curve = _curve(lab, rows)
+        curve = _curve(study, rows)
         done = curve["step"] + 1
         xs = (
             curve["tokens_seen"],
@@ -207,7 +208,7 @@ def budgets(lab: Lab) -> go.Figure:
             )
     figure.update_xaxes(type="log", row=1, col=3)
     figure.update_yaxes(title_text="loss", col=1)
-    return dressed(
+    return finish_figure(
         figure,
         "Loss at equal budgets: one schedule each, so readings in mid-run have not cooled down",
         "learned on tiny; means of the seeds, no interval",
@@ -215,19 +216,19 @@ def budgets(lab: Lab) -> go.Figure:
     )
 
 
-def intervals(lab: Lab) -> go.Figure:
+def intervals(study: Lab) -> go.Figure:
     """Loss over steps for each T."""
     figure = go.Figure()
     for color, (interval, rows) in zip(
-        PALETTE, by_chunks(lab, "interval", "interval").items(), strict=False
+        PALETTE, by_chunks(study, "interval", "interval").items(), strict=False
     ):
-        curve = _curve(lab, rows)
+        curve = _curve(study, rows)
         figure.add_scatter(
             x=curve["step"], y=curve["loss"], name=f"T = {interval}", mode="lines", line_color=color
         )
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text="loss")
-    return dressed(
+    return finish_figure(
         figure,
         "Updates before the next chunk",
         "learned on tiny; means of the seeds, no interval",
@@ -235,17 +236,19 @@ def intervals(lab: Lab) -> go.Figure:
     )
 
 
-def budget_7b(lab: Lab) -> go.Figure:
+def budget_7b(study: Lab) -> go.Figure:
     """What is alive at the peak: K = 128 on the shapes and with the table on the host, then the
     peers; the published total."""
-    shapes, peers = forecasts(lab, "bytes_shapes"), forecasts(lab, "bytes_peers")
+    shapes, peers = forecasts(study, "bytes_shapes"), forecasts(study, "bytes_peers")
     names = [
         *(shapes["model"] + ", " + shapes["regime"] if len(shapes) else ()),
         *(peers["model"] + ", " + peers["regime"] if len(peers) else ()),
     ]
-    ledgers = [json.loads(said) for part in (shapes, peers) if len(part) for said in part["ledger"]]
+    ledgers = [
+        json.loads(ledger) for part in (shapes, peers) if len(part) for ledger in part["ledger"]
+    ]
     figure = go.Figure()
-    for category, color in COLORS.items():
+    for category, color in PREDICTED_COLORS.items():
         sizes = [ledger.get(category, 0) / GIB for ledger in ledgers]
         if category not in ("cached", "context") and max(sizes, default=0) > 0.005:
             figure.add_bar(
@@ -256,7 +259,7 @@ def budget_7b(lab: Lab) -> go.Figure:
                 marker_color=color,
                 hovertemplate="%{y}: %{x:.3f} GiB<extra>" + category + "</extra>",
             )
-    published = lab.plan.settings["published_gib"]
+    published = study.plan.settings["published_gib"]
     figure.add_vline(
         x=published,
         line={"dash": "dash", "color": "#d62728"},
@@ -266,7 +269,7 @@ def budget_7b(lab: Lab) -> go.Figure:
     figure.update_yaxes(autorange="reversed", automargin=True)
     figure.update_xaxes(title_text="GiB at the peak of allocated bytes")
     figure.update_layout(barmode="stack")
-    return dressed(
+    return finish_figure(
         figure,
         "1,024 tokens, bf16, blocks checkpointed, head fused",
         "predicted",
@@ -274,11 +277,11 @@ def budget_7b(lab: Lab) -> go.Figure:
     )
 
 
-def published_budget(lab: Lab) -> pd.DataFrame:
+def published_budget(study: Lab) -> pd.DataFrame:
     """The published total beside our forecast of the shape it fits, GiB. Of its parts only the
     weights follow from the shape; what is left after them is all the rest together."""
-    table = forecasts(lab, "bytes_shapes")
-    total, rows = lab.plan.settings["published_gib"], []
+    table = forecasts(study, "bytes_shapes")
+    total, rows = study.plan.settings["published_gib"], []
     for _, row in table.iterrows():
         ledger = {
             name: size / GIB
@@ -300,17 +303,17 @@ def published_budget(lab: Lab) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("forecast").round(2) if rows else pd.DataFrame()
 
 
-def takeaway(lab: Lab) -> str:
+def takeaway(study: Lab) -> str:
     """In Markdown, from figures; empty where what it needs has not been run."""
-    found = lab.figures
+    figures = study.figures
     names = (
         "accuracy.AdamW, equal tokens",
         "accuracy.AdamW, equal updates",
         "distance.K = 8 against K = 1",
     )
-    if not all(name in found for name in names):
+    if not all(name in figures for name in names):
         return "*The runs of the takeaway are not there.*"
-    tokens, updates, distance = (found[name] for name in names)
+    tokens, updates, distance = (figures[name] for name in names)
     first, second = (
         f"**{100 * figure.value:+.1f} points** [{100 * figure.low:+.1f}, {100 * figure.high:+.1f}]"
         for figure in (tokens, updates)

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from gradient_approximation import COMPARED, TABLE, probes_of, rows_of, seconds
-from vramlab.report.figures import dressed
+from vramlab.report.style import finish_figure, interval_bars
 from vramlab.runs.parameters import KNOWN_PARAMETERS
 from vramlab.studies.estimates import Figure, NotRun
 from vramlab.studies.study import Lab
@@ -26,40 +26,42 @@ COLORS = {
 }
 LEARNED = "learned on this CPU; bars: 95 %, seeds and items"
 SHOWN_SITES = 12
-"""Sites of a cosine's plot, evenly, where a model has more."""
+"""Where a model has more sites, the plot of cosines shows about this many, evenly spaced."""
 
 
-def comparison(lab: Lab) -> pd.DataFrame:
+def comparison(study: Lab) -> pd.DataFrame:
     """The paper's table: parameters updated, time against full, accuracy; and what it leaves
     out."""
-    found = []
-    for name in lab.plan.settings["rows"]:
-        said = {
+    rows = []
+    for name in study.plan.settings["rows"]:
+        row = {
             "row": name,
-            "trained, % of all": _percent(lab.figures.get(f"trained.{name}")),
-            "time, of full's": _words(lab.figures.get(f"time.{name}.{_shortest(lab)}")),
-            "FLOPs at 7B, of full's": _words(lab.figures.get(f"flops.{name}")),
-            "GiB at 7B": _words(lab.figures.get(f"peak.{name}.512")),
+            "trained, % of all": _percent(study.figures.get(f"trained.{name}")),
+            "time, of full's": _words(study.figures.get(f"time.{name}.{_shortest(study)}")),
+            "FLOPs at 7B, of full's": _words(study.figures.get(f"flops.{name}")),
+            "GiB at 7B": _words(study.figures.get(f"peak.{name}.512")),
         }
-        said |= {
+        row |= {
             f"balanced accuracy, shift {shift}": _percent(
-                lab.figures.get(f"accuracy.{name}.{shift}")
+                study.figures.get(f"accuracy.{name}.{shift}")
             )
-            for shift in lab.plan.settings["places"]
+            for shift in study.plan.settings["places"]
         }
-        found.append(
+        rows.append(
             {
-                **said,
-                "accuracy": _percent(lab.figures.get(f"right.{name}")),
-                "cosine": _words(lab.figures.get(f"cosine.{name}")),
+                **row,
+                "accuracy": _percent(study.figures.get(f"right.{name}")),
+                "cosine": _words(study.figures.get(f"cosine.{name}")),
             }
         )
-    return pd.DataFrame(found).set_index("row").rename_axis(None)
+    return pd.DataFrame(rows).set_index("row").rename_axis(None)
 
 
-def _shortest(lab: Lab) -> int:
+def _shortest(study: Lab) -> int:
     return (
-        int(min(seconds(lab).index.get_level_values("seq"), default=0)) if len(seconds(lab)) else 0
+        int(min(seconds(study).index.get_level_values("seq"), default=0))
+        if len(seconds(study))
+        else 0
     )
 
 
@@ -80,9 +82,9 @@ def _percent(figure: Figure | None) -> str:
     )
 
 
-def pairs(lab: Lab) -> pd.DataFrame:
+def pairs(study: Lab) -> pd.DataFrame:
     """Every comparison that was named before the runs, in points of balanced accuracy."""
-    found = [
+    rows = [
         {
             "comparison": pair.name,
             "points": _percent(figure),
@@ -92,14 +94,14 @@ def pairs(lab: Lab) -> pd.DataFrame:
             "items": figure.n,
             "equal": figure.equal,
         }
-        for pair in lab.plan.pairs
-        if (figure := lab.figures.get(f"difference.{pair.name}"))
+        for pair in study.plan.pairs
+        if (figure := study.figures.get(f"difference.{pair.name}"))
     ]
-    return pd.DataFrame(found)
+    return pd.DataFrame(rows)
 
 
 def against(
-    lab: Lab,
+    study: Lab,
     prefix: str,
     names: Sequence[str],
     title: str,
@@ -107,59 +109,49 @@ def against(
     first: Mapping[str, Figure] | None = None,
     y: str = "balanced accuracy",
 ) -> go.Figure | None:
-    """Figures `<prefix>.<name>.<number>` against their number, one line a name; `first`, of the
-    table, where a name has one at `number` (key `<name>.<number>`), is drawn with them."""
+    """Estimates `<prefix>.<name>.<number>` against their number, one line a name. `first` has more
+    of them, by `<name>.<number>`."""
     figure = go.Figure()
-    every = {
+    estimates = {
         **{
-            name.removeprefix(f"{prefix}."): its
-            for name, its in lab.figures.items()
+            name.removeprefix(f"{prefix}."): estimate
+            for name, estimate in study.figures.items()
             if name.startswith(f"{prefix}.")
         },
         **(first or {}),
     }
     for name in names:
-        its = sorted(
-            (int(key.rpartition(".")[2]), said)
-            for key, said in every.items()
+        points = sorted(
+            (int(key.rpartition(".")[2]), estimate)
+            for key, estimate in estimates.items()
             if key.rpartition(".")[0] == name
         )
-        if its:
+        if points:
             figure.add_scatter(
-                x=[at for at, _ in its],
-                y=[round(said.value, 4) for _, said in its],
+                x=[at for at, _ in points],
+                y=[round(estimate.value, 4) for _, estimate in points],
                 name=name,
                 mode="lines+markers",
                 line={"color": COLORS[name]},
-                error_y=_bars([said for _, said in its]),
+                error_y=interval_bars([estimate for _, estimate in points], thickness=1),
                 hovertemplate=f"%{{x}}: %{{y:.3f}}<extra>{name}</extra>",
             )
     if not figure.data:
         return None
     figure.update_xaxes(title_text=x)
     figure.update_yaxes(title_text=y)
-    return dressed(figure, title, LEARNED, 280)
-
-
-def _bars(said: Sequence[Figure]) -> dict:
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [its.high - its.value for its in said],
-        "arrayminus": [its.value - its.low for its in said],
-        "thickness": 1,
-    }
+    return finish_figure(figure, title, LEARNED, 280)
 
 
 def baselines(
-    lab: Lab, figure: go.Figure | None, names: Sequence[str], prefix: str = "accuracy.{}.none"
+    study: Lab, figure: go.Figure | None, names: Sequence[str], prefix: str = "accuracy.{}.none"
 ) -> go.Figure | None:
     """Rows that have no such axis, as level lines."""
     for name in names:
-        said = lab.figures.get(prefix.format(name))
-        if figure is not None and said:
+        estimate = study.figures.get(prefix.format(name))
+        if figure is not None and estimate:
             figure.add_hline(
-                y=said.value,
+                y=estimate.value,
                 line={"color": COLORS[name], "dash": "dash"},
                 annotation_text=name,
                 annotation_font_size=11,
@@ -167,52 +159,52 @@ def baselines(
     return figure
 
 
-def depth(lab: Lab) -> tuple[go.Figure | None, go.Figure | None]:
+def depth(study: Lab) -> tuple[go.Figure | None, go.Figure | None]:
     """Accuracy and cosine against the layers of the approximator."""
-    built, level = tuple(lab.plan.settings["depths"]), ("identity", "random")
-    accuracy = against(lab, "depth", built, "Depth of the approximator", "layers")
+    built, level = tuple(study.plan.settings["depths"]), ("identity", "random")
+    accuracy = against(study, "depth", built, "Depth of the approximator", "layers")
     cosine = against(
-        lab,
+        study,
         "depth_cosine",
         built,
         "Depth, and how near the guess is to the gradient",
         "layers",
         y="cosine",
     )
-    return baselines(lab, accuracy, level), baselines(lab, cosine, level, "cosine.{}")
+    return baselines(study, accuracy, level), baselines(study, cosine, level, "cosine.{}")
 
 
-def grid(lab: Lab, arm: str, title: str, x: str) -> go.Figure | None:
-    """One of the arms that vary one parameter, with the table's runs at the value they have."""
-    parameter = lab.plan.settings["grids"][arm]
-    at = lab.plan.arms[TABLE][0].params.get(parameter, KNOWN_PARAMETERS[parameter])
+def grid(study: Lab, arm: str, title: str, x: str) -> go.Figure | None:
+    """One of the arms that vary one parameter, together with the table's runs at their value."""
+    parameter = study.plan.settings["grids"][arm]
+    at = study.plan.arms[TABLE][0].params.get(parameter, KNOWN_PARAMETERS[parameter])
     from_table = {
-        f"{name}.{at}": said
+        f"{name}.{at}": estimate
         for name in COMPARED
-        if (said := lab.figures.get(f"accuracy.{name}.none"))
+        if (estimate := study.figures.get(f"accuracy.{name}.none"))
     }
-    return against(lab, arm, COMPARED, title, x, from_table)
+    return against(study, arm, COMPARED, title, x, from_table)
 
 
-def length(lab: Lab, arm: str = "length") -> go.Figure | None:
+def length(study: Lab, arm: str = "length") -> go.Figure | None:
     """Accuracy against the tokens of a training sequence."""
-    parameter = lab.plan.settings["grids"][arm]
+    parameter = study.plan.settings["grids"][arm]
     figure = grid(
-        lab, arm, "Longer passages, as many tokens a step", "tokens of a training sequence, mean"
+        study, arm, "Longer passages, as many tokens a step", "tokens of a training sequence, mean"
     )
     if figure is not None:
         tokens = {}
-        for _, rows in lab.records.runs[lab.records.runs["arm"].isin([TABLE, arm])].groupby(
+        for _, rows in study.records.runs[study.records.runs["arm"].isin([TABLE, arm])].groupby(
             parameter
         ):
-            seen = (
-                lab.records.steps[lab.records.steps["run_id"].isin(rows["run_id"])]
+            tokens_seen = (
+                study.records.steps[study.records.steps["run_id"].isin(rows["run_id"])]
                 .groupby("run_id")["tokens_seen"]
                 .max()
             )
-            its = rows.drop_duplicates("run_id").set_index("run_id")
+            runs = rows.drop_duplicates("run_id").set_index("run_id")
             tokens[int(rows[parameter].iloc[0])] = (
-                seen / (its["steps"] * its["batch_size"])
+                tokens_seen / (runs["steps"] * runs["batch_size"])
             ).mean()
         figure.update_xaxes(
             tickvals=list(tokens), ticktext=[f"{count:.0f}" for count in tokens.values()]
@@ -220,32 +212,32 @@ def length(lab: Lab, arm: str = "length") -> go.Figure | None:
     return figure
 
 
-def shift(lab: Lab) -> go.Figure | None:
+def shift(study: Lab) -> go.Figure | None:
     """Accuracy by how far the questions are from the training data."""
-    figure, places = go.Figure(), list(lab.plan.settings["places"])
+    figure, places = go.Figure(), list(study.plan.settings["places"])
     for name in ("zero_shot", *COMPARED, "lora"):
-        its = [
-            (place, said)
+        points = [
+            (place, estimate)
             for place in places
-            if (said := lab.figures.get(f"accuracy.{name}.{place}"))
+            if (estimate := study.figures.get(f"accuracy.{name}.{place}"))
         ]
-        if its:
+        if points:
             figure.add_bar(
-                x=[place for place, _ in its],
-                y=[round(said.value, 4) for _, said in its],
+                x=[place for place, _ in points],
+                y=[round(estimate.value, 4) for _, estimate in points],
                 name=name,
                 marker_color=COLORS.get(name, "#d4a6c8"),
-                error_y=_bars([said for _, said in its]),
+                error_y=interval_bars([estimate for _, estimate in points], thickness=1),
             )
     if not figure.data:
         return None
     figure.update_layout(barmode="group")
     figure.update_xaxes(title_text="shift")
     figure.update_yaxes(title_text="balanced accuracy", range=[0.4, 1])
-    return dressed(figure, "New passages, new words, another domain", LEARNED, 280)
+    return finish_figure(figure, "New passages, new words, another domain", LEARNED, 280)
 
 
-def curves(lab: Lab) -> go.Figure | None:
+def curves(study: Lab) -> go.Figure | None:
     """Training loss at equal tokens and at equal seconds, the mean over seeds of a moving mean of
     five kept steps."""
     figure = make_subplots(
@@ -257,19 +249,19 @@ def curves(lab: Lab) -> go.Figure | None:
     )
     for name in (*COMPARED, "lora"):
         try:
-            rows = rows_of(lab, TABLE, name)
+            rows = rows_of(study, TABLE, name)
         except NotRun:
             continue
-        steps = lab.records.steps
-        its = (
+        steps = study.records.steps
+        means = (
             steps[steps["run_id"].isin(rows["run_id"])]
             .groupby("step")[["loss", "tokens_seen", "t_s"]]
             .mean()
         )
         for column, at in enumerate(("tokens_seen", "t_s"), 1):
             figure.add_scatter(
-                x=its[at].round(3).tolist(),
-                y=its["loss"].rolling(5, min_periods=1).mean().round(4).tolist(),
+                x=means[at].round(3).tolist(),
+                y=means["loss"].rolling(5, min_periods=1).mean().round(4).tolist(),
                 name=name,
                 legendgroup=name,
                 showlegend=column == 1,
@@ -282,10 +274,10 @@ def curves(lab: Lab) -> go.Figure | None:
     figure.update_xaxes(title_text="tokens", col=1)
     figure.update_xaxes(title_text="seconds of training", col=2)
     figure.update_yaxes(title_text="training loss", col=1)
-    return dressed(figure, "Loss", "learned and measured on this CPU, mean of seeds", 260)
+    return finish_figure(figure, "Loss", "learned and measured on this CPU, mean of seeds", 260)
 
 
-def cosines(lab: Lab) -> go.Figure | None:
+def cosines(study: Lab) -> go.Figure | None:
     """Cosine of guess and true gradient by site, bottom to top, and over training."""
     figure = make_subplots(
         1,
@@ -295,7 +287,7 @@ def cosines(lab: Lab) -> go.Figure | None:
     )
     for name in ("residual", "anchored identity", "identity", "random", "literal"):
         try:
-            its = probes_of(lab, rows_of(lab, TABLE, name))
+            probes = probes_of(study, rows_of(study, TABLE, name))
         except NotRun:
             continue
         line = {
@@ -305,7 +297,9 @@ def cosines(lab: Lab) -> go.Figure | None:
             "mode": "lines+markers",
         }
         sites = (
-            its[its["site"].str.startswith("layers.")].groupby("site", sort=False)["cosine"].mean()
+            probes[probes["site"].str.startswith("layers.")]
+            .groupby("site", sort=False)["cosine"]
+            .mean()
         )
         sites = sites.iloc[:: max(1, -(-len(sites) // SHOWN_SITES))]
         figure.add_scatter(
@@ -316,13 +310,13 @@ def cosines(lab: Lab) -> go.Figure | None:
             col=1,
             **line,
         )
-        steps = its[its["site"] == "all"].groupby("step")["cosine"].mean()
+        steps = probes[probes["site"] == "all"].groupby("step")["cosine"].mean()
         figure.add_scatter(x=steps.index.tolist(), y=steps.round(4).tolist(), row=1, col=2, **line)
     if not figure.data:
         return None
     figure.update_xaxes(title_text="step", col=2)
     figure.update_yaxes(title_text="cosine", range=[-0.2, 1.05])
-    return dressed(
+    return finish_figure(
         figure,
         "How near the guess is to the gradient",
         "measured on the batch of the step, mean of seeds",
@@ -330,63 +324,63 @@ def cosines(lab: Lab) -> go.Figure | None:
     )
 
 
-def times(lab: Lab) -> go.Figure | None:
+def times(study: Lab) -> go.Figure | None:
     """Step time over full's against length."""
     figure = go.Figure()
     for name in (*COMPARED, "lora"):
-        its = sorted(
-            (int(key.rpartition(".")[2]), said)
-            for key, said in lab.figures.items()
+        points = sorted(
+            (int(key.rpartition(".")[2]), estimate)
+            for key, estimate in study.figures.items()
             if key.rpartition(".")[0] == f"time.{name}"
         )
-        if its:
+        if points:
             figure.add_scatter(
-                x=[at for at, _ in its],
-                y=[round(said.value, 4) for _, said in its],
+                x=[at for at, _ in points],
+                y=[round(estimate.value, 4) for _, estimate in points],
                 name=name,
                 mode="lines+markers",
                 line={"color": COLORS[name]},
-                error_y=_bars([said for _, said in its]),
+                error_y=interval_bars([estimate for _, estimate in points], thickness=1),
             )
     if not figure.data:
         return None
     figure.update_xaxes(title_text="tokens of a row")
     figure.update_yaxes(title_text="step time, of full's", rangemode="tozero")
-    return dressed(
+    return finish_figure(
         figure, "Step time against length", "measured on this CPU; bars: 95 %, repeats", 260
     )
 
 
-def memory(lab: Lab) -> pd.DataFrame:
+def memory(study: Lab) -> pd.DataFrame:
     """Forecast of a step at 7B, GiB, by length."""
-    found = [
-        {"row": name, "tokens": int(seq), "GiB": said.value}
-        for key, said in lab.figures.items()
+    rows = [
+        {"row": name, "tokens": int(seq), "GiB": estimate.value}
+        for key, estimate in study.figures.items()
         if key.startswith("peak.")
         for _, name, seq in [key.split(".")]
     ]
-    if not found:
+    if not rows:
         return pd.DataFrame()
-    return pd.DataFrame(found).pivot(index="row", columns="tokens", values="GiB").round(2)
+    return pd.DataFrame(rows).pivot(index="row", columns="tokens", values="GiB").round(2)
 
 
-def answer(lab: Lab) -> str:
+def answer(study: Lab) -> str:
     """The study in one paragraph, from the figures that there are."""
-    found, said = lab.figures, []
+    figures, sentences = study.figures, []
     for name in ("literal", "residual"):
-        if f"difference.{name} against full" in found and f"accuracy.{name}.none" in found:
-            said.append(
-                f"`{name}` reaches {_percent(found[f'accuracy.{name}.none'])} % against full"
-                f" fine-tuning's {_percent(found['accuracy.full.none'])} on as many tokens, and the"
-                f" base's own {_percent(found.get('accuracy.zero_shot.none'))}"
+        if f"difference.{name} against full" in figures and f"accuracy.{name}.none" in figures:
+            sentences.append(
+                f"`{name}` reaches {_percent(figures[f'accuracy.{name}.none'])} % against full"
+                f" fine-tuning's {_percent(figures['accuracy.full.none'])} on as many tokens, and"
+                f" the base's own {_percent(figures.get('accuracy.zero_shot.none'))}"
             )
-        if f"flops.{name}" in found:
-            said.append(
-                f"its step is {found[f'flops.{name}'].value:.2f} of full's work at 7B, where"
-                f" identity feedback, without a module, is {found['flops.identity'].value:.2f}"
+        if f"flops.{name}" in figures:
+            sentences.append(
+                f"its step is {figures[f'flops.{name}'].value:.2f} of full's work at 7B, where"
+                f" identity feedback, without a module, is {figures['flops.identity'].value:.2f}"
             )
-        if f"cosine.{name}" in found:
-            said.append(
-                f"its guess has a cosine of {_words(found[f'cosine.{name}'])} with the gradient"
+        if f"cosine.{name}" in figures:
+            sentences.append(
+                f"its guess has a cosine of {_words(figures[f'cosine.{name}'])} with the gradient"
             )
-    return "; ".join(said) + ("." if said else "")
+    return "; ".join(sentences) + ("." if sentences else "")

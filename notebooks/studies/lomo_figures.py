@@ -11,8 +11,7 @@ from plotly.subplots import make_subplots
 
 from lomo import DOMAIN, memory, rates
 from vramlab.report import notebook
-from vramlab.report.figures import dressed
-from vramlab.report.forecast_figures import COLORS
+from vramlab.report.style import PREDICTED_COLORS, finish_figure, interval_bars
 from vramlab.studies.estimates import Figure, NotRun
 
 RULES = {"LOMO": "#4e79a7", "AdaLomo": "#59a14f", "AdamW": "#e15759"}
@@ -29,59 +28,62 @@ ARMS = {
     "one_row": "Baichuan2-7B, 1 x 1,024",
 }
 LEARNED = "learned on this machine; bars: 95 %, seeds and items"
-Shown = Sequence[pd.DataFrame | go.Figure | str]
+Contents = Sequence[pd.DataFrame | go.Figure | str]
 
 
-def show(lab, chapter: str) -> None:
+def show(study, chapter: str) -> None:
     """One chapter in a notebook."""
-    notebook.show(*(CHAPTERS[chapter](lab) or [""]))
+    notebook.show(*(CHAPTERS[chapter](study) or [""]))
 
 
 # bytes --------------------------------------------------------------------------------------------
 
 
-def bytes_at_7b(lab) -> Shown:
-    tables = {arm: table for arm in ARMS if len(table := memory(lab.records, arm))}
+def bytes_at_7b(study) -> Contents:
+    tables = {arm: table for arm in ARMS if len(table := memory(study.records, arm))}
     if not tables:
         return []
-    found: list = [
+    contents: list = [
         _ledgers(
             tables,
             (
-                {row: said for row, said in enumerate(_quoted(lab, tables["published"]))}
+                {
+                    row: total_gib
+                    for row, total_gib in enumerate(_quoted(study, tables["published"]))
+                }
                 if "published" in tables
                 else {}
             ),
         )
     ]
     for arm, table in tables.items():
-        shown = table.drop(columns=["ranks", "margin_gib", "model"]).rename(
+        columns = table.drop(columns=["ranks", "margin_gib", "model"]).rename(
             columns={"rule": ARMS[arm]}
         )
-        found.append(
+        contents.append(
             (
-                shown.assign(quoted_recalled_gib=_quoted(lab, table))
+                columns.assign(quoted_recalled_gib=_quoted(study, table))
                 if arm == "published"
-                else shown
+                else columns
             ).round(2)
         )
-    own = lab.figures
-    if {"adamw_gib", "lomo_gib"} <= own.keys():
-        share = own["lomo_gib"].value / own["adamw_gib"].value
-        found.append(
+    figures = study.figures
+    if {"adamw_gib", "lomo_gib"} <= figures.keys():
+        share = figures["lomo_gib"].value / figures["adamw_gib"].value
+        contents.append(
             f"**LOMO's peak is {share:.1%} of AdamW's** at the paper's sizes and load, both with"
-            f" checkpointing: {own['lomo_gib'].words()} against {own['adamw_gib'].words()}."
+            f" checkpointing: {figures['lomo_gib'].words()} against {figures['adamw_gib'].words()}."
             " Predicted."
         )
-    return found
+    return contents
 
 
-def _quoted(lab, table: pd.DataFrame) -> list[float]:
-    """The paper's total beside each row that it has one for: with checkpointing and a plain
-    head."""
-    said = lab.plan.settings.get("quoted_recalled_gib", {})
+def _quoted(study, table: pd.DataFrame) -> list[float]:
+    """The paper's total for each row; NaN except with checkpointing and a plain head, of which it
+    has one."""
+    totals_gib = study.plan.settings.get("quoted_recalled_gib", {})
     return [
-        said.get(row.rule, np.nan) if row.checkpointing and row.head == "plain" else np.nan
+        totals_gib.get(row.rule, np.nan) if row.checkpointing and row.head == "plain" else np.nan
         for row in table.itertuples()
     ]
 
@@ -101,7 +103,7 @@ def _ledgers(tables: dict[str, pd.DataFrame], quoted: dict[int, float]) -> go.Fi
             + (", fused head" if row.head == "fused" else "")
             for row in table.itertuples()
         ]
-        for category, color in COLORS.items():
+        for category, color in PREDICTED_COLORS.items():
             if category in table and table[category].max() > 0.05:
                 new = not any(trace.name == category for trace in figure.data)
                 figure.add_bar(
@@ -130,170 +132,169 @@ def _ledgers(tables: dict[str, pd.DataFrame], quoted: dict[int, float]) -> go.Fi
     figure.update_xaxes(title_text="GiB at the peak", rangemode="tozero")
     figure.update_layout(barmode="stack")
     figure.update_annotations(font_size=13)
-    return dressed(figure, "What is alive at the peak", "predicted", 300)
+    return finish_figure(figure, "What is alive at the peak", "predicted", 300)
 
 
-def cards(lab) -> Shown:
-    table = memory(lab.records, "cards")
+def cards(study) -> Contents:
+    table = memory(study.records, "cards")
     if not len(table):
         return []
-    found: list = [table[["model", "rule", "ranks", "phase", "peak_gib", "margin_gib"]].round(2)]
-    if "share_of_sharded_adamw" in lab.figures:
-        share = lab.figures["share_of_sharded_adamw"].value
-        found.append(
+    contents: list = [table[["model", "rule", "ranks", "phase", "peak_gib", "margin_gib"]].round(2)]
+    if "share_of_sharded_adamw" in study.figures:
+        share = study.figures["share_of_sharded_adamw"].value
+        contents.append(
             f"On one card LOMO holds **{share:.1%}** of what eight ranks of AdamW hold together."
             " Predicted."
         )
-    return found
+    return contents
 
 
 # learned ------------------------------------------------------------------------------------------
 
 
-def learning_rates(lab) -> Shown:
-    table = rates(lab)
+def learning_rates(study) -> Contents:
+    table = rates(study)
     if not len(table):
         return []
-    scored = [lab.records.balanced(row.runs, DOMAIN) for row in table.itertuples()]
-    shown = pd.DataFrame(
+    scored = [study.records.balanced(row.runs, DOMAIN) for row in table.itertuples()]
+    rows = pd.DataFrame(
         {
             "rule": table["rule"],
             "learning rate": table["lr"],
             "best": table["best"],
             "training loss": table["loss"].astype(float).round(4),
-            "balanced accuracy": [figure.words() for figure in scored],
-            "seeds": [figure.seeds for figure in scored],
-            "n": [figure.n for figure in scored],
+            "balanced accuracy": [score.words() for score in scored],
+            "seeds": [score.seeds for score in scored],
+            "n": [score.n for score in scored],
         }
     )
-    drawn = go.Figure()
+    figure = go.Figure()
     for rule, color in RULES.items():
-        its = [
-            (row.lr, figure)
-            for row, figure in zip(table.itertuples(), scored, strict=True)
+        tried = [
+            (row.lr, score)
+            for row, score in zip(table.itertuples(), scored, strict=True)
             if row.rule == rule
         ]
-        if its:
-            middle = np.exp(np.mean(np.log([lr for lr, _ in its])))
+        if tried:
+            middle = np.exp(np.mean(np.log([lr for lr, _ in tried])))
             _points(
-                drawn,
-                [lr / middle for lr, _ in its],
-                [figure for _, figure in its],
+                figure,
+                [lr / middle for lr, _ in tried],
+                [score for _, score in tried],
                 rule,
                 color,
                 "lines+markers",
             )
-    drawn.update_xaxes(type="log", title_text="learning rate over the middle of the rates tried")
-    drawn.update_yaxes(title_text="balanced accuracy")
+    figure.update_xaxes(type="log", title_text="learning rate over the middle of the rates tried")
+    figure.update_yaxes(title_text="balanced accuracy")
     return [
-        dressed(drawn, "A learning rate's worth, at equal tokens", LEARNED, 260),
-        shown,
+        finish_figure(figure, "A learning rate's worth, at equal tokens", LEARNED, 260),
+        rows,
         _differences(
-            lab, [name for name in lab.figures if "_minus_" in name or name.startswith("rate_drop")]
+            study,
+            [name for name in study.figures if "_minus_" in name or name.startswith("rate_drop")],
         ),
     ]
 
 
 def _points(
-    drawn: go.Figure,
+    figure: go.Figure,
     x: Sequence,
-    figures: Sequence[Figure],
+    estimates: Sequence[Figure],
     name: str,
     color: str,
     mode: str = "markers",
 ) -> None:
-    values = [figure.value for figure in figures]
-    drawn.add_scatter(
+    values = [estimate.value for estimate in estimates]
+    figure.add_scatter(
         x=list(x),
         y=[round(value, 4) for value in values],
         name=name,
         mode=mode,
         line={"color": color},
         marker={"color": color, "size": 9},
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": [figure.high - figure.value for figure in figures],
-            "arrayminus": [figure.value - figure.low for figure in figures],
-        },
+        error_y=interval_bars(estimates),
         hovertemplate=f"%{{x}}: %{{y:.3f}}<extra>{name}</extra>",
     )
 
 
-def comparisons(lab) -> Shown:
+def comparisons(study) -> Contents:
     names = [
         pair.name.replace(" ", "_")
-        for pair in lab.plan.pairs
-        if pair.name.replace(" ", "_") in lab.figures
+        for pair in study.plan.pairs
+        if pair.name.replace(" ", "_") in study.figures
     ]
-    return [_differences(lab, names)] if names else []
+    return [_differences(study, names)] if names else []
 
 
-def _differences(lab, names: Sequence[str]) -> pd.DataFrame:
-    """What was compared, in points of balanced accuracy."""
-    rows = [(name, lab.figures[name]) for name in names]
+def _differences(study, names: Sequence[str]) -> pd.DataFrame:
+    """The named comparisons, in points of balanced accuracy."""
+    rows = [(name, study.figures[name]) for name in names]
     return pd.DataFrame(
         [
             {
                 "comparison": name.replace("_", " "),
-                "points": f"{100 * figure.value:+.1f}",
-                "95 %": f"{100 * figure.low:+.1f} to {100 * figure.high:+.1f}",
-                "p": figure.p,
-                "p, Holm": figure.p_holm,
-                "seeds": figure.seeds,
-                "n": figure.n,
-                "equal": figure.equal,
+                "points": f"{100 * estimate.value:+.1f}",
+                "95 %": f"{100 * estimate.low:+.1f} to {100 * estimate.high:+.1f}",
+                "p": estimate.p,
+                "p, Holm": estimate.p_holm,
+                "seeds": estimate.seeds,
+                "n": estimate.n,
+                "equal": estimate.equal,
             }
-            for name, figure in rows
+            for name, estimate in rows
         ]
     ).round(4)
 
 
-def clippings(lab) -> Shown:
-    """Each way at each learning rate; without clipping from arm rates."""
-    drawn, rows = go.Figure(), _runs(lab, "clipping")
+def clippings(study) -> Contents:
+    """Each way of clipping at each learning rate; the runs without clipping are those of the arm
+    `rates`."""
+    figure, rows = go.Figure(), _runs(study, "clipping")
     if rows is None:
         return []
-    bare = _runs(lab, "rates")
-    bare = bare[bare["regime"] == "sgd"] if bare is not None else rows.iloc[:0]
-    both = pd.concat([rows, bare[bare["lr"].isin(rows["lr"])]], ignore_index=True)
+    unclipped = _runs(study, "rates")
+    unclipped = unclipped[unclipped["regime"] == "sgd"] if unclipped is not None else rows.iloc[:0]
+    both = pd.concat([rows, unclipped[unclipped["lr"].isin(rows["lr"])]], ignore_index=True)
     both["way"] = [_way((params.get("axes") or {}).get("until")) for params in both["params"]]
     for way, color in WAYS.items():
-        its = [
-            (f"learning rate {lr:g}", lab.records.balanced(runs, DOMAIN))
+        tried = [
+            (f"learning rate {lr:g}", study.records.balanced(runs, DOMAIN))
             for lr, runs in both[both["way"] == way].groupby("lr")
         ]
-        if its:
-            _points(drawn, [lr for lr, _ in its], [figure for _, figure in its], way, color)
-    drawn.update_layout(scattermode="group")
-    drawn.update_yaxes(title_text="balanced accuracy")
-    found: list = [dressed(drawn, "LOMO's ways of clipping, at equal tokens", LEARNED, 260)]
-    names = [name for name in lab.figures if name.endswith(("against_norm", "high_rate"))]
-    return [*found, _differences(lab, names)] if names else found
+        if tried:
+            _points(figure, [lr for lr, _ in tried], [score for _, score in tried], way, color)
+    figure.update_layout(scattermode="group")
+    figure.update_yaxes(title_text="balanced accuracy")
+    contents: list = [
+        finish_figure(figure, "LOMO's ways of clipping, at equal tokens", LEARNED, 260)
+    ]
+    names = [name for name in study.figures if name.endswith(("against_norm", "high_rate"))]
+    return [*contents, _differences(study, names)] if names else contents
 
 
 def _way(until) -> str:
-    said = until["backward"] if isinstance(until, dict) else {}
-    if "clip_value" in said:
+    clipping = until["backward"] if isinstance(until, dict) else {}
+    if "clip_value" in clipping:
         return "by value"
     return (
         "none"
-        if "clip_norm" not in said
+        if "clip_norm" not in clipping
         else "last norm"
-        if said.get("norm") == "last"
+        if clipping.get("norm") == "last"
         else "norm, two looks"
     )
 
 
-def _runs(lab, arm: str) -> pd.DataFrame | None:
+def _runs(study, arm: str) -> pd.DataFrame | None:
     try:
-        return lab.records.select(arm)
+        return study.records.select(arm)
     except NotRun:
         return None
 
 
-def halves(lab) -> Shown:
-    rows, drawn = _runs(lab, "halves"), go.Figure()
+def halves(study) -> Contents:
+    rows, figure = _runs(study, "halves"), go.Figure()
     if rows is None:
         return []
     names = [
@@ -302,67 +303,67 @@ def halves(lab) -> Shown:
         for params in rows["params"]
     ]
     for name, color in HALVES.items():
-        its = rows[[name == other for other in names]]
-        if len(its):
-            _points(drawn, [name], [lab.records.balanced(its, DOMAIN)], name, color)
-    drawn.update_yaxes(title_text="balanced accuracy")
-    found: list = [dressed(drawn, "LOMO in half types, at equal tokens", LEARNED, 260)]
+        runs = rows[[name == other for other in names]]
+        if len(runs):
+            _points(figure, [name], [study.records.balanced(runs, DOMAIN)], name, color)
+    figure.update_yaxes(title_text="balanced accuracy")
+    contents: list = [finish_figure(figure, "LOMO in half types, at equal tokens", LEARNED, 260)]
     compared = [
-        name for name in ("fp16_against_bf16", "loss_scale_against_none") if name in lab.figures
+        name for name in ("fp16_against_bf16", "loss_scale_against_none") if name in study.figures
     ]
-    found += [_differences(lab, compared)] if compared else []
-    if {"hooks_under_scaler", "ours_under_scale"} <= lab.figures.keys():
+    contents += [_differences(study, compared)] if compared else []
+    if {"hooks_under_scaler", "ours_under_scale"} <= study.figures.keys():
         hooks, ours = (
-            lab.figures[name].value for name in ("hooks_under_scaler", "ours_under_scale")
+            study.figures[name].value for name in ("hooks_under_scaler", "ours_under_scale")
         )
-        found.append(
+        contents.append(
             f"Under a GradScaler, plain hooks moved the weights **{hooks:,.0f}** times too far;"
             f" with our scale the step was {ours:.4f} times the unscaled one."
         )
-    return found
+    return contents
 
 
 # seconds ------------------------------------------------------------------------------------------
 
 
-def seconds(lab) -> Shown:
-    frame = lab.records.tables.get("seconds")
+def seconds(study) -> Contents:
+    frame = study.records.tables.get("seconds")
     if frame is None or "step_s" not in frame:
         return []
     medians = frame.groupby("row", sort=False)[
         ["step_s", "forward_s", "backward_s", "update_s"]
     ].median()
-    drawn = go.Figure()
+    figure = go.Figure()
     for phase, color in (
         ("forward_s", "#4e79a7"),
         ("backward_s", "#f28e2b"),
         ("update_s", "#59a14f"),
     ):
-        drawn.add_bar(
+        figure.add_bar(
             y=medians.index.tolist(),
             x=(medians[phase] * 1000).round(2).tolist(),
             orientation="h",
             marker_color=color,
             name=phase.removesuffix("_s"),
         )
-    drawn.update_layout(barmode="stack")
-    drawn.update_yaxes(autorange="reversed", automargin=True)
-    drawn.update_xaxes(title_text="ms a step")
-    told = [
-        f"{name.removeprefix('time_of_').replace('_', ' ')} {figure.value:.2f} [{figure.low:.2f},"
-        f" {figure.high:.2f}]"
-        for name, figure in lab.figures.items()
+    figure.update_layout(barmode="stack")
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_xaxes(title_text="ms a step")
+    ratios = [
+        f"{name.removeprefix('time_of_').replace('_', ' ')} {estimate.value:.2f}"
+        f" [{estimate.low:.2f}, {estimate.high:.2f}]"
+        for name, estimate in study.figures.items()
         if name.startswith("time_of_")
     ]
     return [
-        dressed(
-            drawn,
+        finish_figure(
+            figure,
             "Step time, tiny model, all with checkpointing and a fused head",
             "measured on this CPU",
             240,
         ),
         "Step times over LOMO's, geometric mean of paired repeats with 95 %: "
-        + "; ".join(told)
+        + "; ".join(ratios)
         + ".",
     ]
 
@@ -378,35 +379,35 @@ CHAPTERS = {
 }
 
 
-def same(lab) -> str:
+def same(study) -> str:
     """In Markdown: whether LOMO is SGD."""
-    figure = lab.figures.get("seeds_that_differ")
-    if figure is None:
+    estimate = study.figures.get("seeds_that_differ")
+    if estimate is None:
         return "*Its runs are not there.*"
     return (
-        f"**{figure.value:.0f} of {figure.seeds}** seeds end in other weights under LOMO than under"
-        " SGD at the end of a step."
+        f"**{estimate.value:.0f} of {estimate.seeds}** seeds end in other weights under LOMO than"
+        " under SGD at the end of a step."
     )
 
 
-def takeaway(lab) -> str:
+def takeaway(study) -> str:
     """Whether SGD is enough, in Markdown, from the figures."""
     names = {
         "lomo_minus_adamw": "LOMO against AdamW",
         "adalomo_minus_adamw": "AdaLomo against AdamW",
     }
-    told = [
-        f"{words}: {100 * figure.value:+.1f} points [{100 * figure.low:+.1f},"
-        f" {100 * figure.high:+.1f}]"
-        for name, words in names.items()
-        if (figure := lab.figures.get(name))
+    differences = [
+        f"{label}: {100 * estimate.value:+.1f} points [{100 * estimate.low:+.1f},"
+        f" {100 * estimate.high:+.1f}]"
+        for name, label in names.items()
+        if (estimate := study.figures.get(name))
     ]
     return (
         (
             "**At equal tokens and each at its best learning rate: "
-            + "; ".join(told)
+            + "; ".join(differences)
             + "** of balanced accuracy."
         )
-        if told
+        if differences
         else "*The runs that decide it are not there.*"
     )

@@ -1,4 +1,4 @@
-"""The chapters of the study's notebook: what each displays, made once for all of them."""
+"""The chapters of the regimes' notebook: what each displays, computed once for all of them."""
 
 from __future__ import annotations
 
@@ -37,17 +37,16 @@ class Chapters:
         rows: Sequence[str],
         progress: bool = True,
     ) -> Chapters:
-        """Forecasts, counts and measures what is asked for. Raises: ValueError, for a name that
-        there is not."""
-        known, read = read_regimes(), study.read_study()
-        chosen = read.chapters(families, rows)
+        """Forecast, count and time the rows. Raises: ValueError, for an unknown family or row."""
+        known, study_file = read_regimes(), study.read_study()
+        chosen = study_file.chapters(families, rows)
         cells = study.predicted(chosen, model, seq, card, progress)
         counts = {}
-        with bar("updates", len(cells), progress) as shown:
+        with bar("updates", len(cells), progress) as progress_bar:
             for name in cells:
                 counts[name] = updates.updates(model_spec(model), known[name])
-                shown.update()
-        return cls(chosen, cells, counts, study.stalls(cells, progress=progress), read.quotes)
+                progress_bar.update()
+        return cls(chosen, cells, counts, study.stalls(cells, progress=progress), study_file.quotes)
 
     def show(self, family: str) -> None:
         """One chapter: the table, the bytes, the step times."""
@@ -73,8 +72,10 @@ class Chapters:
         times = self.times[self.times["row"].isin(names)]
         if len(times):
             display(regimes_figures.stalls(times))
-        words = regimes_figures.stall_words(times) or ["No row here has a step unlike its others."]
-        display(Markdown("\n".join(f"* {sentence}" for sentence in words)))
+        sentences = regimes_figures.stall_words(times) or [
+            "No row here has a step unlike its others."
+        ]
+        display(Markdown("\n".join(f"* {sentence}" for sentence in sentences)))
 
     def takeaway(self) -> str:
         """In Markdown; rows without a forecast are not in it."""

@@ -1,5 +1,5 @@
-"""The figures and tables of the study of the regimes, each from plain data of `regimes`. What kind
-a figure is stands on it."""
+"""The figures and tables of the study of the regimes, each from plain data of `regimes`. Each
+figure says whether its numbers are predicted or measured."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from vramlab.report.figures import dressed
-from vramlab.report.forecast_figures import COLORS, RESERVED
 from vramlab.report.forecast_tables import GIB
+from vramlab.report.rank_figures import RESERVED
+from vramlab.report.style import LIMIT_LINE, PREDICTED_COLORS, finish_figure
 
 EVENTS = {
     "": "#bab0ac",
@@ -21,11 +21,12 @@ EVENTS = {
     "probe": "#76b7b2",
 }
 FAR = 4
-"""A limit that many times the longest bar would flatten all bars: it is told, not drawn."""
+"""A limit beyond this many times the longest bar would flatten all bars, so only the legend has
+it."""
 
 
-def held(cell: Mapping) -> Mapping:
-    """The cell's outcome on the one card it was held against."""
+def outcome(cell: Mapping) -> Mapping:
+    """The cell's outcome on its one card."""
     return next(iter(cell["cards"].values()))
 
 
@@ -33,7 +34,7 @@ def unit(cells: Mapping[str, Mapping]) -> tuple[str, int]:
     """GiB, or MiB where nothing reaches a tenth of one: (name, bytes)."""
     return (
         ("GiB", GIB)
-        if max(held(cell)["reserved_bytes"] for cell in cells.values()) >= GIB / 10
+        if max(outcome(cell)["reserved_bytes"] for cell in cells.values()) >= GIB / 10
         else ("MiB", 2**20)
     )
 
@@ -45,14 +46,14 @@ def ledger(cells: Mapping[str, Mapping], counts: Mapping) -> go.Figure:
     figure = make_subplots(
         1, 2, shared_yaxes=True, column_widths=[0.74, 0.26], horizontal_spacing=0.03
     )
-    for category, color in COLORS.items():
+    for category, color in PREDICTED_COLORS.items():
         sizes = [cell["ledger"].get(category, 0) for cell in cells.values()]
         if any(
-            its >= cell["requested_bytes"] / 1000
-            for its, cell in zip(sizes, cells.values(), strict=True)
+            size_bytes >= cell["requested_bytes"] / 1000
+            for size_bytes, cell in zip(sizes, cells.values(), strict=True)
         ):
             figure.add_bar(
-                x=[round(its / size, 4) for its in sizes],
+                x=[round(size_bytes / size, 4) for size_bytes in sizes],
                 y=names,
                 orientation="h",
                 name=category,
@@ -61,7 +62,7 @@ def ledger(cells: Mapping[str, Mapping], counts: Mapping) -> go.Figure:
                 row=1,
                 col=1,
             )
-    reserved = [held(cell)["reserved_bytes"] / size for cell in cells.values()]
+    reserved = [outcome(cell)["reserved_bytes"] / size for cell in cells.values()]
     figure.add_scatter(
         x=reserved,
         y=names,
@@ -92,7 +93,7 @@ def ledger(cells: Mapping[str, Mapping], counts: Mapping) -> go.Figure:
         title_text="updates a parameter, 1,000 steps", range=[0, 1080], row=1, col=2
     )
     figure.update_layout(barmode="stack")
-    return dressed(
+    return finish_figure(
         figure, "What is alive at the peak, and what it buys", "predicted", 40 + 36 * len(names)
     )
 
@@ -109,7 +110,7 @@ def _limit(figure: go.Figure, cell: Mapping, longest: float, size: int, word: st
         name=name,
         yaxis="y3",
         xaxis="x",
-        line={"dash": "dash", "color": "#d62728", "width": 2},
+        line=LIMIT_LINE,
         hovertemplate="%{x:.2f}<extra>card</extra>",
     )
     figure.update_layout(
@@ -122,41 +123,41 @@ def stalls(frame: pd.DataFrame) -> go.Figure:
     is coloured."""
     rows = list(dict.fromkeys(frame["row"]))
     figure = make_subplots(1, len(rows), subplot_titles=rows, horizontal_spacing=0.06)
-    seen: set[str] = set()
+    labelled: set[str] = set()
     for column, name in enumerate(rows, 1):
-        for what, steps in frame[frame["row"] == name].groupby("event"):
-            label = what or "other steps"
+        for event, steps in frame[frame["row"] == name].groupby("event"):
+            label = event or "other steps"
             figure.add_bar(
                 x=steps["step"].tolist(),
                 y=(steps["step_s"] * 1000).round(2).tolist(),
                 name=label,
                 legendgroup=label,
-                showlegend=label not in seen,
-                marker_color=EVENTS[what],
+                showlegend=label not in labelled,
+                marker_color=EVENTS[event],
                 row=1,
                 col=column,
                 hovertemplate="step %{x}: %{y:.1f} ms<extra>" + label + "</extra>",
             )
-            seen.add(label)
+            labelled.add(label)
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title_text="step time, ms", col=1)
     figure.update_annotations(font_size=13)
-    return dressed(figure, "Step time, tiny model", "measured on this CPU", 170)
+    return finish_figure(figure, "Step time, tiny model", "measured on this CPU", 170)
 
 
 def table(cells: Mapping[str, Mapping], counts: Mapping, quotes: Mapping) -> pd.DataFrame:
     """A row's published figure beside ours, and its updates beside its memory."""
-    found, (word, size) = [], unit(cells)
+    rows, (word, size) = [], unit(cells)
     for name, cell in cells.items():
         quote, count = quotes.get(name), counts[name]
-        found.append(
+        rows.append(
             {
                 "row": name,
                 "quoted": quote.figure if quote else "none confirmed",
                 "quoted of": quote.of if quote else "",
                 "quoted from": f"{quote.source} ({quote.by})" if quote else "",
-                f"predicted, {word}": f"{held(cell)['allocated_bytes'] / size:.2f}",
+                f"predicted, {word}": f"{outcome(cell)['allocated_bytes'] / size:.2f}",
                 f"host, {word}": f"{cell['host_bytes'] / size:.2f}",
                 "weights": cell["weights"],
                 "updates": f"{count.mean:,.4g}",
@@ -164,13 +165,13 @@ def table(cells: Mapping[str, Mapping], counts: Mapping, quotes: Mapping) -> pd.
                 "trained beside": f"{count.added:,}",
             }
         )
-    return pd.DataFrame(found).set_index("row").rename_axis(None)
+    return pd.DataFrame(rows).set_index("row").rename_axis(None)
 
 
 def stall_words(frame: pd.DataFrame) -> list[str]:
-    """Of each row: how much longer an uncommon step takes than the common ones between it and the
-    next. Within a turn the same weights train, so what differs is the switch alone."""
-    said = []
+    """For each row: how many times as long an uncommon step takes as the common ones between it and
+    the next. Within a turn the same weights train, so only the switch differs."""
+    sentences = []
     for name, steps in frame.groupby("row", sort=False):
         times, ratios = steps["step_s"] * 1000, {}
         for _, turn in steps[steps["step"] > 0].groupby((steps["event"] != "").cumsum()):
@@ -179,40 +180,40 @@ def stall_words(frame: pd.DataFrame) -> list[str]:
                 ratios.setdefault(first["event"], []).append(
                     first["step_s"] / after["step_s"].median()
                 )
-        said += [
-            f"`{name}`, {what}: {pd.Series(its).median():.2f} times as long as the steps after it"
-            f" (median of {len(its)})."
-            for what, its in ratios.items()
+        sentences += [
+            f"`{name}`, {event}: {pd.Series(event_ratios).median():.2f} times as long as the steps"
+            f" after it (median of {len(event_ratios)})."
+            for event, event_ratios in ratios.items()
         ]
         if not ratios:
-            said.append(
+            sentences.append(
                 f"`{name}`: {steps['event'].iloc[-1]} at every step, {times.min():.0f} to"
                 f" {times.max():.0f} ms."
             )
-    return said
+    return sentences
 
 
 def takeaway(cells: Mapping[str, Mapping], counts: Mapping) -> str:
     """The least memory of the rows drawn, and the least that still updates every parameter at every
     step, in Markdown."""
     word, size = unit(cells)
-    peak = {name: held(cell)["allocated_bytes"] / size for name, cell in cells.items()}
+    peak = {name: outcome(cell)["allocated_bytes"] / size for name, cell in cells.items()}
     order = sorted(peak, key=peak.__getitem__)
     least, every = order[0], next((name for name in order if counts[name].least == 1000), None)
-    words = (
+    sentence = (
         f"**{least}** needs least of the {len(order)} rows drawn, {peak[least]:.1f} {word}, and"
         f" updates a parameter {counts[least].mean:,.4g} times in 1,000 steps"
     )
     if every == least:
-        return f"{words}, as often as can be. Predicted."
+        return f"{sentence}, as often as can be. Predicted."
     rest = (
         f"the least that updates each at every step is **{every}**, {peak[every]:.1f} {word}"
         if every
         else "none updates each at every step"
     )
-    return f"{words}; {rest}. Predicted."
+    return f"{sentence}; {rest}. Predicted."
 
 
 def kept(names: Sequence[str], by_row: Mapping) -> dict:
-    """Those of `by_row` that are called `names`."""
+    """The rows called `names` of `by_row`."""
     return {name: by_row[name] for name in names}

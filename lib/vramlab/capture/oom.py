@@ -29,7 +29,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from ..allocator.allocator import OutOfMemory, Shortage
 from ..timeline.events import alive_rows, by_category, by_owner, largest_owners
@@ -124,6 +123,8 @@ class _Watch:
         """Called by torch. Never raises: the exception on its way is the one to keep."""
         if not self.open:
             return
+        import torch
+
         figures = {
             "asked_bytes": segment_bytes,
             "free_bytes": free_bytes,
@@ -160,6 +161,8 @@ def watched(
     """While this context is open, running out of memory on a CUDA `device` is recorded at once, see
     `record_of`. `frame` returns the timeline so far; `dump` is the file for torch's own snapshot.
     Does nothing on any other device, or where torch sees no GPU."""
+    import torch
+
     if not device.startswith("cuda") or not torch.cuda.is_available():
         yield
         return
@@ -178,6 +181,8 @@ def record_of(error: BaseException) -> dict:
     figures, and says so."""
     if isinstance(error, RanOut):
         return error.record
+    import torch
+
     if isinstance(error, torch.OutOfMemoryError) and _watch.record is not None:
         return _watch.record
     source = (

@@ -1,136 +1,121 @@
-"""The page *What the papers said, what we saw*: every claim of the ledger, study by study, with its
-verdict and what decided it."""
+"""The section *What the papers said, what we saw*: every claim of params/claims.yml, study by
+study, with its verdict and what decided it."""
 
 from __future__ import annotations
 
-import html
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import plotly.graph_objects as go
 
-from ..studies import STUDIES
+from ..studies import STUDIES, claims, gallery
 from ..studies.claims import NOT_REPRODUCED, REPRODUCED, UNTESTED, Verdict
-from ..studies.gallery import GALLERY, read_made
+from ..studies.estimates import Figure
+from .rendering import Section, render
 
 COLORS = {REPRODUCED: "#59a14f", NOT_REPRODUCED: "#e15759", UNTESTED: "#bab0ac"}
-MARKS = {REPRODUCED: "yes", NOT_REPRODUCED: "no", UNTESTED: "open"}
+BADGES = {REPRODUCED: "yes", NOT_REPRODUCED: "no", UNTESTED: "open"}
 """verdict -> class of its badge"""
 
 
+def section() -> Section:
+    """Every claim, decided from the runs in the gallery."""
+    verdicts = gallery.verdicts()
+    return Section(
+        "What the papers said, what we saw",
+        "Every claim of params/claims.yml, decided by its rule from the runs under outputs/gallery."
+        " Quoted figures are the papers' own, of other models and machines; a verdict is never from"
+        " one seed.",
+        figure(verdicts),
+        claims.table(verdicts),
+        sentences=sentences(verdicts),
+        extra=markup(verdicts),
+    )
+
+
+def by_study(verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
+    """Study -> its verdicts, empty for a study without claims."""
+    return {
+        study: [verdict for verdict in verdicts if verdict.claim.study == study]
+        for study in STUDIES
+    }
+
+
 def figure(verdicts: Sequence[Verdict]) -> go.Figure:
-    """Claims by study and verdict; a part of a bar tells its claims."""
-    drawn = go.Figure()
+    """The number of claims by study and verdict; hovering over a bar lists its claims."""
+    bars = go.Figure()
     for word, color in COLORS.items():
-        its = {
-            name: [
-                verdict.claim.words
-                for verdict in verdicts
-                if (verdict.claim.study, verdict.word) == (name, word)
-            ]
-            for name in STUDIES
+        claimed = {
+            study: [verdict.claim.words for verdict in decided if verdict.word == word]
+            for study, decided in by_study(verdicts).items()
         }
-        drawn.add_bar(
-            y=[name.replace("_", " ") for name in its],
-            x=[len(claims) for claims in its.values()],
+        bars.add_bar(
+            y=[study.replace("_", " ") for study in claimed],
+            x=[len(texts) for texts in claimed.values()],
             name=word,
             orientation="h",
             marker_color=color,
-            customdata=["<br>".join(claims) for claims in its.values()],
+            customdata=["<br>".join(texts) for texts in claimed.values()],
             hovertemplate="%{customdata}<extra>" + word + "</extra>",
         )
-    drawn.update_layout(
+    bars.update_layout(
         barmode="stack",
         height=300,
         margin={"l": 150, "r": 10, "t": 10, "b": 110},
         legend={"orientation": "h", "y": -0.35, "yanchor": "top", "traceorder": "normal"},
     )
-    drawn.update_xaxes(title_text="claims", dtick=5)
-    drawn.update_yaxes(autorange="reversed")
-    return drawn
+    bars.update_xaxes(title_text="claims", dtick=5)
+    return bars.update_yaxes(autorange="reversed")
 
 
 def sentences(verdicts: Sequence[Verdict]) -> list[str]:
-    """How many of each verdict, in all and study by study."""
-
-    def counted(its: Sequence[Verdict]) -> str:
-        counts = Counter(verdict.word for verdict in its)
-        return ", ".join(f"{counts[word]} {word}" for word in MARKS if counts[word])
-
-    studies = [
-        (name, [verdict for verdict in verdicts if verdict.claim.study == name]) for name in STUDIES
-    ]
+    """How many claims have each verdict, in all and study by study."""
+    studies = {study: decided for study, decided in by_study(verdicts).items() if decided}
     return [
-        f"{len(verdicts)} claims: {counted(verdicts)}.",
-        *(f"{name}: {counted(its)}." for name, its in studies if its),
+        f"{len(verdicts)} claims: {_counts(verdicts)}.",
+        *(f"{study}: {_counts(decided)}." for study, decided in studies.items()),
     ]
 
 
-def markup(verdicts: Sequence[Verdict], gallery: Path = GALLERY) -> str:
-    """A table a study. A study that was not run says so; its claims say what is missing."""
-    parts = []
-    for name in STUDIES:
-        its = [verdict for verdict in verdicts if verdict.claim.study == name]
-        if its:
-            parts += [
-                (
-                    f"<h3>{_text(name.replace('_', ' '))}</h3><p"
-                    f" class=soft>{_text(_made(gallery / name))}</p>"
-                ),
-                (
-                    "<div class=scroll><table class=claims><thead><tr><th>the"
-                    " paper</th><th>quoted</th><th>ours</th><th>verdict</th></tr></thead><tbody>"
-                ),
-                *(_row(verdict) for verdict in its),
-                "</tbody></table></div>",
-            ]
-    return "\n".join(parts)
+def _counts(verdicts: Sequence[Verdict]) -> str:
+    counts = Counter(verdict.word for verdict in verdicts)
+    return ", ".join(f"{counts[word]} {word}" for word in COLORS if counts[word])
 
 
-def _made(folder: Path) -> str:
-    made = read_made(folder)
-    if not made:
+def markup(verdicts: Sequence[Verdict], folder: Path = gallery.GALLERY) -> str:
+    """HTML: a table for each study that has claims, under a line that says what was run for it."""
+    studies = [
+        {
+            "name": study.replace("_", " "),
+            "made": _provenance(folder / study),
+            "verdicts": decided,
+        }
+        for study, decided in by_study(verdicts).items()
+        if decided
+    ]
+    return render("claims", studies=studies, badges=BADGES, basis=basis)
+
+
+def _provenance(folder: Path) -> str:
+    made_with = gallery.read_made(folder)
+    if not made_with:
         return "Not run yet: `make studies`."
-    env = made["made_with"]
+    environment = made_with["made_with"]
     return (
-        f"{made['cells']} runs and measurements of params/studies/{made['file']},"
-        f" {env['device']['name']}, {env['started_at'][:10]}"
+        f"{made_with['cells']} runs and measurements of params/studies/{made_with['file']},"
+        f" {environment['device']['name']}, {environment['started_at'][:10]}"
     )
 
 
-def _row(verdict: Verdict) -> str:
-    claim, how = verdict.claim, verdict.claim.quoted.get("how", "")
-    quoted = (
-        f"{_text(claim.quoted['figure'])}<br><span"
-        f" class=soft>{_text(claim.quoted['of'])}{', ' + how if how else ''}</span>"
-        if claim.quoted
-        else ""
-    )
-    ours = "<br>".join(
-        f"{_text(figure.words())} <span class=badge>{_text(figure.kind)}</span>{_basis(figure)}"
-        for figure in verdict.figures.values()
-    )
-    return (
-        f"<tr><td class=words>{_text(claim.words)}<br><span class=soft>{_text(claim.source)}."
-        f" Decided by: {_text(claim.statement)}</span></td><td class=words>{quoted}</td><td"
-        f" class=words>{ours}</td><td class=words><span class='verdict"
-        f" {MARKS[verdict.word]}'>{_text(verdict.word)}</span><br><span"
-        f" class=soft>{_text(verdict.why)}</span></td></tr>"
-    )
-
-
-def _basis(figure) -> str:
-    said = [
-        f"{figure.seeds} seeds" if figure.seeds else "",
-        f"{figure.n:,} items" if figure.n else "",
-        figure.contains,
-        f"p {figure.p_holm:.2g} by Holm" if figure.p_holm == figure.p_holm else "",
-        f"equal {figure.equal}" if figure.equal else "",
+def basis(estimate: Figure) -> str:
+    """What an estimate rests on: seeds, items, interval, corrected p and what was kept equal, as
+    far as it has them."""
+    parts = [
+        f"{estimate.seeds} seeds" if estimate.seeds else "",
+        f"{estimate.n:,} items" if estimate.n else "",
+        estimate.contains,
+        f"p {estimate.p_holm:.2g} by Holm" if estimate.p_holm == estimate.p_holm else "",
+        f"equal {estimate.equal}" if estimate.equal else "",
     ]
-    words = "; ".join(word for word in said if word)
-    return f" <span class=soft>({_text(words)})</span>" if words else ""
-
-
-def _text(value: str) -> str:
-    return html.escape(str(value), quote=True)
+    return "; ".join(filter(None, parts))

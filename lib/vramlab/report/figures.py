@@ -1,65 +1,30 @@
-"""The figures, each from a tidy table. Plain plotly: the report, the notebooks and the batch draw
-the same ones."""
+"""The figures of finished runs, each from a tidy table. Plain plotly: the report, the notebooks and
+the batch draw the same ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from ..runs.folder import Run
 from ..timeline.events import alive_rows
 from . import tables
-
-COLORS = {
-    "weights": "#4e79a7",
-    "gradients": "#e15759",
-    "optimizer": "#b07aa1",
-    "activations": "#59a14f",
-    "temporaries": "#f28e2b",
-    "buffers": "#bab0ac",
-    "inputs": "#9c755f",
-    "workspace": "#edc948",
-    "collectives": "#76b7b2",
-}
-PHASES = {
-    "init": "#8c8c8c",
-    "forward": "#6baed6",
-    "backward": "#fd8d3c",
-    "recompute": "#fdd0a2",
-    "update": "#9e9ac8",
-    "eval": "#74c476",
-}
-SCORINGS = {"yesno": "yes/no answer", "likelihood": "likelihood of the claim"}
-CONFIG = {"responsive": True, "displaylogo": False, "showSendToCloud": False}
-
-
-def _figure(title: str, height: int = 440, **layout) -> go.Figure:
-    figure = go.Figure()
-    figure.update_layout(
-        title={"text": title, "x": 0, "xanchor": "left", "font": {"size": 15}},
-        height=height,
-        margin={"l": 60, "r": 16, "t": 48, "b": 56},
-        **layout,
-        legend={"orientation": "h", "y": -0.2, "traceorder": "normal"},
-    )
-    return figure
-
-
-def _menu(buttons: list[dict]) -> list[dict]:
-    return [
-        {
-            "type": "dropdown",
-            "buttons": buttons,
-            "x": 1,
-            "xanchor": "right",
-            "y": 1.02,
-            "yanchor": "bottom",
-            "bgcolor": "#e8e8e8",
-            "font": {"color": "#222"},
-        }
-    ]
+from .style import (
+    COLORS,
+    CORNER,
+    PHASES,
+    add_choices,
+    add_menu,
+    menu,
+    new_figure,
+    phase_band,
+    stacked_area,
+    visibility_buttons,
+)
+from .tables import MIB, SCORINGS
 
 
 def trade_off(runs: Sequence[Run]) -> go.Figure:
@@ -72,29 +37,20 @@ def trade_off(runs: Sequence[Run]) -> go.Figure:
         .set_index("regime")
     )
     frame = tables.accuracy(runs)
-    figure = _figure(
+    figure = new_figure(
         "Peak memory, speed and balanced accuracy",
         480,
         xaxis_title="peak memory of a step, MiB (event meter)",
         yaxis_title="balanced accuracy, 95 % interval over documents",
         showlegend=False,
     )
-    places, buttons = list(dict.fromkeys(frame["place"])), []
-    choices = [(where, scoring) for scoring in SCORINGS for where in places]
-    for index, (where, scoring) in enumerate(choices):
-        cell = (
-            frame[(frame["place"] == where) & (frame["scoring"] == scoring)]
-            .set_index("judge")
-            .reindex(summary.index)
-        )
-        figure.add_trace(_points(summary, cell, visible=index == 0))
-        buttons.append(
-            {
-                "label": f"{where}: {SCORINGS[scoring]}",
-                "method": "update",
-                "args": [{"visible": [i == index for i in range(len(choices))]}],
-            }
-        )
+    choices = [(scoring, where) for scoring in SCORINGS for where in frame["place"].unique()]
+
+    def points(choice: tuple[str, str], visible: bool) -> list[go.Scatter]:
+        rows = frame[(frame["scoring"] == choice[0]) & (frame["place"] == choice[1])]
+        return [_points(summary, rows.set_index("judge").reindex(summary.index), visible)]
+
+    owners = add_choices(figure, choices, points)
     figure.add_hline(
         0.5,
         line_dash="dot",
@@ -102,18 +58,16 @@ def trade_off(runs: Sequence[Run]) -> go.Figure:
         annotation_text="chance",
         annotation_position="bottom left",
     )
-    figure.update_layout(updatemenus=_menu(buttons))
-    return figure
+    return add_menu(figure, [f"{where}: {SCORINGS[name]}" for name, where in choices], owners)
 
 
-def _points(summary: pd.DataFrame, cell: pd.DataFrame, visible: bool) -> go.Scatter:
+def _points(summary: pd.DataFrame, scores: pd.DataFrame, visible: bool) -> go.Scatter:
     order = summary["peak_mib"].rank(method="first").astype(int)
-    pace = summary.loc[
-        summary["trainable_parameters"] > 0, "tokens_per_s"
-    ]  # a forward alone would stretch the scale
+    # without the rows that train nothing: the speed of a forward alone would stretch the scale
+    pace = summary.loc[summary["trainable_parameters"] > 0, "tokens_per_s"]
     return go.Scatter(
         x=summary["peak_mib"],
-        y=cell["value"],
+        y=scores["value"],
         mode="markers+text",
         text=list(summary.index),
         visible=visible,
@@ -121,8 +75,8 @@ def _points(summary: pd.DataFrame, cell: pd.DataFrame, visible: bool) -> go.Scat
         error_y={
             "type": "data",
             "symmetric": False,
-            "array": cell["high"] - cell["value"],
-            "arrayminus": cell["value"] - cell["low"],
+            "array": scores["high"] - scores["value"],
+            "arrayminus": scores["value"] - scores["low"],
             "thickness": 1,
             "width": 3,
         },
@@ -140,7 +94,7 @@ def _points(summary: pd.DataFrame, cell: pd.DataFrame, visible: bool) -> go.Scat
             },
         },
         customdata=list(
-            zip(summary["tokens_per_s"], cell["low"], cell["high"], cell["n"], strict=True)
+            zip(summary["tokens_per_s"], scores["low"], scores["high"], scores["n"], strict=True)
         ),
         hovertemplate=(
             "%{text}<br>%{x:.1f} MiB<br>%{customdata[0]:,.0f} tokens/s<br>balanced accuracy"
@@ -153,18 +107,19 @@ def _points(summary: pd.DataFrame, cell: pd.DataFrame, visible: bool) -> go.Scat
 def ledger(runs: Sequence[Run]) -> go.Figure:
     """What is alive at each run's peak, by category."""
     frame = tables.ledger(runs)
-    figure = _figure("What is alive at the peak", barmode="stack", yaxis_title="MiB")
-    for category in [c for c in COLORS if c in set(frame["category"])]:
-        cell = frame[frame["category"] == category]
-        figure.add_bar(
-            x=cell["regime"],
-            y=cell["mib"],
-            name=category,
-            marker_color=COLORS[category],
-            hovertemplate="%{x}: %{y:.2f} MiB<extra>" + category + "</extra>",
-        )
+    figure = new_figure("What is alive at the peak", barmode="stack", yaxis_title="MiB")
+    for category, color in COLORS.items():
+        rows = frame[frame["category"] == category]
+        if len(rows):
+            figure.add_bar(
+                x=rows["regime"],
+                y=rows["mib"],
+                name=category,
+                marker_color=color,
+                hovertemplate="%{x}: %{y:.2f} MiB<extra>" + category + "</extra>",
+            )
     summary = tables.summary(runs).query("outcome == 'ok'")
-    figure.add_scatter(
+    return figure.add_scatter(
         x=summary["regime"],
         y=summary["process_peak_mib"],
         mode="markers",
@@ -172,19 +127,14 @@ def ledger(runs: Sequence[Run]) -> go.Figure:
         marker={"symbol": "line-ew-open", "size": 20, "color": "#888", "line": {"width": 3}},
         hovertemplate="%{x}: %{y:.2f} MiB<extra>process peak, OS</extra>",
     )
-    return figure
-
-
-def timeline(run: Run) -> go.Figure:
-    """One run's live bytes, stacked by category, phases below, the peak marked with its owners."""
-    return timelines([run])
 
 
 def timelines(runs: Sequence[Run]) -> go.Figure:
-    """The timeline of any of the runs, picked from a menu."""
+    """Live bytes of each run that has a timeline, stacked by category, with the phases below and
+    the peak marked with its owners; a menu picks the run, full fine-tuning first."""
     traced = [run for run in runs if run.ok and run.has_timeline]
-    shown = sorted(traced, key=lambda run: run.name != tables.REFERENCE)
-    figure = _figure(
+    traced.sort(key=lambda run: run.name != tables.REFERENCE)
+    figure = new_figure(
         "Live bytes through the metered steps",
         540,
         xaxis={"title": "allocation event, in order", "anchor": "y2"},
@@ -192,108 +142,67 @@ def timelines(runs: Sequence[Run]) -> go.Figure:
         hovermode="x",
         yaxis2={"domain": [0, 0.07], "visible": False, "fixedrange": True},
     )
-    owners, buttons = [], []
-    for index, run in enumerate(shown):
-        traces = _stack(run, visible=index == 0)
-        figure.add_traces(traces)
-        owners += [index] * len(traces)
-    for index, run in enumerate(shown):
-        buttons.append(
-            {
-                "label": run.name,
-                "method": "update",
-                "args": [
-                    {"visible": [owner == index for owner in owners]},
-                    {"annotations": _peak_notes(run)},
-                ],
-            }
-        )
-    if shown:
+    buttons = visibility_buttons(
+        [run.name for run in traced], add_choices(figure, traced, _stack_and_phases)
+    )
+    for run, button in zip(traced, buttons, strict=True):
+        button["args"].append({"annotations": _peak_notes(run)})
+    if traced:
         figure.update_layout(
-            annotations=_peak_notes(shown[0]),
-            updatemenus=_menu(buttons) if len(shown) > 1 else None,
+            annotations=_peak_notes(traced[0]),
+            updatemenus=[menu(buttons)] if len(traced) > 1 else None,
         )
     return figure
 
 
-def _stack(run: Run, visible: bool) -> list[go.Scatter]:
+def _stack_and_phases(run: Run, visible: bool) -> list[go.Scatter]:
     frame = tables.curve(run)
-    traces = [
-        go.Scatter(
-            x=frame["event"],
-            y=frame[category].round(4),
-            name=category,
-            visible=visible,
-            mode="lines",
-            line={"width": 0, "shape": "hv"},
-            fillcolor=COLORS[category],
-            stackgroup="bytes",
-            hovertemplate="%{y:.2f} MiB<extra>" + category + "</extra>",
-        )
-        for category in COLORS
+    more = {"x": frame["event"], "visible": visible}
+    stack = [
+        stacked_area(category, color, y=frame[category].round(4), unit="MiB", **more)
+        for category, color in COLORS.items()
         if category in frame
     ]
-    for phase in dict.fromkeys(frame["phase"]):
-        inside = (frame["phase"] == phase).astype(float)
-        traces.append(
-            go.Scatter(
-                x=frame["event"],
-                y=inside.where(inside > 0),
-                name=phase,
-                visible=visible,
-                yaxis="y2",
-                mode="markers",
-                marker={"color": PHASES[phase], "symbol": "square", "size": 9},
-                customdata=frame["step"],
-                hovertemplate="step %{customdata}<extra>" + phase + "</extra>",
-            )
+    bands = [
+        phase_band(
+            phase,
+            y=np.where(frame["phase"] == phase, 1.0, np.nan),
+            yaxis="y2",
+            customdata=frame["step"],
+            hovertemplate="step %{customdata}<extra>" + phase + "</extra>",
+            **more,
         )
-    return traces
+        for phase in dict.fromkeys(frame["phase"])
+    ]
+    return [*stack, *bands]
 
 
 def _peak_notes(run: Run) -> list[dict]:
-    """An arrow at the peak, and above the plot what it is made of."""
+    """An arrow at the peak, and in the corner what it is made of."""
     frame = tables.curve(run)
-    at = frame["live"].idxmax()
+    peak = frame.loc[frame["live"].idxmax()]
     arrow = {
-        "x": frame["event"][at],
-        "y": frame["live"][at],
+        "x": peak["event"],
+        "y": peak["live"],
         "text": "",
         "showarrow": True,
         "ax": 0,
         "ay": -18,
         "arrowcolor": "#888",
     }
-    words = {
-        "xref": "paper",
-        "yref": "paper",
-        "x": 0,
-        "y": 1,
-        "xanchor": "left",
-        "yanchor": "top",
-        "showarrow": False,
-        "align": "left",
-        "font": {"size": 11},
-        "text": "<br>".join(peak_words(run)),
-    }
-    return [arrow, words]
+    return [arrow, {**CORNER, "text": "<br>".join(peak_sentences(run))}]
 
 
-def peak_words(run: Run) -> list[str]:
+def peak_sentences(run: Run) -> list[str]:
     """The peak, its largest categories and its largest owners, a line each."""
     peak = run.result["peak"]
-    parts = ", ".join(
-        f"{category} {size / tables.MIB:.1f}"
-        for category, size in list(peak["categories"].items())[:3]
-    )
-    owners = [f"{_owner(owner)} {owner['bytes'] / tables.MIB:.1f}" for owner in peak["owners"][:3]]
+    categories = list(peak["categories"].items())[:3]
+    owners = [f"{_owner(owner)} {owner['bytes'] / MIB:.1f}" for owner in peak["owners"][:3]]
     return [
-        (
-            f"<b>peak {peak['peak_bytes'] / tables.MIB:.1f} MiB, {peak['phase']} of step"
-            f" {peak['step']}</b>"
-        ),
-        parts,
-        *(f"largest: {owner}" if owner is owners[0] else owner for owner in owners),
+        f"<b>peak {peak['peak_bytes'] / MIB:.1f} MiB, {peak['phase']} of step {peak['step']}</b>",
+        ", ".join(f"{category} {size / MIB:.1f}" for category, size in categories),
+        *(f"largest: {owner}" for owner in owners[:1]),
+        *owners[1:],
     ]
 
 
@@ -306,40 +215,28 @@ def _owner(owner: dict) -> str:
 def matrix(runs: Sequence[Run]) -> go.Figure:
     """Balanced accuracy of every run in every place, and of the judges without a model; a menu
     picks the scoring."""
-    figures = [matrix_of(runs, scoring) for scoring in SCORINGS]
-    for other in figures[1:]:
-        figures[0].add_trace(other.data[0].update(visible=False))
-    figures[0].update_layout(
-        updatemenus=_menu(
-            [
-                {
-                    "label": label,
-                    "method": "update",
-                    "args": [{"visible": [i == index for i in range(len(SCORINGS))]}],
-                }
-                for index, label in enumerate(SCORINGS.values())
-            ]
-        )
-    )
-    return figures[0]
+    figure, *others = (matrix_of(runs, scoring) for scoring in SCORINGS)
+    for other in others:
+        figure.add_trace(other.data[0].update(visible=False))
+    return add_menu(figure, list(SCORINGS.values()), range(len(SCORINGS)))
 
 
 def matrix_of(runs: Sequence[Run], scoring: str) -> go.Figure:
     """One scoring's matrix: rows are runs, then the judges without a model; columns are places."""
     frame = tables.accuracy(runs)
     places, names = list(dict.fromkeys(frame["place"])), [run.name for run in runs if run.ok]
-    bars = [judge for judge in dict.fromkeys(frame["judge"]) if judge not in names]
-    figure = _figure(
+    judges = [judge for judge in dict.fromkeys(frame["judge"]) if judge not in names]
+    rows = frame[(frame["scoring"] == scoring) | frame["judge"].isin(judges)]
+    cells = {(row.judge, row.place): row for row in rows.itertuples()}
+    grid = [[cells.get((name, where)) for where in places] for name in (*names, *judges)]
+    figure = new_figure(
         "Balanced accuracy in and out of the training domain",
-        120 + 34 * (len(names) + len(bars)),
+        120 + 34 * len(grid),
         yaxis={"autorange": "reversed"},
     )
-    rows = frame[(frame["scoring"] == scoring) | frame["judge"].isin(bars)]
-    cells = {(row.judge, row.place): row for row in rows.itertuples()}
-    grid = [[cells.get((judge, where)) for where in places] for judge in (*names, *bars)]
-    figure.add_heatmap(
+    return figure.add_heatmap(
         x=places,
-        y=[*names, *bars],
+        y=[*names, *judges],
         zmin=0.1,
         zmax=0.9,
         colorscale="RdBu",
@@ -358,80 +255,83 @@ def matrix_of(runs: Sequence[Run], scoring: str) -> go.Figure:
             " %{customdata[2]}<extra></extra>"
         ),
     )
-    return figure
 
 
 def alive_at(frame: pd.DataFrame, event: int, most: int = 12) -> go.Figure:
-    """What is alive after event number `event` of a timeline, grouped by module and category,
-    largest first."""
-    owners = alive_rows(frame, event).groupby(["module", "category"], observed=True)["bytes"]
-    alive = owners.sum().sort_values(ascending=False).head(most)[::-1]
-    at = frame.iloc[event]
-    figure = _figure(
-        f"Alive after event {event}: {at['live_bytes'] / tables.MIB:.2f} MiB, step {at['step']},"
-        f" {at['phase']}",
+    """What is alive after event number `event` of a timeline, grouped by module and category: the
+    `most` largest, largest first."""
+    sizes = alive_rows(frame, event).groupby(["module", "category"], observed=True)["bytes"].sum()
+    alive = sizes.sort_values(ascending=False, kind="stable").head(most)[::-1]
+    row = frame.iloc[event]
+    figure = new_figure(
+        f"Alive after event {event}: {row['live_bytes'] / MIB:.2f} MiB, step {row['step']},"
+        f" {row['phase']}",
         420,
         xaxis_title="MiB",
     )
     figure.add_bar(
         y=[f"{module or 'the model'} · {category}" for module, category in alive.index],
-        x=alive / tables.MIB,
+        x=alive / MIB,
         orientation="h",
         marker_color=[COLORS[category] for _, category in alive.index],
         hovertemplate="%{y}: %{x:.3f} MiB<extra></extra>",
     )
-    figure.update_yaxes(automargin=True)
-    return figure
+    return figure.update_yaxes(automargin=True)
 
 
 def differences(runs: Sequence[Run]) -> go.Figure:
-    """Each run minus full fine-tuning on the same items, with the paired interval."""
+    """Each run minus full fine-tuning on the same items, with the paired interval; a menu picks the
+    scoring and the place."""
     frame = tables.against_reference(runs)
-    figure = _figure(
+    figure = new_figure(
         f"Balanced accuracy minus {tables.REFERENCE}'s, same items",
         460,
         xaxis_title="difference, 95 % interval",
         yaxis={"autorange": "reversed"},
     )
-    if not len(frame):
+    if frame.empty:
         return figure
-    buttons, count = [], 0
-    for scoring in SCORINGS:
-        for where in dict.fromkeys(frame["place"]):
-            cell = frame[(frame["scoring"] == scoring) & (frame["place"] == where)]
-            figure.add_scatter(
-                x=cell["difference"],
-                y=cell["regime"],
-                mode="markers",
-                visible=count == 0,
-                showlegend=False,
-                marker={"size": 10, "color": "#4e79a7"},
-                customdata=cell[["holm_p", "n"]],
-                error_x={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": cell["high"] - cell["difference"],
-                    "arrayminus": cell["difference"] - cell["low"],
-                },
-                hovertemplate=(
-                    "%{y}: %{x:+.3f}, Holm p = %{customdata[0]:.3g}, n ="
-                    " %{customdata[1]}<extra></extra>"
-                ),
-            )
-            buttons.append({"label": f"{where}: {SCORINGS[scoring]}", "count": count})
-            count += 1
-    for button in buttons:
-        index = button.pop("count")
-        button |= {"method": "update", "args": [{"visible": [i == index for i in range(count)]}]}
+    choices = [
+        (where, scoring, rows)
+        for scoring in SCORINGS
+        for where, rows in frame[frame["scoring"] == scoring].groupby("place", sort=False)
+    ]
+    owners = add_choices(figure, choices, _paired_points)
     figure.add_vline(0, line_width=1, line_dash="dot")
-    figure.update_layout(updatemenus=_menu(buttons))
-    return figure
+    return add_menu(
+        figure, [f"{where}: {SCORINGS[scoring]}" for where, scoring, _ in choices], owners
+    )
+
+
+def _paired_points(choice: tuple[str, str, pd.DataFrame], visible: bool) -> list[go.Scatter]:
+    rows = choice[-1]
+    return [
+        go.Scatter(
+            x=rows["difference"],
+            y=rows["regime"],
+            mode="markers",
+            visible=visible,
+            showlegend=False,
+            marker={"size": 10, "color": "#4e79a7"},
+            customdata=rows[["holm_p", "n"]],
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": rows["high"] - rows["difference"],
+                "arrayminus": rows["difference"] - rows["low"],
+            },
+            hovertemplate=(
+                "%{y}: %{x:+.3f}, Holm p = %{customdata[0]:.3g}, n ="
+                " %{customdata[1]}<extra></extra>"
+            ),
+        )
+    ]
 
 
 def speed(runs: Sequence[Run]) -> go.Figure:
     """Median time of a step by phase."""
     frame = tables.summary(runs).query("outcome == 'ok'")
-    figure = _figure("Time of a step", barmode="stack", yaxis_title="ms, median")
+    figure = new_figure("Time of a step", barmode="stack", yaxis_title="ms, median")
     for phase in ("forward", "backward", "update"):
         figure.add_bar(
             x=frame["regime"],
@@ -445,37 +345,10 @@ def speed(runs: Sequence[Run]) -> go.Figure:
 
 def losses(runs: Sequence[Run]) -> go.Figure:
     """Training loss, mean of ten steps."""
-    figure = _figure(
+    figure = new_figure(
         "Training loss, mean of ten steps", xaxis_title="step", yaxis_title="nats a labelled token"
     )
     for run in (run for run in runs if run.ok):
         smooth = run.steps["loss"].rolling(10, min_periods=1).mean().round(4)
         figure.add_scatter(x=run.steps["step"], y=smooth, name=run.name, mode="lines")
     return figure
-
-
-def dressed(figure: go.Figure, title: str, kind: str, plot_px: int) -> go.Figure:
-    """Margins and a legend that keep their distance at any height, and in the corner the kind of
-    the figure's numbers."""
-    top, bottom = 84, 110
-    figure.update_layout(
-        title={"text": title, "x": 0, "xanchor": "left", "font": {"size": 15}},
-        height=top + plot_px + bottom,
-        margin={"l": 60, "r": 16, "t": top, "b": bottom},
-        legend={"orientation": "h", "y": -52 / plot_px, "yanchor": "top", "traceorder": "normal"},
-    )
-    return figure.add_annotation(
-        text=kind,
-        x=1,
-        y=1,
-        xref="paper",
-        yref="paper",
-        xanchor="right",
-        yanchor="bottom",
-        yshift=38,
-        showarrow=False,
-        bgcolor="#fff3cd",
-        bordercolor="#d6b656",
-        borderpad=3,
-        font={"size": 12, "color": "#333"},
-    )

@@ -1,129 +1,149 @@
-"""The figures of the forecast part, each from `forecasts`. In GiB, all predicted. The report and
-the notebook draw the same."""
+"""The figures of the forecast part, each from `forecast_tables`. In GiB, all predicted. The report
+and the notebook draw the same."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
+import pandas as pd
 import plotly.graph_objects as go
 
-from . import forecast_tables as forecasts
-from .figures import COLORS, PHASES, _figure, _menu
-from .forecast_tables import GIB, Forecasts, cell_words, outcome, parts, place, place_words
+from .forecast_tables import (
+    GIB,
+    Forecasts,
+    allocator_table,
+    cell_label,
+    parts,
+    place_label,
+    short_module,
+    short_op,
+    verdict,
+)
+from .style import (
+    LIMIT_LINE,
+    PREDICTED_COLORS,
+    add_choices,
+    add_menu,
+    menu,
+    new_figure,
+    phase_band,
+    stacked_area,
+)
 
-COLORS = {**COLORS, "workspace": "#bab0ac"}
-RESERVED = "reserved at the peak"
 SETTINGS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#76b7b2")
 
 
-def atlas(said: Forecasts) -> go.Figure:
+def atlas(forecasts: Forecasts) -> go.Figure:
     """Regimes against cards: what is left of the card at the reserved peak; a menu picks model,
     length and batch."""
-    rows = max(
-        (sum(place(cell) == where for cell in said.cells) for where in said.places), default=1
-    )
-    figure = _figure("Predicted margin, GiB", 130 + 38 * rows, yaxis={"autorange": "reversed"})
-    for index, where in enumerate(said.places):
-        cells = [cell for cell in said.cells if place(cell) == where]
-        figure.add_heatmap(
-            x=list(said.cards),
-            y=[cell["name"] for cell in cells],
-            visible=index == 0,
-            zmin=-40,
-            zmax=40,
-            zmid=0,
-            colorscale="RdBu",
-            xgap=2,
-            ygap=2,
-            colorbar={"title": {"text": "GiB left", "side": "right"}, "thickness": 10},
-            showscale=False,
-            z=[
-                [round(held["margin_bytes"] / GIB, 2) for held in cell["cards"].values()]
-                for cell in cells
-            ],
-            text=[
-                [outcome(held).replace(" ", "<br>", 1) for held in cell["cards"].values()]
-                for cell in cells
-            ],
-            texttemplate="%{text}",
-            textfont={"size": 9},
-            customdata=[
-                [
-                    (
-                        held["reserved_bytes"] / GIB,
-                        said.cards[key]["name"],
-                        cell["phase"],
-                        held["retries"],
-                    )
-                    for key, held in cell["cards"].items()
-                ]
-                for cell in cells
-            ],
-            hovertemplate=(
-                "%{y} on %{customdata[1]}: %{text}<br>reserved %{customdata[0]:.2f} GiB, margin"
-                " %{z:+.2f} GiB<br>peak in %{customdata[2]}, cache flushed %{customdata[3]}"
-                " times<extra>predicted</extra>"
-            ),
-        )
-    return _with_menu(
-        figure, [place_words(where) for where in said.places], range(len(said.places))
+    places = forecasts.places
+    most = max(map(len, places.values()), default=1)
+    figure = new_figure("Predicted margin, GiB", 130 + 38 * most, yaxis={"autorange": "reversed"})
+
+    def heatmap(cells: Sequence[Mapping], visible: bool) -> list[go.Heatmap]:
+        return [_margins(forecasts.cards, cells, visible)]
+
+    owners = add_choices(figure, places.values(), heatmap)
+    return add_menu(figure, [place_label(where) for where in places], owners)
+
+
+def _margins(cards: Mapping, cells: Sequence[Mapping], visible: bool) -> go.Heatmap:
+    return go.Heatmap(
+        x=list(cards),
+        y=[cell["name"] for cell in cells],
+        visible=visible,
+        zmin=-40,
+        zmax=40,
+        zmid=0,
+        colorscale="RdBu",
+        xgap=2,
+        ygap=2,
+        colorbar={"title": {"text": "GiB left", "side": "right"}, "thickness": 10},
+        showscale=False,
+        z=[
+            [round(outcome["margin_bytes"] / GIB, 2) for outcome in cell["cards"].values()]
+            for cell in cells
+        ],
+        text=[
+            [verdict(outcome).replace(" ", "<br>", 1) for outcome in cell["cards"].values()]
+            for cell in cells
+        ],
+        texttemplate="%{text}",
+        textfont={"size": 9},
+        customdata=[
+            [
+                (
+                    outcome["reserved_bytes"] / GIB,
+                    cards[key]["name"],
+                    cell["phase"],
+                    outcome["retries"],
+                )
+                for key, outcome in cell["cards"].items()
+            ]
+            for cell in cells
+        ],
+        hovertemplate=(
+            "%{y} on %{customdata[1]}: %{text}<br>reserved %{customdata[0]:.2f} GiB, margin"
+            " %{z:+.2f} GiB<br>peak in %{customdata[2]}, cache flushed %{customdata[3]}"
+            " times<extra>predicted</extra>"
+        ),
     )
 
 
 def why(cells: Sequence[Mapping]) -> go.Figure:
     """The largest groups at a cell's peak; over each bar its owner and what the peak would be
-    without it."""
+    without it. A menu picks the cell."""
     most = max((len(cell["without"]) for cell in cells), default=1)
-    figure = _figure(
+    figure = new_figure(
         "What is alive at the peak, predicted",
         90 + 66 * most,
         xaxis_title="GiB at the peak",
         showlegend=False,
         yaxis={"visible": False, "range": [most - 0.4, -0.9]},
     )
-    owners = []
-    for index, cell in enumerate(cells):
-        groups = cell["without"]
-        size = [group["bytes"] / GIB for group in groups]
-        figure.add_bar(
-            x=size,
-            y=list(range(len(groups))),
-            orientation="h",
-            width=0.36,
-            visible=index == 0,
-            marker_color=[COLORS.get(group["category"], "#888") for group in groups],
-            hoverinfo="x",
-        )
-        figure.add_scatter(
-            x=[0] * len(groups),
-            y=[at - 0.45 for at in range(len(groups))],
-            mode="text",
-            visible=index == 0,
-            text=[_without(cell, group) for group in groups],
-            textposition="middle right",
-            hoverinfo="skip",
-            textfont={"size": 11},
-            cliponaxis=False,
-        )
-        owners += [index, index]
-    return _with_menu(figure, [cell_words(cell) for cell in cells], owners)
+    owners = add_choices(figure, cells, _groups)
+    return add_menu(figure, [cell_label(cell) for cell in cells], owners)
+
+
+def _groups(cell: Mapping, visible: bool) -> list[go.Bar | go.Scatter]:
+    groups = cell["without"]
+    bars = go.Bar(
+        x=[group["bytes"] / GIB for group in groups],
+        y=list(range(len(groups))),
+        orientation="h",
+        width=0.36,
+        visible=visible,
+        marker_color=[PREDICTED_COLORS.get(group["category"], "#888") for group in groups],
+        hoverinfo="x",
+    )
+    labels = go.Scatter(
+        x=[0] * len(groups),
+        y=[at - 0.45 for at in range(len(groups))],
+        mode="text",
+        visible=visible,
+        text=[_without(cell, group) for group in groups],
+        textposition="middle right",
+        hoverinfo="skip",
+        textfont={"size": 11},
+        cliponaxis=False,
+    )
+    return [bars, labels]
 
 
 def _without(cell: Mapping, group: Mapping) -> str:
-    falls = cell["requested_bytes"] - group["peak_bytes"]
+    lower_by = cell["requested_bytes"] - group["peak_bytes"]
     moves = f", in {group['peak_phase']}" if group["peak_phase"] != cell["phase"] else ""
     return (
-        f"<b>{forecasts.short(group['module'])}</b><br>{group['category']},"
-        f" {forecasts.op(group['op'])}, {group['bytes'] / GIB:.1f}; without:"
-        f" {group['peak_bytes'] / GIB:.1f} ({-falls / GIB:+.1f}){moves}"
+        f"<b>{short_module(group['module'])}</b><br>{group['category']}, {short_op(group['op'])},"
+        f" {group['bytes'] / GIB:.1f}; without: {group['peak_bytes'] / GIB:.1f}"
+        f" ({-lower_by / GIB:+.1f}){moves}"
     )
 
 
 def timeline(cells: Sequence[Mapping], cards: Mapping[str, Mapping]) -> go.Figure:
-    """The reported step, stacked by category, phases below, a card's limit above; menus pick cell
-    and card."""
-    figure = _figure(
+    """The reported step, stacked by category, with the phases below and a card's limit above; menus
+    pick cell and card."""
+    figure = new_figure(
         "The predicted step",
         560,
         xaxis_title="allocation events of the step, %",
@@ -131,258 +151,141 @@ def timeline(cells: Sequence[Mapping], cards: Mapping[str, Mapping]) -> go.Figur
         yaxis={"title": "GiB requested", "domain": [0.12, 0.84]},
         yaxis2={"domain": [0, 0.07], "visible": False, "fixedrange": True},
     )
-    owners: list[int | None] = []
-    for index, cell in enumerate(cells):
-        traces = [*_stack(cell, index == 0), *_bands(cell, index == 0)]
-        figure.add_traces(traces)
-        owners += [index] * len(traces)
-    limits = {card["name"]: card["capacity_bytes"] / GIB for card in cards.values()}
-    first = next(iter(limits))
-    figure.add_scatter(
-        x=[0, 100],
-        y=[limits[first]] * 2,
-        name=f"limit: {first}",
-        mode="lines",
-        line={"dash": "dash", "color": "#d62728", "width": 2},
-        hovertemplate="%{y:.2f} GiB<extra>card</extra>",
-    )
-    figure = _with_menu(figure, [cell_words(cell) for cell in cells], [*owners, None])
-    line = len(owners)
+    owners = add_choices(figure, cells, _stack_and_phases)
+    limits = card_limits(cards)
+    figure.add_trace(limit_line([0, 100], next(iter(limits.values()))))
+    add_menu(figure, [cell_label(cell) for cell in cells], [*owners, None])
     buttons = [
         {
-            "label": name,
+            "label": cards[key]["name"],
             "method": "restyle",
-            "args": [{"y": [[size, size]], "name": f"limit: {name}"}, [line]],
+            "args": [{"y": [limit["y"]], "name": limit["name"]}, [len(owners)]],
         }
-        for name, size in limits.items()
+        for key, limit in limits.items()
     ]
-    figure.update_layout(updatemenus=[*figure.layout.updatemenus, _second(buttons, 0.87)])
-    return figure
+    return figure.update_layout(updatemenus=[*figure.layout.updatemenus, menu(buttons, 0.87)])
 
 
-def _stack(cell: Mapping, visible: bool) -> list[go.Scatter]:
+def _stack_and_phases(cell: Mapping, visible: bool) -> list[go.Scatter]:
     curve = cell["curve"]
-    return [
-        go.Scatter(
-            x=curve["share"],
-            y=[round(size / GIB, 3) for size in curve["bytes"][name]],
-            name=name,
+    stack = [
+        stacked_area(
+            category,
+            color,
+            curve["share"],
+            [round(size / GIB, 3) for size in curve["bytes"][category]],
+            "GiB",
             visible=visible,
-            mode="lines",
-            line={"width": 0, "shape": "hv"},
-            fillcolor=color,
-            stackgroup="bytes",
-            legendgroup=name,
-            hovertemplate="%{y:.2f} GiB<extra>" + name + "</extra>",
+            legendgroup=category,
         )
-        for name, color in COLORS.items()
-        if name in curve["bytes"]
+        for category, color in PREDICTED_COLORS.items()
+        if category in curve["bytes"]
     ]
-
-
-def _bands(cell: Mapping, visible: bool) -> list[go.Scatter]:
-    curve, found = cell["curve"], []
-    for phase in dict.fromkeys(curve["phase"]):
-        at = [
-            share
-            for share, name in zip(curve["share"], curve["phase"], strict=True)
-            if name == phase
-        ]
-        found.append(
-            go.Scatter(
-                x=at,
-                y=[1] * len(at),
-                name=phase,
-                visible=visible,
-                yaxis="y2",
-                mode="markers",
-                marker={"color": PHASES.get(phase, "#888"), "symbol": "square", "size": 9},
-                hovertemplate=phase + "<extra></extra>",
-            )
-        )
-    return found
-
-
-def worlds(said: Forecasts) -> go.Figure:
-    """What one rank holds at its peak, stacked by category, against the number of ranks; menus pick
-    the model and the card, at first one on which it depends on the number of ranks whether the step
-    fits."""
-    sizes = sorted({cell["world"] for cell in said.worlds})
-    figure = _figure(
-        "One rank's predicted peak by world size",
-        560,
-        barmode="stack",
-        yaxis={"title": "GiB a rank", "domain": [0, 0.86]},
-        xaxis={
-            "title": "ranks (log scale)",
-            "tickvals": [math.log2(size) for size in sizes],
-            "ticktext": [f"{size:,}" for size in sizes],
-        },
-    )
-    groups = [
-        [cell for cell in said.worlds if cell["model"] == model]
-        for model in dict.fromkeys(c["model"] for c in said.worlds)
-    ]
-    first = next(
-        (key for key in said.cards if len({cell["cards"][key]["fits"] for cell in groups[0]}) > 1),
-        next(iter(said.cards)),
-    )
-    owners: list[int | None] = []
-    for index, cells in enumerate(groups):
-        bars = _bars(cells, index == 0)
-        figure.add_traces([*bars, _reserved(cells, first, index == 0)])
-        owners += [index] * (len(bars) + 1)
-    marks = [at for at, trace in enumerate(figure.data) if trace.name == RESERVED]
-    ends, limits = [math.log2(sizes[0]) - 0.5, math.log2(sizes[-1]) + 0.5], {}
-    for key, card in said.cards.items():
-        limits[key] = {"y": [card["capacity_bytes"] / GIB] * 2, "name": f"limit: {card['name']}"}
-    figure.add_scatter(
-        x=ends,
-        **limits[first],
-        mode="lines",
-        line={"dash": "dash", "color": "#d62728", "width": 2},
-        hovertemplate="%{y:.2f} GiB<extra>card</extra>",
-    )
-    buttons = []
-    for key, limit in limits.items():
-        drawn = [_reserved(cells, key, True) for cells in groups]
-        buttons.append(
-            {
-                "label": said.cards[key]["name"],
-                "method": "restyle",
-                "args": [
-                    {
-                        "y": [*(trace.y for trace in drawn), limit["y"]],
-                        "name": [RESERVED] * len(drawn) + [limit["name"]],
-                        "text": [*(trace.text for trace in drawn), None],
-                    },
-                    [*marks, len(owners)],
-                ],
-            }
-        )
-    figure = _with_menu(
-        figure, [place_words(place(cells[0])) + " a rank" for cells in groups], [*owners, None]
-    )
-    figure.update_layout(
-        updatemenus=[
-            *figure.layout.updatemenus,
-            {**_second(buttons, 0.9), "active": list(limits).index(first)},
-        ]
-    )
-    return figure
-
-
-def _bars(cells: Sequence[Mapping], visible: bool) -> list[go.Bar]:
-    """Categories that are nowhere a thousandth of the peak are left to the table."""
-    at, shown = [math.log2(cell["world"]) for cell in cells], [cell["world"] for cell in cells]
-    seen = [
-        name
-        for name in COLORS
-        if any(cell["ledger"].get(name, 0) >= cell["requested_bytes"] / 1000 for cell in cells)
-    ]
-    return [
-        go.Bar(
-            x=at,
-            y=[round(cell["ledger"].get(name, 0) / GIB, 4) for cell in cells],
-            name=name,
-            marker_color=COLORS[name],
-            width=0.7,
+    shares: dict[str, list[float]] = {}
+    for share, phase in zip(curve["share"], curve["phase"], strict=True):
+        shares.setdefault(phase, []).append(share)
+    bands = [
+        phase_band(
+            phase,
+            x,
+            [1] * len(x),
+            yaxis="y2",
             visible=visible,
-            customdata=shown,
-            hovertemplate="%{customdata:,} ranks: %{y:.2f} GiB<extra>" + name + "</extra>",
+            hovertemplate=f"{phase}<extra></extra>",
         )
-        for name in seen
+        for phase, x in shares.items()
     ]
+    return [*stack, *bands]
 
 
-def _reserved(cells: Sequence[Mapping], card: str, visible: bool) -> go.Scatter:
-    held = [cell["cards"][card] for cell in cells]
+def card_limits(cards: Mapping[str, Mapping]) -> dict[str, dict]:
+    """card -> `y` and `name` of a level line at what it has for the allocator."""
+    return {
+        key: {"y": [card["capacity_bytes"] / GIB] * 2, "name": f"limit: {card['name']}"}
+        for key, card in cards.items()
+    }
+
+
+def limit_line(x: Sequence, limit: Mapping) -> go.Scatter:
+    """A card's limit, one of `card_limits`, as a line from the first to the last of `x`."""
     return go.Scatter(
-        x=[math.log2(cell["world"]) for cell in cells],
-        y=[round(one["reserved_bytes"] / GIB, 3) for one in held],
-        name=RESERVED,
-        text=[outcome(one).replace("flushing", "flush").replace(" ", "<br>") for one in held],
-        textposition="top center",
-        textfont={"size": 9},
-        mode="markers+text",
-        cliponaxis=False,
-        visible=visible,
-        customdata=[cell["world"] for cell in cells],
-        marker={"symbol": "line-ew-open", "size": 16, "color": "#888", "line": {"width": 3}},
-        hovertemplate=(
-            "%{customdata:,} ranks: %{y:.2f} GiB reserved, %{text}<extra>predicted</extra>"
-        ),
+        x=x, **limit, mode="lines", line=LIMIT_LINE, hovertemplate="%{y:.2f} GiB<extra>card</extra>"
     )
 
 
-def allocators(said: Forecasts) -> go.Figure:
+def allocators(forecasts: Forecasts) -> go.Figure:
     """Reserved peak by the allocator's settings; a menu picks tokens and card. Cells beyond any
     setting's help are left out."""
-    frame = forecasts.allocator_table(said)
-    figure = _figure(
+    frame = allocator_table(forecasts)
+    figure = new_figure(
         "Reserved peak by allocator setting, predicted",
         520,
         barmode="group",
         yaxis_title="reserved GiB",
     )
-    owners, labels = [], []
-    tokens = frame["cell"].str.split(", ", n=1).str[1] if len(frame) else frame
-    for (where, card), rows in frame.groupby([tokens, "card"], sort=False) if len(frame) else ():
-        names = rows["cell"].str.split(", ", n=1).str[0]
-        usual = rows.assign(name=names).drop_duplicates("name")
-        bars = [("default (rules verified)", usual["name"], usual["default_GiB"])]
-        bars += [
-            (f"{setting} (not verified)", names[its.index], its["reserved_GiB"])
-            for setting, its in rows.groupby("setting", sort=False)
-        ]
-        for color, (label, x, y) in zip(SETTINGS, bars, strict=False):
-            figure.add_bar(
-                x=x.tolist(),
-                y=y.round(3).tolist(),
-                name=label,
-                marker_color=color,
-                visible=not labels,
-                hovertemplate="%{x}: %{y:.2f} GiB<extra>" + label + "</extra>",
-            )
-        limit = (
-            next(held["capacity_bytes"] for held in said.cards.values() if held["name"] == card)
-            / GIB
+    if frame.empty:
+        return add_menu(figure, [], [])
+    frame[["name", "tokens"]] = frame["cell"].str.split(", ", n=1, expand=True)
+    limits = {limit["name"]: limit for limit in card_limits(forecasts.cards).values()}
+    groups = list(frame.groupby(["tokens", "card"], sort=False))
+    choices = [(rows, limits[f"limit: {card}"]) for (_, card), rows in groups]
+    owners = add_choices(figure, choices, _settings)
+    return add_menu(figure, [f"{card}: {tokens}" for (tokens, card), _ in groups], owners)
+
+
+def _settings(choice: tuple[pd.DataFrame, Mapping], visible: bool) -> list[go.Bar | go.Scatter]:
+    """Bars of the default and of each setting beside it, and the card's limit."""
+    rows, limit = choice
+    default = rows.drop_duplicates("name")
+    names = default["name"].tolist()
+    bars = [("default (rules verified)", default["name"], default["default_GiB"])]
+    bars += [
+        (f"{setting} (not verified)", cells["name"], cells["reserved_GiB"])
+        for setting, cells in rows.groupby("setting", sort=False)
+    ]
+    traces = [
+        go.Bar(
+            x=x.tolist(),
+            y=y.round(3).tolist(),
+            name=label,
+            marker_color=color,
+            visible=visible,
+            hovertemplate=f"%{{x}}: %{{y:.2f}} GiB<extra>{label}</extra>",
         )
-        ends = usual["name"].tolist()
-        figure.add_scatter(
-            x=ends,
-            y=[limit] * len(ends),
-            name=f"limit: {card}",
-            mode="lines+markers",
-            visible=not labels,
-            marker={"symbol": "line-ew-open", "size": 20},
-            line={"dash": "dash", "color": "#d62728", "width": 2},
-        )
-        owners += [len(labels)] * (len(bars) + 1)
-        labels.append(f"{card}: {where}")
-    return _with_menu(figure, labels, owners)
+        for color, (label, x, y) in zip(SETTINGS, bars, strict=False)
+    ]
+    line = go.Scatter(
+        x=names,
+        y=limit["y"][:1] * len(names),
+        name=limit["name"],
+        mode="lines+markers",
+        visible=visible,
+        marker={"symbol": "line-ew-open", "size": 20},
+        line=LIMIT_LINE,
+    )
+    return [*traces, line]
 
 
 def difference(cells: Sequence[Mapping]) -> go.Figure:
-    """Two cells side by side, by category and part of the model; a menu for each."""
-    figure = _figure(
+    """Two cells side by side, by category and part of the model; a menu for each. At first full
+    fine-tuning and LOMO, where they are among the cells."""
+    figure = new_figure(
         "Two regimes at their peaks, predicted",
         640,
         barmode="group",
         xaxis_title="GiB at the peak",
         yaxis={"autorange": "reversed"},
     )
-    first = next((index for index, cell in enumerate(cells) if cell["regime"] == "full"), 0)
-    second = next(
-        (index for index, cell in enumerate(cells) if cell["regime"] == "lomo"), len(cells) - 1
-    )
+    regimes = [cell["regime"] for cell in cells]
+    first = regimes.index("full") if "full" in regimes else 0
+    second = regimes.index("lomo") if "lomo" in regimes else len(cells) - 1
+    sizes = [_by_part(cell) for cell in cells]
     for index, color in ((first, "#4e79a7"), (second, "#f28e2b")):
-        size = _by_part(cells[index])
         figure.add_bar(
-            y=list(size),
-            x=list(size.values()),
+            y=list(sizes[index]),
+            x=list(sizes[index].values()),
             orientation="h",
-            name=cell_words(cells[index]),
+            name=cell_label(cells[index]),
             marker_color=color,
             hovertemplate="%{y}: %{x:.2f} GiB<extra></extra>",
         )
@@ -390,45 +293,26 @@ def difference(cells: Sequence[Mapping]) -> go.Figure:
     for bar, y, active in ((0, 1.11, first), (1, 1.02, second)):
         buttons = [
             {
-                "label": cell_words(cell),
+                "label": cell_label(cell),
                 "method": "restyle",
                 "args": [
-                    {"x": [list(size.values())], "y": [list(size)], "name": cell_words(cell)},
+                    {"x": [list(size.values())], "y": [list(size)], "name": cell_label(cell)},
                     [bar],
                 ],
             }
-            for cell in cells
-            for size in [_by_part(cell)]
+            for cell, size in zip(cells, sizes, strict=True)
         ]
-        menus.append({**_second(buttons, y), "active": active})
-    figure.update_layout(updatemenus=menus, margin_t=110, yaxis_domain=[0, 0.9])
-    return figure
+        menus.append({**menu(buttons, y), "active": active})
+    return figure.update_layout(updatemenus=menus, margin_t=110, yaxis_domain=[0, 0.9])
 
 
 def _by_part(cell: Mapping) -> dict[str, float]:
-    """Parts below 1 % of the peak are left to the table."""
-    least = cell["requested_bytes"] / 100
-    order = [*COLORS, "rest"]
-    kept = sorted(
-        ((key, size) for key, size in parts(cell).items() if size >= least),
-        key=lambda item: order.index(item[0][0]),
-    )
-    return {f"{category}, {part}": round(size / GIB, 3) for (category, part), size in kept}
-
-
-def _second(buttons: list[dict], y: float) -> dict:
-    return {**_menu(buttons)[0], "y": y}
-
-
-def _with_menu(figure: go.Figure, labels: Sequence[str], owners: Sequence[int | None]) -> go.Figure:
-    """One button a label, showing the traces it owns and those nobody owns."""
-    buttons = [
-        {
-            "label": label,
-            "method": "update",
-            "args": [{"visible": [owner in (None, index) for owner in owners]}],
-        }
-        for index, label in enumerate(labels)
-    ]
-    figure.update_layout(updatemenus=_menu(buttons) if len(buttons) > 1 else [])
-    return figure
+    """Label -> GiB, in the order of the categories. Parts below 1 % of the peak are left to the
+    table."""
+    order = [*PREDICTED_COLORS, "rest"]
+    sizes = parts(cell)
+    large = [key for key in sizes if sizes[key] >= cell["requested_bytes"] / 100]
+    large.sort(key=lambda key: order.index(key[0]))
+    return {
+        f"{category}, {part}": round(sizes[category, part] / GIB, 3) for category, part in large
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
@@ -13,11 +14,14 @@ from ..timeline import thin
 
 MIB = 2**20
 REFERENCE = "full"
+SCORINGS = {"yesno": "yes/no answer", "likelihood": "likelihood of the claim"}
+"""The model's own, with their labels; the other judges have no model."""
 
 
 def summary(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row a run: outcome, peaks, speed, sizes, in-domain balanced accuracy of both scorings
-    with its interval."""
+    """One row a run: outcome, peaks, speed, sizes, and the balanced accuracy in the training domain
+    of both scorings with its interval. A run that did not finish has its outcome and reason
+    alone."""
     return pd.DataFrame([_summary(run) for run in runs])
 
 
@@ -26,13 +30,13 @@ def _summary(run: Run) -> dict:
     row = {"regime": run.name, "outcome": result["outcome"], "reason": result["reason"]}
     if not run.ok:
         return row
-    speed, peaks, peak = result["speed"], result.get("peak_bytes", {}), result.get("peak", {})
+    speed, peaks = result["speed"], result.get("peak_bytes", {})
     row |= {
-        "peak_mib": _mib(peaks.get("meter")),
-        "process_peak_mib": _mib(peaks.get("process")),
-        "phase": peak.get("phase"),
-        "host_mib": _mib(result.get("host_bytes")),
-        "optimizer_state_mib": _mib(result.get("optimizer_state_bytes")),
+        "peak_mib": mib(peaks.get("meter")),
+        "process_peak_mib": mib(peaks.get("process")),
+        "phase": result.get("peak", {}).get("phase"),
+        "host_mib": mib(result.get("host_bytes")),
+        "optimizer_state_mib": mib(result.get("optimizer_state_bytes")),
         "trainable_parameters": result["trainable_parameters"],
         "tokens_per_s": speed["tokens_per_s"],
         "step_ms": 1000 * speed["step_s_median"],
@@ -44,79 +48,72 @@ def _summary(run: Run) -> dict:
         "loss_first": result["loss_first"],
         "loss_last": result["loss_last"],
     }
-    home = in_domain(run)
-    for scoring in ("yesno", "likelihood"):
-        cell = home[home["scoring"] == scoring].iloc[0]
+    for scoring, score in in_domain(run).loc[list(SCORINGS)].iterrows():
         row |= {
-            scoring: cell["value"],
-            f"{scoring}_low": cell["low"],
-            f"{scoring}_high": cell["high"],
+            scoring: score["value"],
+            f"{scoring}_low": score["low"],
+            f"{scoring}_high": score["high"],
         }
     return row
 
 
-def _mib(size: int | None) -> float | None:
-    return None if size is None else size / MIB
+def mib(size_bytes: int | None) -> float | None:
+    """Bytes in MiB; None, which is not measured, stays None."""
+    return None if size_bytes is None else size_bytes / MIB
 
 
 def in_domain(run: Run) -> pd.DataFrame:
-    """Balanced accuracy on new documents of the training domain."""
+    """Balanced accuracy on new documents of the training domain: one row a scoring, which is the
+    index."""
     frame = run.accuracy
-    return frame[
+    rows = (
         (frame["domain"] == run.params["train_domain"])
         & (frame["shift"] == "none")
         & (frame["metric"] == "balanced_accuracy")
-    ]
+    )
+    return frame[rows].set_index("scoring")
 
 
 def place(domain: str, shift: str, home: str) -> str:
-    """A column's name: the domain, and how far it is when it is the training domain itself."""
+    """A column's name: the domain, and in the training domain `home` how far it was shifted."""
     return f"{domain}, {shift}" if domain == home and shift != "none" else domain
 
 
+def _places(frame: pd.DataFrame, home: str) -> list[str]:
+    return [place(*cell, home) for cell in zip(frame["domain"], frame["shift"], strict=True)]
+
+
 def accuracy(runs: Sequence[Run], metric: str = "balanced_accuracy") -> pd.DataFrame:
-    """Every run, place and scoring: value, interval, n. Baselines, which need no run, appear once
-    under their own name."""
-    frames, seen = [], set()
+    """Every run, place and scoring: value, interval, n. A judge without a model, which no run
+    changes, appears once under its own name."""
+    frames: list[pd.DataFrame] = []
     for run in (run for run in runs if run.ok):
         frame = run.accuracy[run.accuracy["metric"] == metric].copy()
-        frame["place"] = [
-            place(d, s, run.params["train_domain"])
-            for d, s in zip(frame["domain"], frame["shift"], strict=True)
-        ]
-        models = frame["scoring"].isin(("yesno", "likelihood"))
+        models = frame["scoring"].isin(SCORINGS)
+        frame["place"] = _places(frame, run.params["train_domain"])
         frame["judge"] = np.where(models, run.name, frame["scoring"].str.replace("_", " "))
-        fresh = models | ~frame["scoring"].isin(seen)
-        seen |= set(frame.loc[~models, "scoring"])
-        frames.append(frame[fresh])
+        listed = {name for earlier in frames for name in earlier["scoring"]}
+        frames.append(frame[models | ~frame["scoring"].isin(listed)])
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
 def against_reference(runs: Sequence[Run], reference: str = REFERENCE) -> pd.DataFrame:
     """Each run minus `reference` on the same items: difference of balanced accuracy, its interval,
-    exact McNemar p, and Holm's correction over the runs compared in that place and scoring. Empty
-    without a finished reference.
+    exact McNemar p, and Holm's correction over the runs compared in that place and scoring. A run
+    on other items is left out, because the comparison is paired; without a finished reference, or
+    without another run, the frame is empty.
     """
     base = next((run for run in runs if run.ok and run.name == reference), None)
-    if base is None:
-        return pd.DataFrame()
     frames = []
-    for run in runs:
-        if run.ok and run is not base:
-            try:
-                frames.append(compare(run.scores, base.scores).assign(regime=run.name))
-            except ValueError:  # other items: not a paired comparison, so none is shown
-                continue
+    for run in (run for run in runs if base and run.ok and run is not base):
+        with suppress(ValueError):
+            frames.append(compare(run.scores, base.scores).assign(regime=run.name))
     if not frames:
         return pd.DataFrame()
     frame = pd.concat(frames, ignore_index=True)
-    home = base.params["train_domain"]
-    frame["place"] = [
-        place(d, s, home) for d, s in zip(frame["domain"], frame["shift"], strict=True)
-    ]
-    frame["holm_p"] = frame.groupby(["place", "scoring"])["mcnemar_p"].transform(
-        lambda p: holm(list(p))
-    )
+    frame["place"] = _places(frame, base.params["train_domain"])
+    groups = frame.groupby(["place", "scoring"])
+    frame["holm_p"] = groups["mcnemar_p"].transform(lambda p: holm(list(p)))
     return frame
 
 
@@ -132,39 +129,50 @@ def ledger(runs: Sequence[Run]) -> pd.DataFrame:
     )
 
 
+def owners(runs: Sequence[Run]) -> pd.DataFrame:
+    """The largest owners at each run's peak, with its phase."""
+    return pd.DataFrame(
+        [
+            {"regime": run.name, "phase": run.result["peak"]["phase"], **owner}
+            for run in runs
+            for owner in run.result["peak"]["owners"]
+        ]
+    )
+
+
 def recalls(runs: Sequence[Run]) -> pd.DataFrame:
-    """Share judged right by transformation, in the training domain, yes/no at the validation
-    threshold."""
+    """Share of answers that are right by transformation, in the training domain, yes/no at the
+    validation threshold."""
     rows = []
     for run in (run for run in runs if run.ok):
-        cut = in_domain(run).query("scoring == 'yesno'")["threshold"].iloc[0]
-        inside = run.scores[
+        threshold = in_domain(run).loc["yesno", "threshold"]
+        items = run.scores[
             (run.scores["split"] != "val")
             & (run.scores["domain"] == run.params["train_domain"])
             & (run.scores["shift"] == "none")
         ]
-        kind = inside["transform"].str.removesuffix("+noise").replace("", "unchanged")
-        for transform, cell in inside.groupby(kind):
-            right = (cell["yesno"] > cut) == (cell["label"] == 1)
-            rows.append(
-                {"regime": run.name, "transform": transform, "right": right.mean(), "n": len(cell)}
-            )
+        kind = items["transform"].str.removesuffix("+noise").replace("", "unchanged")
+        right = (items["yesno"] > threshold) == (items["label"] == 1)
+        counts = right.groupby(kind).agg(["mean", "size"])
+        rows += [
+            {"regime": run.name, "transform": transform, "right": share, "n": count}
+            for transform, share, count in counts.itertuples()
+        ]
     return pd.DataFrame(rows)
 
 
 def written(runs: Sequence[Run]) -> pd.DataFrame:
-    """What became of the claims that the models wrote: regime, judge, place, each call's share, and
-    `consistent`'s interval."""
+    """What became of the claims that the models wrote: regime, judge, place, the share of each
+    call, and the interval of `consistent`."""
     rows: dict[tuple, dict] = {}
     for run in runs:
-        for said in run.result.get("generation", {}).get("shares", ()):
-            where = place(said["domain"], said["shift"], run.params["train_domain"])
-            row = rows.setdefault(
-                (run.name, said["judge"], where),
-                {"regime": run.name, "judge": said["judge"], "place": where},
-            )
-            row |= {said["call"]: said["share"], "n": said["n"]}
-            row |= {end: said[end] for end in ("low", "high") if said["call"] == "consistent"}
+        for share in run.result.get("generation", {}).get("shares", ()):
+            where = place(share["domain"], share["shift"], run.params["train_domain"])
+            names = {"regime": run.name, "judge": share["judge"], "place": where}
+            row = rows.setdefault(tuple(names.values()), names)
+            row |= {share["call"]: share["share"], "n": share["n"]}
+            if share["call"] == "consistent":
+                row |= {"low": share["low"], "high": share["high"]}
     return pd.DataFrame(rows.values())
 
 
@@ -173,10 +181,9 @@ def curve(run: Run, points: int = 500) -> pd.DataFrame:
     `event`, `step`, `phase` and `live`. Of each bin of events the highest is kept, so the peak
     survives."""
     frame = run.timeline
-    columns = {name: sizes / MIB for name, sizes in thin.category_curves(frame).items()}
     wide = pd.DataFrame(
         {
-            **columns,
+            **{name: sizes / MIB for name, sizes in thin.category_curves(frame).items()},
             "event": np.arange(len(frame)),
             "step": frame["step"],
             "phase": frame["phase"],
@@ -188,16 +195,14 @@ def curve(run: Run, points: int = 500) -> pd.DataFrame:
 
 def would_fit(runs: Sequence[Run]) -> pd.DataFrame:
     """Of each run that ran out of memory and left evidence: what was changed in a forecast of it,
-    its peak, whether that fits."""
+    the peak then, and whether that fits."""
     rows = [
         {
             "regime": run.name,
             "with": change["change"],
             "row": change.get("regime", ""),
             "kind": change.get("kind", ""),
-            "reserved_mib": (
-                change["peak_reserved_bytes"] / MIB if change.get("peak_reserved_bytes") else None
-            ),
+            "reserved_mib": mib(change.get("peak_reserved_bytes") or None),
             "verdict": change["reason"] or ("fits" if change["fits"] else "does not fit"),
         }
         for run in runs

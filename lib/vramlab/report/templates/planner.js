@@ -1,4 +1,4 @@
-// The planner, once: inline in the report, displayed by a notebook, or as an anywidget's module. plan.py is the same arithmetic.
+// The planner, once: inline in the report, displayed by a notebook, or as an anywidget's module. tests/planner_reference.py is the same arithmetic.
 const GIB = 2 ** 30;
 
 const around = (values, value) => {
