@@ -104,7 +104,7 @@ def test_a_true_guess_gives_the_exact_gradient(position):
     updater = value.updater(
         Device(),
         Step(),
-        Sgd(),
+        Sgd().bind(),
         net,
         {site.name: site.weight for site in sites(net)},
         1.0,

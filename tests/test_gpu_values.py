@@ -106,7 +106,7 @@ def test_a_step_takes_one_of_four_batches_and_reads_its_loss_where_asked(monkeyp
 )
 def test_a_row_is_hurried_where_it_projects_or_guesses(rule, hurried, expected):
     class Grads:
-        def hurried(self):
+        def with_short_cycle(self):
             return "others" if hurried else self
 
     assert gpu_cell._hurried(Its(rule=rule, grads=Grads())) is expected

@@ -249,7 +249,9 @@ def test_extra_bytes_at_the_published_shape(trains, taken, most, monkeypatch):
             labels = torch.empty(1, 1_024, dtype=torch.long)
         head.fused = FusedLoss()
         head.fused.trains(
-            head.weight if trains else None, 0, Sgd().make([head.weight], 1.0) if taken else None
+            head.weight if trains else None,
+            0,
+            Sgd().bind().make([head.weight], 1.0) if taken else None,
         )
         meter = gpu.meter()
         meter.own("weights", [("head", head.weight), ("hidden", hidden), ("labels", labels)])

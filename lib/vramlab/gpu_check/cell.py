@@ -207,7 +207,7 @@ def _peaks(recorder: Any, found: Mapping) -> dict:
 def _hurried(row: Regime) -> bool:
     """Whether the recorded steps were not the row's usual ones: guessed gradients came soon, or
     every step projected anew."""
-    return hasattr(row.rule, "gap") or row.grads.hurried() != row.grads
+    return hasattr(row.rule, "gap") or row.grads.with_short_cycle() != row.grads
 
 
 def _unhurried(question: Question, device: str) -> Trainer:
