@@ -6,7 +6,7 @@ So the code that is timed is the code that is metered, and neither is in the oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,32 +56,6 @@ recomputing = _Recomputation()
 """True while a block is recomputed; `with recomputing():` is for whoever recomputes."""
 
 
-class _Chunking:
-    """Tells listeners where each turn of a loop over chunks begins, and where the loop ends."""
-
-    def __init__(self):
-        self.listeners: list[Callable[[Any, int, int], object]] = []
-        """Called with the cut, the tokens it was made for, and the turn that begins, counted from
-        0; one more at the end."""
-
-    def __call__(
-        self, cut: Any, tokens: int, spans: Sequence[tuple[int, int]]
-    ) -> Iterator[tuple[int, int]]:
-        for turn, span in enumerate(spans):
-            self._now(cut, tokens, turn)
-            yield span
-        self._now(cut, tokens, len(spans))
-
-    def _now(self, *what) -> None:
-        for listener in self.listeners:
-            listener(*what)
-
-
-chunking = _Chunking()
-"""The `spans`, one after the other; for loops that take another number of turns for another number
-of tokens."""
-
-
 class Observer:
     """Watches nothing: the null object every other observer refines."""
 
@@ -105,6 +79,10 @@ class Observer:
 
     def trains(self, named_leaves: Iterable[tuple[str, Tensor]]) -> None:
         """From now on these leaves, and no others, take gradients."""
+
+    def begin_chunk(self, cut: Any, tokens: int, turn: int) -> None:
+        """Turn `turn` (counted from 0) of a loop over the chunks `cut.spans(tokens)` begins. Called
+        once more when the loop ends, with the number of chunks as `turn`."""
 
     def end_step(self) -> None:
         """The step is over."""

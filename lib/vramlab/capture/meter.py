@@ -21,7 +21,7 @@ from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from ..observer import GradientsToo, chunking, recomputing
+from ..observer import GradientsToo, recomputing
 from ..regimes.sharded import local
 from ..timeline import events as timeline
 from .dispatch import Watch, no_garbage_collection, propagation_unseen, resizes, watching
@@ -71,25 +71,6 @@ class _Death(weakref.ref):
     __slots__ = ("key",)
 
 
-@dataclass(frozen=True)
-class Loop:
-    """A loop over chunks, see `observer.chunking`."""
-
-    cut: Any
-    tokens: int
-    edges: list[int]
-    """The number of events before each turn, and before what comes after the last."""
-
-
-@contextmanager
-def _listening(listeners: list, listener: Callable) -> Iterator[None]:
-    listeners.append(listener)
-    try:
-        yield
-    finally:
-        listeners.remove(listener)
-
-
 class Meter(GradientsToo):
     """Collects events while it is entered, once. Tensors declared before that (`own`) are adopted
     with phase `init`.
@@ -124,7 +105,8 @@ class Meter(GradientsToo):
         )
         self._modules = Modules()
         self._entered = ExitStack()
-        self.loops: list[Loop] = []
+        self.chunk_turns: list[tuple[int, Any, int, int]] = []
+        """(number of events before it, cut, tokens, turn) of each call of `begin_chunk`."""
 
     # what the trainer says ------------------------------------------------------------------------
 
@@ -153,6 +135,9 @@ class Meter(GradientsToo):
                 record.module = common(record.module, name) if record.category == category else name
                 record.category = category
 
+    def begin_chunk(self, cut: Any, tokens: int, turn: int) -> None:
+        self.chunk_turns.append((len(self._events), cut, tokens, turn))
+
     # what happens ---------------------------------------------------------------------------------
 
     def __enter__(self) -> Meter:
@@ -160,7 +145,6 @@ class Meter(GradientsToo):
         self._entered.enter_context(self._modules)
         self._entered.enter_context(resizes(self._resized))
         self._entered.enter_context(propagation_unseen())
-        self._entered.enter_context(_listening(chunking.listeners, self._turns))
         self._entered.enter_context(watching(Watch(self.saw, lambda: self._phase == "backward")))
         return self
 
@@ -170,11 +154,6 @@ class Meter(GradientsToo):
         # what dies later dies with the program's variables, not by the regime
         self._deaths.clear()
         self._alive.clear()
-
-    def _turns(self, cut, tokens: int, turn: int) -> None:
-        if turn == 0:
-            self.loops.append(Loop(cut, tokens, []))
-        self.loops[-1].edges.append(len(self._events))
 
     def _now_in(self) -> str:
         return "recompute" if recomputing and self._phase == "backward" else self._phase

@@ -28,7 +28,6 @@ import torch
 from ..allocator.settings import Settings
 from ..allocator.simulate import STRIDES, Simulated, rows, simulate
 from ..baichuan import ModelSpec
-from ..capture.meter import Loop
 from ..capture.work import Floor, roofline
 from ..cards import AMPERE, Architecture, Card
 from ..files import FORECASTS as CACHE
@@ -39,6 +38,7 @@ from ..regimes.parameters import model_file, model_spec, row_of
 from ..regimes.regime import REGIMES_FILE, Regime
 from ..timeline.events import signed
 from ..timeline.sides import sides
+from .solver.loops import Loop
 from .trace import Trace, trace
 
 CODE = (
@@ -47,6 +47,7 @@ CODE = (
     "capture",
     "cards.py",
     "forecast/shape_cache.py",
+    "forecast/solver/loops.py",
     "forecast/trace.py",
     "forecast/virtual_autocast.py",
     "forecast/virtual_gpu.py",

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from ..baichuan import BaichuanForCausalLM, ModelSpec
-from ..capture.meter import Loop
 from ..cards import AMPERE, Architecture
 from ..regimes.place.place import Fsdp
 from ..regimes.regime import Regime
@@ -30,6 +29,7 @@ from ..regimes.trains.adapters import link
 from ..regimes.trains.leaves import Leaf
 from ..timeline import events as timeline
 from ..training.trainer import Batch, Schedule, Trainer
+from .solver.loops import Loop, read_loops
 from .virtual_gpu import VirtualGpu, virtual_gpu
 
 
@@ -208,7 +208,7 @@ def trace(
         crossed=run.crossed,
         work=run.meter.work(step),
         took_s=0.0,
-        loops=tuple(run.meter.loops),
+        loops=read_loops(run.meter.chunk_turns),
     )
     return dataclasses.replace(found, took_s=time.perf_counter() - began)
 

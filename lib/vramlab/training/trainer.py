@@ -101,7 +101,7 @@ class Trainer:
         # 4. what guesses the adapters' gradients is made for them
         model = regime.grads.prepare(model, seed)
         # 5. checkpointing wraps blocks, adapters included; the head is no block
-        self.model = regime.head.prepare(regime.acts.prepare(model))
+        self.model = regime.head.prepare(regime.acts.prepare(model), self.observer)
         # 6. sharding replaces parameters and gathers them around a block, so around all that is
         # done to it; it needs them before any leaf is cut out of one
         self._weights = regime.place.shard(self.model, self.device, regime.weights, self.observer)

@@ -27,8 +27,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pandas as pd
 
-from ...capture.meter import Loop
 from ..trace import Trace
+from .loops import Loop
 
 SAME = ["step", "event", "stream", "category", "phase", "module", "op"]
 """What of an event does not depend on the size of anything."""

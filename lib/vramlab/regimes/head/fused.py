@@ -37,14 +37,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...observer import chunking
+from ...observer import Observer
 from ..until.row_protocol import Spans, TakesRows, feed, spans
 from ..weights import bf16_on_cpu as rounding
 
@@ -89,6 +88,23 @@ class Cut:
         return spans(self.rows, _rows_at_once(self.vocabulary, self.hidden, tokens))
 
 
+@dataclass(frozen=True)
+class Chunks:
+    """The chunks that `cut` makes of `tokens` tokens. A loop over them tells `observer` where each
+    turn begins and where the loop ends."""
+
+    cut: Cut
+    tokens: int
+    observer: Observer
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        chunks = self.cut.spans(self.tokens)
+        for turn, chunk in enumerate(chunks):
+            self.observer.begin_chunk(self.cut, self.tokens, turn)
+            yield chunk
+        self.observer.begin_chunk(self.cut, self.tokens, len(chunks))
+
+
 Bring = Callable[[Tensor, Spans], Iterator[Tensor]]
 
 
@@ -110,6 +126,8 @@ class Options:
     taker: TakesRows | None = None
     bring: Bring = there
     norm: bool = True
+    observer: Observer = Observer()
+    """Is told where each turn of a loop over chunks begins."""
 
 
 class FusedHeadLoss(torch.autograd.Function):
@@ -157,13 +175,12 @@ class FusedHeadLoss(torch.autograd.Function):
             hidden, weight, labels, *seen = rest
             head = _Head(hidden, weight, labels, ctx.options, norm)
             cut = Cut(*weight.shape, head.hidden.itemsize, len(leaf))
-            pieces, told = cut.spans(len(hidden)), partial(chunking, cut, len(hidden))
+            pieces = cut.spans(len(hidden))
             dleaf = _in_rows(
                 leaf,
                 ctx.options.taker,
                 head.row_gradient(leaf, seen, upstream, pieces),
-                pieces,
-                told,
+                Chunks(cut, len(hidden), ctx.options.observer),
             )
         elif dleaf is not None:
             for a, b in spans(len(leaf), _rows_at_once(*leaf.shape, 0)):
@@ -179,14 +196,13 @@ def _in_rows(
     leaf: Tensor,
     taker: TakesRows | None,
     gradient: Callable[[int, int], Tensor],
-    pieces: Spans,
-    told: Callable[[Spans], Iterator[tuple[int, int]]],
+    chunks: Chunks,
 ) -> Tensor | None:
     """The leaf's gradient, formed some rows at a time: whole, unless someone takes the rows."""
     if taker is not None:
-        return feed(taker, leaf, pieces, gradient, told)
+        return feed(taker, leaf, chunks, gradient)
     whole = torch.empty_like(leaf)
-    for a, b in told(pieces):
+    for a, b in chunks:
         whole[a:b] = gradient(a, b)
     return whole
 
@@ -288,7 +304,7 @@ class _Head:
         exp(logit - highest), the label's logit, and where the highest is (0 without max-z, where
         nobody asks)."""
         seen = []
-        for first, last in chunking(cut, len(self.hidden), cut.spans(len(self.hidden))):
+        for first, last in Chunks(cut, len(self.hidden), self.options.observer):
             tokens = slice(first, last)
             products = self._all_products(self.hidden[tokens])
             seen.append(self._look_at(products, self.labels[tokens]))

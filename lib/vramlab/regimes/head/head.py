@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...baichuan.model import NormHead
+from ...observer import Observer
 from ..until.row_protocol import TakesRows
 from .fused import Bring, FusedHeadLoss, Options, there
 
@@ -17,7 +18,7 @@ class Plain:
     """All logits at once, from a normalised copy of the head's weight, and the cross-entropy of the
     logits."""
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, observer: Observer | None = None) -> nn.Module:
         return model
 
 
@@ -27,10 +28,10 @@ class Fused(Plain):
     of the weight, never all logits. Only the loss: a model that is given labels returns no
     logits."""
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, observer: Observer | None = None) -> nn.Module:
         for module in model.modules():
             if isinstance(module, NormHead):
-                module.fused = FusedLoss()
+                module.fused = FusedLoss(observer=observer)
         return model
 
 
@@ -39,8 +40,8 @@ class FusedLoss:
     see `Options`; without a leaf it is the weight, if that trains. `bring`: where the weight's rows
     come from."""
 
-    def __init__(self, bring: Bring = there):
-        self._bring = bring
+    def __init__(self, bring: Bring = there, observer: Observer | None = None):
+        self._bring, self._observer = bring, observer or Observer()
         self.trains(None)
 
     def trains(self, leaf: Tensor | None, start: int = 0, taker: TakesRows | None = None) -> None:
@@ -63,5 +64,13 @@ class FusedLoss:
                 weight.detach(),
                 leaf,
                 labels.flatten(),
-                Options(dtype, z_loss_weight, self.start, self.taker, self._bring, norm),
+                Options(
+                    dtype,
+                    z_loss_weight,
+                    self.start,
+                    self.taker,
+                    self._bring,
+                    norm,
+                    self._observer,
+                ),
             )

@@ -221,7 +221,7 @@ class StreamedHead(NormHead):
         nn.Module.__init__(self)
         self.weight, self.norm, self.step, self.bus = head.weight, head.norm, step, bus
         if head.fused is not None:
-            self.fused = FusedLoss(partial(rows_up, bus=bus))
+            self.fused = FusedLoss(partial(rows_up, bus=bus), bus.observer)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return StreamedLogits.apply(hidden, self.weight, self.step, self.bus, self.norm)

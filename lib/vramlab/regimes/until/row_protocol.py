@@ -49,15 +49,14 @@ class TakesRows(Protocol):
 def feed(
     taker: TakesRows,
     leaf: Tensor,
-    spans: Spans,
+    spans: Iterable[tuple[int, int]],
     gradient: Callable[[int, int], Tensor],
-    told: Callable[[Spans], Iterable[tuple[int, int]]] = iter,
 ) -> None:
-    """One update of `leaf`; `gradient(start, stop)` forms rows of its gradient. `told` gives the
-    spans one by one."""
+    """One update of `leaf`; `gradient(start, stop)` forms rows of its gradient. `spans` is iterated
+    once for each sweep."""
     taker.begin_rows(leaf)
     for sweep in range(taker.sweeps):
-        for start, stop in told(spans):
+        for start, stop in spans:
             taker.rows(leaf, start, stop, gradient(start, stop), sweep)
     taker.end_rows(leaf)
 
