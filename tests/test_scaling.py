@@ -12,8 +12,9 @@ from vramlab.forecast import chart as atlas
 from vramlab.forecast import forecast as predict
 from vramlab.forecast.chart import Atlas, chart
 from vramlab.forecast.forecast import Question
+from vramlab.forecast.solver.byte_formulas import solve_bytes
 from vramlab.forecast.solver.folding import differs, unfold
-from vramlab.forecast.solver.scaling import Sizes, _bytes, alike
+from vramlab.forecast.solver.scaling import Sizes, plan_for
 from vramlab.forecast.trace import trace
 from vramlab.regimes.head import fused as fused_head
 from vramlab.regimes.regime import read_regimes, read_row, regime_row
@@ -128,7 +129,7 @@ def test_lengths_that_kernels_round_up_are_not_solved():
 
 def test_steps_of_different_regimes_make_no_family():
     full, checkpoint = _traces("full")[0], _traces("checkpoint")[0]
-    assert not alike(full, dataclasses.replace(checkpoint, regime="full"))
+    assert plan_for(full, dataclasses.replace(checkpoint, regime="full")) is None
 
 
 def test_what_is_a_sum_of_two_takes_a_third_size():
@@ -138,7 +139,7 @@ def test_what_is_a_sum_of_two_takes_a_third_size():
         sizes.add(one)
     assert sizes.at(384, 3) is None
     assert all(
-        _bytes(list(TRACED[:2]), [size(*place) for place in TRACED[:2]], (384, 3)) == answer
+        solve_bytes(list(TRACED[:2]), [size(*place) for place in TRACED[:2]], (384, 3)) == answer
         for size, answer in (
             (lambda s, b: 8 * s * b, 8 * 384 * 3),
             (lambda s, b: 4 * b * (s - 1), 4 * 3 * 383),
@@ -146,11 +147,11 @@ def test_what_is_a_sum_of_two_takes_a_third_size():
         )
     )
     turns, wanted, count = [(256, 1, 7), (2048, 4, 14)], (384, 3, 21), [lambda s, b, turns: turns]
-    assert _bytes(turns, [28, 56], wanted, (), count, count) == 84, "four bytes a turn"
+    assert solve_bytes(turns, [28, 56], wanted, (), count, count) == 84, "four bytes a turn"
     for sizes in ([27, 54], [4 * 700, 8 * 700]):
         assert (
-            _bytes(turns, sizes, wanted, (), count)
-            and _bytes(turns, sizes, wanted, (), count, count) is None
+            solve_bytes(turns, sizes, wanted, (), count)
+            and solve_bytes(turns, sizes, wanted, (), count, count) is None
         ), "no number"
 
 
@@ -166,7 +167,7 @@ def test_what_is_a_sum_of_two_takes_a_third_size():
     ],
 )
 def test_a_size_is_solved_only_where_it_follows(size, answer):
-    assert _bytes(list(TRACED), [size(*place) for place in TRACED], (384, 3)) == answer
+    assert solve_bytes(list(TRACED), [size(*place) for place in TRACED], (384, 3)) == answer
 
 
 def test_an_atlas_traces_two_sizes_of_a_row_and_says_which(tmp_path, monkeypatch):

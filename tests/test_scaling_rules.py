@@ -10,20 +10,23 @@ import pytest
 from vramlab.forecast import chart as atlas
 from vramlab.forecast.chart import Atlas
 from vramlab.forecast.forecast import Question
-from vramlab.forecast.solver import scaling
-from vramlab.forecast.solver.scaling import Sizes, _between, _bytes, _coefficients, _Family, alike
+from vramlab.forecast.solver import byte_formulas, scaling
+from vramlab.forecast.solver.byte_formulas import solve_bytes, solve_coefficients
+from vramlab.forecast.solver.scaling import Sizes, _between, _Family, plan_for
 from vramlab.regimes.head.head import Fused
 
 
 def test_the_monomials_of_a_place():
-    assert [term(3, 5) for term in scaling.MONOMIALS] == [1, 3, 5, 15, 9, 45]
-    assert [term(3, 5) for term in scaling.SHIFTED] == [5 * 2]
-    assert [term(3, 5, 7) for term in scaling.IN_A_TURN] == [1, 3, 5, 15]
-    assert len(scaling.PAIRS) == 15 and [term(3, 5, 7) for term in scaling.PAIRS_IN_A_TURN[-1]] == [
+    assert [term(3, 5) for term in byte_formulas.MONOMIALS] == [1, 3, 5, 15, 9, 45]
+    assert [term(3, 5) for term in byte_formulas.SHIFTED] == [5 * 2]
+    assert [term(3, 5, 7) for term in byte_formulas.IN_A_TURN] == [1, 3, 5, 15]
+    assert len(byte_formulas.PAIRS) == 15 and [
+        term(3, 5, 7) for term in byte_formulas.PAIRS_IN_A_TURN[-1]
+    ] == [
         1,
         7,
     ]
-    assert len(scaling.PAIRS_IN_A_TURN) == 6 + 1
+    assert len(byte_formulas.PAIRS_IN_A_TURN) == 6 + 1
 
 
 @pytest.mark.parametrize(
@@ -41,34 +44,36 @@ def test_the_monomials_of_a_place():
     ],
 )
 def test_coefficients_are_integers_over_one_scale_and_hold_in_every_row(rows, sizes, found):
-    assert _coefficients(rows, sizes) == found
+    assert solve_coefficients(rows, sizes) == found
 
 
 def test_an_answer_is_whole_positive_and_one():
     both = [(128, 1), (256, 2)], [128, 256]  # tokens, or 128 rows
-    assert _bytes(*both, (384, 3)) == 384 and _bytes(*both, (384, 1)) is None, (
+    assert solve_bytes(*both, (384, 3)) == 384 and solve_bytes(*both, (384, 1)) is None, (
         "two explanations, one answer or none"
     )
-    assert _bytes([(128, 1), (256, 2)], [64, 256], (384, 3)) == 64 * 9
-    assert _bytes([(2, 1), (4, 1)], [1, 2], (3, 1), singles=(lambda s, b: s,)) is None, (
+    assert solve_bytes([(128, 1), (256, 2)], [64, 256], (384, 3)) == 64 * 9
+    assert solve_bytes([(2, 1), (4, 1)], [1, 2], (3, 1), singles=(lambda s, b: s,)) is None, (
         "a byte and a half"
     )
-    assert _bytes([(2, 1), (4, 1)], [2, 4], (3, 1), singles=(lambda s, b: s,)) == 3
-    assert _bytes([(2, 1), (4, 1)], [0, 0], (3, 1), singles=(lambda s, b: s,)) == 0
+    assert solve_bytes([(2, 1), (4, 1)], [2, 4], (3, 1), singles=(lambda s, b: s,)) == 3
+    assert solve_bytes([(2, 1), (4, 1)], [0, 0], (3, 1), singles=(lambda s, b: s,)) == 0
     assert (
-        _bytes(
+        solve_bytes(
             [(2, 1), (4, 1), (8, 1)], [6, 4, 0], (9, 1), pairs=[(lambda s, b: 1, lambda s, b: s)]
         )
         is None
     ), "less than none"
     assert (
-        _bytes(
+        solve_bytes(
             [(2, 1), (4, 1), (8, 1)], [6, 4, 0], (8, 1), pairs=[(lambda s, b: 1, lambda s, b: s)]
         )
         == 0
     )
     assert (
-        _bytes([(2, 1), (4, 1), (2, 1)], [3, 6, 3], (6, 1), pairs=[], singles=(lambda s, b: s,))
+        solve_bytes(
+            [(2, 1), (4, 1), (2, 1)], [3, 6, 3], (6, 1), pairs=[], singles=(lambda s, b: s,)
+        )
         == 9
     ), "two places, one twice"
 
@@ -77,15 +82,16 @@ def test_a_count_is_of_eight_bytes_at_most():
     one, turns = lambda s, turns: 1, lambda s, turns: turns
     for each, answer in ((8, 8 * 5), (9, None)):
         assert (
-            _bytes([(1, 2), (1, 4)], [2 * each, 4 * each], (1, 5), (), [turns], [turns]) == answer
+            solve_bytes([(1, 2), (1, 4)], [2 * each, 4 * each], (1, 5), (), [turns], [turns])
+            == answer
         )
         pair = [100 + each * count for count in (2, 4, 7)]
-        assert _bytes([(1, 2), (1, 4), (2, 7)], pair, (1, 5), [(one, turns)], (), [turns]) == (
+        assert solve_bytes([(1, 2), (1, 4), (2, 7)], pair, (1, 5), [(one, turns)], (), [turns]) == (
             answer and 100 + answer
         )
     halves = [(1, 2), (1, 4), (2, 8)], [3 + 1, 3 + 2, 3 + 4], (1, 6)
-    assert _bytes(*halves, [(one, turns)], ()) == 3 + 3
-    assert _bytes(*halves, [(one, turns)], (), [turns]) is None, "half a byte a turn"
+    assert solve_bytes(*halves, [(one, turns)], ()) == 3 + 3
+    assert solve_bytes(*halves, [(one, turns)], (), [turns]) is None, "half a byte a turn"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +128,7 @@ def test_tokens_too_lie_between_unless_they_are_cut_into_chunks():
 def _family(traces: int, answer, seq: int = 128):
     return SimpleNamespace(
         traces=[SimpleNamespace(seq=seq)] * traces,
-        solved=lambda seq, batch: answer and (answer, seq, batch),
+        at=lambda seq, batch: answer and (answer, seq, batch),
     )
 
 
@@ -187,41 +193,43 @@ def told(monkeypatch):
     ids=str,
 )
 def test_what_differs_in_anything_but_size_is_not_alike(change, told, monkeypatch):
-    assert alike(_trace(), _trace(seq=256, batch=4)) and not alike(_trace(), _trace(**change))
-    assert alike(_trace(), _trace(host_bytes=31, host=11)), (
+    assert plan_for(_trace(), _trace(seq=256, batch=4)) and not plan_for(_trace(), _trace(**change))
+    assert plan_for(_trace(), _trace(host_bytes=31, host=11)), (
         "host bytes of the timeline are sizes too"
     )
     monkeypatch.setattr(scaling, "differs", lambda trace, plan, other: True)
-    assert not alike(_trace(), _trace())
+    assert not plan_for(_trace(), _trace())
 
 
 def test_a_family_takes_what_one_of_it_tells_and_begins_with_that_one(monkeypatch):
     """Traces are numbers here: a larger one tells a smaller one; in the end, one of its own
     parity."""
-    monkeypatch.setattr(scaling, "_told", lambda one, other: (one, other) if one >= other else None)
+    monkeypatch.setattr(
+        scaling, "plan_for", lambda one, other: (one, other) if one >= other else None
+    )
     family = _Family(4)
     assert (family.first, family.traces, family.plans) == (4, [4], [(4, 4)])
-    family._known = "old"
-    assert family.takes(2) and (family.first, family.traces, family.plans) == (
+    family._formulas = "old"
+    assert family.add(2) and (family.first, family.traces, family.plans) == (
         4,
         [4, 2],
         [(4, 4), (4, 2)],
     )
-    assert family._known is None
+    assert family._formulas is None
     assert (
-        family.takes(9)
+        family.add(9)
         and (family.first, family.traces) == (9, [4, 2, 9])
         and family.plans == [(9, 4), (9, 2), (9, 9)]
     )
-    monkeypatch.setattr(scaling, "_told", lambda one, other: None)
-    family._known = "kept"
-    assert not family.takes(3) and (family.first, family.traces, family._known) == (
+    monkeypatch.setattr(scaling, "plan_for", lambda one, other: None)
+    family._formulas = "kept"
+    assert not family.add(3) and (family.first, family.traces, family._formulas) == (
         9,
         [4, 2, 9],
         "kept",
     )
     monkeypatch.setattr(
-        scaling, "_told", lambda one, other: "plan" if one % 2 == other % 2 else None
+        scaling, "plan_for", lambda one, other: "plan" if one % 2 == other % 2 else None
     )
     sizes = Sizes()
     for trace in (1, 2, 3, 5, 4):
@@ -234,7 +242,7 @@ def test_a_family_solves_only_what_all_its_traces_explain(monkeypatch):
     frame = pd.DataFrame(
         {"event": ["alloc"], "bytes": [10], "category": ["weights"], "storage": [0]}
     )
-    monkeypatch.setattr(scaling, "_told", lambda one, other: "plan")
+    monkeypatch.setattr(scaling, "plan_for", lambda one, other: "plan")
     monkeypatch.setattr(
         scaling,
         "unfold",
@@ -251,12 +259,12 @@ def test_a_family_solves_only_what_all_its_traces_explain(monkeypatch):
         lambda frame, ranked: 7 if frame["bytes"].tolist() == [10] else 7 + ranked[7],
     )
     family = _Family(_trace(frame=frame, device="d", host_bytes=30))
-    family.takes(_trace(frame=frame, seq=512, batch=4))
+    family.add(_trace(frame=frame, seq=512, batch=4))
 
     def solved(ranked: dict, sizes=(20,), crossed=None, place=(256, 2)):
         family.first.ranked = ranked
-        family._known = SimpleNamespace(bytes=lambda *_: sizes, crossed=lambda *_: crossed or {})
-        return family.solved(*place)
+        family._formulas = SimpleNamespace(bytes=lambda *_: sizes, crossed=lambda *_: crossed or {})
+        return family.at(*place)
 
     live, what, named = solved({}, crossed={"up_bytes": 5})
     assert (live, what) == ([20], (1, {}, 30)) and named.pop("took_s") >= 0

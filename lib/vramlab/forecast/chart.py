@@ -38,7 +38,7 @@ from ..regimes.parameters import model_spec
 from ..regimes.regime import IllegalRegime, read_regimes
 from . import card_summary as summary
 from .forecast import CACHE, Question, traced_step
-from .solver import folding, scaling
+from .solver import scaling
 from .solver.scaling import ENOUGH, Sizes
 
 SCHEMA = 1
@@ -294,7 +294,8 @@ class Keep:
     @cached_property
     def _against(self) -> str:
         """Hash of what a summary depends on besides its trace."""
-        code = [Path(module.__file__).read_text() for module in (summary, scaling, folding)]
+        solver = sorted(Path(scaling.__file__).parent.glob("*.py"))
+        code = [path.read_text() for path in (Path(summary.__file__), *solver)]
         content = [
             [dataclasses.asdict(card) for card in self.cards.values()],
             self.allocators,

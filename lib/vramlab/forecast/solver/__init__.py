@@ -1,1 +1,1 @@
-"""Steps of other sizes, derived from a few traced ones."""
+"""Derives the step of another length and batch from a few traces, instead of tracing it."""
