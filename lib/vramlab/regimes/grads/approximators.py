@@ -30,7 +30,7 @@ class Identity(nn.Module):
 class Random(Identity):
     """d = R diag(signs_l) d_L, R (H, H) normal with variance 1 / H, and signs of its own for each
     site. So there are as many fixed random matrices as sites, none a rotation of another, in the
-    bytes of one. Never trained."""
+    bytes of a single matrix. Never trained."""
 
     def __init__(self, sites: int, size: int, rank: int, depth: int):
         super().__init__(sites, size, rank, depth)
@@ -46,7 +46,7 @@ class Random(Identity):
 
 
 class LowRank(nn.Module):
-    """G of one site: u = D_h LN(h) + D_d d / sigma, k numbers; u <- W silu(u), depth - 1 times; G =
+    """G of a site: u = D_h LN(h) + D_d d / sigma, k numbers; u <- W silu(u), depth - 1 times; G =
     U u / k, with U = 0 at first. The k is for rules whose steps have the learning rate's length:
     without it the first steps overshoot.
     """

@@ -43,5 +43,5 @@ class Exact:
         lr: float,
         observer: Observer,
     ) -> Updater:
-        """The updater of one part's leaves, by name."""
+        """The updater of a part's leaves, by name."""
         return place.updater(until, rule, named, lr, model, observer)

@@ -14,7 +14,7 @@ lr 0 leave weights off by 6e-7 of that in fp32 and by 4e-2 of it in bf16 (root m
 as the root of the steps), and in bf16 2 or 3 of 100 weights of a norm, near 1, are moved at all.
 Here a leaf is moved when the module that owns it begins its forward, after its bytes have been
 copied, and the bytes are put back when that forward ends: exactly, in every type. That costs a copy
-of one matrix at a time. A matrix larger than `parked_bytes` (the embeddings and the head of a 7B)
+of a matrix at a time. A matrix larger than `parked_bytes` (the embeddings and the head of a 7B)
 is copied to the host, once a step, and comes back after each forward.
 
 Not exact in bf16: w + eps z and the update are rounded up or down at random, whatever `weights`

@@ -1,4 +1,4 @@
-"""Adam-mini: Adam with one second moment for each block of weights that learn alike, instead of one
+"""Adam-mini: Adam with one second moment for each block of weights that learn alike. Adam has one
 for each weight.
 
 v is the running mean of g^2 over a block; m stays whole. Zhang 2024, arXiv:2406.16793, with its
@@ -32,10 +32,9 @@ def _packed_rows(leaf: Tensor, context: LeafContext) -> int:
 
 
 def _count_blocks(leaf: Tensor, context: LeafContext) -> int:
-    if leaf.dim() == 1:
-        return 1
     packed = _packed_rows(leaf, context)
-    return local(leaf).shape[0] - packed + packed // (context.head_dim or 1)
+    rows = local(leaf).shape[0] - packed + packed // (context.head_dim or 1)
+    return rows if leaf.dim() > 1 else 1
 
 
 class AdamMini(RowOptimizer):
@@ -44,15 +43,18 @@ class AdamMini(RowOptimizer):
     sweeps = 2
 
     def add_state(self, leaf: Tensor, weight: Tensor, entry: dict) -> None:
-        dtype, count = self.context.storage.moments_dtype(weight), _count_blocks(leaf, self.context)
+        dtype, blocks = (
+            self.context.storage.moments_dtype(weight),
+            _count_blocks(leaf, self.context),
+        )
         entry["exp_avg"] = torch.zeros_like(weight, dtype=dtype)
-        entry["exp_avg_sq"] = torch.zeros(count, dtype=torch.float32, device=weight.device)
+        entry["exp_avg_sq"] = torch.zeros(blocks, dtype=torch.float32, device=weight.device)
 
     @staticmethod
     def leaf_bytes(leaf: Tensor, context: LeafContext) -> int:
         weight = local(leaf)
-        moment_bytes = weight.numel() * context.storage.moments_dtype(weight).itemsize
-        return moment_bytes + 4 * _count_blocks(leaf, context)
+        moments_dtype = context.storage.moments_dtype(weight)
+        return weight.numel() * moments_dtype.itemsize + 4 * _count_blocks(leaf, context)
 
     def new_scratch(self, leaf: Tensor, weight: Tensor, entry: dict) -> dict[str, Any]:
         return {"square": torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)}

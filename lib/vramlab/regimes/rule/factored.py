@@ -32,16 +32,14 @@ class Factored(RowOptimizer):
     sweeps = 3
 
     def add_state(self, leaf: Tensor, weight: Tensor, entry: dict) -> None:
-        shapes = {"variance": weight.shape}
-        if weight.dim() > 1:
-            shapes = {"row_var": weight.shape[:1], "col_var": weight.shape[1:]}
-        for name, shape in shapes.items():
+        matrix = {"row_var": weight.shape[:1], "col_var": weight.shape[1:]}
+        vector = {"variance": weight.shape}
+        for name, shape in (matrix if weight.dim() > 1 else vector).items():
             entry[name] = torch.zeros(shape, dtype=torch.float32, device=weight.device)
 
     @staticmethod
     def leaf_bytes(leaf: Tensor, context: LeafContext) -> int:
-        weight = local(leaf)
-        return 4 * (sum(weight.shape) if weight.dim() > 1 else weight.numel())
+        return 4 * (sum(local(leaf).shape) if leaf.dim() > 1 else local(leaf).numel())
 
     def new_scratch(self, leaf: Tensor, weight: Tensor, entry: dict) -> dict[str, Any]:
         columns = {"columns": torch.zeros_like(entry["col_var"])} if "col_var" in entry else {}
@@ -81,8 +79,9 @@ class Factored(RowOptimizer):
         entry = self.state[leaf]
         lr = min(options["lr"], entry["step"] ** -0.5) if options["relative"] else options["lr"]
         # summed in fp32 while it is read: no fp32 copy of the weight
-        norm = torch.linalg.vector_norm(entry.get(MASTER, local(leaf)), dtype=torch.float32)
-        weight_rms = norm.div_(leaf.numel() ** 0.5)
+        weight_rms = torch.linalg.vector_norm(
+            entry.get(MASTER, local(leaf)), dtype=torch.float32
+        ).div_(leaf.numel() ** 0.5)
         update_rms = (scratch["update_square"] / leaf.numel()).sqrt_()
         scratch["factor"] = (
             lr
@@ -100,7 +99,7 @@ class Factored(RowOptimizer):
         wide.sub_(self._direction(leaf, rows, gradient).mul_(self._scratch[leaf]["factor"]))
 
     def _direction(self, leaf: Tensor, rows: slice, gradient: Tensor) -> Tensor:
-        """g / sqrt(v) of one slice. Multiplies two roots, because the product of r and c could
+        """g / sqrt(v) of a slice. Multiplies two roots, because the product of r and c could
         underflow."""
         scratch = self._scratch[leaf]
         if "root" in scratch:

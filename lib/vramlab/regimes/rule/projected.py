@@ -177,10 +177,9 @@ class LowRank(AdamW):
 
     def update(self, name: str, matrix: Tensor, grad: Tensor, state: dict, lr: float) -> None:
         """One update of a projected matrix, in place."""
-        raise NotImplementedError
 
     def matrix_bytes(self, matrix: Tensor) -> int:
-        """State of a projected matrix."""
+        """Bytes of a projected matrix's state."""
         raise NotImplementedError
 
     def moments_dtype(self, weight: Tensor) -> torch.dtype:
@@ -251,8 +250,8 @@ class Apollo(LowRank):
     def update(self, name: str, matrix: Tensor, grad: Tensor, state: dict, lr: float) -> None:
         short, long, rank = _sides(grad, self.rank)
         dim = 0 if grad.shape[0] < grad.shape[1] else 1  # the shorter side; channels lie along it
-        key = (self.seed, name, state["step"] // self.gap)
-        drawn = normal((short, rank), grad.device, *key).div_(rank**0.5).to(grad.dtype)
+        drawn = normal((short, rank), grad.device, self.seed, name, state["step"] // self.gap)
+        drawn = drawn.div_(rank**0.5).to(grad.dtype)
         low = (drawn.mT @ grad if dim == 0 else grad @ drawn).to(self.moments_dtype(grad))
         del drawn
         direction, correction = self.adam(low, state)

@@ -117,8 +117,9 @@ class Adam4bit(SlicedOptimizer):
                 entry[f"{name}_scale"] = torch.zeros(count // BLOCK_4BIT, device=device)
                 entry[f"{name}_codebook"] = _on(device, values)
             else:
-                dtype = self.context.storage.moments_dtype(weight)
-                entry[name] = torch.zeros_like(weight, dtype=dtype)
+                entry[name] = torch.zeros_like(
+                    weight, dtype=self.context.storage.moments_dtype(weight)
+                )
 
     @staticmethod
     def leaf_bytes(leaf: Tensor, context: LeafContext) -> int:

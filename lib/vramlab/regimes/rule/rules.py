@@ -49,7 +49,7 @@ class Rule:
         return self.sliced(params, lr, context, **vars(self), **self.constants)
 
     def leaf_bytes(self, leaf: Tensor, context: LeafContext) -> int:
-        """State of one leaf, without what its storage adds."""
+        """Bytes of a leaf's state, without what its storage adds."""
         return self.sliced.leaf_bytes(leaf, context)
 
 

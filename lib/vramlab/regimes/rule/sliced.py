@@ -99,7 +99,6 @@ class SlicedOptimizer(TypedStateOptimizer):
     def update(self, leaf: Tensor, rows: slice, gradient: Tensor, wide: Tensor) -> None:
         """One slice of the last sweep: changes `wide`, the weight's slice in fp32, in place.
         `gradient` is fp32."""
-        raise NotImplementedError
 
     def grain(self, weight: Tensor) -> int:
         """A slice holds a multiple of this many rows."""
@@ -172,9 +171,8 @@ class RowAdamW(RowOptimizer):
     """AdamW by torch's fused kernel, on fp32 slices of weight, gradient and moments."""
 
     def add_state(self, leaf: Tensor, weight: Tensor, entry: dict) -> None:
-        dtype = self.context.storage.moments_dtype(weight)
         for name in ("exp_avg", "exp_avg_sq"):
-            entry[name] = torch.zeros_like(weight, dtype=dtype)
+            entry[name] = torch.zeros_like(weight, dtype=self.context.storage.moments_dtype(weight))
 
     @staticmethod
     def leaf_bytes(leaf: Tensor, context: LeafContext) -> int:

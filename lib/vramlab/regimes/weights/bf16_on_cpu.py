@@ -4,7 +4,7 @@ fp32 and rounded once.
 Tensor cores do the same: they add up in fp32 and round the result. For bf16 this stands in where
 the CPU has no bf16 units, and is 10 to 50 times faster than torch's kernels there. For fp16 it is
 always used, because a CPU's fp16 units may add up in fp16. Autograd saves operands in their half
-type; the fp32 operands are temporaries of one call.
+type; the fp32 operands are temporaries of a call.
 
 The patch covers the two functions with which the model multiplies, `F.linear` and
 `F.scaled_dot_product_attention`, and only inside the context.
@@ -39,10 +39,13 @@ class RoundedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, weight = ctx.saved_tensors
-        wide_dy, dweight = dy.to(ctx.wide), None
+        wide_dy = dy.to(ctx.wide)
         dx = (wide_dy @ weight.to(ctx.wide)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        if ctx.needs_input_grad[1]:
-            dweight = (wide_dy.flatten(0, -2).mT @ x.to(ctx.wide).flatten(0, -2)).to(weight.dtype)
+        dweight = (
+            (wide_dy.flatten(0, -2).mT @ x.to(ctx.wide).flatten(0, -2)).to(weight.dtype)
+            if ctx.needs_input_grad[1]
+            else None
+        )
         return dx, dweight, None
 
 

@@ -24,7 +24,7 @@ class Fp32:
     dtype = torch.float32
     gathered: ClassVar[torch.dtype | None] = None
     """The type to which autocast casts the operands of products, and in which a sharded weight is
-    gathered; None where there is no autocast."""
+    gathered; None without autocast."""
 
     @property
     def storage(self) -> Nearest:
@@ -46,7 +46,7 @@ class Fp32:
         return halves_formed_in_fp32() if device_type == "cpu" and rounds else nullcontext()
 
     def forward(self, device_type: str) -> AbstractContextManager:
-        """Around each forward, inside `compute`: autocast, where there is one."""
+        """Around each forward, inside `compute`: autocast, if this storage uses it."""
         return torch.autocast(device_type, self.gathered) if self.gathered else nullcontext()
 
 
