@@ -104,7 +104,7 @@ def test_a_true_guess_gives_the_exact_gradient(position):
     updater = value.updater(
         Device(),
         Step(),
-        Sgd(),
+        Sgd().bind(),
         net,
         {site.name: site.weight for site in sites(net)},
         1.0,
@@ -308,7 +308,7 @@ def test_a_forecast_reports_an_anchor_with_the_state_that_is_held():
     trainer = Trainer(model(), row, Schedule(1e-3, 3))
     [trainer.step([batch(step)]) for step in range(3)]
     held, leaves = trainer.optimizer_state_bytes(), list(trainer.active.values())
-    assert held == trainer.regime.rule.state_bytes(leaves) == said.ledger["optimizer"]
+    assert held == trainer.regime.rule.bind().state_bytes(leaves) == said.ledger["optimizer"]
     assert sum(GUESS in name for name in trainer.active) == 5 * 4, (
         "five sites below the top, four tensors of G each"
     )

@@ -38,7 +38,7 @@ def _layers(spec: ModelSpec, count: int) -> ModelSpec:
 )
 def test_on_a_fake_cpu_the_peak_is_the_cpus(name):
     meter, said = Meter(), trace(MICRO, REGIMES[name], 11, 3, mode="cpu")
-    regime = dataclasses.replace(REGIMES[name], grads=REGIMES[name].grads.hurried())
+    regime = dataclasses.replace(REGIMES[name], grads=REGIMES[name].grads.with_short_cycle())
     with micro.ranks(regime):
         trainer = Trainer(micro.model(), regime, Schedule(1e-3, 2), observer=meter)
         with meter:

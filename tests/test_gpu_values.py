@@ -118,7 +118,7 @@ def test_a_loss_that_is_not_finite_ends_the_cell(monkeypatch, losses):
 )
 def test_a_row_is_hurried_where_it_projects_or_guesses(rule, hurried, expected):
     class Grads:
-        def hurried(self):
+        def with_short_cycle(self):
             return "others" if hurried else self
 
     assert recorded_step.records_unusual_steps(Its(rule=rule, grads=Grads())) is expected

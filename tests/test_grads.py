@@ -10,8 +10,8 @@ from torch import nn
 from micro import batch, model
 from vramlab.capture.meter import Meter
 from vramlab.observer import Observer
-from vramlab.regimes.grads.exact import Guess, ZerothOrder
-from vramlab.regimes.grads.keyed_random import generator, normal
+from vramlab.regimes.grads.keyed_random import normal
+from vramlab.regimes.grads.zeroth_order import ZerothOrder, ZerothOrderUpdater
 from vramlab.regimes.regime import read_row
 from vramlab.training.trainer import Schedule, Trainer
 
@@ -45,10 +45,7 @@ def test_weights_are_put_back_bit_for_bit(weights, parked_bytes, trains):
 
 def _z(trainer):
     named = trainer.model.named_parameters()
-    return {
-        name: normal((p.numel(),), generator(p.device, 0, 0, name, 0)).view_as(p)
-        for name, p in named
-    }
+    return {name: normal((p.numel(),), p.device, 0, 0, name, 0).view_as(p) for name, p in named}
 
 
 @pytest.mark.parametrize("head", ["plain", "fused"])
@@ -106,9 +103,9 @@ def test_bf16_weights_near_one_feel_a_small_eps_in_the_mean():
     ones = nn.Parameter(torch.ones(200_000, dtype=torch.bfloat16))
     owner = nn.Module()
     owner.weight = ones
-    guess = Guess(ZerothOrder(), owner, {"weight": ones}, Observer())
+    guess = ZerothOrderUpdater(ZerothOrder(), owner, {"weight": ones}, Observer())
     guess.begin(0, 0.0)
-    z = normal((200_000,), generator(ones.device, 0, 0, "weight", 0))
+    z = normal((200_000,), ones.device, 0, 0, "weight", 0)
     assert (
         not (torch.ones(200_000) + 1e-3 * z).bfloat16().ne(1).float().mean() > 0.1
     )  # to nearest, hardly any would
@@ -139,7 +136,7 @@ def test_a_leaf_whose_module_is_never_run_is_not_guessed_at():
             self.used, self.idle = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
 
     idle = Idle()
-    guess = Guess(ZerothOrder(), idle, dict(idle.named_parameters()), Observer())
+    guess = ZerothOrderUpdater(ZerothOrder(), idle, dict(idle.named_parameters()), Observer())
     guess.arm()
     guess.begin(0, 0.1)
     with pytest.raises(AssertionError, match="idle.weight"), guess.run(0):

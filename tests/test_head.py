@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from micro import batch, train
 from vramlab.baichuan.model import NormHead, causal_loss
 from vramlab.forecast.virtual_gpu import virtual_gpu
-from vramlab.regimes.head import fused as fused_head
+from vramlab.regimes.head import chunks as head_chunks
 from vramlab.regimes.head.fused import FusedHeadLoss, Options
 from vramlab.regimes.head.head import FusedLoss
 from vramlab.regimes.rule.rules import Sgd
@@ -36,9 +36,9 @@ class Collects:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(fused_head, "LEAST_ROWS", 4)
-    monkeypatch.setattr(fused_head, "LEAST_PRODUCTS", 60)
-    monkeypatch.setattr(fused_head, "ROWS", 5)
+    monkeypatch.setattr(head_chunks, "LEAST_ROWS", 4)
+    monkeypatch.setattr(head_chunks, "LEAST_PRODUCTS", 60)
+    monkeypatch.setattr(head_chunks, "ROWS", 5)
 
 
 def _case(dtype, tokens=13, hidden=6, vocabulary=37, seed=0):
@@ -135,8 +135,8 @@ def test_rows_shorter_than_the_least_length_are_divided_by_it():
 def test_errors_are_no_larger_than_the_plain_heads(dtype, chunks, monkeypatch):
     """Root mean square over draws of the relative error against fp64, of loss, dh and dW, taken
     whole and in rows."""
-    monkeypatch.setattr(fused_head, "ROWS", 100)
-    monkeypatch.setattr(fused_head, "LEAST_PRODUCTS", -(-120 // chunks) * 499)
+    monkeypatch.setattr(head_chunks, "ROWS", 100)
+    monkeypatch.setattr(head_chunks, "LEAST_PRODUCTS", -(-120 // chunks) * 499)
     squares = torch.zeros(2, 4)
     for seed in range(6):
         h, w, labels = _case(dtype, 120, 40, 499, seed)
@@ -249,7 +249,9 @@ def test_extra_bytes_at_the_published_shape(trains, taken, most, monkeypatch):
             labels = torch.empty(1, 1_024, dtype=torch.long)
         head.fused = FusedLoss()
         head.fused.trains(
-            head.weight if trains else None, 0, Sgd().make([head.weight], 1.0) if taken else None
+            head.weight if trains else None,
+            0,
+            Sgd().bind().make([head.weight], 1.0) if taken else None,
         )
         meter = gpu.meter()
         meter.own("weights", [("head", head.weight), ("hidden", hidden), ("labels", labels)])

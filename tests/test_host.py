@@ -17,7 +17,7 @@ from vramlab.capture.meter import Meter
 from vramlab.forecast.forecast import assert_peak
 from vramlab.forecast.trace import trace
 from vramlab.observer import Observer
-from vramlab.regimes.head import fused as fused_head
+from vramlab.regimes.head import chunks
 from vramlab.regimes.place.host import LookUp
 from vramlab.regimes.place.stream import StreamedLogits
 from vramlab.regimes.place.transfers import Bus
@@ -107,7 +107,7 @@ def test_a_fused_head_in_pieces_is_the_same_on_the_host(row, changes, monkeypatc
     """Pieces of rows and of tokens, each with an odd one at the end; in backward both sides take
     rows. A streamed head adds up over its pieces what a resident one forms in one product."""
     for name, value in {"LEAST_ROWS": 8, "LEAST_PRODUCTS": 300, "ROWS": 9}.items():
-        monkeypatch.setattr(fused_head, name, value)
+        monkeypatch.setattr(chunks, name, value)
     row = {"head": "fused", **row, **changes}
     losses, weights, _ = train({key: value for key, value in row.items() if key != "place"})
     other_losses, other_weights, _ = train(row)
@@ -123,7 +123,7 @@ def test_a_fused_head_in_pieces_is_the_same_on_the_host(row, changes, monkeypatc
 
 @pytest.mark.parametrize("head", ["plain", "fused"])
 def test_a_streamed_head_adds_up_over_micro_batches_and_pieces(head, monkeypatch):
-    monkeypatch.setattr(fused_head, "LEAST_ROWS", 8)
+    monkeypatch.setattr(chunks, "LEAST_ROWS", 8)
     row = {"head": head, "acts": "checkpoint", "accumulate": 2, "clip": 0.5}
     losses, weights, _ = train(row)
     other_losses, other_weights, _ = train({**row, "place": {"host_weights": {"head_rows": 7}}})

@@ -415,7 +415,7 @@ def test_lisas_state_is_that_of_the_active_leaves_and_never_more(until):
             "model.norm.weight",
             "lm_head.weight",
         } < set(active)
-        assert trainer.optimizer_state_bytes() == regime.rule.state_bytes(active.values())
+        assert trainer.optimizer_state_bytes() == regime.rule.bind().state_bytes(active.values())
         state = dict(item for index in trainer._active for item in trainer._turns[index].state())
         assert int(state["lm_head.weight.step"]) == step + 1
         assert all(p.grad is None for p in trainer.model.parameters())

@@ -11,7 +11,8 @@ from benchmarks import peer_loops
 from benchmarks.peer_loops import Job, Seen
 from vramlab.observer import Observer
 from vramlab.regimes import updates
-from vramlab.regimes.rule.rules import AdamW, Rule, Sgd, _AdamW, _Sgd
+from vramlab.regimes.rule.rules import AdamW, Sgd
+from vramlab.regimes.rule.torch_optimizers import TorchAdamW, TorchSgd
 from vramlab.regimes.trains.leaves import Leaf
 
 
@@ -38,7 +39,7 @@ def test_a_loop_ends_a_step_for_every_batch_and_reads_its_losses_at_the_end(monk
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
 def test_sgd_in_rows_shrinks_then_moves(weight_decay):
     leaf = torch.nn.Parameter(torch.tensor([[8.0], [8.0], [8.0]]))
-    rule = _Sgd([leaf], lr=0.5, weight_decay=weight_decay)
+    rule = TorchSgd([leaf], lr=0.5, weight_decay=weight_decay)
     rule.rows(leaf, 1, 2, torch.tensor([[4.0]]), 0)
     assert leaf.flatten().tolist() == [8.0, 8.0 * (1 - 0.5 * weight_decay) - 2.0, 8.0]
     leaf.grad = torch.full((3, 1), 2.0)
@@ -52,7 +53,7 @@ def test_sgd_in_rows_shrinks_then_moves(weight_decay):
 def test_adamw_in_rows_is_adamw():
     whole, rows = (torch.nn.Parameter(torch.tensor([[1.0, -2.0], [3.0, 4.0]])) for _ in range(2))
     settings = {"lr": 0.1, "betas": (0.5, 0.75), "eps": 0.25, "weight_decay": 0.5, "fused": True}
-    one, other = _AdamW([whole], **settings), _AdamW([rows], **settings)
+    one, other = TorchAdamW([whole], **settings), TorchAdamW([rows], **settings)
     for scale in (1.0, -3.0):
         grad = scale * torch.tensor([[1.0, 2.0], [0.5, -1.0]])
         whole.grad = grad
@@ -68,12 +69,11 @@ def test_adamw_in_rows_is_adamw():
 def test_state_bytes_are_two_moments_and_a_count_or_nothing():
     leaves = [torch.zeros(3, 4), torch.zeros(5, dtype=torch.bfloat16)]
     assert (
-        AdamW().state_bytes(leaves) == (2 * 12 * 4 + 4) + (2 * 5 * 2 + 4)
-        and Sgd().state_bytes(leaves) == 0
+        AdamW().bind().state_bytes(leaves) == (2 * 12 * 4 + 4) + (2 * 5 * 2 + 4)
+        and Sgd().bind().state_bytes(leaves) == 0
     )
-    assert Rule().fitted(None).__class__ is Rule and not Rule.row_wise and Rule.pieces
-    assert Sgd().make([leaves[0]], 0.1).param_groups[0]["fused"] is True
-    assert Sgd().make(leaves, 0.1).param_groups[0]["fused"] is False
+    assert Sgd().bind().make([leaves[0]], 0.1).param_groups[0]["fused"] is True
+    assert Sgd().bind().make(leaves, 0.1).param_groups[0]["fused"] is False
 
 
 def test_parameters_are_updated_as_often_as_their_part_has_its_turn(monkeypatch):

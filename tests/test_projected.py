@@ -13,11 +13,11 @@ from torch import nn
 from micro import train
 from vramlab.forecast.trace import trace
 from vramlab.forecast.virtual_gpu import virtual_gpu
-from vramlab.regimes.grads.keyed_random import generator, normal
+from vramlab.regimes.grads.keyed_random import normal
 from vramlab.regimes.parameters import model_spec
 from vramlab.regimes.regime import read_row
 from vramlab.regimes.rule.projected import Apollo, GaLore
-from vramlab.regimes.rule.sliced import Fit
+from vramlab.regimes.rule.sliced import LeafContext
 
 SHAPES = {
     "layers.0.wide": (7, 12),
@@ -45,7 +45,7 @@ def _gradients(params, step, growth=1.0):
 
 
 def _optimizer(rule, params, lr=0.1):
-    return rule.fitted(Fit(names={id(p): name for name, p in params.items()})).make(
+    return rule.bind(LeafContext(names={id(p): name for name, p in params.items()})).make(
         params.values(), lr
     )
 
@@ -121,7 +121,7 @@ def _apollo_of_the_paper(name, weight, rule, lr, steps, growth):
         grad = grad.T if flip else grad
         rank = min(rule.rank, grad.shape[0])
         drawn = normal(
-            (grad.shape[0], rank), generator(torch.device("cpu"), rule.seed, name, step // rule.gap)
+            (grad.shape[0], rank), torch.device("cpu"), rule.seed, name, step // rule.gap
         ).double()
         low = drawn.T @ grad / math.sqrt(rank)
         m = (1 - rule.beta1) * low if m is None else rule.beta1 * m + (1 - rule.beta1) * low
@@ -200,9 +200,9 @@ def test_state_is_exactly_what_the_rule_promises(rule, weights):
 def test_state_bytes_of_one_packed_projection():
     """W_pack is one matrix, 3H x H: at rank r, P (H, r) in bf16 and two moments (3H, r) in fp32."""
     leaf, rank = nn.Parameter(torch.zeros(96, 32, dtype=torch.bfloat16)), 4
-    fit = Fit(names={id(leaf): "model.layers.0.self_attn.W_pack.weight"})
-    assert GaLore(rank=rank).fitted(fit).state_bytes([leaf]) == 2 * 32 * rank + 2 * 4 * 96 * rank
-    assert Apollo(rank=rank).fitted(fit).state_bytes([leaf]) == 2 * 4 * 96 * rank + 4
+    fit = LeafContext(names={id(leaf): "model.layers.0.self_attn.W_pack.weight"})
+    assert GaLore(rank=rank).bind(fit).state_bytes([leaf]) == 2 * 32 * rank + 2 * 4 * 96 * rank
+    assert Apollo(rank=rank).bind(fit).state_bytes([leaf]) == 2 * 4 * 96 * rank + 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -263,5 +263,5 @@ def test_only_the_svd_has_temporaries_of_a_matrixs_size(rule, steps, least, most
     beside = sum(
         size for name, size in peak.items() if name not in ("weights", "gradients", "workspace")
     )
-    held = rule.fitted(Fit(names={id(weight): "layers.0.matrix"})).state_bytes([weight])
+    held = rule.bind(LeafContext(names={id(weight): "layers.0.matrix"})).state_bytes([weight])
     assert least <= beside <= most + held

@@ -14,11 +14,11 @@ import micro
 from micro import model
 from vramlab.baichuan import ModelSpec
 from vramlab.forecast.trace import trace
-from vramlab.regimes.grads.keyed_random import generator, normal
+from vramlab.regimes.grads.keyed_random import normal
 from vramlab.regimes.regime import read_regimes, read_row
 from vramlab.regimes.rule.projected import Apollo, GaLore
 from vramlab.regimes.rule.rules import Adafactor, AdaLomo
-from vramlab.regimes.rule.sliced import Fit
+from vramlab.regimes.rule.sliced import LeafContext
 from vramlab.training.trainer import Schedule, Trainer
 
 STEPS = 30
@@ -69,7 +69,7 @@ def _ours(rule, dtype=torch.float64) -> dict[str, nn.Parameter]:
     params = _params(dtype)
     return _trained(
         params,
-        rule.fitted(Fit(names={id(p): name for name, p in params.items()})).make(
+        rule.bind(LeafContext(names={id(p): name for name, p in params.items()})).make(
             params.values(), 0.1
         ),
     )
@@ -133,7 +133,7 @@ def _apollo_torch(name, weight, rule, lr=0.1):
         if matrix:
             rank = min(rule.rank, len(grad))
             drawn = normal(
-                (len(grad), rank), generator(torch.device("cpu"), rule.seed, name, step // rule.gap)
+                (len(grad), rank), torch.device("cpu"), rule.seed, name, step // rule.gap
             )
             low = (drawn / rank**0.5).double().T @ grad
         m, v, update, correction = _adam(m, v, low, step, rule)
@@ -276,7 +276,7 @@ def test_adalomo_decays_as_lomo_optim_does(monkeypatch):
     ours.load_state_dict(theirs.state_dict())
     published, optimizer = (
         Published(theirs, weight_decay=0.5),
-        AdaLomo(weight_decay=0.5).make(list(ours.parameters()), 0.1),
+        AdaLomo(weight_decay=0.5).bind().make(list(ours.parameters()), 0.1),
     )
     for step in range(STEPS):
         x = torch.randn(8, 20, generator=torch.Generator().manual_seed(step))

@@ -15,15 +15,15 @@ from vramlab.capture.meter import Meter
 from vramlab.forecast.trace import trace
 from vramlab.regimes.regime import IllegalRegime, read_regimes, read_row
 from vramlab.regimes.registry import AXES
-from vramlab.regimes.rule import quantized_moments as moment_codes
-from vramlab.regimes.rule import sliced as rowwise
+from vramlab.regimes.rule import quantized_moments, sliced
 from vramlab.regimes.rule.rules import Adafactor, AdaLomo, Adam4bit, Adam8bit, AdamMini, AdamW, Sgd
-from vramlab.regimes.rule.sliced import Fit, RowAdamW, RowSgd, slices
+from vramlab.regimes.rule.sliced import LeafContext, RowAdamW, RowSgd, slices
+from vramlab.regimes.until.row_protocol import TakesRows
 from vramlab.regimes.weights.storage import Master, Nearest, Stochastic
 from vramlab.training.trainer import Schedule, Trainer
 
 SHAPES = [(37, 20), (33,), (64, 96)]
-WALKING = {
+SLICED = {
     "sgd": Sgd(),
     "adamw": AdamW(weight_decay=0.1),
     "adafactor": Adafactor(),
@@ -37,7 +37,7 @@ STORED = {"nearest": Nearest(), "stochastic": Stochastic(), "master": Master()}
 @pytest.fixture
 def low(monkeypatch):
     """Slices of few rows: many a parameter, and a last one that is shorter."""
-    monkeypatch.setattr(rowwise, "SLICE_BYTES", 4 * 20 * 5)
+    monkeypatch.setattr(sliced, "SLICE_BYTES", 4 * 20 * 5)
 
 
 def _weights(dtype=torch.float32, shapes=SHAPES, scale=0.1):
@@ -71,7 +71,8 @@ def test_adafactor_is_torchs_in_fp32(scale, low):
     ours, theirs = _weights(), _weights()
     reference = torch.optim.Adafactor(theirs, lr=0.05, weight_decay=0.0)
     _close(
-        _run(Adafactor().make(ours, 0.05), ours, scale=scale), _run(reference, theirs, scale=scale)
+        _run(Adafactor().bind().make(ours, 0.05), ours, scale=scale),
+        _run(reference, theirs, scale=scale),
     )
 
 
@@ -86,7 +87,7 @@ def test_adalomo_is_the_published_one(dtype, low, monkeypatch):
     theirs = nn.Sequential(nn.Linear(20, 37), nn.Tanh(), nn.Linear(37, 9)).to(dtype)
     ours = copy.deepcopy(theirs)
     published = Published(theirs, loss_scale=0)
-    optimizer = AdaLomo().make(list(ours.parameters()), 0.1)
+    optimizer = AdaLomo().bind().make(list(ours.parameters()), 0.1)
     for step in range(5):
         x = torch.randn(8, 20, generator=torch.Generator().manual_seed(step)).to(dtype)
         published.fused_backward(theirs(x).square().mean(), 0.1)
@@ -98,11 +99,11 @@ def test_adalomo_is_the_published_one(dtype, low, monkeypatch):
 
 
 def test_adam8bit_is_bitsandbytes_bit_for_bit():
-    bitsandbytes = moment_codes.library()
+    bitsandbytes = quantized_moments.library()
     ours, theirs = _weights(), _weights()
     reference = bitsandbytes.AdamW8bit(theirs, lr=0.01, weight_decay=0.0)
     for mine, other in zip(
-        _run(Adam8bit().make(ours, 0.01), ours), _run(reference, theirs), strict=True
+        _run(Adam8bit().bind().make(ours, 0.01), ours), _run(reference, theirs), strict=True
     ):
         assert torch.equal(mine, other)
 
@@ -113,11 +114,14 @@ def test_codebooks_are_the_libraries():
 
     for name, signed in (("dynamic", True), ("udynamic", False)):
         assert torch.equal(
-            torch.tensor(moment_codes.CODEBOOKS_8BIT[name]), create_dynamic_map(signed)
+            torch.tensor(quantized_moments.CODEBOOKS_8BIT[name]), create_dynamic_map(signed)
         )
     for name, values in (("exp_avg", get_qmap_signed()), ("exp_avg_sq", get_qmap_unsigned())):
         torch.testing.assert_close(
-            torch.tensor(moment_codes.CODEBOOKS_4BIT[name]), torch.tensor(values), rtol=1e-6, atol=0
+            torch.tensor(quantized_moments.CODEBOOKS_4BIT[name]),
+            torch.tensor(values),
+            rtol=1e-6,
+            atol=0,
         )
 
 
@@ -129,7 +133,7 @@ def test_adam4bit_is_torchaos(dtype, low):
     from torchao.optim.subclass_4bit import OptimState4bit
 
     (ours,), (theirs,) = _weights(dtype, [(64, 96)]), _weights(dtype, [(64, 96)])
-    optimizer = Adam4bit(weight_decay=0.1).make([ours], 0.01)
+    optimizer = Adam4bit(weight_decay=0.1).bind().make([ours], 0.01)
     moments = [
         OptimState4bit.zeros(theirs.shape, signed, 128, dtype=dtype) for signed in (True, False)
     ]
@@ -153,7 +157,7 @@ def test_adam4bit_is_torchaos(dtype, low):
             ours, theirs, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-6
         )
         assert (~same).float().mean() < 1e-3
-        for name, moment in zip(moment_codes.CODEBOOKS_4BIT, moments, strict=True):
+        for name, moment in zip(quantized_moments.CODEBOOKS_4BIT, moments, strict=True):
             entry = optimizer.state[ours]
             assert (entry[f"{name}_codes"] != moment.codes).float().mean() < 1e-3
             torch.testing.assert_close(entry[f"{name}_scale"], moment.scale)
@@ -162,7 +166,7 @@ def test_adam4bit_is_torchaos(dtype, low):
 def test_adam_mini_with_one_weight_a_row_is_adamw(low):
     ours, theirs = _weights(shapes=[(41, 1)]), _weights(shapes=[(41, 1)])
     _close(
-        _run(AdamMini(weight_decay=0.1).make(ours, 0.01), ours),
+        _run(AdamMini(weight_decay=0.1).bind().make(ours, 0.01), ours),
         _run(torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.1), theirs),
     )
 
@@ -171,8 +175,8 @@ def test_adam_mini_has_a_moment_a_head_of_q_and_k_and_a_row_of_v(low):
     """Against the formula on an explicit index of blocks."""
     head_dim, width = 5, 20
     (leaf,), (norm,) = _weights(shapes=[(3 * width, width)]), _weights(shapes=[(width,)])
-    fit = Fit(names={id(leaf): "model.layers.0.self_attn.W_pack.weight"}, head_dim=head_dim)
-    optimizer = AdamMini().fitted(fit).make([leaf, norm], 0.01)
+    fit = LeafContext(names={id(leaf): "model.layers.0.self_attn.W_pack.weight"}, head_dim=head_dim)
+    optimizer = AdamMini().bind(fit).make([leaf, norm], 0.01)
     index = torch.cat(
         (torch.arange(2 * width) // head_dim, 2 * width // head_dim + torch.arange(width))
     )
@@ -194,16 +198,16 @@ def test_adam_mini_has_a_moment_a_head_of_q_and_k_and_a_row_of_v(low):
 
 
 @pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("name", WALKING)
+@pytest.mark.parametrize("name", SLICED)
 def test_slices_do_not_matter_and_rows_may_be_handed_over(name, stored, monkeypatch):
     """Whole, in low slices, and in rows from outside: the same weights."""
     results = []
     for slice_bytes, handed in ((1 << 30, False), (4 * 96 * 5, False), (1 << 30, True)):
-        monkeypatch.setattr(rowwise, "SLICE_BYTES", slice_bytes)
+        monkeypatch.setattr(sliced, "SLICE_BYTES", slice_bytes)
         weights = _weights(torch.bfloat16)
         names = {id(weight): str(index) for index, weight in enumerate(weights)}
-        optimizer = WALKING[name].fitted(Fit(STORED[stored], names)).make(weights, 0.02)
-        if handed and not hasattr(optimizer, "begin_rows"):
+        optimizer = SLICED[name].bind(LeafContext(STORED[stored], names)).make(weights, 0.02)
+        if handed and not isinstance(optimizer, TakesRows):
             continue  # torch's own, and those that need whole blocks
         for step in range(3):
             if not handed:
@@ -233,12 +237,12 @@ def test_slices_do_not_matter_and_rows_may_be_handed_over(name, stored, monkeypa
         )
 
 
-@pytest.mark.parametrize("name", WALKING)
+@pytest.mark.parametrize("name", SLICED)
 def test_no_temporary_has_a_parameters_size(name, monkeypatch):
-    monkeypatch.setattr(rowwise, "SLICE_BYTES", 4 * 96 * 8)
+    monkeypatch.setattr(sliced, "SLICE_BYTES", 4 * 96 * 8)
     weight = nn.Parameter(torch.randn(640, 96).bfloat16())
     weight.grad = torch.randn(640, 96).bfloat16()
-    optimizer = WALKING[name].fitted(Fit(Stochastic())).make([weight], 0.01)
+    optimizer = SLICED[name].bind(LeafContext(Stochastic())).make([weight], 0.01)
     optimizer.step()
     meter = Meter()
     meter.own("weights", [("weight", weight)])
@@ -258,7 +262,7 @@ def test_no_temporary_has_a_parameters_size(name, monkeypatch):
 
 
 def test_slices_tile_in_grains(monkeypatch):
-    monkeypatch.setattr(rowwise, "SLICE_BYTES", 4 * 10 * 7)
+    monkeypatch.setattr(sliced, "SLICE_BYTES", 4 * 10 * 7)
     assert [(s.start, s.stop) for s in slices(torch.Size((17, 10)))] == [(0, 7), (7, 14), (14, 17)]
     assert [(s.start, s.stop) for s in slices(torch.Size((17, 10)), grain=4)] == [
         (0, 4),
@@ -272,18 +276,18 @@ def test_slices_tile_in_grains(monkeypatch):
 
 
 @pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("name", [*WALKING, "adam8bit"])
+@pytest.mark.parametrize("name", [*SLICED, "adam8bit"])
 def test_stopping_and_resuming_changes_nothing(name, stored, low):
     """state_dict out, a new optimizer, state_dict in: fp32 state of bf16 weights survives, which
     torch's own cast would not."""
-    rule = WALKING.get(name, Adam8bit())
+    rule = SLICED.get(name, Adam8bit())
     if stored != "nearest" and not rule.row_wise:
         pytest.skip("refused")
     dtype = torch.float32 if (name, stored) == ("adam8bit", "nearest") else torch.bfloat16
 
     def make(weights):
-        return rule.fitted(
-            Fit(STORED[stored], {id(weight): str(i) for i, weight in enumerate(weights)})
+        return rule.bind(
+            LeafContext(STORED[stored], {id(weight): str(i) for i, weight in enumerate(weights)})
         ).make(weights, 0.02)
 
     straight = _weights(dtype)
@@ -302,7 +306,10 @@ def test_sgd_in_bf16_is_formed_in_fp32():
     """One rounding, of w - lr g."""
     weight = nn.Parameter(torch.randn(300, 41).bfloat16())
     before, gradient = weight.detach().clone(), torch.randn(300, 41).bfloat16()
-    for optimizer in (Sgd().make([weight], 0.25), RowSgd([weight], 0.25, Fit(), **vars(Sgd()))):
+    for optimizer in (
+        Sgd().bind().make([weight], 0.25),
+        RowSgd([weight], 0.25, LeafContext(), **vars(Sgd())),
+    ):
         weight.data.copy_(before)
         weight.grad = gradient
         optimizer.step()
@@ -312,8 +319,8 @@ def test_sgd_in_bf16_is_formed_in_fp32():
 def test_torchs_adamw_in_bf16_is_the_one_on_fp32_slices(low):
     ours, theirs = _weights(torch.bfloat16), _weights(torch.bfloat16)
     options = vars(AdamW(weight_decay=0.1))
-    _run(RowAdamW(ours, 0.02, Fit(), **options), ours)
-    _run(AdamW(weight_decay=0.1).make(theirs, 0.02), theirs)
+    _run(RowAdamW(ours, 0.02, LeafContext(), **options), ours)
+    _run(AdamW(weight_decay=0.1).bind().make(theirs, 0.02), theirs)
     assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
 
 

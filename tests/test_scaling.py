@@ -16,7 +16,7 @@ from vramlab.forecast.solver.byte_formulas import solve_bytes
 from vramlab.forecast.solver.folding import differs, unfold
 from vramlab.forecast.solver.scaling import Sizes, plan_for
 from vramlab.forecast.trace import trace
-from vramlab.regimes.head import fused as fused_head
+from vramlab.regimes.head import chunks
 from vramlab.regimes.regime import read_regimes, read_row, regime_row
 
 TRACED = ((256, 1), (2048, 4), (512, 2))
@@ -53,8 +53,8 @@ def _same(found, wanted):
 def chunked(monkeypatch):
     """(regime, seq, batch) -> a step whose head has 1, 2, 3, 4, 4 and 5 chunks of 256, 512, 768,
     1024, 1280 and 1536 tokens, and 8 to 58 chunks of rows."""
-    for name, value in (("HELD", 16), ("LEAST_ROWS", 1), ("LEAST_PRODUCTS", 1)):
-        monkeypatch.setattr(fused_head, name, value)
+    for name, value in (("CHUNK_SHARE", 16), ("LEAST_ROWS", 1), ("LEAST_PRODUCTS", 1)):
+        monkeypatch.setattr(chunks, name, value)
     spec = ModelSpec(
         "micro",
         micro.model(vocab_size=173, num_hidden_layers=1, max_position_embeddings=4096).config,

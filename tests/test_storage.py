@@ -10,7 +10,7 @@ import micro
 from vramlab.observer import Observer
 from vramlab.regimes.regime import read_row
 from vramlab.regimes.rule.rules import AdamW
-from vramlab.regimes.rule.sliced import Fit
+from vramlab.regimes.rule.sliced import LeafContext
 from vramlab.regimes.weights.storage import Master, Stochastic, random_bits, round_up_or_down
 from vramlab.training.trainer import Schedule, Trainer
 
@@ -19,7 +19,7 @@ def test_a_master_is_torchs_fp32_adamw_and_its_weight_the_rounded_master():
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(50, 30).bfloat16())
     master = nn.Parameter(weight.detach().float())
-    ours = AdamW(weight_decay=0.1).fitted(Fit(Master())).make([weight], 1e-4)
+    ours = AdamW(weight_decay=0.1).bind(LeafContext(Master())).make([weight], 1e-4)
     theirs = torch.optim.AdamW([master], lr=1e-4, weight_decay=0.1, fused=True)
     for _ in range(5):
         weight.grad = torch.randn(50, 30).bfloat16()
@@ -57,7 +57,7 @@ def test_small_updates_are_lost_by_rounding_to_nearest_and_kept_by_the_others():
     for name, rule in (("bf16", "sgd"), ("bf16_sr", "sgd"), ("master", "sgd")):
         row = read_row("row", {"weights": name, "rule": rule})
         leaf = nn.Parameter(torch.ones(400, 3).bfloat16())
-        optimizer = row.rule.fitted(Fit(row.weights.storage, {id(leaf): "leaf"})).make(
+        optimizer = row.rule.bind(LeafContext(row.weights.storage, {id(leaf): "leaf"})).make(
             [leaf], 2.0**-12
         )
         for _ in range(1000):
@@ -140,7 +140,7 @@ def test_training_with_chance_can_be_repeated_and_differs_by_seed():
 def test_chance_leaves_fp32_weights_alone():
     """Adapters that peft keeps in fp32."""
     leaf = nn.Parameter(torch.ones(4, 3))
-    optimizer = AdamW().fitted(Fit(Stochastic())).make([leaf], 1e-4)
+    optimizer = AdamW().bind(LeafContext(Stochastic())).make([leaf], 1e-4)
     leaf.grad = torch.ones_like(leaf)
     optimizer.step()
     torch.testing.assert_close(leaf.detach(), torch.full((4, 3), 1 - 1e-4))

@@ -128,7 +128,7 @@ def test_the_virtual_gpu_differs_from_the_cpu_by_the_attention_kernel_and_the_ba
 def test_optimizer_state_is_what_the_rule_says():
     with virtual_gpu("vgpu") as gpu:
         meter, trainer = _run(REGIMES["full"], MIDDLE, gpu)
-        promised = trainer.regime.rule.state_bytes(trainer.model.parameters())
+        promised = trainer.regime.rule.bind().state_bytes(trainer.model.parameters())
     assert meter.peak()["categories"]["optimizer"] == trainer.optimizer_state_bytes() == promised
 
 

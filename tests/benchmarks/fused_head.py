@@ -26,7 +26,10 @@ def _step(kind: str, fused: bool) -> Callable[[], None]:
     torch.manual_seed(0)
     head = NormHead(HIDDEN, VOCABULARY).requires_grad_(kind != "frozen")
     hidden = torch.randn(1, TOKENS, HIDDEN, requires_grad=True)
-    labels, optimizer = torch.randint(0, VOCABULARY, (1, TOKENS)), Sgd().make([head.weight], 1e-6)
+    labels, optimizer = (
+        torch.randint(0, VOCABULARY, (1, TOKENS)),
+        Sgd().bind().make([head.weight], 1e-6),
+    )
     if fused:
         head.fused = FusedLoss()
         head.fused.trains(None, 0, optimizer if kind == "taken in rows" else None)

@@ -33,7 +33,7 @@ from ..cards import AMPERE, Architecture, Card
 from ..files import FORECASTS as CACHE
 from ..files import checksum, read_checked, recall, write_checked, write_table
 from ..reading import BadFile
-from ..regimes.head.fused import Cut
+from ..regimes.head.chunks import Cut
 from ..regimes.parameters import model_file, model_spec, row_of
 from ..regimes.regime import REGIMES_FILE, Regime
 from ..timeline.events import alive_after, by_category, signed

@@ -238,7 +238,10 @@ def shown(regime: Regime) -> tuple[Regime, Any]:
     """The regime such that any step shows what counts, and the stand-in for its `trains`, whose
     `parts_due` says which parts that step has: guessed gradients are due soon, and a rule that
     projects anew every `gap` steps does so at every one, which decides whether a run fits."""
-    turns, regime = _Turns(regime.trains), dataclasses.replace(regime, grads=regime.grads.hurried())
+    turns, regime = (
+        _Turns(regime.trains),
+        dataclasses.replace(regime, grads=regime.grads.with_short_cycle()),
+    )
     if hasattr(regime.trains, "interval"):
         regime = dataclasses.replace(regime, trains=turns)
     if hasattr(regime.rule, "gap"):

@@ -58,7 +58,7 @@ def record_step(question: Question, cell: Mapping, folder: Path) -> tuple[dict, 
 def records_unusual_steps(row: Regime) -> bool:
     """Whether the recorded steps are not the row's usual ones: true gradients come soon where most
     are guessed, or every step projects anew."""
-    return hasattr(row.rule, "gap") or row.grads.hurried() != row.grads
+    return hasattr(row.rule, "gap") or row.grads.with_short_cycle() != row.grads
 
 
 def make_trainer(model: nn.Module, regime: Regime, device: str, observer: Observer) -> Trainer:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from .acts import Checkpoint, Selective
-from .grads.exact import Exact, ZerothOrder
+from .grads.exact import Exact
 from .grads.predicted import WRITERS, Predicted, Writers
 from .grads.update_head import Amortised, UpdateHead
+from .grads.zeroth_order import ZerothOrder
 from .head.head import Fused
 from .place.host import HostEmbed, HostState
 from .place.place import Fsdp

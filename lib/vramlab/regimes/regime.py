@@ -21,8 +21,8 @@ from .forbidden import ILLEGAL
 from .place.host import FsdpOffload
 from .place.place import Fsdp
 from .registry import AXES
-from .rule.rules import Rule
-from .rule.sliced import Fit
+from .rule.rules import BoundRule
+from .rule.sliced import LeafContext
 from .weights.types import Bf16, Mixed
 
 REGIMES_FILE = Path(__file__).parents[3] / "params" / "regimes.yml"
@@ -66,12 +66,12 @@ class Regime:
             heading = f"regime {self.name!r} is not possible:"
             raise IllegalRegime("\n  - ".join((heading, *reasons)))
 
-    def rule_for(self, model: nn.Module, named: Mapping[str, Tensor]) -> Rule:
+    def rule_for(self, model: nn.Module, named: Mapping[str, Tensor]) -> BoundRule:
         """The rule, fitted to how weights are stored and to the leaves (name -> tensor) that it
         will update."""
         names = {id(leaf): name for name, leaf in named.items()}
-        return self.rule.fitted(
-            Fit(self.weights.storage, names, getattr(model.config, "head_dim", 0))
+        return self.rule.bind(
+            LeafContext(self.weights.storage, names, getattr(model.config, "head_dim", 0))
         )
 
     def axes(self) -> dict[str, dict]:

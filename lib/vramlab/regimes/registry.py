@@ -5,9 +5,10 @@ axis, by its name (`rule: adamw`) or by its name with fields (`trains: {chunks: 
 """
 
 from .acts import Checkpoint, Keep, Offload, Selective
-from .grads.exact import Exact, ZerothOrder
+from .grads.exact import Exact
 from .grads.predicted import Predicted, Writers
 from .grads.update_head import Amortised, UpdateHead
+from .grads.zeroth_order import ZerothOrder
 from .head.head import Fused, Plain
 from .place.host import FsdpOffload, HostEmbed, HostState
 from .place.place import Device, Fsdp

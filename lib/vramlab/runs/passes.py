@@ -145,7 +145,7 @@ def _longest(prepared: Prepared) -> list[Batch]:
 def _watched(regime: Regime) -> Regime:
     """The same regime with turns of two steps at most, and steps of every kind soon, so that every
     part and kind can be seen: its peak is the largest one's."""
-    regime = dataclasses.replace(regime, grads=regime.grads.hurried())
+    regime = dataclasses.replace(regime, grads=regime.grads.with_short_cycle())
     if not hasattr(regime.trains, "interval"):
         return regime
     return dataclasses.replace(

@@ -54,7 +54,7 @@ def unfold(trace: Trace, seq: int, batch: int) -> Plan | None:
     determine it."""
     tokens = seq * batch
     for loop in trace.loops:
-        limit = loop.cut.whole_up_to
+        limit = loop.cut.rounded_sum_token_limit
         if (tokens > limit) != (loop.tokens > limit) or loop.tokens != trace.seq * trace.batch:
             return None
     try:

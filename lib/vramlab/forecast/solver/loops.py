@@ -12,7 +12,7 @@ class Loop:
     """A loop over the chunks that `cut` makes of `tokens` tokens."""
 
     cut: Any
-    """A `regimes.head.fused.Cut`: `cut.spans(tokens)` are the chunks for any number of tokens."""
+    """A `regimes.head.chunks.Cut`: `cut.spans(tokens)` are the chunks for any number of tokens."""
     tokens: int
     edges: list[int]
     """The number of events before each turn, and before what follows the last one."""

@@ -1,8 +1,9 @@
-"""What guesses the gradient of a residual stream from the gradient of its end, see `feedback`.
+"""Modules that guess the gradient of a residual stream from the gradient of its end, see
+`predicted`.
 
-Each is a module with one verb, `guess(site, read, end) -> d`, and `read`, what it keeps of the
-stream for that. Shapes: end, d (b, t, H), the gradient of the end and the guess at the site; h (b,
-t, H), the stream; read (b, t, k) or None.
+Each maps (site, features, end) to d. `read` returns the features that it keeps of the stream for
+that. Shapes: end, d (b, t, H), the gradient at the end and the guess at the site; h (b, t, H), the
+stream; features (b, t, k) or None.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ class Identity(nn.Module):
         super().__init__()
 
     def read(self, site: int, h: Tensor) -> Tensor | None:
+        """What the guess at this site will need of the stream."""
         return None
 
-    def forward(self, site: int, read: Tensor | None, end: Tensor) -> Tensor:
+    def forward(self, site: int, features: Tensor | None, end: Tensor) -> Tensor:
         return end
 
 
 class Random(Identity):
-    """d = R diag(signs_l) d_L, R (H, H) normal with variance 1 / H, and for each site its own
-    signs: as many fixed random matrices as sites, none of them a rotation of another, from the
-    bytes of one. Never trained."""
+    """d = R diag(signs_l) d_L, R (H, H) normal with variance 1 / H, and signs of its own for each
+    site. So there are as many fixed random matrices as sites, none a rotation of another, in the
+    bytes of a single matrix. Never trained."""
 
     def __init__(self, sites: int, size: int, rank: int, depth: int):
         super().__init__(sites, size, rank, depth)
@@ -39,14 +41,14 @@ class Random(Identity):
             "signs", torch.empty(sites, size).bernoulli_(0.5).mul_(2).sub_(1), persistent=False
         )
 
-    def forward(self, site: int, read: Tensor | None, end: Tensor) -> Tensor:
+    def forward(self, site: int, features: Tensor | None, end: Tensor) -> Tensor:
         return F.linear((end * self.signs[site]).to(self.matrix.dtype), self.matrix)
 
 
 class LowRank(nn.Module):
-    """G of one site: u = D_h LN(h) + D_d d / sigma, k numbers; u <- W silu(u), depth - 1 times; G =
+    """G of a site: u = D_h LN(h) + D_d d / sigma, k numbers; u <- W silu(u), depth - 1 times; G =
     U u / k, with U = 0 at first. The k is for rules whose steps have the learning rate's length:
-    without it the first ones overshoot.
+    without it the first steps overshoot.
     """
 
     def __init__(self, size: int, rank: int, depth: int):
@@ -60,8 +62,8 @@ class LowRank(nn.Module):
     def read(self, h: Tensor) -> Tensor:
         return self.stream(F.layer_norm(h, h.shape[-1:]).to(self.stream.weight.dtype))
 
-    def forward(self, read: Tensor, error: Tensor) -> Tensor:
-        u = read + self.error(error.to(self.error.weight.dtype))
+    def forward(self, features: Tensor, error: Tensor) -> Tensor:
+        u = features + self.error(error.to(self.error.weight.dtype))
         for layer in self.middle:
             u = layer(F.silu(u))
         return self.up(u) / u.shape[-1]
@@ -78,13 +80,12 @@ class Learned(Identity):
     def read(self, site: int, h: Tensor) -> Tensor:
         return self.approximators[site].read(h)
 
-    def forward(self, site: int, read: Tensor, end: Tensor) -> Tensor:
+    def forward(self, site: int, features: Tensor, end: Tensor) -> Tensor:
         sigma = _rms(end)
-        return torch.add(end, self.approximators[site](read.to(end.dtype), end / sigma) * sigma)
+        return torch.add(end, self.approximators[site](features.to(end.dtype), end / sigma) * sigma)
 
     def loss(self, site: int, h: Tensor, end: Tensor, true: Tensor) -> Tensor:
-        """Mean square of what G misses, in units of sigma: h, end, true (n, H) of some tokens ->
-        0-d."""
+        """Mean square error of G in units of sigma: h, end, true (n, H) of some tokens -> 0-d."""
         sigma = _rms(end)
         guess = self.approximators[site](self.read(site, h), end / sigma)
         return (guess.float() - ((true - end) / sigma).float()).square().mean()

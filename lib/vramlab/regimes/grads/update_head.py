@@ -3,14 +3,14 @@
 
     g = G(H),  theta' = theta - eta g,  H' = H + P theta',  logits = head(H')
 
-H is what the final norm gives (the paper's LayerNorm(H) is that norm, so that the base is the
-starting point), theta a code of p numbers, P (H, p) and G an MLP of 1 to 5 layers. All three train
-by the task's loss; the backbone is frozen. Nothing below H requires a gradient, so forward keeps
-nothing of the backbone and backward touches the head side alone.
+H is the output of the final norm (the paper's LayerNorm(H) is that norm, so that the base model is
+the starting point), theta a code of p numbers, P (H, p) and G an MLP of 1 to 5 layers. All three
+train by the task's loss; the backbone is frozen. Nothing below H requires a gradient, so forward
+keeps nothing of the backbone and backward touches the head side alone.
 
-That is a conditional adapter on the last hidden state, exactly differentiated: nothing in the loss
-asks that g be the gradient it is called. `grads: amortised` measures how near it comes. eta = 0 is
-the adapter without condition: one learned bias P theta.
+This is a conditional adapter on the last hidden state, differentiated exactly: nothing in the loss
+makes g the gradient that it is called. `grads: amortised` measures how near it comes. With eta = 0
+it is the adapter without condition: one learned bias P theta.
 
 Shapes: b batch, t tokens, H hidden, p code, w width. H (b, t, H); g, theta' (b, t, p); theta (p).
 """
@@ -21,7 +21,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from ..trains.leaves import Leaf
 from ..trains.parts import All, Part
 from ..until.until import Updater
 from .exact import Exact
-from .probes import Again, Probes, drop_ratio
+from .probes import Direction, Probes, ProbingUpdater
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,19 @@ class UpdateHead(All):
         like = stack.norm.weight
         with torch.random.fork_rng(), like.device:
             torch.manual_seed(seed)
-            stack.norm = UpdatedNorm(stack.norm, self.depth, self.code, self.width, self.eta).to(
-                like.dtype
-            )
+            norm = UpdatedNorm(stack.norm, self.depth, self.code, self.width, self.eta)
+            stack.norm = norm.to(like.dtype)
         return model
 
     def parts(self, model: nn.Module) -> list[Part]:
-        frozen = {id(param) for param in decoder(model).norm.norm.parameters()}
-        inside = {id(param) for param in decoder(model).norm.parameters()} - frozen
+        norm = decoder(model).norm
+        frozen = {id(param) for param in norm.norm.parameters()}
+        trained = {id(param) for param in norm.parameters()} - frozen
         return [
             tuple(
                 Leaf(name, 0, len(param), len(param))
                 for name, param in model.named_parameters()
-                if id(param) in inside
+                if id(param) in trained
             )
         ]
 
@@ -88,7 +88,7 @@ class UpdatedNorm(nn.Module):
         nn.init.zeros_(layers[-1].bias)
         self.approximator, self.project = nn.Sequential(*layers), nn.Linear(code, size, bias=False)
         self.tap: Callable[[Tensor, Tensor], Tensor] | None = None
-        """(theta, g) -> the code to go on with, for who wants another than theta'."""
+        """(theta, g) -> the code to go on with in place of theta', for probes."""
 
     def forward(self, stream: Tensor) -> Tensor:
         hidden = self.norm(stream)
@@ -99,10 +99,12 @@ class UpdatedNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Amortised(Exact):
-    """Exact gradients for all that trains; G's output is held against the gradient it stands for,
-    token by token: that of the loss at theta, which is to be updated (site `all`), and at theta'
-    (site `updated`). The second goes to zero in the mean as G learns, whatever it has learnt, and
-    tells only that it has; the first tells whether g is a gradient.
+    """Exact gradients for all that trains. A probe compares G's output, token by token, with the
+    gradient it stands for.
+
+    That is the gradient of the loss at theta, before the update (site `all`), and at theta' (site
+    `updated`). The first comparison tells whether g is a gradient. The second goes to zero in the
+    mean while G learns, whatever it learns, and tells only that it does.
     """
 
     probe: CountOrNone = 0
@@ -115,85 +117,71 @@ class Amortised(Exact):
     def cycle(self) -> int:
         return max(1, self.probe)
 
-    def hurried(self) -> Amortised:
+    def with_short_cycle(self) -> Amortised:
         return dataclasses.replace(self, probe=min(self.probe, 2))
 
     def updater(
         self,
-        place,
-        until,
-        rule,
+        place: Any,
+        until: Any,
+        rule: Any,
         model: nn.Module,
         named: Mapping[str, nn.Parameter],
         lr: float,
         observer: Observer,
     ) -> Updater:
         inner = super().updater(place, until, rule, model, named, lr, observer)
-        return _Probed(self, model, inner, observer) if self.probe else inner
+        return AmortisedUpdater(self, model, inner, observer) if self.probe else inner
 
 
-class _Probed(Updater):
+class AmortisedUpdater(ProbingUpdater):
     """Updates as `inner` does, at the end of a step, and probes before that."""
 
-    def __init__(self, value: Amortised, model: nn.Module, inner: Updater, observer: Observer):
-        super().__init__(inner.optimizers)
-        self.inner, self.value, self.head, self.observer = (
-            inner,
-            value,
-            decoder(model).norm,
-            observer,
-        )
-        self.again, self._before, self._after = Again(model, observer), Probes(), Probes()
-
-    def begin(self, step: int, lr: float) -> None:
-        self.inner.begin(step, lr)
-        self.step = step
+    def __init__(self, options: Amortised, model: nn.Module, inner: Updater, observer: Observer):
+        super().__init__(options, model, inner, observer)
+        self.head, self._before, self._after = decoder(model).norm, Probes(), Probes()
 
     @contextmanager
     def run(self, number: int) -> Iterator[None]:
-        if self.step % self.value.probe:
+        if self.step % self.options.probe:
             yield
             return
-        with self.again.watching():
+        with self.recorded():
             yield
             self._probe()
 
     def _probe(self) -> None:
         guess, true = self._gradient(updated=False)
-        ratio = (
-            drop_ratio(self._loss_after, {"code": guess}, {"code": true})
-            if self.value.drop
-            else None
-        )
+        ratio = self.drop_ratio({"code": guess}, {"code": true})
         self._before.add(self.step, {"code": guess}, {"code": true}, ratio)
         self._after.add(self.step, {"code": guess}, {"code": self._gradient(updated=True)[1]})
 
     def _gradient(self, updated: bool) -> tuple[Tensor, Tensor]:
-        """g, and the gradient of the loss by the code of each token, at theta or at theta'."""
-        seen = {}
+        """g, and the gradient of the loss with respect to the code of each token, at theta or at
+        theta'."""
+        tapped = {}
 
         def tap(theta: Tensor, guess: Tensor) -> Tensor:
-            seen["guess"] = guess.detach()
-            seen["code"] = (theta - self.head.eta * guess * updated).detach().requires_grad_()
-            return seen["code"]
+            tapped["guess"] = guess.detach()
+            tapped["code"] = (theta - self.head.eta * guess * updated).detach().requires_grad_()
+            return tapped["code"]
 
-        loss = self._tapped(tap)
+        loss = self._loss_through(tap)
         with self.observer.phase("backward"):
-            return seen["guess"], torch.autograd.grad(loss, seen["code"])[0]
+            return tapped["guess"], torch.autograd.grad(loss, tapped["code"])[0]
 
     @torch.no_grad()
-    def _loss_after(self, change: Mapping[str, Tensor]) -> Tensor:
-        return self._tapped(lambda theta, guess: theta.expand_as(guess) - change.get("code", 0))
+    def loss_after(self, change: Direction) -> Tensor:
+        return self._loss_through(
+            lambda theta, guess: theta.expand_as(guess) - change.get("code", 0)
+        )
 
-    def _tapped(self, tap: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def _loss_through(self, tap: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         self.head.tap = tap
         try:
-            return self.again.loss()
+            return self.repeated_loss()
         finally:
             self.head.tap = None
-
-    def apply(self) -> None:
-        self.inner.apply()
 
     def probes(self) -> list[dict]:
         return [

@@ -2,10 +2,9 @@
 the gradient.
 
 For a matrix W (O, I) of a block, with G its gradient and S the length of its shorter side, P is (S,
-r) and
+r), and the shorter side is projected:
 
-    R = P^T G  (r, I)  where O < I,        R = G P  (O, r)  where O >= I        the shorter side is
-               what is projected
+    R = P^T G  (r, I)  where O < I,        R = G P  (O, r)  where O >= I
 
 GaLore takes for P the leading singular vectors of the gradient at every `gap`-th update, runs Adam
 on R, and goes back: W <- W - lr scale P adam(R). APOLLO takes for P Gaussian numbers, runs Adam on
@@ -34,20 +33,20 @@ torch. `follows: package` is
               norms get 1e-8 where they divide
     the rest  norms, embeddings and head by the same AdamW, not fused: temporaries of a leaf's size
 
-and differs from them in what APOLLO draws (another stream, and P is not stored) and in where a
-gradient may come in rows.
+and differs from them in the numbers that APOLLO draws (another stream, and P is not stored) and in
+that a gradient may come in rows.
 
 In bytes: moments in fp32. GaLore's P is in the weight's type, and products with it are formed in
 that type, as in the published code; there all state is. APOLLO's P is never stored: it is drawn
 again from its seed at each update, which costs its S r numbers as a temporary. GaLore's update adds
 a product in place, APOLLO's a few rows at a time, so that neither has a temporary of the matrix's
-size; the singular vectors have (see `leading`).
+size; the singular vectors have (see `leading_vectors`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -55,10 +54,11 @@ import torch
 from torch import Tensor
 
 from ..fields import Count, Limit, Range, Seed
-from ..grads.keyed_random import generator, normal
+from ..grads.keyed_random import normal
 from ..until.row_protocol import feed, spans
-from .rules import AdamW, _AdamW
-from .sliced import Fit, restore_types
+from .rules import AdamW
+from .sliced import LeafContext, TypedStateOptimizer
+from .torch_optimizers import TorchAdamW
 
 ROWS_BYTES = 16 << 20
 """Most bytes in fp32 of the rows that APOLLO updates at a time."""
@@ -71,31 +71,28 @@ def is_projected(leaf: Tensor, names: Mapping[int, str]) -> bool:
 
 
 def _sides(matrix: Tensor, rank: int) -> tuple[int, int, int]:
-    """(shorter side, longer side, rank of the projection, which no shorter side can exceed)."""
+    """(shorter side, longer side, rank of the projection: at most the shorter side)."""
     short, long = sorted(matrix.shape)
     return short, long, min(rank, short)
 
 
-def leading(grad: Tensor, rank: int) -> Tensor:
+def leading_vectors(grad: Tensor, rank: int) -> Tensor:
     """P (S, rank): the leading singular vectors of `grad` (O, I) along its shorter side, in its
     type.
 
     Formed in fp32 by a full SVD, as published: for that moment the gradient, U (O, S) and V (S, I)
-    exist in fp32. What the GPU's solver takes for itself besides is known to nobody but cuSOLVER;
-    the forecast does not have it.
+    exist in fp32. The forecast does not have the workspace of the GPU's solver besides, which only
+    cuSOLVER knows.
     """
     left, _, right = torch.linalg.svd(grad.float(), full_matrices=False)
+    vectors = left[:, :rank] if grad.shape[0] < grad.shape[1] else right[:rank].mT
     # a copy: a slice would keep all singular vectors alive
-    return (
-        (left[:, :rank] if grad.shape[0] < grad.shape[1] else right[:rank].mT)
-        .to(grad.dtype, copy=True)
-        .contiguous()
-    )
+    return vectors.to(grad.dtype, copy=True).contiguous()
 
 
-class _Projected(_AdamW):
-    """AdamW, except for the matrices, which `rule.update` updates, and where `rule` follows its
-    package. There a step count is an int: it decides what runs."""
+class ProjectedAdamW(TypedStateOptimizer, TorchAdamW):
+    """AdamW, except for the matrices, which `rule.update` updates, and except for every leaf where
+    the rule follows its package. Their step count is an int, because it decides what runs."""
 
     def __init__(self, params: list[Tensor], lr: float, rule: LowRank, names: Mapping[int, str]):
         super().__init__(
@@ -110,13 +107,8 @@ class _Projected(_AdamW):
         self._own = [p for p in params if self._package or is_projected(p, names)]
 
     def __setstate__(self, state) -> None:
-        torch.optim.Optimizer.__setstate__(
-            self, state
-        )  # AdamW's makes tensors of step counts, for checkpoints of old
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        restore_types(self, state_dict)
+        # not AdamW's, which makes tensors of step counts, for old checkpoints
+        torch.optim.Optimizer.__setstate__(self, state)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -129,14 +121,13 @@ class _Projected(_AdamW):
             else:
                 feed(self, leaf, [(0, len(leaf))], lambda *_, leaf=leaf: leaf.grad)
             leaf.grad = None
-        if len(self._own) < len(
-            self.param_groups[0]["params"]
-        ):  # inside backward a leaf has an optimizer to itself
+        # inside backward a leaf has an optimizer to itself
+        if len(self._own) < len(self.param_groups[0]["params"]):
             super().step(closure)
 
     def _decay(self, weight: Tensor) -> float:
-        """Shrinks the weight; the learning rate of its update. A decay after an update, which is a
-        package's, is one before it and a lower rate: kept (w - lr u) = kept w - lr kept u."""
+        """Shrinks the weight; returns the learning rate of its update. The packages' decay after
+        an update is one before it with a lower rate: kept (w - lr u) = kept w - lr kept u."""
         lr = self.param_groups[0]["lr"]
         kept = 1 - lr * self._rule.weight_decay
         if kept != 1:
@@ -155,14 +146,8 @@ class _Projected(_AdamW):
         if not self._package:
             return super().rows(leaf, start, stop, grad, sweep)
         weight, state = leaf[start:stop], self.state[leaf]
-        direction, correction = self._rule.adam(
-            grad,
-            {
-                "step": state["step"],
-                "exp_avg": state["exp_avg"][start:stop],
-                "exp_avg_sq": state["exp_avg_sq"][start:stop],
-            },
-        )
+        moments = {name: state[name][start:stop] for name in ("exp_avg", "exp_avg_sq")}
+        direction, correction = self._rule.adam(grad, {"step": state["step"], **moments})
         weight.add_(direction, alpha=-self._decay(weight) * correction)
 
 
@@ -178,22 +163,31 @@ class LowRank(AdamW):
     """Updates between two projections."""
     scale: Limit = 1.0
     follows: Literal["paper", "package"] = "paper"
-    """What is computed where the two differ, see above."""
+    """Whether to compute as the paper or as the package does where the two differ, see above."""
 
-    def optimizer(self, params: list[Tensor], lr: float, fit: Fit) -> torch.optim.Optimizer:
-        return _Projected(params, lr, self, fit.names)
+    def optimizer(
+        self, params: list[Tensor], lr: float, context: LeafContext
+    ) -> torch.optim.Optimizer:
+        return ProjectedAdamW(params, lr, self, context.names)
 
-    def leaf_bytes(self, leaf: Tensor, fit: Fit) -> int:
-        if is_projected(leaf, fit.names):
-            return self._matrix_bytes(leaf)
-        return super().leaf_bytes(leaf, fit) - 4 * (self.follows == "package")
+    def leaf_bytes(self, leaf: Tensor, context: LeafContext) -> int:
+        if is_projected(leaf, context.names):
+            return self.matrix_bytes(leaf)
+        return super().leaf_bytes(leaf, context) - 4 * (self.follows == "package")
+
+    def update(self, name: str, matrix: Tensor, grad: Tensor, state: dict, lr: float) -> None:
+        """One update of a projected matrix, in place."""
+
+    def matrix_bytes(self, matrix: Tensor) -> int:
+        """Bytes of a projected matrix's state."""
+        raise NotImplementedError
 
     def moments_dtype(self, weight: Tensor) -> torch.dtype:
         return weight.dtype if self.follows == "package" else torch.float32
 
     def adam(self, grad: Tensor, state: dict) -> tuple[Tensor, float]:
-        """Adam's direction for a gradient in the type of its moments, which are made at the first
-        update, and what of the biases' correction is still to be multiplied."""
+        """(Adam's direction for a gradient in the type of its moments, the factor of the bias
+        correction that is still to be multiplied). Makes the moments at the first update."""
         if "exp_avg" not in state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
         mean = state["exp_avg"].lerp_(grad, 1 - self.beta1)
@@ -206,34 +200,31 @@ class LowRank(AdamW):
 
 @dataclass(frozen=True)
 class GaLore(LowRank):
-    """Adam in the span of the gradient's leading singular vectors. State for each matrix: 2 x 4
-    bytes a number of R, and P in the weight's type. Zhao 2024, arXiv:2403.03507. Moments are kept
+    """Adam in the span of the gradient's leading singular vectors. Zhao 2024, arXiv:2403.03507.
+
+    State for each matrix: 2 x 4 bytes a number of R, and P in the weight's type. Moments are kept
     when P changes, as published. Every `gap`-th update stalls for the SVDs. In bf16 an update below
     2^-9 of a weight is lost, as published. `follows: package` is galore-torch 1.0, see above.
     """
 
     scale: Limit = 0.25
     inner: Literal["adamw", "sgd"] = "adamw"
-    """What runs on the projected gradient: "sgd" remembers nothing."""
+    """The rule of the projected gradient: "sgd" remembers nothing."""
 
     def update(self, name: str, matrix: Tensor, grad: Tensor, state: dict, lr: float) -> None:
         if state["step"] % self.gap == 0:
             state.pop("projection", None)
-            state["projection"] = leading(grad, _sides(grad, self.rank)[2])
+            state["projection"] = leading_vectors(grad, _sides(grad, self.rank)[2])
         basis = state["projection"]
         across = grad.shape[0] < grad.shape[1]
         low = (basis.mT @ grad if across else grad @ basis).to(self.moments_dtype(grad))
         direction, correction = self.adam(low, state) if self.inner == "adamw" else (low, 1.0)
         low = direction.to(matrix.dtype)
         del direction
-        torch.addmm(
-            matrix,
-            *((basis, low) if across else (low, basis.mT)),
-            alpha=-lr * self.scale * correction,
-            out=matrix,
-        )
+        factors = (basis, low) if across else (low, basis.mT)
+        torch.addmm(matrix, *factors, alpha=-lr * self.scale * correction, out=matrix)
 
-    def _matrix_bytes(self, matrix: Tensor) -> int:
+    def matrix_bytes(self, matrix: Tensor) -> int:
         short, long, rank = _sides(matrix, self.rank)
         moments = 2 * self.moments_dtype(matrix).itemsize * long if self.inner == "adamw" else 0
         return rank * (short * matrix.element_size() + moments)
@@ -241,12 +232,13 @@ class GaLore(LowRank):
 
 @dataclass(frozen=True)
 class Apollo(LowRank):
-    """The gradient, each channel scaled as Adam scales its random projection. State for each
-    matrix: 2 x 4 bytes a number of R, and 4 for the last update's norm. Zhu 2024, arXiv:2412.05270,
-    written from the paper. `per_tensor`, with rank 1 and scale 128, is APOLLO-Mini: one factor for
-    the whole matrix. Numbers are drawn on the device: another kind of device draws others. `growth`
-    bounds the update that is made; with `follows: package`, which is apollo-torch 1.0.3, that
-    before bias correction.
+    """The gradient, each channel scaled as Adam scales its random projection. Zhu 2024,
+    arXiv:2412.05270, written from the paper.
+
+    State for each matrix: 2 x 4 bytes a number of R, and 4 for the last update's norm.
+    `per_tensor`, with rank 1 and scale 128, is APOLLO-Mini: one factor for the whole matrix.
+    Numbers are drawn on the device: another kind of device draws others. `growth` bounds the update
+    that is made; with `follows: package`, which is apollo-torch 1.0.3, that before bias correction.
     """
 
     rank: Count = 256
@@ -257,19 +249,17 @@ class Apollo(LowRank):
 
     def update(self, name: str, matrix: Tensor, grad: Tensor, state: dict, lr: float) -> None:
         short, long, rank = _sides(grad, self.rank)
-        dim = (
-            0 if grad.shape[0] < grad.shape[1] else 1
-        )  # of the shorter side; channels are what lies along the other
-        stream = generator(grad.device, self.seed, name, state["step"] // self.gap)
-        drawn = normal((short, rank), stream).div_(rank**0.5).to(grad.dtype)
+        dim = 0 if grad.shape[0] < grad.shape[1] else 1  # the shorter side; channels lie along it
+        drawn = normal((short, rank), grad.device, self.seed, name, state["step"] // self.gap)
+        drawn = drawn.div_(rank**0.5).to(grad.dtype)
         low = (drawn.mT @ grad if dim == 0 else grad @ drawn).to(self.moments_dtype(grad))
         del drawn
         direction, correction = self.adam(low, state)
         least = 1e-8 if self.follows == "package" else 0.0
         over = (0, 1) if self.per_tensor else dim
-        # a channel without gradient has no direction to scale: 0 / 0 becomes 0
         factor = torch.linalg.vector_norm(direction, dim=over, keepdim=True)
         del direction
+        # a channel without gradient has no direction to scale: 0 / 0 becomes 0
         factor = (
             factor / torch.linalg.vector_norm(low, dim=over, keepdim=True).add_(least)
         ).nan_to_num_(0.0, 0.0)
@@ -278,14 +268,13 @@ class Apollo(LowRank):
         factor = factor * self._limit(
             torch.linalg.vector_norm(factor * channels), least * self.scale**0.5, state
         )
-        for rows in _row_slices(matrix):
-            matrix[rows].addcmul_(
-                grad[rows], factor if dim == 0 else factor[rows], value=-lr * correction
-            )
+        for start, stop in spans(matrix.shape[0], ROWS_BYTES // (4 * matrix.shape[1])):
+            scaled = factor if dim == 0 else factor[start:stop]
+            matrix[start:stop].addcmul_(grad[start:stop], scaled, value=-lr * correction)
 
     def _limit(self, norm: Tensor, least: float, state: dict) -> Tensor:
-        """What the update, of norm `norm` (0-d), has to be multiplied by; remembers the norm it has
-        then. Without a look at it."""
+        """The factor that bounds the growth of an update of norm `norm` (0-d). Remembers the norm
+        that the update then has, and does not wait for the device."""
         limit = torch.ones_like(norm)
         if state["step"]:
             most = self.growth * (state["norm"] + least if least else state["norm"])
@@ -293,10 +282,6 @@ class Apollo(LowRank):
         state["norm"] = norm * limit
         return limit
 
-    def _matrix_bytes(self, matrix: Tensor) -> int:
+    def matrix_bytes(self, matrix: Tensor) -> int:
         _, long, rank = _sides(matrix, self.rank)
         return self.moments_dtype(matrix).itemsize * (2 * rank * long + 1)
-
-
-def _row_slices(matrix: Tensor) -> Iterator[slice]:
-    return (slice(*span) for span in spans(matrix.shape[0], ROWS_BYTES // (4 * matrix.shape[1])))

@@ -1,11 +1,11 @@
 """Optimizers that walk a parameter in slices of rows, so that no fp32 temporary has a parameter's
 size.
 
-A step goes over the gradient's rows in one or more sweeps: the last updates the weight, those
-before it look, when an update depends on all of a gradient (row and column means, norms). `step`
-walks `.grad`; whoever forms a gradient some rows at a time, and again for each sweep, hands them
-over instead: `begin_rows`, `rows`, `end_rows`. But for the order of sums, what comes out does not
-depend on where the slices are cut.
+A step goes over the gradient's rows in one or more sweeps. The last sweep updates the weight; those
+before it measure, for rules whose update depends on the whole gradient (row and column means,
+norms). `step` walks `.grad`. Code that forms a gradient some rows at a time, and again for each
+sweep, hands the rows to a `RowOptimizer` instead, see `row_protocol`. But for the order of sums,
+the result does not depend on where the slices are cut.
 
 Shapes: leaf (O, ...); gradient and the weight's fp32 slice (rows, ...).
 """
@@ -21,18 +21,19 @@ import torch
 from torch import Tensor
 
 from ..sharded import first_row, local
-from ..weights.storage import MASTER, Nearest
+from ..weights.storage import Nearest
 
 SLICE_BYTES = 64 << 20
-"""Of one fp32 temporary; a step has a handful at a time. Smaller ones cost launches, and a forecast
-its seconds."""
+"""Most bytes of one fp32 temporary, of which a step has a handful at a time. Smaller ones cost more
+kernel launches, and make a forecast slower."""
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What a rule is told about the leaves it will update."""
+class LeafContext:
+    """What a rule has to know about the leaves that it updates."""
 
     storage: Nearest = field(default_factory=Nearest)
+    """How their weights are stored."""
     names: Mapping[int, str] = field(default_factory=dict)
     """id of a leaf -> its name."""
     head_dim: int = 0
@@ -41,136 +42,123 @@ class Fit:
 
 def slices(shape: torch.Size, grain: int = 1) -> Iterator[slice]:
     """Cuts the first dimension into runs of at most `SLICE_BYTES` of fp32, in multiples of `grain`
-    rows, one at least."""
+    rows, but at least `grain`."""
     each = SLICE_BYTES // 4 // max(1, math.prod(shape[1:])) // grain * grain or grain
     return (slice(start, min(start + each, shape[0])) for start in range(0, shape[0], each))
 
 
-class Walking(torch.optim.Optimizer):
-    """What such rules share. `state[leaf]` holds `step`, a plain number, and the rule's tensors."""
+class TypedStateOptimizer(torch.optim.Optimizer):
+    """Loads state in the type in which it was saved. torch casts it to the weight's type, which the
+    fp32 state of a bf16 weight would not survive."""
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        leaves = [leaf for group in self.param_groups for leaf in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for leaf, number in zip(leaves, numbers, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[leaf][key] = value.detach().to(leaf.device, copy=True)
+
+
+class SlicedOptimizer(TypedStateOptimizer):
+    """The walk over slices. `state[leaf]` holds `step`, a plain number, and the rule's tensors."""
 
     sweeps = 1
 
-    def __init__(self, params: Iterable[Tensor], lr: float, fit: Fit, **options):
+    def __init__(self, params: Iterable[Tensor], lr: float, context: LeafContext, **options):
         super().__init__(params, {"lr": lr, **options})
-        self.fit = fit
+        self.context = context
         self._scratch: dict[Tensor, dict[str, Any]] = {}
 
     @property
     def options(self) -> dict:
-        """`lr` and whatever the rule was made with."""
+        """`lr` and the rule's own options."""
         return self.param_groups[0]
 
-    # what a rule fills in -------------------------------------------------------------------------
+    # what a rule defines --------------------------------------------------------------------------
 
-    def start(self, leaf: Tensor, weight: Tensor, entry: dict) -> None:
-        """Makes the state of a leaf in `entry`."""
+    def add_state(self, leaf: Tensor, weight: Tensor, entry: dict) -> None:
+        """Adds the tensors of a leaf's state to `entry`, before its first update."""
 
-    def scratch(self, leaf: Tensor, weight: Tensor, entry: dict) -> dict[str, Any]:
-        """What one step hands on from sweep to sweep; small, and dropped at its end."""
+    @staticmethod
+    def leaf_bytes(leaf: Tensor, context: LeafContext) -> int:
+        """Bytes of the tensors that `add_state` adds."""
+        return 0
+
+    def new_scratch(self, leaf: Tensor, weight: Tensor, entry: dict) -> dict[str, Any]:
+        """What one step passes on from sweep to sweep; small, and dropped at the step's end."""
         return {}
 
-    def look(self, leaf: Tensor, sweep: int, rows: slice, gradient: Tensor) -> None:
-        """Every sweep but the last: one slice, in fp32."""
+    def measure(self, leaf: Tensor, sweep: int, rows: slice, gradient: Tensor) -> None:
+        """One slice of any sweep but the last; `gradient` is fp32."""
 
-    def settle(self, leaf: Tensor, sweep: int) -> None:
-        """Every slice has been looked at in this sweep."""
+    def finish_sweep(self, leaf: Tensor, sweep: int) -> None:
+        """Every slice has been measured in this sweep."""
 
     def update(self, leaf: Tensor, rows: slice, gradient: Tensor, wide: Tensor) -> None:
-        """The last sweep: changes `wide`, the weight's slice in fp32, in place. `gradient` is
-        fp32."""
-        raise NotImplementedError
+        """One slice of the last sweep: changes `wide`, the weight's slice in fp32, in place.
+        `gradient` is fp32."""
 
     def grain(self, weight: Tensor) -> int:
-        """How many rows a slice holds a multiple of."""
+        """A slice holds a multiple of this many rows."""
         return 1
 
     # how a step goes ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        for leaf in self.options["params"]:
-            if leaf.grad is None:
-                continue
+        for leaf in (leaf for leaf in self.options["params"] if leaf.grad is not None):
             gradient, weight = local(leaf.grad), local(leaf)
-            self._begin(leaf)
+            self.begin_rows(leaf)
             for sweep in range(self.sweeps):
                 for rows in slices(weight.shape, self.grain(weight)):
-                    self._visit(leaf, sweep, rows, gradient[rows])
-            del self._scratch[leaf]
+                    self.visit(leaf, rows.start, rows.stop, gradient[rows], sweep)
+            self.end_rows(leaf)
 
-    def _begin(self, leaf: Tensor) -> None:
+    @torch.no_grad()
+    def begin_rows(self, leaf: Tensor) -> None:
+        """An update of `leaf` begins."""
         entry, weight = self.state[leaf], local(leaf)
         if not entry:
             entry["step"] = 0
-            self.fit.storage.begin(weight, entry)
-            self.start(leaf, weight, entry)
+            self.context.storage.begin(weight, entry)
+            self.add_state(leaf, weight, entry)
         entry["step"] += 1
-        self._scratch[leaf] = {"sweep": 0, **self.scratch(leaf, weight, entry)}
+        self._scratch[leaf] = {"sweep": 0, **self.new_scratch(leaf, weight, entry)}
 
-    def _visit(self, leaf: Tensor, sweep: int, rows: slice, gradient: Tensor) -> None:
-        scratch = self._scratch[leaf]
-        if sweep != scratch["sweep"]:
-            self.settle(leaf, scratch["sweep"])
-            scratch["sweep"] = sweep
-        gradient = gradient.float()
-        if sweep < self.sweeps - 1:
-            self.look(leaf, sweep, rows, gradient)
-            return
-        wide = self.read(leaf, rows)
-        self.update(leaf, rows, gradient, wide)
-        self.fit.storage.write(local(leaf), self.state[leaf], rows, wide, self._label(leaf))
-
-    def exact(self, leaf: Tensor) -> Tensor:
-        """The whole weight as it is updated, in whatever type."""
-        return self.state[leaf].get(MASTER, local(leaf))
-
-    def read(self, leaf: Tensor, rows: slice) -> Tensor:
-        return self.fit.storage.read(local(leaf), self.state[leaf], rows)
-
-    def _label(self, leaf: Tensor) -> str:
-        """Names leaf, step and, of a sharded leaf, the piece: random numbers are a function of
-        these alone."""
-        return f"{self.fit.names.get(id(leaf), '')}/{self.state[leaf]['step']}/{first_row(leaf)}"
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As torch does, but state keeps its own type: torch casts it to the weight's, which a bf16
-        weight's fp32 state would not survive."""
-        super().load_state_dict(state_dict)
-        restore_types(self, state_dict)
-
-
-def restore_types(optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
-    """Tensors of state as they were saved, on their leaf's device, in place of what torch's loading
-    has cast."""
-    leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
-    saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-    for leaf, number in zip(leaves, saved, strict=True):
-        for key, value in state_dict["state"].get(number, {}).items():
-            if isinstance(value, Tensor):
-                optimizer.state[leaf][key] = value.detach().to(leaf.device, copy=True)
-
-
-class RowWise(Walking):
-    """A rule that also takes a gradient in rows, wherever they are cut."""
-
-    def begin_rows(self, leaf: Tensor) -> None:
-        """An update of `leaf` begins."""
-        with torch.no_grad():
-            self._begin(leaf)
-
-    def rows(self, leaf: Tensor, start: int, stop: int, grad: Tensor, sweep: int) -> None:
+    @torch.no_grad()
+    def visit(self, leaf: Tensor, start: int, stop: int, grad: Tensor, sweep: int) -> None:
         """Rows `start:stop` of the gradient: all of them in ascending order, the same ones in each
         of `sweeps`."""
-        with torch.no_grad():
-            self._visit(leaf, sweep, slice(start, stop), grad)
+        scratch, rows = self._scratch[leaf], slice(start, stop)
+        if sweep != scratch["sweep"]:
+            self.finish_sweep(leaf, scratch["sweep"])
+            scratch["sweep"] = sweep
+        gradient = grad.float()
+        if sweep < self.sweeps - 1:
+            self.measure(leaf, sweep, rows, gradient)
+            return
+        storage, weight, entry = self.context.storage, local(leaf), self.state[leaf]
+        wide = storage.read(weight, entry, rows)
+        self.update(leaf, rows, gradient, wide)
+        # random numbers are a function of leaf, step and, of a sharded leaf, the piece
+        name = self.context.names.get(id(leaf), "")
+        storage.write(weight, entry, rows, wide, f"{name}/{entry['step']}/{first_row(leaf)}")
 
     def end_rows(self, leaf: Tensor) -> None:
-        """Every row has been seen in every sweep."""
+        """Every row has been visited in every sweep."""
         del self._scratch[leaf]
 
 
-class RowSgd(RowWise):
+class RowOptimizer(SlicedOptimizer):
+    """A sliced optimizer that also takes its gradient in rows, wherever they are cut: it has the
+    methods of `row_protocol`."""
+
+    rows = SlicedOptimizer.visit
+
+
+class RowSgd(RowOptimizer):
     """w <- (1 - lr weight_decay) w - lr g, formed in fp32."""
 
     def update(self, leaf: Tensor, rows: slice, gradient: Tensor, wide: Tensor) -> None:
@@ -179,19 +167,22 @@ class RowSgd(RowWise):
         wide.add_(gradient, alpha=-self.options["lr"])
 
 
-class RowAdamW(RowWise):
+class RowAdamW(RowOptimizer):
     """AdamW by torch's fused kernel, on fp32 slices of weight, gradient and moments."""
 
-    def start(self, leaf: Tensor, weight: Tensor, entry: dict) -> None:
+    def add_state(self, leaf: Tensor, weight: Tensor, entry: dict) -> None:
         for name in ("exp_avg", "exp_avg_sq"):
-            entry[name] = torch.zeros_like(weight, dtype=self.fit.storage.moments_dtype(weight))
+            entry[name] = torch.zeros_like(weight, dtype=self.context.storage.moments_dtype(weight))
+
+    @staticmethod
+    def leaf_bytes(leaf: Tensor, context: LeafContext) -> int:
+        weight = local(leaf)
+        return 2 * weight.numel() * context.storage.moments_dtype(weight).itemsize
 
     def update(self, leaf: Tensor, rows: slice, gradient: Tensor, wide: Tensor) -> None:
         entry, options = self.state[leaf], self.options
-        kept = [entry["exp_avg"][rows], entry["exp_avg_sq"][rows]]
-        moments = [
-            tensor.float() for tensor in kept
-        ]  # the kept ones themselves where they are fp32
+        stored = [entry["exp_avg"][rows], entry["exp_avg_sq"][rows]]
+        moments = [tensor.float() for tensor in stored]  # fp32 ones are not copied
         steps = torch.full((), float(entry["step"]), device=wide.device)
         torch._fused_adamw_(
             [wide],
@@ -208,6 +199,6 @@ class RowAdamW(RowWise):
             amsgrad=False,
             maximize=False,
         )
-        for tensor, moment in zip(kept, moments, strict=True):
+        for tensor, moment in zip(stored, moments, strict=True):
             if tensor.dtype != moment.dtype:
                 tensor.copy_(moment)

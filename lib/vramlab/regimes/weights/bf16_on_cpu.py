@@ -1,12 +1,12 @@
 """Products in half types on a CPU: operands and results in bf16 or fp16, each product formed in
 fp32 and rounded once.
 
-That is what tensor cores do (fp32 accumulation, a rounded result). For bf16 it stands in where the
-CPU has no units of its own, and is 10 to 50 times faster than its kernels; for fp16 always, since a
-CPU's fp16 units may sum in fp16. What autograd saves stays in its half type; the fp32 operands are
-temporaries of one call.
+Tensor cores do the same: they add up in fp32 and round the result. For bf16 this stands in where
+the CPU has no bf16 units, and is 10 to 50 times faster than torch's kernels there. For fp16 it is
+always used, because a CPU's fp16 units may add up in fp16. Autograd saves operands in their half
+type; the fp32 operands are temporaries of a call.
 
-The patch covers the two functions the model multiplies with, `F.linear` and
+The patch covers the two functions with which the model multiplies, `F.linear` and
 `F.scaled_dot_product_attention`, and only inside the context.
 """
 
@@ -25,8 +25,10 @@ _native_linear, _native_attention = F.linear, F.scaled_dot_product_attention
 
 class RoundedLinear(torch.autograd.Function):
     """y = round(x W^T), dx = round(dy W), dW = round(dy^T x), each formed in `wide` from operands
-    as they are. Shapes: x (..., I), weight (O, I) -> (..., O). Saves x and weight in their own
-    type."""
+    in their own type.
+
+    Shapes: x (..., I), weight (O, I) -> (..., O). Saves x and weight in their own type.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
@@ -39,16 +41,20 @@ class RoundedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wide_dy = dy.to(ctx.wide)
         dx = (wide_dy @ weight.to(ctx.wide)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        dweight = None
-        if ctx.needs_input_grad[1]:
-            dweight = (wide_dy.flatten(0, -2).mT @ x.to(ctx.wide).flatten(0, -2)).to(weight.dtype)
+        dweight = (
+            (wide_dy.flatten(0, -2).mT @ x.to(ctx.wide).flatten(0, -2)).to(weight.dtype)
+            if ctx.needs_input_grad[1]
+            else None
+        )
         return dx, dweight, None
 
 
 class RoundedAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(d) + mask) v formed in `wide`, rounded once. Saves q, k, v in their own
-    type and forms the attention again in backward, as flash attention does. The mask gets no
-    gradient."""
+    """softmax(q k^T / sqrt(d) + mask) v formed in `wide` and rounded once.
+
+    Saves q, k and v in their own type and forms the attention again in backward, as flash attention
+    does. The mask gets no gradient.
+    """
 
     @staticmethod
     def forward(
@@ -74,7 +80,14 @@ class RoundedAttention(torch.autograd.Function):
         return (*(grad.to(query.dtype) for grad in grads), None, None, None)
 
 
-def _wide_attention(query, key, value, mask, is_causal: bool, wide: torch.dtype) -> Tensor:
+def _wide_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    wide: torch.dtype,
+) -> Tensor:
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(wide)
     return _native_attention(
@@ -83,8 +96,8 @@ def _wide_attention(query, key, value, mask, is_causal: bool, wide: torch.dtype)
 
 
 def _as_autocast(*tensors: Tensor) -> list[Tensor]:
-    """The operands as autocast would hand them to the product; its weight copies are not cached
-    here."""
+    """The operands as autocast would cast them for the product. Unlike autocast it keeps no copies
+    of weights."""
     if not torch.is_autocast_enabled("cpu"):
         return list(tensors)
     return [tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors]
@@ -115,8 +128,8 @@ def active() -> bool:
 
 @contextmanager
 def halves_formed_in_fp32() -> Iterator[None]:
-    """Inside, `F.linear` and attention of half types on the CPU are formed in fp32 and rounded,
-    forward and backward."""
+    """Inside, `F.linear` and attention of half types on the CPU are formed in fp32 and rounded, in
+    forward and in backward."""
     before = F.linear, F.scaled_dot_product_attention
     F.linear, F.scaled_dot_product_attention = _linear, _attention
     try:

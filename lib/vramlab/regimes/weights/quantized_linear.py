@@ -1,24 +1,23 @@
 """Matrices stored in few bits and multiplied in full width: the frozen base under an adapter.
 
-A product forms the whole matrix again, in the type of x, uses it and drops it; backward forms it
-once more. So the temporary is one matrix in 2 bytes a number, whatever the number of matrices, and
-nothing of x is kept for a matrix that stands still.
+A product forms the whole matrix in the type of x, uses it and drops it; backward forms it once
+more. So the temporary is one matrix at 2 bytes a number, however many matrices there are, and a
+frozen matrix needs nothing of x for backward.
 
-`nf4`: 4-bit numbers, quantiles of the normal distribution, in blocks of 64 with one scale each, the
-scales in 8 bits in blocks of 256: 4.127 bits a number. QLoRA, Dettmers 2023, arXiv:2305.14314. The
-kernels are bitsandbytes', on a CPU and on a GPU alike.
+`nf4`: 4-bit numbers, quantiles of the normal distribution, in blocks of 64 with one scale each; the
+scales are stored in 8 bits in blocks of 256. That is 4.127 bits a number. QLoRA, Dettmers 2023,
+arXiv:2305.14314. The kernels are bitsandbytes', on CPU and GPU.
 
-`int8`: a row is divided by its largest absolute value / 127 and rounded, 8 bits a number and 2
-bytes a row. It is not LLM.int8 (Dettmers 2022, arXiv:2208.07339): that also rounds activations and
-takes out the columns with outliers, whose number depends on the data, so no shape would be known
-before the step.
+`int8`: each row is divided by its largest absolute value / 127 and rounded: 8 bits a number and 2
+bytes a row. This is not LLM.int8 (Dettmers 2022, arXiv:2208.07339), which also rounds activations
+and takes out the columns with outliers. The number of those depends on the data, so no shape would
+be known before the step.
 
 Shapes: matrix (O, I), n = O I; x (..., I); y (..., O).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -26,47 +25,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCK, SCALE_BLOCK = 64, 256
-Unpack = Callable[..., Tensor]
-"""(dtype, *stored tensors) -> the matrix."""
 
 
 class Product(torch.autograd.Function):
-    """y = x W^T with W formed from what is stored; backward: dx = dy W, W formed again. The stored
-    tensors get no gradient."""
+    """y = x W^T with W formed by `unpack(dtype, *stored)`. backward: dx = dy W, with W formed
+    again. The stored tensors get no gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, unpack: Unpack, *stored: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, unpack: Callable[..., Tensor], *stored: Tensor) -> Tensor:
         ctx.save_for_backward(*stored)
         ctx.unpack = unpack
         return F.linear(x, unpack(x.dtype, *stored))
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        stored = ctx.saved_tensors  # once: checkpointing hands them out only once
+        stored = ctx.saved_tensors  # read once: checkpointing returns them only once
         return F.linear(dy, ctx.unpack(dy.dtype, *stored).mT), None, *(None for _ in stored)
 
 
 class Quantized(nn.Linear):
-    """A frozen nn.Linear without bias, stored by `pack`. Its parameters are what is stored;
-    `weight` comes first."""
+    """A frozen nn.Linear without bias, stored by `pack`. Its parameters are the stored tensors,
+    named `names`; `weight` is the first."""
 
     names: tuple[str, ...] = ("weight",)
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = (
-            linear.in_features,
-            linear.out_features,
-            None,
-        )
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = None
         with torch.no_grad():
             for name, tensor in zip(self.names, self.pack(linear.weight.detach()), strict=True):
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def pack(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """The tensors that store `matrix`."""
         raise NotImplementedError
 
     def unpack(self, dtype: torch.dtype, *stored: Tensor) -> Tensor:
+        """The matrix in `dtype`, from the stored tensors."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,10 +93,10 @@ class Nf4Linear(Quantized):
         scales = torch.ops.bitsandbytes.dequantize_blockwise(
             small, scale_scales, codes, SCALE_BLOCK, torch.float32
         )
-        known = dtype if dtype.itemsize <= 4 else torch.float32
+        kernel_dtype = dtype if dtype.itemsize <= 4 else torch.float32
         shape = (self.out_features, self.in_features)
         return torch.ops.bitsandbytes.dequantize_4bit(
-            packed, scales.add_(mean), BLOCK, "nf4", shape, known
+            packed, scales.add_(mean), BLOCK, "nf4", shape, kernel_dtype
         ).to(dtype)
 
 
@@ -110,8 +106,8 @@ class Int8Linear(Quantized):
     names = ("weight", "scale")
 
     def pack(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        # the scale is rounded first, so that forming the matrix again multiplies by the number it
-        # was divided by
+        # the scale is rounded to its stored type first, so that `unpack` multiplies by the number
+        # that the matrix was divided by
         scale = (matrix.abs().amax(1, keepdim=True).float() / 127).clamp_min(1e-30).to(matrix.dtype)
         return (matrix.float() / scale.float()).round_().clamp_(-127, 127).to(torch.int8), scale
 
@@ -121,8 +117,8 @@ class Int8Linear(Quantized):
 
 
 def quantize_blocks(blocks: nn.ModuleList, kind: type[Quantized]) -> None:
-    """Each matrix in `blocks` in turn becomes a `kind`, where it is: one is in both forms at a
-    time."""
+    """Replaces each matrix in `blocks` by a `kind`, one after the other: only one matrix exists in
+    both forms at a time."""
     for module in list(blocks.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
@@ -131,7 +127,8 @@ def quantize_blocks(blocks: nn.ModuleList, kind: type[Quantized]) -> None:
 
 def dynamic_codes() -> list[float]:
     """The 256 numbers of 8-bit dynamic quantisation, ascending: a sign, an exponent in unary, a
-    linear rest. Dettmers 2016, arXiv:1511.04561; bitsandbytes' `create_dynamic_map`."""
+    linear rest. Dettmers 2016, arXiv:1511.04561; bitsandbytes' `create_dynamic_map`, but for the
+    last bit of some of them in fp32."""
     codes = [0.0, 1.0]
     for exponent in range(7):
         count = 2**exponent
@@ -141,5 +138,4 @@ def dynamic_codes() -> list[float]:
             for low, high in zip(edges, edges[1:], strict=False)
         ]
         codes += [*means, *(-mean for mean in means)]
-    assert len(codes) == 256 and math.isclose(max(codes), 1.0)
     return sorted(codes)
