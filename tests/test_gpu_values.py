@@ -259,7 +259,7 @@ def test_a_line_is_done_and_what_is_only_for_the_way_is_not_kept(monkeypatch, tm
 
 
 def test_a_weight_is_filled_with_what_was_drawn_over_and_over(monkeypatch):
-    monkeypatch.setattr(gpu_model, "DRAWN", 4)
+    monkeypatch.setattr(gpu_model, "RANDOM_NUMBERS", 4)
     drawn = torch.tensor([1.0, 2.0, 3.0, 4.0])
     for shape, filled in (
         ((2, 5), [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]),

@@ -83,45 +83,40 @@ def hash_fraction(group: str) -> float:
     return int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 16**8
 
 
-class FactccReader:
-    """Reads lines of the released FactCC. The article is `text`, or the CNN/DM story at `filepath`
-    in the folder `stories`; `absent` collects the articles that are in neither."""
+def read_factcc(
+    row: dict, file: Path, number: int, stories: Path | str | None, absent: set[str]
+) -> Item:
+    """The article is `text`, or the CNN/DM story at `filepath` in the folder `stories`; `absent`
+    collects the articles that are in neither."""
+    group = str(row.get("filepath") or row.get("id") or number)
+    claim, label, split = _text(row, "claim"), _label(row.get("label")), _split_of(file)
+    return Item(
+        uid=f"factcc-{split}-{number}",
+        source="factcc",
+        domain="news",
+        split=split,
+        doc=_text(row, "text") if row.get("text") else _story(group, stories, absent),
+        claim=claim,
+        label=label,
+        transform=str(row.get("augmentation") or ""),
+        shift="none",
+        group=group,
+    )
 
-    def __init__(self, stories: Path | str | None):
-        self.stories = Path(stories) if stories else None
-        self.absent: set[str] = set()
 
-    def __call__(self, row: dict, file: Path, number: int) -> Item:
-        group = str(row.get("filepath") or row.get("id") or number)
-        claim, label, split = _text(row, "claim"), _label(row.get("label")), _split_of(file)
-        return Item(
-            uid=f"factcc-{split}-{number}",
-            source="factcc",
-            domain="news",
-            split=split,
-            doc=_text(row, "text") if row.get("text") else self._story(group),
-            claim=claim,
-            label=label,
-            transform=str(row.get("augmentation") or ""),
-            shift="none",
-            group=group,
-        )
-
-    def _story(self, filepath: str) -> str:
-        if not self.stories:
-            self.absent.add(filepath)
-            raise BadFile(
-                "no article text: the release has none; give the CNN/DM stories with --stories"
-                " FOLDER"
-            )
-        name = Path(filepath)
-        if name.is_absolute() or ".." in name.parts:
-            raise BadFile(f"story {filepath} leaves the folder of the stories")
-        for path in (name, Path(*name.parts[1:]), name.name):
-            if (self.stories / path).is_file():
-                return story_text(read_text(self.stories / path))
-        self.absent.add(filepath)
-        raise BadFile(f"story {filepath} is not under {self.stories.name}")
+def _story(filepath: str, stories: Path | str | None, absent: set[str]) -> str:
+    name = Path(filepath)
+    if stories and (name.is_absolute() or ".." in name.parts):
+        raise BadFile(f"story {filepath} leaves the folder of the stories")
+    for path in (name, Path(*name.parts[1:]), name.name) if stories else ():
+        if Path(stories, path).is_file():
+            return story_text(read_text(Path(stories, path)))
+    absent.add(filepath)
+    raise BadFile(
+        f"story {filepath} is not under {Path(stories).name}"
+        if stories
+        else "no article text: the release has none; give the CNN/DM stories with --stories FOLDER"
+    )
 
 
 def story_text(story: str) -> str:

@@ -141,9 +141,11 @@ def independent_record(grammar: Grammar, rng: random.Random) -> Record:
 
 def tell(
     grammar: Grammar, records: Sequence[Record], shift: str, rng: random.Random
-) -> list[Sentence]:
-    """An event and an attitude sentence for each record, shuffled; at shift moderate in the first
-    template, else in any."""
+) -> tuple[list[Sentence], str]:
+    """An event and an attitude sentence for each record, shuffled, and their text.
+
+    At shift moderate they use the first template of each kind, else any.
+    """
     sentences = [
         Sentence(
             record, slots, templates[0] if shift == "moderate" else rng.choice(templates), templates
@@ -152,12 +154,7 @@ def tell(
         for slots, templates in ((EVENT_SLOTS, grammar.event), (ATTITUDE_SLOTS, grammar.attitude))
     ]
     rng.shuffle(sentences)
-    return sentences
-
-
-def to_text(sentences: Sequence[Sentence]) -> str:
-    """The document that the sentences make."""
-    return " ".join(sentence.record.sentence(sentence.template) for sentence in sentences)
+    return sentences, " ".join(s.record.sentence(s.template) for s in sentences)
 
 
 def document_items(
@@ -166,8 +163,7 @@ def document_items(
     """The `config.claims` items of one new document. `fields` are the domain, split, shift and
     group of each."""
     records = distinct_records(grammar, config.records, rng)
-    sentences = tell(grammar, records, fields["shift"], rng)
-    doc = to_text(sentences)
+    sentences, doc = tell(grammar, records, fields["shift"], rng)
     return [
         Item(
             uid=f"{fields['group']}-{index}",

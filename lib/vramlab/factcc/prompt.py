@@ -51,11 +51,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A document and claims as ids; `document` is (start, stop) of the document's tokens."""
+    """A document and claims as ids."""
 
     input_ids: list[int]
     spans: tuple[Span, ...]
-    document: tuple[int, int]
     truncated: bool
 
 
@@ -101,8 +100,7 @@ def encode_document(
         start, stop = len(ids) + len(lead), len(ids) + len(lead) + len(claim)
         spans.append(Span(start, stop, stop + len(end), item.label))
         ids += [*lead, *claim, *end, tokenizer.assistant_id, answers[item.label]]
-    document_span = (1, 1 + min(room, len(document)))
-    return Encoded(ids, tuple(spans), document_span, len(document) > room)
+    return Encoded(ids, tuple(spans), len(document) > room)
 
 
 def _claim_parts(item: Item) -> tuple[str, str, str]:

@@ -28,7 +28,6 @@ from .generator import (
     independent_record,
     shifted,
     tell,
-    to_text,
 )
 from .grammar import GRAMMARS, QUESTIONS, Grammar
 from .items import READING, Item
@@ -84,7 +83,7 @@ def generate_questions(
     while len(items) < n:
         group = f"{READING}-{domain}-{split}-{seed}-{shift}-{len(items) // config.questions}"
         records = _records(grammar, config.records, rng)
-        passage = to_text(tell(grammar, records, shift, rng))
+        _, passage = tell(grammar, records, shift, rng)
         items += [
             Item(
                 uid=f"{group}-{index}",

@@ -10,15 +10,16 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ..files import write_whole
 from ..reading import BadFile, regular_file
 from .formats import (
     SOURCE_FIELDS,
-    FactccReader,
     parse_object,
     read_boolq,
+    read_factcc,
     read_generated,
     read_summedits,
     source_of,
@@ -77,9 +78,9 @@ def load_items(
             f" {', '.join(SOURCE_FIELDS)}: give the folder or file that holds the items, or name"
             f" their source with --source ({first})"
         )
-    factcc = FactccReader(stories)
+    absent: set[str] = set()
     readers = {
-        "factcc": factcc,
+        "factcc": partial(read_factcc, stories=stories, absent=absent),
         "boolq": read_boolq,
         "summedits": read_summedits,
         "generated": read_generated,
@@ -104,10 +105,10 @@ def load_items(
             " its own"
         )
     if "factcc" in known:
-        problems += _unexpected(items, factcc.absent)
+        problems += _unexpected(items, absent)
     summary = {
         "source": ", ".join(dict.fromkeys(known)),
-        "missing_articles": len(factcc.absent),
+        "missing_articles": len(absent),
         "unlabelled": len(read) - len(items),
     }
     return Loaded(items, problems, summary)

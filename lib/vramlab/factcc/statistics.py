@@ -17,13 +17,6 @@ RESAMPLES = 2000
 LEVEL = 0.95
 
 
-def balanced_accuracy(labels, scores, threshold: float) -> float:
-    """Mean of the two classes' recalls when `score > threshold` is called consistent; nan when a
-    class is missing."""
-    labels, called = np.asarray(labels) == 1, np.asarray(scores, float) > threshold
-    return float(_weighted_balanced_accuracy(labels, called, np.ones((1, len(labels))))[0])
-
-
 def choose_threshold(labels, scores) -> float:
     """The threshold with the highest balanced accuracy, midway between two scores; of several, the
     middle one; nan without scores. Only for validation items: chosen on the test items it adds .02
@@ -40,15 +33,12 @@ def choose_threshold(labels, scores) -> float:
     return float((values[at] + values[min(at + 1, len(values) - 1)]) / 2)
 
 
-def auc(labels, scores) -> float:
-    """Area under the ROC curve: the chance that a consistent claim scores above an inconsistent
-    one, where a tie counts half."""
-    labels, scores = np.asarray(labels) == 1, np.asarray(scores, float)
-    return float(_weighted_auc(labels, scores, np.ones((1, len(labels))))[0])
+def auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve under each row of item weights, (resamples, items) -> (resamples,).
 
-
-def _weighted_auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUC under each row of item weights, (resamples, items) -> (resamples,)."""
+    It is the chance that a consistent claim scores above an inconsistent one, where a tie counts
+    half; nan when a class is missing.
+    """
     order = np.argsort(scores, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])
     positive, negative = (
@@ -60,10 +50,9 @@ def _weighted_auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -
         return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
 
 
-def _weighted_balanced_accuracy(
-    labels: np.ndarray, called: np.ndarray, weights: np.ndarray
-) -> np.ndarray:
-    """Balanced accuracy under each row of item weights, (resamples, items) -> (resamples,)."""
+def balanced_accuracy(labels: np.ndarray, called: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean of the two classes' recalls under each row of item weights, (resamples, items) ->
+    (resamples,); nan when a class is missing."""
     with np.errstate(invalid="ignore"):
         return (
             weights[:, labels] @ called[labels] / weights[:, labels].sum(1)
@@ -161,13 +150,13 @@ def _metric_values(
 ) -> np.ndarray:
     """The metric under each row of item weights, (resamples, items) -> (resamples,)."""
     if metric == "auc":
-        return _weighted_auc(labels, scores, weights)
+        return auc(labels, scores, weights)
     called = scores > threshold
     if metric == "accuracy":
         return weights @ (called == labels) / weights.sum(1)
     if math.isnan(threshold):
         return np.full(len(weights), math.nan)
-    return _weighted_balanced_accuracy(labels, called, weights)
+    return balanced_accuracy(labels, called, weights)
 
 
 def compare(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
@@ -192,7 +181,7 @@ def compare(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
         for names, cell, labels, weights in _test_cells(both):
             calls = [cell[column].to_numpy() > cut for column, cut in cuts.items()]
             right = [call == labels for call in calls]
-            values = [_weighted_balanced_accuracy(labels, call, weights) for call in calls]
+            values = [balanced_accuracy(labels, call, weights) for call in calls]
             differences = values[0] - values[1]
             low, high = _interval(differences[1:])
             only_one, only_other = right[0] & ~right[1], right[1] & ~right[0]

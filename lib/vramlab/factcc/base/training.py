@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -151,11 +152,10 @@ def _train_stages(
 ) -> dict[str, dict]:
     """Train one stage after the other; the record of each by name. Only `general` ends with
     averaged weights."""
-    loss_of, records = _Loss(model, recipe, tokenizer), {}
+    loss_of, records = partial(_loss, model, recipe, answer_ids(tokenizer)), {}
     for stage in stages:
         average_steps = recipe.average_steps if stage[0] == "general" else 0
         records[stage[0]] = _train(model, loss_of, stage, average_steps, progress)
-    loss_of.handle.remove()
     return records
 
 
@@ -206,43 +206,38 @@ def _train(
     }
 
 
-class _Loss:
+def _loss(
+    model: BaichuanForCausalLM, recipe: Recipe, answers: tuple[int, int], batch: dict[str, Tensor]
+) -> Tensor:
     """The loss of a batch: of drills, the mean over their tokens; of claims, the weighted sum of
     three means.
 
     These are the cross-entropy of the words of true claims, that of the answers and, at each word
     of a claim, the binary cross-entropy of whether it still agrees with the document. The last is
     read as yes or no from the input of the last block, which then only has to carry it to the
-    position where the answer is given.
+    position where the answer is given. `answers` are the ids of no and yes.
     """
-
-    def __init__(self, model: BaichuanForCausalLM, recipe: Recipe, tokenizer: BaichuanTokenizer):
-        self.model, self.recipe, (self.no, self.yes) = model, recipe, answer_ids(tokenizer)
-        self.last_input: Tensor | None = None
-        self.handle = model.model.layers[-1].register_forward_pre_hook(self._keep)
-
-    def _keep(self, _, inputs: tuple) -> None:
-        self.last_input = inputs[0]
-
-    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
-        if "agrees" not in batch:
-            return self.model(**batch, use_cache=False).loss
-        logits = self.model(batch["input_ids"], batch["attention_mask"], use_cache=False).logits
-        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
-        ).view(labels.shape)
-        answers = batch["input_ids"] == ASSISTANT_ID
-        words = (labels != IGNORED) & ~answers
-        head = self.model.lm_head.rows(self.model.lm_head.weight)
-        yes_over_no = self.model.model.norm(self.last_input) @ (head[self.yes] - head[self.no])
-        known = ~batch["agrees"].isnan()
-        agrees = F.binary_cross_entropy_with_logits(yes_over_no[known], batch["agrees"][known])
-        return (
-            losses[words].mean()
-            + self.recipe.answer_weight * losses[answers].mean()
-            + self.recipe.agrees_weight * agrees
-        )
+    if "agrees" not in batch:
+        return model(**batch, use_cache=False).loss
+    output = model(
+        batch["input_ids"], batch["attention_mask"], use_cache=False, output_hidden_states=True
+    )
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    losses = F.cross_entropy(
+        output.logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
+    ).view(labels.shape)
+    at_answers = batch["input_ids"] == ASSISTANT_ID
+    at_words = (labels != IGNORED) & ~at_answers
+    no, yes = answers
+    head = model.lm_head.rows(model.lm_head.weight)
+    yes_over_no = model.model.norm(output.hidden_states[-2]) @ (head[yes] - head[no])
+    known = ~batch["agrees"].isnan()
+    agrees = F.binary_cross_entropy_with_logits(yes_over_no[known], batch["agrees"][known])
+    return (
+        losses[at_words].mean()
+        + recipe.answer_weight * losses[at_answers].mean()
+        + recipe.agrees_weight * agrees
+    )
 
 
 def _scores(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...baichuan.model import NormHead
+from ...baichuan.head import NormHead
 from ..until.row_protocol import TakesRows
 from .fused import Bring, FusedHeadLoss, Options, there
 
