@@ -14,6 +14,8 @@ from ..reading import BadFile, checked, nearest, plain_name, read_yaml
 from .features import HARMLESS, UNSUPPORTED
 
 POSITIONS = ("rope", "alibi")
+PUBLISHED = {(4096, 32): "rope", (5120, 40): "alibi"}
+"""(hidden_size, num_hidden_layers) of the 7B and the 13B -> position."""
 LIMITS = {
     "vocab_size": (1, 2**24),
     "hidden_size": (1, 2**20),
@@ -73,17 +75,15 @@ class BaichuanConfig(PreTrainedConfig):
         # saved from this model does not hold.
         kwargs.pop("gradient_checkpointing", None)
         kwargs.pop("auto_map", None)
-        if max_position_embeddings is None:
-            max_position_embeddings = model_max_length
-        if position is None:
-            position = _published_position(hidden_size, num_hidden_layers)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.hidden_act = hidden_act
-        self.max_position_embeddings = max_position_embeddings
+        self.max_position_embeddings = (
+            model_max_length if max_position_embeddings is None else max_position_embeddings
+        )
         self.model_max_length = model_max_length
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
@@ -95,7 +95,9 @@ class BaichuanConfig(PreTrainedConfig):
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.tie_word_embeddings = tie_word_embeddings
-        self.position = position
+        self.position = (
+            PUBLISHED.get((hidden_size, num_hidden_layers)) if position is None else position
+        )
         self.check(kwargs)
         kwargs.pop("head_dim", None)  # a property here
         super().__init__(
@@ -139,6 +141,12 @@ class BaichuanConfig(PreTrainedConfig):
             )
         if not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"pad_token_id is {self.pad_token_id}: use 0 to {self.vocab_size - 1}")
+        if self.position is None:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} with {self.num_hidden_layers} layers is neither"
+                " the published 7B (4096, 32) nor the 13B (5120, 40): set `position: rope` or"
+                " `position: alibi` in the config"
+            )
         if self.position not in POSITIONS:
             raise ValueError(f"position is {self.position!r}: use one of {', '.join(POSITIONS)}")
         if self.hidden_size % self.num_attention_heads:
@@ -159,16 +167,6 @@ class BaichuanConfig(PreTrainedConfig):
                 "vocab_size is 64000: this is Baichuan-1, whose plain head this model does not"
                 " have; use a Baichuan-2 checkpoint (vocab_size 125696)"
             )
-
-
-def _published_position(hidden_size: int, layers: int) -> str:
-    known = {(4096, 32): "rope", (5120, 40): "alibi"}
-    if (hidden_size, layers) not in known:
-        raise ValueError(
-            f"hidden_size {hidden_size} with {layers} layers is neither the published 7B (4096, 32)"
-            " nor the 13B (5120, 40): set `position: rope` or `position: alibi` in the config"
-        )
-    return known[hidden_size, layers]
 
 
 HINTS = typing.get_type_hints(BaichuanConfig.__init__)

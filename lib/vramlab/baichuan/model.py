@@ -226,9 +226,8 @@ class BaichuanModel(BaichuanPreTrainedModel):
             and right_padded(attention_mask)
         ):
             attention_mask = None
-        slopes = None
-        if self.config.position == "alibi":
-            slopes = alibi_slopes(self.config.num_attention_heads).to(hidden.device)
+        alibi, heads = self.config.position == "alibi", self.config.num_attention_heads
+        slopes = alibi_slopes(heads).to(hidden.device) if alibi else None
         bias = attention_bias(
             self.config,
             attention_mask,
@@ -256,10 +255,12 @@ class BaichuanModel(BaichuanPreTrainedModel):
         """cos and sin of the new tokens' positions; None with ALiBi."""
         if self.rotary_emb is None:
             return None
-        if position_ids is None and mask is not None:
-            position_ids = positions(mask)[:, -queries:]
-        elif position_ids is None:
-            position_ids = torch.arange(past, past + queries, device=hidden.device)[None]
+        if position_ids is None:
+            position_ids = (
+                torch.arange(past, past + queries, device=hidden.device)[None]
+                if mask is None
+                else positions(mask)[:, -queries:]
+            )
         return self.rotary_emb(position_ids)
 
 

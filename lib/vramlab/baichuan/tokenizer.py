@@ -106,12 +106,12 @@ class BaichuanTokenizer(PreTrainedTokenizer):
         parts: list[str] = []
         pieces: list[int] = []
         for index in [token_ids] if isinstance(token_ids, int) else token_ids:
-            if index not in self._added_tokens_decoder:
+            if index in self._added_tokens_decoder:
+                content = self._added_tokens_decoder[index].content
+                parts += [self.sp.decode(pieces), "" if index in skipped else content]
+                pieces = []
+            else:
                 pieces.append(index)
-                continue
-            content = "" if index in skipped else self._added_tokens_decoder[index].content
-            parts += [self.sp.decode(pieces), content]
-            pieces = []
         return "".join([*parts, self.sp.decode(pieces)])
 
     def build_chat(
