@@ -22,7 +22,7 @@ from transformers.utils import logging
 from .formats import LABELS
 
 BATCH = 16
-CALLS = ("consistent", "inconsistent", "unreadable")
+CHECKER_CALLS = ("consistent", "inconsistent", "unreadable")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Checker:
         claims: Sequence[str],
         progress: Callable[[int], object] | None = None,
     ) -> pd.DataFrame:
-        """One row per pair: `called` (one of CALLS), `probability` of consistent, and `cut`,
+        """One row per pair: `called` (of CHECKER_CALLS), `probability` of consistent, and `cut`,
         whether the document lost its end. A claim that is empty or longer than half of `limit` is
         unreadable and is not judged.
         """
@@ -100,7 +100,7 @@ class Checker:
         ).to(self.model.device)
         logits = self.model(**batch).logits
         probabilities = logits.softmax(-1)[:, self.consistent].tolist()
-        calls = [CALLS[best != self.consistent] for best in logits.argmax(-1).tolist()]
+        calls = [CHECKER_CALLS[best != self.consistent] for best in logits.argmax(-1).tolist()]
         return list(zip(calls, probabilities, strict=True))
 
     def _length(self, *texts: str) -> int:

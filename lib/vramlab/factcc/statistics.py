@@ -159,19 +159,19 @@ def _metric_values(
     return balanced_accuracy(labels, called, weights)
 
 
-def compare(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
-    """Two models on the same items: balanced accuracy of `one` minus that of `other`, each at its
-    own validation threshold.
+def compare(scores: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """Compare two models on the same items: balanced accuracy of `scores` minus that of `other`,
+    each at its own validation threshold.
 
     The interval resamples documents, the same for both; `mcnemar_p` is exact, on items that only
     one of them gets right. Holm's correction belongs to the family of comparisons, see `holm`.
     Raises: ValueError, when the items differ.
     """
     keys = ["uid", "domain", "split", "shift", "group", "label"]
-    both = one.merge(other, on=keys, suffixes=("", "_other"))
-    if not len(both) == len(one) == len(other):
+    both = scores.merge(other, on=keys, suffixes=("", "_other"))
+    if not len(both) == len(scores) == len(other):
         raise ValueError(
-            f"{len(one)} and {len(other)} items, {len(both)} of them the same: only runs on the"
+            f"{len(scores)} and {len(other)} items, {len(both)} of them the same: only runs on the"
             " same items compare"
         )
     val, rows = both[both["split"] == "val"], []
@@ -184,7 +184,7 @@ def compare(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
             values = [balanced_accuracy(labels, call, weights) for call in calls]
             differences = values[0] - values[1]
             low, high = _interval(differences[1:])
-            only_one, only_other = right[0] & ~right[1], right[1] & ~right[0]
+            first, second = right[0] & ~right[1], right[1] & ~right[0]
             rows.append(
                 {
                     **names,
@@ -193,7 +193,7 @@ def compare(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
                     "low": low,
                     "high": high,
                     "n": len(cell),
-                    "mcnemar_p": mcnemar_exact(int(only_one.sum()), int(only_other.sum())),
+                    "mcnemar_p": mcnemar_exact(int(first.sum()), int(second.sum())),
                 }
             )
     return pd.DataFrame(rows)
@@ -208,11 +208,11 @@ def wilson(count: int, n: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def mcnemar_exact(only_one: int, only_other: int) -> float:
-    """Two-sided exact p of the discordant counts when either side is equally likely; 1
-    without any."""
-    n = only_one + only_other
-    return float(scipy.stats.binomtest(only_one, n).pvalue) if n else 1.0
+def mcnemar_exact(only_first: int, only_second: int) -> float:
+    """Two-sided exact p of the discordant counts when either side is equally likely; 1 without
+    any."""
+    n = only_first + only_second
+    return float(scipy.stats.binomtest(only_first, n).pvalue) if n else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -18,8 +18,7 @@ from torch import nn
 
 from ..baichuan import BaichuanTokenizer
 from ..baichuan.model import CACHE
-from .checker import CALLS as CHECKER_CALLS
-from .checker import Checker
+from .checker import CHECKER_CALLS, Checker
 from .grammar_judge import VERDICTS, verdict
 from .items import Item
 from .prompt import encode_prompt
