@@ -94,7 +94,6 @@ def test_a_claims_loss_is_the_recipes_weighted_sum_of_three_means(model, weights
     with torch.no_grad():
         words, answers, agreement = means(model, batch)
         found = float(loss(batch))
-    loss.handle.remove()
     assert found == pytest.approx(
         words + recipe.answer_weight * answers + recipe.agrees_weight * agreement, rel=1e-4
     )
@@ -109,7 +108,6 @@ def test_a_drills_loss_is_the_plain_mean_over_its_labels_whatever_the_weights(mo
     with torch.no_grad():
         scores = model(drill["input_ids"], use_cache=False).logits.log_softmax(-1)
         found = float(loss(drill))
-    loss.handle.remove()
     places = [(row, at) for row, at in (drill["labels"] != IGNORED).nonzero().tolist()]
     terms = [-float(scores[row, at - 1, drill["labels"][row, at]]) for row, at in places]
     assert found == pytest.approx(sum(terms) / len(terms), rel=1e-4)

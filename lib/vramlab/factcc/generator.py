@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from .grammar import GRAMMARS, HELD_OUT_NAMES, HELD_OUT_PLACES, HELD_OUT_TEMPLATES, Grammar
 from .items import SHIFTS, SPLITS, Item
-from .transforms import ATTITUDE_SLOTS, EVENT_SLOTS, SWAPS, Record, add_noise, slot_values, swap
+from .transforms import ATTITUDE_SLOTS, EVENT_SLOTS, SWAPS, Record, add_noise, swap
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,7 @@ def generate_items(
 
 def most_records(domain: str, shift: str) -> int:
     """How many records of a document can differ in name, number, place and day."""
-    grammar = shifted(GRAMMARS[domain], shift)
-    values = slot_values(grammar.names, grammar.places)
+    values = shifted(GRAMMARS[domain], shift).slot_values()
     return min(len(values[slot]) for slot in "SPND")
 
 
@@ -120,12 +119,12 @@ def shifted(grammar: Grammar, shift: str) -> Grammar:
 
 def distinct_records(grammar: Grammar, count: int, rng: random.Random) -> list[Record]:
     """Records of which no two share a name, a number, a place or a day."""
-    values = slot_values(grammar.names, grammar.places)
+    values = grammar.slot_values()
     distinct = {slot: rng.sample(values[slot], count) for slot in "SPND"}
     return [
         Record(
             **{slot: distinct[slot][i] for slot in "SPND"},
-            O=rng.choice(grammar.objects),
+            O=rng.choice(values["O"]),
             R=rng.choice(values["R"]),
             X=rng.choice(values["X"]),
         )
@@ -135,7 +134,7 @@ def distinct_records(grammar: Grammar, count: int, rng: random.Random) -> list[R
 
 def independent_record(grammar: Grammar, rng: random.Random) -> Record:
     """A record whose slots are drawn independently."""
-    values = {**slot_values(grammar.names, grammar.places), "O": grammar.objects}
+    values = grammar.slot_values()
     return Record(**{slot: rng.choice(values[slot]) for slot in "SNOPDRX"})
 
 
@@ -194,9 +193,8 @@ def _claim(
     claim = record.sentence(template)
     if not label:
         others = [other for other in records if other is not record]
-        values = slot_values(grammar.names, grammar.places)
         extrinsic = rng.random() < config.extrinsic
-        record = swap(record, slot, slots, others, values, extrinsic, rng)
+        record = swap(record, slot, slots, others, grammar.slot_values()[slot], extrinsic, rng)
         true, claim, transform = claim, record.sentence(template), SWAPS[slot]
         wrong_until = first_wrong(true, claim)
     if rng.random() < config.noise:

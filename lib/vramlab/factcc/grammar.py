@@ -10,6 +10,7 @@ All `event` templates of a domain state the same, with the slots in another orde
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 DATES = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -41,6 +42,18 @@ class Grammar:
     objects: tuple[str, ...]
     event: tuple[str, ...]
     attitude: tuple[str, ...]
+
+    def slot_values(self) -> dict[str, Sequence[str]]:
+        """The values of each slot; each is drawn uniformly."""
+        return {
+            "S": self.names,
+            "P": self.places,
+            "O": self.objects,
+            "N": NUMBERS,
+            "D": DATES,
+            "R": PRONOUNS,
+            "X": ("", "not "),
+        }
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import re
 from functools import cache
 from string import Formatter
 
-from .grammar import DATES, GRAMMARS, NUMBERS, PRONOUNS, Grammar
+from .grammar import GRAMMARS, Grammar
 from .items import Item
 
 VERDICTS = ("consistent", "inconsistent", "unparsable")
@@ -58,15 +58,7 @@ def parse(grammar: Grammar, sentence: str) -> Statement | None:
 def _patterns(grammar: Grammar) -> list[re.Pattern]:
     """One pattern per template, its slots named groups. Held-out words and templates belong to the
     domain too."""
-    words = {
-        "S": grammar.names,
-        "P": grammar.places,
-        "O": grammar.objects,
-        "N": NUMBERS,
-        "D": DATES,
-        "R": PRONOUNS,
-        "X": ("not ", ""),
-    }
+    words = grammar.slot_values()
 
     def pattern(text: str, slot: str | None) -> str:
         choices = "|".join(map(re.escape, words[slot])) if slot else ""

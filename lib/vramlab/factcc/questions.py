@@ -31,7 +31,7 @@ from .generator import (
 )
 from .grammar import GRAMMARS, QUESTIONS, Grammar
 from .items import READING, Item
-from .transforms import ATTITUDE_SLOTS, EVENT_SLOTS, SWAPS, Record, slot_values
+from .transforms import ATTITUDE_SLOTS, EVENT_SLOTS, SWAPS, Record
 
 QUESTIONED = 2
 """Records of a passage that questions are about; an intrinsic swap needs two."""
@@ -121,7 +121,7 @@ def _question(
     if label:
         return {"claim": question, "label": label, "transform": "", "wrong_until": None}
     slots = (EVENT_SLOTS + "O", ATTITUDE_SLOTS)[kind]
-    values = slot_values(grammar.names, grammar.places)[slot]
+    values = grammar.slot_values()[slot]
     wrong = template.format(**vars(_swap(records, index, slot, slots, values, extrinsic, rng)))
     return {
         "claim": wrong,

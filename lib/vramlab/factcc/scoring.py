@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pandas as pd
 import torch
@@ -32,34 +33,45 @@ def score_items(
     """
     if model.training:
         raise ValueError("the model is in training mode: call .eval() before scoring")
-    answers, device = answer_ids(tokenizer), device_of(model)
     encoded = [encode_item(tokenizer, item, max_length) for item in items]
     lengths = [len(sequence.input_ids) for sequence in encoded]
-    scores: dict[int, tuple[float, float]] = {}
-    for chosen in longest_first(lengths, batch_size):
-        batch_scores = _score([encoded[i] for i in chosen], model, device, *answers)
-        scores.update(zip(chosen, batch_scores, strict=True))
-        if progress:
-            progress(len(chosen))
+    compute = partial(_score, model, answer_ids(tokenizer))
+    scores = in_batches(encoded, lengths, batch_size, compute, progress)
     return pd.DataFrame(
         [
             {
                 **{name: getattr(item, name) for name in ITEM_COLUMNS},
-                "truncated": encoded[i].truncated,
-                "yesno": scores[i][0],
-                "likelihood": scores[i][1],
-                "n_tokens": lengths[i],
+                "truncated": sequence.truncated,
+                "yesno": yesno,
+                "likelihood": likelihood,
+                "n_tokens": length,
             }
-            for i, item in enumerate(items)
+            for item, sequence, length, (yesno, likelihood) in zip(
+                items, encoded, lengths, scores, strict=True
+            )
         ]
     )
 
 
-def longest_first(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices of sequences in batches, the longest first: those of a batch have similar lengths,
-    and running out of memory shows at once."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+def in_batches(
+    sequences: Sequence,
+    lengths: Sequence[int],
+    batch_size: int,
+    compute: Callable[[list], list],
+    progress: Callable[[int], object] | None,
+) -> list:
+    """Results of `compute` on batches of `sequences`, one per sequence, in their order.
+
+    The longest come first: those of a batch have similar lengths, and running out of memory shows
+    at once.
+    """
+    order, results = sorted(range(len(lengths)), key=lambda i: -lengths[i]), {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        results.update(zip(chosen, compute([sequences[i] for i in chosen]), strict=True))
+        if progress:
+            progress(len(chosen))
+    return [results[i] for i in range(len(lengths))]
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -69,9 +81,10 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def _score(
-    encoded: Sequence[Encoded], model: nn.Module, device: torch.device, no: int, yes: int
+    model: nn.Module, answers: tuple[int, int], encoded: Sequence[Encoded]
 ) -> list[tuple[float, float]]:
-    """(yesno, likelihood) of each sequence."""
+    """(yesno, likelihood) of each sequence; `answers` are the ids of no and yes."""
+    (no, yes), device = answers, device_of(model)
     batch = {
         name: tensor.to(device)
         for name, tensor in batch_encoded(encoded).items()

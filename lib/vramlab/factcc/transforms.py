@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .grammar import DATES, NUMBERS, PRONOUNS
+from .grammar import PRONOUNS
 
 SWAPS = {
     "S": "entity_swap",
@@ -49,19 +49,19 @@ def swap(
     slot: str,
     slots: str,
     others: Sequence[Record],
-    values: dict[str, Sequence[str]],
+    values: Sequence[str],
     extrinsic: bool,
     rng: random.Random,
 ) -> Record:
-    """`record` with a wrong value in `slot`, for a sentence that states `slots`.
+    """`record` with a wrong value in `slot`, one of `values`, for a sentence that states `slots`.
 
-    An intrinsic value comes from another record of the same document (`others`), an extrinsic one
-    from `values` and stands nowhere in the document. The value is also extrinsic where every other
+    An intrinsic value is that of another record of the same document (`others`), an extrinsic one
+    stands nowhere in the document. The value is also extrinsic where every other
     record agrees in all remaining slots: with an intrinsic one the sentence would be true of that
     record. Negation and pronouns have few values and take any other one.
     """
     true = getattr(record, slot)
-    candidates = [value for value in values[slot] if value != true]
+    candidates = [value for value in values if value != true]
     if slot not in "XR":
         intrinsic = [
             getattr(other, slot)
@@ -72,11 +72,6 @@ def swap(
         absent = [value for value in candidates if value not in present]
         candidates = intrinsic if intrinsic and not extrinsic else absent
     return replace(record, **{slot: rng.choice(candidates)})
-
-
-def slot_values(names: Sequence[str], places: Sequence[str]) -> dict[str, Sequence[str]]:
-    """The values of each slot; each is drawn uniformly."""
-    return {"S": names, "P": places, "N": NUMBERS, "D": DATES, "R": PRONOUNS, "X": ("", "not ")}
 
 
 def add_noise(sentence: str, keep: str, rng: random.Random) -> str:

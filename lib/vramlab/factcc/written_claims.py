@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pandas as pd
 import torch
@@ -22,7 +23,7 @@ from .checker import CHECKER_CALLS, Checker
 from .grammar_judge import VERDICTS, verdict
 from .items import Item
 from .prompt import encode_prompt
-from .scoring import device_of, longest_first
+from .scoring import device_of, in_batches
 from .statistics import wilson
 
 NEW_TOKENS = 64
@@ -62,12 +63,9 @@ def write_claims(
     if model.training:
         raise ValueError("the model is in training mode: call .eval() before writing")
     prompts = [encode_prompt(tokenizer, item, max_length, NEW_TOKENS) for item in items]
-    written = {}
-    for chosen in longest_first([len(ids) for ids, _ in prompts], batch_size):
-        claims = _continue(model, tokenizer, [prompts[i][0] for i in chosen])
-        written.update(zip(chosen, claims, strict=True))
-        if progress:
-            progress(len(chosen))
+    ids = [prompt for prompt, _ in prompts]
+    compute = partial(_continue, model, tokenizer)
+    written = in_batches(ids, list(map(len, ids)), batch_size, compute, progress)
     return pd.DataFrame(
         [
             {
@@ -75,12 +73,12 @@ def write_claims(
                 "domain": item.domain,
                 "shift": item.shift,
                 "group": item.group,
-                **written[i],
-                "truncated": prompts[i][1],
-                "verbatim": bool(written[i]["claim"]) and written[i]["claim"] in item.doc,
-                "oracle": verdict(item, written[i]["claim"]),
+                **claim,
+                "truncated": truncated,
+                "verbatim": bool(claim["claim"]) and claim["claim"] in item.doc,
+                "oracle": verdict(item, claim["claim"]),
             }
-            for i, item in enumerate(items)
+            for item, claim, (_, truncated) in zip(items, written, prompts, strict=True)
         ]
     )
 
