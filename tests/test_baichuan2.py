@@ -13,7 +13,7 @@ import baichuan2_head_bytes as head_bytes
 from baichuan2 import figures, power_law, pretraining
 from baichuan2_head_bytes import _alone
 from baichuan2_ladder import frequencies, shape
-from vramlab.baichuan.model import causal_loss
+from vramlab.baichuan.head import causal_loss
 from vramlab.regimes.parameters import model_spec
 from vramlab.runs.parameters import resolve
 from vramlab.runs.preparation import prepare

@@ -77,7 +77,7 @@ def test_an_interrupted_making_leaves_nothing_behind(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(base_training, "_reached", interrupted)
+    monkeypatch.setattr(base_training, "_scores", interrupted)
     with pytest.raises(KeyboardInterrupt):
         base_model(model_spec("tiny"), tmp_path, SMOKE, progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -160,7 +160,7 @@ def test_the_shipped_weights_score_what_their_record_says():
     """On the very items of the record; another CPU rounds otherwise, which moves a few items across
     a threshold."""
     model, tokenizer, record = base_model(model_spec("tiny"), files.CACHE, progress=False)
-    again = base_training._reached(model, tokenizer, generate_items, Recipe())
+    again = base_training._scores(model, tokenizer, generate_items, Recipe())
     for scoring, value in record["general"].items():
         assert again["general"][scoring] == pytest.approx(value, abs=0.02)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -49,8 +50,7 @@ def model():
 
 
 def loss_of(model, recipe: Recipe):
-    ids = {"no": [NO], "yes": [YES]}
-    return base_training._Loss(model, recipe, SimpleNamespace(encode_text=ids.__getitem__))
+    return partial(base_training._loss, model, recipe, (NO, YES))
 
 
 def means(model, batch) -> tuple[float, float, float]:
@@ -94,7 +94,6 @@ def test_a_claims_loss_is_the_recipes_weighted_sum_of_three_means(model, weights
     with torch.no_grad():
         words, answers, agreement = means(model, batch)
         found = float(loss(batch))
-    loss.handle.remove()
     assert found == pytest.approx(
         words + recipe.answer_weight * answers + recipe.agrees_weight * agreement, rel=1e-4
     )
@@ -109,7 +108,6 @@ def test_a_drills_loss_is_the_plain_mean_over_its_labels_whatever_the_weights(mo
     with torch.no_grad():
         scores = model(drill["input_ids"], use_cache=False).logits.log_softmax(-1)
         found = float(loss(drill))
-    loss.handle.remove()
     places = [(row, at) for row, at in (drill["labels"] != IGNORED).nonzero().tolist()]
     terms = [-float(scores[row, at - 1, drill["labels"][row, at]]) for row, at in places]
     assert found == pytest.approx(sum(terms) / len(terms), rel=1e-4)

@@ -13,16 +13,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from scores import auc, balanced_accuracy
 from vramlab.cli import main
 from vramlab.factcc import sources
 from vramlab.factcc.baselines import baseline_scores
+from vramlab.factcc.formats import story_text
 from vramlab.factcc.generator import GeneratorConfig, generate_items
 from vramlab.factcc.grammar import GRAMMARS, HELD_OUT_NAMES, HELD_OUT_PLACES
 from vramlab.factcc.items import DOMAINS, Item
-from vramlab.factcc.sources import describe_items, load_items, story_text, write_items
+from vramlab.factcc.sources import describe_items, load_items, write_items
 from vramlab.factcc.statistics import (
-    auc,
-    balanced_accuracy,
     choose_threshold,
     compare,
     holm,

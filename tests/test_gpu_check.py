@@ -480,7 +480,7 @@ def test_a_thinned_timeline_keeps_every_peak_and_its_categories_add_up(moments):
 
 
 def test_random_weights_are_spread_as_a_model_is_and_the_same_each_time(monkeypatch):
-    monkeypatch.setattr(gpu_model, "DRAWN", 1000)
+    monkeypatch.setattr(gpu_model, "RANDOM_NUMBERS", 1000)
     spec = read_model_file(ROOT / "params" / "models" / "tiny.yml")
     one, other = gpu_model.random_model(spec), gpu_model.random_model(spec)
     for (name, weight), again in zip(one.named_parameters(), other.parameters(), strict=True):

@@ -284,7 +284,7 @@ def test_a_peer_is_measured_by_its_module(monkeypatch):
 
 
 def test_a_weight_is_filled_with_what_was_drawn_over_and_over(monkeypatch):
-    monkeypatch.setattr(gpu_model, "DRAWN", 4)
+    monkeypatch.setattr(gpu_model, "RANDOM_NUMBERS", 4)
     drawn = torch.tensor([1.0, 2.0, 3.0, 4.0])
     for shape, filled in (
         ((2, 5), [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]),

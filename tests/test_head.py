@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from micro import batch, train
-from vramlab.baichuan.model import NormHead, causal_loss
+from vramlab.baichuan.head import NormHead, causal_loss
 from vramlab.forecast.virtual_gpu import virtual_gpu
 from vramlab.regimes.head import chunks as head_chunks
 from vramlab.regimes.head.fused import FusedHeadLoss, Options

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from micro import batch, model, ranks
-from vramlab.baichuan.model import next_labels
+from vramlab.baichuan.head import next_labels
 from vramlab.capture.meter import Meter
 from vramlab.regimes.regime import IllegalRegime, read_regimes, read_row, regime_row
 from vramlab.regimes.sharded import local

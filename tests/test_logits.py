@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vramlab.baichuan.model import NormHead
+from vramlab.baichuan.head import NormHead
 from vramlab.training.logit_watch import LogitWatch
 
 LN2, LN3 = math.log(2), math.log(3)

@@ -70,10 +70,7 @@ def test_a_document_loses_its_end_and_never_the_claim(max_length, document):
     found = encode_document(words, [item()], max_length)
     kept = len(document.split())
     assert found.input_ids == [USER, *words.encode_text(f"{document} Claim: a b"), ASSISTANT, YES]
-    assert found.spans == (Span(kept + 2, kept + 4, kept + 4, 1),) and found.document == (
-        1,
-        kept + 1,
-    )
+    assert found.spans == (Span(kept + 2, kept + 4, kept + 4, 1),)
     assert found.truncated == (kept < 4)
     assert encode_item(words, item(), max_length).input_ids == found.input_ids[:-1]
 

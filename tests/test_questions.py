@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from scores import balanced_accuracy
 from vramlab.baichuan import BaichuanTokenizer
 from vramlab.baichuan.tokenizer import train_tokenizer
 from vramlab.factcc.base.recipe import Reading
@@ -20,7 +21,7 @@ from vramlab.factcc.items import DOMAINS
 from vramlab.factcc.prompt import encode_document, encode_item
 from vramlab.factcc.questions import QuestionConfig, generate_questions
 from vramlab.factcc.sources import load_items
-from vramlab.factcc.statistics import balanced_accuracy, choose_threshold, summarise
+from vramlab.factcc.statistics import choose_threshold, summarise
 from vramlab.runs.parameters import KNOWN_PARAMETERS
 
 PARAMS = {
@@ -134,7 +135,7 @@ def test_a_question_is_asked_in_boolqs_form(tokenizer):
     short = encode_document(tokenizer, items, len(whole.input_ids) - 9)
     assert (
         short.truncated
-        and short.input_ids[short.document[1] :] == whole.input_ids[whole.document[1] :]
+        and short.input_ids[short.spans[0].start :] == whole.input_ids[whole.spans[0].start :]
     )
 
 

@@ -10,13 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scores import auc, balanced_accuracy
 from vramlab.factcc.baselines import baseline_scores
 from vramlab.factcc.items import Item
 from vramlab.factcc.statistics import (
     LEVEL,
     RESAMPLES,
-    auc,
-    balanced_accuracy,
     choose_threshold,
     compare,
     holm,

@@ -1,9 +1,9 @@
-"""Baichuan-2 for transformers' Auto classes: importing this lets them find it by name, and imports
+"""Baichuan-2 for transformers' Auto classes. Importing this lets them find it by name, and imports
 neither torch nor transformers.
 
-transformers may be imported before or after. Its tables of names get an entry each, as soon as the
-modules that hold them have run; the module in which it looks these names up,
-`transformers.models.baichuan`, has what `vramlab.baichuan` has, which registers its classes in the
+transformers may be imported before or after. Each of its tables of names gets an entry as soon as
+the module that holds the table has run. The module in which it looks these names up,
+`transformers.models.baichuan`, is a copy of `vramlab.baichuan`, which registers its classes in the
 usual way when it is imported.
 """
 
@@ -15,17 +15,18 @@ from importlib.util import spec_from_loader
 
 TABLES = {
     "transformers.models.auto.configuration_auto": ("CONFIG_MAPPING_NAMES", "BaichuanConfig"),
-    # in which transformers' Trainer looks whether label smoothing has to move the labels
+    # transformers' Trainer reads from it whether label smoothing has to shift the labels
     "transformers.models.auto.modeling_auto": (
         "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
         "BaichuanForCausalLM",
     ),
     "transformers.models.auto.tokenization_auto": ("TOKENIZER_MAPPING_NAMES", "BaichuanTokenizer"),
 }
+"""Module of transformers -> (its table, the class that is added)."""
 
 
 class Finder(MetaPathFinder, Loader):
-    """Finds the module that is not there, and has the tables filled in once their modules have
+    """Provides `transformers.models.baichuan`, and fills in the tables when their modules have
     run."""
 
     def find_spec(self, name, path=None, target=None):
@@ -38,12 +39,12 @@ class Finder(MetaPathFinder, Loader):
             return spec
 
     def exec_module(self, module) -> None:
-        vars(module).update(
-            {**vars(import_module("vramlab.baichuan")), "__name__": module.__name__}
-        )
+        names = {**vars(import_module("vramlab.baichuan")), "__name__": module.__name__}
+        vars(module).update(names)
 
 
 def add_name(module) -> None:
+    """Add Baichuan-2's class to the table of a module of transformers."""
     table, name = TABLES[module.__name__]
     getattr(module, table).setdefault("baichuan", name)
 

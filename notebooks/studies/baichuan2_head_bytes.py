@@ -11,7 +11,7 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from vramlab.baichuan.model import NormHead
+from vramlab.baichuan.head import NormHead
 from vramlab.forecast.trace import trace
 from vramlab.forecast.virtual_gpu import virtual_gpu
 from vramlab.regimes.head.head import FusedLoss

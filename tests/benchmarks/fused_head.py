@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from vramlab.baichuan.model import NormHead
+from vramlab.baichuan.head import NormHead
 from vramlab.regimes.head.head import FusedLoss
 from vramlab.regimes.rule.rules import Sgd
 

@@ -1,9 +1,9 @@
-"""Baichuan-2 as a proper transformers model; importing this registers it for the Auto classes under
-`baichuan`, and importing `vramlab` lets them find it."""
+"""Baichuan-2 as a transformers model. Importing this registers it for the Auto classes under
+`baichuan`; importing `vramlab` is enough for them to find it."""
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from . import mkl_warmup as first_calls  # noqa: F401, before threads share a first call
+from . import mkl_warmup  # noqa: F401, before threads share a first call
 from .config import BaichuanConfig, ModelSpec, read_model_file
 from .loading import load_model
 from .model import BaichuanForCausalLM, BaichuanModel

@@ -1,9 +1,8 @@
-"""Who may look at whom: causal attention with rotary positions or ALiBi, padding and packed
-documents.
+"""Causal attention with rotary positions or ALiBi, padding and packed documents.
 
 Shapes: b batch, h heads, q queries, k keys (k - q of them cached), d = head_dim. A 2-D attention
-mask (b, k) holds 0 for padding and a document's number (1, 2, ... from left to right) elsewhere;
-the usual mask of ones is one document.
+mask (b, k) holds 0 for padding and the number of the document (1, 2, ... from left to right)
+elsewhere; the usual mask of ones is one document.
 """
 
 from __future__ import annotations
@@ -28,10 +27,11 @@ def checked_mask(mask: Tensor | None, keys: int) -> Tensor | None:
 
 
 def documents(mask: Tensor | None, position_ids: Tensor | None, cached: int = 0) -> Tensor | None:
-    """The mask, with a document's number where `position_ids` (b or 1, q) do not grow from one real
-    token to the next, as packing without a mask marks its documents. Reads the data if there are
-    position_ids. Raises: ValueError, where `cached` tokens went before: whose document they are
-    part of is not said.
+    """The mask, with numbered documents if `position_ids` (b or 1, q) mark any: packing without a
+    mask begins a document where they do not grow from one real token to the next.
+
+    Reads the data if there are position_ids. Raises: ValueError, when a document begins after
+    `cached` tokens, whose document is unknown.
     """
     if position_ids is None or (queries := position_ids.shape[1]) == 1:
         return mask
@@ -49,12 +49,11 @@ def documents(mask: Tensor | None, position_ids: Tensor | None, cached: int = 0)
 
 
 def right_padded(mask: Tensor) -> bool:
-    """Whether a 0/1 mask (b, k) has its padding at the right only. Then causal attention never sees
-    it from a real token, and no mask is needed. Reads the data, so call it where that is free: on
-    the host."""
-    return bool(
-        ((mask[:, 1:] <= mask[:, :-1]).all() & (mask <= 1).all() & (mask[:, 0] == 1).all()).item()
-    )
+    """Whether a 0/1 mask (b, k) has its padding at the right only. Then no real token attends to
+    it under causal attention, and no mask is needed. Reads the data, so call it where that is free:
+    on the host."""
+    falls = (mask[:, 1:] <= mask[:, :-1]).all()
+    return bool((falls & (mask <= 1).all() & (mask[:, 0] == 1).all()).item())
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -71,26 +70,23 @@ def positions(mask: Tensor) -> Tensor:
 def alibi_slopes(heads: int) -> Tensor:
     """(h,) fp32. A power of two: 2^(-8 i / h). Else that of the power below, then every other one
     of the power above. Press 2022, arXiv:2108.12409."""
-
-    def power_of_two(n: int) -> list[float]:
-        return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
-
     below = 2 ** math.floor(math.log2(heads))
-    slopes = power_of_two(below) + power_of_two(2 * below)[0::2][: heads - below]
+    slopes = [2.0 ** (-8.0 * (i + 1) / below) for i in range(below)]
+    slopes += [2.0 ** (-8.0 * (i + 1) / (2 * below)) for i in range(0, 2 * (heads - below), 2)]
     return torch.tensor(slopes, dtype=torch.float32)
 
 
 def allowed(mask: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
-    """Bool (1 or b, 1, q, k): key j not after query i, same document, not padding. A token always
-    sees itself, so that no row is empty and padding rows give no NaN."""
+    """Bool (1 or b, 1, q, k): key j not after query i, in the same document, no padding. A token
+    always attends to itself, so that no row is empty and padding rows give no NaN."""
     row = torch.arange(keys - queries, keys, device=device)[:, None]
     column = torch.arange(keys, device=device)[None, :]
-    seen = (column <= row)[None, None]
+    visible = (column <= row)[None, None]
     if mask is not None:
         ids = mask[:, None, None, :]
         own = mask[:, None, keys - queries :, None]
-        seen = seen & (ids == own) & (ids != 0) | (column == row)[None, None]
-    return seen
+        visible = visible & (ids == own) & (ids != 0) | (column == row)[None, None]
+    return visible
 
 
 def attention_bias(
@@ -102,23 +98,23 @@ def attention_bias(
     device: torch.device,
     slopes: Tensor | None,
 ) -> Tensor | None:
-    """What is added to (or, as a bool, allowed in) the attention scores; None when plain causal
-    attention says it all.
+    """The term that is added to the attention scores, or, as a bool, the positions that are
+    allowed; None when plain causal attention is enough.
 
     Rotary: None, or bool (1 or b, 1, q, k). ALiBi: slope * (j - i), formed in fp32 and then rounded
-    to `dtype`, with -inf where not allowed: (1, h, q, k) shared by the batch unless a mask makes
-    rows differ. The relative form is the same in training and evaluation; the released evaluation
-    code's slope * j collides in bf16.
+    to `dtype`, with -inf where not allowed: (1, h, q, k), or (b, h, q, k) with a mask. The relative
+    form is the same in training and evaluation; in bf16 the released evaluation code's slope * j
+    rounds neighbouring positions to one value.
     """
     if config.position == "rope" and mask is None and queries == keys:
         return None
-    seen = allowed(mask, queries, keys, device)
+    visible = allowed(mask, queries, keys, device)
     if config.position == "rope":
-        return seen
+        return visible
     row = torch.arange(keys - queries, keys, device=device, dtype=torch.float32)[:, None]
     distance = torch.arange(keys, device=device, dtype=torch.float32)[None, :] - row
     bias = slopes[:, None, None] * distance
-    return bias[None].to(dtype).masked_fill(~seen, float("-inf"))
+    return bias[None].to(dtype).masked_fill(~visible, float("-inf"))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
@@ -127,9 +123,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Te
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of position * frequency, in fp32, one table for all layers. Su 2021,
-    arXiv:2104.09864. The frequencies are a buffer no checkpoint holds, initialised by the model so
-    that they survive `meta`.
+    """cos and sin of position * frequency, in fp32, computed once for all layers. Su 2021,
+    arXiv:2104.09864. No checkpoint holds the frequencies; the model initialises this buffer, so
+    that it survives loading on `meta`.
     """
 
     def __init__(self, config):
@@ -141,8 +137,8 @@ class RotaryEmbedding(nn.Module):
         return 1.0 / self.theta ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim)
 
     def _apply(self, fn, recurse: bool = True):
-        """Moved with the model, never rounded with it: in bf16 neighbouring positions would share
-        an angle."""
+        """Move the buffer with the model, but never round it: in bf16 neighbouring positions would
+        share an angle."""
         moved = super()._apply(fn, recurse)
         if moved.inv_freq.dtype != torch.float32:
             moved.inv_freq = moved.frequencies().to(moved.inv_freq.device)

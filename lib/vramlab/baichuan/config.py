@@ -14,6 +14,8 @@ from ..reading import BadFile, checked, nearest, plain_name, read_yaml
 from .features import HARMLESS, UNSUPPORTED
 
 POSITIONS = ("rope", "alibi")
+PUBLISHED = {(4096, 32): "rope", (5120, 40): "alibi"}
+"""(hidden_size, num_hidden_layers) of the 7B and the 13B -> position."""
 LIMITS = {
     "vocab_size": (1, 2**24),
     "hidden_size": (1, 2**20),
@@ -27,25 +29,23 @@ LIMITS = {
     "z_loss_weight": (0, 1000),
     "rope_theta": (1, 2**40),
 }
-"""Field -> the least and the most that it may be: far beyond any published model, and still a shape
-that can be laid out."""
+"""Field -> its least and its largest value: far beyond any published model, and still a shape that
+can be traced."""
 
 
 class BaichuanConfig(PreTrainedConfig):
     """The fields of the published `config.json`, plus `position` and `norm_head`.
 
-    The published files do not say which design they are: the same architecture name stands for
-    rotary positions (7B) and for ALiBi (13B). `position` says it; where it is missing it follows
-    from the published shapes. `norm_head: false` leaves the head's rows as long as they are, as the
-    paper's appendix B does to compare. Raises: ValueError, when it cannot be told, the sizes do not
-    fit together, or a key asks for a feature that this model lacks.
+    The published files do not name their design: the same architecture name stands for rotary
+    positions (7B) and for ALiBi (13B). `position` names it; where it is missing it follows from the
+    published shapes. `norm_head: false` does not normalise the head's rows, as in the comparison of
+    the paper's appendix B. Raises: ValueError, when the design is unknown, the sizes do not fit
+    together, or a key asks for a feature that this model does not have.
     """
 
     model_type = "baichuan"
-    keys_to_ignore_at_inference = [
-        "cache",
-        "past_key_values",
-    ]  # a list, to which transformers' Trainer adds one
+    # a list, to which transformers' Trainer adds a key
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     def __init__(
         self,
@@ -70,14 +70,11 @@ class BaichuanConfig(PreTrainedConfig):
         tie_word_embeddings: bool = False,
         **kwargs,
     ):
-        # the published 13B file sets gradient_checkpointing to a one-element tuple, which is true:
-        # it is on only when asked for; auto_map names remote code, which a folder saved from this
-        # model does not hold
-        kwargs = {
-            name: value
-            for name, value in kwargs.items()
-            if name not in ("gradient_checkpointing", "auto_map")
-        }
+        # The published 13B file sets gradient_checkpointing to a one-element tuple, which is true,
+        # but it is on only when a regime asks for it. auto_map names remote code, which a folder
+        # saved from this model does not hold.
+        kwargs.pop("gradient_checkpointing", None)
+        kwargs.pop("auto_map", None)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -94,14 +91,12 @@ class BaichuanConfig(PreTrainedConfig):
         self.norm_head = norm_head
         self.rope_theta = rope_theta
         self.use_cache = use_cache
-        self.pad_token_id, self.bos_token_id, self.eos_token_id = (
-            pad_token_id,
-            bos_token_id,
-            eos_token_id,
-        )
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
         self.tie_word_embeddings = tie_word_embeddings
         self.position = (
-            _published_position(hidden_size, num_hidden_layers) if position is None else position
+            PUBLISHED.get((hidden_size, num_hidden_layers)) if position is None else position
         )
         self.check(kwargs)
         kwargs.pop("head_dim", None)  # a property here
@@ -118,35 +113,40 @@ class BaichuanConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     def check(self, others: Mapping[str, Any]) -> None:
-        """Fields may have been set since the config was made, as `from_pretrained(folder,
-        hidden_act="gelu")` does; `others` are settings that are no field. Raises: ValueError, as
-        when a config is made."""
+        """Check the fields, which may have been set since the config was made, as
+        `from_pretrained(folder, hidden_act="gelu")` does; `others` are settings that are no field.
+        Raises: ValueError, as when a config is made."""
         checked(vars(self), HINTS, "config", others=True)
         for name, (least, most) in LIMITS.items():
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}: use {least} to {most}")
-        has = {
+        supported = {
             "model_type": self.model_type,
             "num_key_value_heads": self.num_attention_heads,
             "head_dim": self.head_dim,
             "rope_ratio": 1,
             "partial_rotary_factor": 1,
             "pretraining_tp": 1,
-            # set on a config that has been made, it is how transformers quantizes plain weights as
-            # it loads them
+            # set on an existing config, it makes transformers quantize plain weights at loading
             "quantization_config": vars(self).get("quantization_config"),
         }
-        lacks = [
+        unsupported = [
             f"{name} is {value!r:.80}, {UNSUPPORTED[name]}"
             for name, value in {**others, **vars(self)}.items()
-            if name in UNSUPPORTED and value and value != has.get(name)
+            if name in UNSUPPORTED and value and value != supported.get(name)
         ]
-        if lacks:
+        if unsupported:
             raise ValueError(
-                f"{'; '.join(lacks)}: a Baichuan-2 has none, so this would be another model"
+                f"{'; '.join(unsupported)}: a Baichuan-2 has none, so this would be another model"
             )
         if not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"pad_token_id is {self.pad_token_id}: use 0 to {self.vocab_size - 1}")
+        if self.position is None:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} with {self.num_hidden_layers} layers is neither"
+                " the published 7B (4096, 32) nor the 13B (5120, 40): set `position: rope` or"
+                " `position: alibi` in the config"
+            )
         if self.position not in POSITIONS:
             raise ValueError(f"position is {self.position!r}: use one of {', '.join(POSITIONS)}")
         if self.hidden_size % self.num_attention_heads:
@@ -169,16 +169,6 @@ class BaichuanConfig(PreTrainedConfig):
             )
 
 
-def _published_position(hidden_size: int, layers: int) -> str:
-    known = {(4096, 32): "rope", (5120, 40): "alibi"}
-    if (hidden_size, layers) not in known:
-        raise ValueError(
-            f"hidden_size {hidden_size} with {layers} layers is neither the published 7B (4096, 32)"
-            " nor the 13B (5120, 40): say `position: rope` or `position: alibi` in the config"
-        )
-    return known[hidden_size, layers]
-
-
 HINTS = typing.get_type_hints(BaichuanConfig.__init__)
 """Field -> its type."""
 DTYPES = (None, "float32", "bfloat16", "float16")
@@ -186,23 +176,24 @@ DTYPES = (None, "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model file of `params/models`: a shape, and where published weights lie, if they do."""
+    """A model file of `params/models`: a shape, and the folder of its published weights, if it has
+    any."""
 
     name: str
     config: BaichuanConfig
     path: str | None
 
     def changed(self, config: Mapping) -> ModelSpec:
-        """The same with some fields of its config set anew. Raises: ValueError, for a field that
-        there is not."""
+        """The same model with other values for some fields of its config. Raises: ValueError, for
+        an unknown field."""
         return replace(self, config=config_of({**self.config.to_dict(), **config}))
 
     def fingerprint(self) -> dict:
-        """What of the file decides numbers, as plain data."""
+        """The contents of the file that decide numbers, as plain data."""
         shape = {
-            k: v
-            for k, v in self.config.to_dict().items()
-            if k not in ("transformers_version", "_name_or_path")
+            name: value
+            for name, value in self.config.to_dict().items()
+            if name not in ("transformers_version", "_name_or_path")
         }
         if shape["norm_head"]:  # as published, and as it was before there was a choice
             del shape["norm_head"]
@@ -212,43 +203,32 @@ class ModelSpec:
 def read_model_file(path: Path | str) -> ModelSpec:
     """`params/models/*.yml` -> ModelSpec. Raises: OSError; ValueError, naming the file, the key and
     the value."""
-    content = checked(
-        read_yaml(path),
-        {"name": str, "path": str | None, "config": Mapping},
-        str(path),
-        ("name", "config"),
-    )
-    if not plain_name(content["name"]):  # folders of bases are called by it
+    hints = {"name": str, "path": str | None, "config": Mapping}
+    content = checked(read_yaml(path), hints, str(path), ("name", "config"))
+    if not plain_name(content["name"]):  # the folders of its bases are named after it
         raise BadFile(
             f"{path} has the name {content['name']!r:.80}: give a name for one folder, such as"
             f" {Path(path).stem}"
         )
-    return ModelSpec(
-        content["name"], config_of(content["config"], f"{path}: config"), content.get("path")
-    )
+    config = config_of(content["config"], f"{path}: config")
+    return ModelSpec(content["name"], config, content.get("path"))
 
 
 def config_of(content: Mapping[str, Any], where: str = "config") -> BaichuanConfig:
-    """The config that a file's keys and values make. Raises: ValueError, naming the key and the
-    value, beginning with `where`."""
-    known = {
-        **HINTS,
-        **dict.fromkeys((*HARMLESS, *UNSUPPORTED), Any),
-        "dtype": DTYPES,
-        "torch_dtype": DTYPES,
-    }
+    """The config of a file's keys and values. Keys that change nothing are left out; features that
+    this model does not have are refused. Raises: ValueError, naming the key and the value,
+    beginning with `where`."""
+    dtypes = {"dtype": DTYPES, "torch_dtype": DTYPES}
+    known = {**HINTS, **dict.fromkeys((*HARMLESS, *UNSUPPORTED), Any), **dtypes}
     try:
-        if wrong := [
-            f"{name!r:.80}{nearest(name, known)}" for name in content if name not in known
-        ]:
-            raise ValueError(f"unknown {', '.join(wrong)}; a Baichuan-2 has {', '.join(HINTS)}")
+        if unknown := [f"{key!r:.80}{nearest(key, known)}" for key in content if key not in known]:
+            raise ValueError(f"unknown {', '.join(unknown)}; a Baichuan-2 has {', '.join(HINTS)}")
         checked(content, known, "config", others=True)
-        # what changes nothing is left out; what is asked for is refused, unless this model has it
-        kept = {
+        fields = {
             name: value
             for name, value in content.items()
-            if name in (*HINTS, "dtype", "torch_dtype") or (name in UNSUPPORTED and value)
+            if name in HINTS or name in dtypes or (name in UNSUPPORTED and value)
         }
-        return BaichuanConfig.from_dict(kept)
+        return BaichuanConfig.from_dict(fields)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None

@@ -1,7 +1,7 @@
-"""What other families' settings ask for, by the keys that their files name it with, and keys that
-change no training step.
+"""Keys of model configs that ask for a feature of another family, and keys that change no training
+step.
 
-To leave a feature out silently would make another model of it, with other bytes: so each is refused
+A model without the feature would be another one, with other bytes, so each of these keys is refused
 by name.
 """
 
@@ -56,5 +56,5 @@ UNSUPPORTED = {
     ),
     "quantization_config": "weights that are stored quantized",
 }
-"""Key -> the feature that it asks for, unless it is empty, 0 or false, or what a Baichuan-2 has
-anyway."""
+"""Key -> the feature that it asks for, unless its value is empty, 0 or false, or true of every
+Baichuan-2."""

@@ -1,5 +1,5 @@
-"""A published Baichuan-2 directory, read as it is: .bin or safetensors, one file or shards, its own
-type kept."""
+"""A published Baichuan-2 directory, read unchanged: .bin or safetensors, one file or shards, in its
+own storage type."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ def load_model(
     device: str = "cpu",
     config: Mapping | None = None,
 ) -> BaichuanForCausalLM:
-    """The model in `path`, in the checkpoint's own type unless `dtype` is given; `config` sets
-    fields of its config anew.
+    """The model in `path`, in the checkpoint's own type unless `dtype` is given; `config` replaces
+    fields of its config.
 
     Memory: one shard at a time besides the model. Raises: BadFile, of which BadCheckpoint is one.
     """
     folder = Path(path)
     model = _model_without_weights(folder, config or {})
-    wanted = dict(model.state_dict())
+    missing = dict(model.state_dict())
     for file in _files(folder):
         for name, tensor in _tensors(file):
-            _place(model, wanted, file, name, tensor, dtype, device)
-    if wanted:
+            _place(model, missing, file, name, tensor, dtype, device)
+    if missing:
         raise BadCheckpoint(
-            f"{folder.name}: {len(wanted)} of {len(model.state_dict())} tensors are missing, first "
-            f"{next(iter(wanted))}: download the checkpoint again"
+            f"{folder.name}: {len(missing)} of {len(model.state_dict())} tensors are missing, first"
+            f" {next(iter(missing))}: download the checkpoint again"
         )
-    if model.model.rotary_emb is not None:  # in no checkpoint: form it where the model lives
+    if model.model.rotary_emb is not None:  # in no checkpoint, and still on `meta`
         model.model.rotary_emb.inv_freq = model.model.rotary_emb.frequencies().to(device)
     return model.eval()
 
@@ -64,45 +64,39 @@ def _model_without_weights(folder: Path, changes: Mapping) -> BaichuanForCausalL
         )
     try:
         content = read_json(file)
-        if content.get("model_type") != "baichuan" or content.get("vocab_size") == 64000:
+        model_type, vocab_size = content.get("model_type"), content.get("vocab_size")
+        if model_type != "baichuan" or vocab_size == 64000:
             raise ValueError(
-                f"model_type {content.get('model_type')!r} with vocab_size"
-                f" {content.get('vocab_size')}: Baichuan-1 (64000) and other models have another"
-                " head; use a Baichuan-2 checkpoint"
+                f"model_type {model_type!r} with vocab_size {vocab_size}: Baichuan-1 (64000) and"
+                " other models have another head; use a Baichuan-2 checkpoint"
             )
         with torch.device("meta"):
-            return BaichuanForCausalLM(config_of({**content, **changes}, "config"))
-    except (
-        Exception
-    ) as error:  # ours, and whatever transformers and torch raise at a value of another type
+            return BaichuanForCausalLM(config_of({**content, **changes}))
+    except Exception as error:  # transformers and torch raise any kind at a value of a wrong type
         raise BadCheckpoint(f"{file}: {error}") from error
 
 
 def _files(folder: Path) -> list[Path]:
-    for name in INDEX:
-        if isfile(folder / name):
-            files = read_json(folder / name).get("weight_map")
-            if not isinstance(files, dict) or any(
-                Path(str(shard)).name != shard for shard in files.values()
-            ):
-                raise BadCheckpoint(
-                    f"{folder / name} has no weight_map of tensors' names to names of files beside"
-                    " it: download it again"
-                )
-            shards = sorted(set(files.values()))
-            missing = [shard for shard in shards if not isfile(folder / shard)]
-            if missing:
-                raise BadCheckpoint(
-                    f"{name} names {len(shards)} shards, missing: {', '.join(missing)}: download"
-                    f" them into {folder.name}"
-                )
-            return [folder / shard for shard in shards]
-    found = [folder / name for name in SINGLE if isfile(folder / name)]
-    if not found:
-        raise BadCheckpoint(
-            f"{folder.name} has no weights: expected one of {', '.join((*SINGLE, *INDEX))}"
-        )
-    return found[:1]
+    """The files that hold the weights: the shards of an index, or a single file."""
+    for index in [folder / name for name in INDEX if isfile(folder / name)]:
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or any(Path(str(f)).name != f for f in files.values()):
+            raise BadCheckpoint(
+                f"{index} has no weight_map of tensors' names to names of files beside it: download"
+                " it again"
+            )
+        shards = sorted(set(files.values()))
+        if missing := [shard for shard in shards if not isfile(folder / shard)]:
+            raise BadCheckpoint(
+                f"{index.name} names {len(shards)} shards, missing: {', '.join(missing)}: download"
+                f" them into {folder.name}"
+            )
+        return [folder / shard for shard in shards]
+    for file in [folder / name for name in SINGLE if isfile(folder / name)]:
+        return [file]
+    raise BadCheckpoint(
+        f"{folder.name} has no weights: expected one of {', '.join((*SINGLE, *INDEX))}"
+    )
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -113,15 +107,11 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
                     yield name, shard.get_tensor(name)
         else:
             with zipfile.ZipFile(file) as archive:
-                if (
-                    sum(
-                        one.file_size for one in archive.infolist() if one.filename.endswith(".pkl")
-                    )
-                    > MOST_PICKLE_BYTES
-                ):
-                    raise ValueError(f"its pickle is larger than {MOST_PICKLE_BYTES} bytes")
+                pickles = [info for info in archive.infolist() if info.filename.endswith(".pkl")]
+            if sum(info.file_size for info in pickles) > MOST_PICKLE_BYTES:
+                raise ValueError(f"its pickle is larger than {MOST_PICKLE_BYTES} bytes")
             yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
-    except Exception as error:  # whatever a library's reader raises at a broken file
+    except Exception as error:  # a library's reader raises any kind at a broken file
         raise BadCheckpoint(
             f"{file.name} ({file.stat().st_size} bytes) cannot be read, it may be truncated, hold"
             " more than tensors or be a Git LFS pointer: download it again, or run `git lfs pull`"
@@ -129,15 +119,16 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         ) from error
 
 
-def _place(model, wanted: dict, file: Path, name: str, tensor: Tensor, dtype, device: str) -> None:
+def _place(model, missing: dict, file: Path, name: str, tensor: Tensor, dtype, device: str) -> None:
+    """Copy a tensor of the checkpoint into the model, and take it from the missing ones."""
     if str(name).endswith("rotary_emb.inv_freq"):
         return
-    if name not in wanted:
+    if name not in missing:
         raise BadCheckpoint(
-            f"{file.name} holds {name}, which this model has not, or twice: is config.json of this"
-            " checkpoint?"
+            f"{file.name} holds {name}, which this model does not have, or holds it twice: is"
+            " config.json of this checkpoint?"
         )
-    shape = tuple(wanted.pop(name).shape)
+    shape = tuple(missing.pop(name).shape)
     if (
         type(tensor) not in (Tensor, torch.nn.Parameter)
         or tensor.dtype not in TYPES
@@ -157,6 +148,6 @@ def _place(model, wanted: dict, file: Path, name: str, tensor: Tensor, dtype, de
             f"{file.name}: {name} is {tuple(tensor.shape)}, config.json says {shape}"
         )
     owner, _, attribute = name.rpartition(".")
-    # cloned: a memory-mapped view would keep the whole shard's pages
+    # a copy: a memory-mapped view would keep the whole shard's pages
     placed = torch.empty(shape, dtype=dtype or tensor.dtype, device=device).copy_(tensor)
     setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(placed))

@@ -1,10 +1,10 @@
-"""Calls each of MKL's vector functions once, in one thread; importing this does it.
+"""Calls each of MKL's vector functions once, in one thread, when it is imported.
 
-MKL chooses a function's kernel when it is first called. Where several threads make that call at
-once, one of them may get a kernel of low accuracy for its share: the first `exp` or `cos` of a
-process was wrong by up to 2e-4 of its value, in one process of 10 to 30, and so was its first step
+MKL chooses a function's kernel at the first call. When several threads make that call at once, one
+of them may get a kernel of low accuracy for its share: in one process of 10 to 30 the first `exp`
+or `cos`, and with it the first step, was wrong by up to 2e-4 of its value
 (https://github.com/pytorch/pytorch/issues/188792). A tensor of one number is computed by one
-thread. Where torch has no MKL this does nothing that counts.
+thread. Without MKL these calls have no effect.
 """
 
 import torch

@@ -1,10 +1,10 @@
-"""Baichuan-2, natively: arXiv:2309.10305. One model for both published designs, 7B (rotary) and 13B
-(ALiBi).
+"""Baichuan-2 as a native transformers model (arXiv:2309.10305), for both published designs: 7B
+(rotary) and 13B (ALiBi).
 
-x + attention(norm(x)), x + mlp(norm(x)); packed W_pack = [Q | K | V] along its rows; no bias
-anywhere; a head whose rows are normalised in the forward. Differs from the published remote code
-where that is wrong: the head never changes its weight; ALiBi is relative in training and
-evaluation; no mask is built where none is needed; norms start at one.
+Blocks are x + attention(norm(x)), x + mlp(norm(x)), with a packed W_pack = [Q | K | V] along its
+rows and no bias anywhere; the rows of the head are normalised in the forward. Differs from the
+published remote code where that is wrong: the head never changes its weight; ALiBi is relative in
+training and evaluation; no mask is built where none is needed; norms start at one.
 
 Shapes: b batch, t tokens, H hidden, V vocabulary.
 """
@@ -37,15 +37,12 @@ from .attention import (
 )
 from .config import HINTS, BaichuanConfig
 from .features import UNSUPPORTED
+from .head import NormHead, next_labels
 
-# transformers 5.24 calls past_key_values `cache`; both names are taken in, and the one of the
-# installed version comes out
-CACHE = (
-    "cache"
-    if "cache" in {field.name for field in fields(CausalLMOutputWithPast)}
-    else "past_key_values"
-)
-
+OUTPUT_FIELDS = {field.name for field in fields(CausalLMOutputWithPast)}
+CACHE = "cache" if "cache" in OUTPUT_FIELDS else "past_key_values"
+"""The installed version's name of the cache: `cache` since transformers 5.24. Both are accepted as
+arguments."""
 REPEATED = (
     "cu_seq_lens_q",
     "cu_seq_lens_k",
@@ -54,8 +51,7 @@ REPEATED = (
     "seq_idx",
     "cache_position",
 )
-"""Arguments of other models that say again what `position_ids` says, as data collators and
-generation pass them."""
+"""Arguments that repeat what `position_ids` says; data collators and generation pass them."""
 
 
 class BaichuanRMSNorm(nn.Module):
@@ -72,76 +68,13 @@ class BaichuanRMSNorm(nn.Module):
         return self.weight * wide.to(self.weight.dtype)
 
 
-class NormHead(nn.Module):
-    """logits = h normalize(W)^T, rows normalised to length one in every forward; gradient flows
-    through the normalisation. W (V, H). The published head normalises its own weight in place at
-    the first evaluation. With `norm` off it is the plain linear head that the paper compares with:
-    logits = h W^T."""
-
-    fused = None
-    """(hidden, weight, labels, z_loss_weight, norm) -> loss, where something stands in for forming
-    logits."""
-
-    def __init__(self, hidden_size: int, vocab_size: int, norm: bool = True):
-        super().__init__()
-        self.norm = norm
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        self.applied = AppliedHead(self)
-
-    def rows(self, weight: Tensor) -> Tensor:
-        """Rows of the weight, or all, as hidden states are multiplied with them."""
-        return F.normalize(weight) if self.norm else weight
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.rows(self.weight))
-
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, z_loss_weight: float = 0.0):
-        """hidden (b, t, H) -> logits (b, t, V); with labels (b, t), already moved: (loss, logits,
-        or None if none were formed)."""
-        if labels is None:
-            return self.logits(hidden)
-        if self.fused is not None:
-            return self.fused(hidden, self.weight, labels, z_loss_weight, self.norm), None
-        logits = self.logits(hidden)
-        return causal_loss(logits, labels, z_loss_weight), logits
-
-
-class AppliedHead(nn.Module):
-    """What libraries that multiply with the head's weight by themselves (TRL's losses, peft,
-    assisted generation) get as the output embeddings: `weight` (V, H) is the rows as `NormHead`
-    multiplies them, normalised anew at each access, and gradient flows to the stored weight. It has
-    no parameters of its own, and equals the head: so peft, which looks for the module that equals
-    the output embeddings, saves the head's parameter."""
-
-    bias = None
-    __hash__ = nn.Module.__hash__
-
-    def __init__(self, head: NormHead):
-        super().__init__()
-        object.__setattr__(self, "head", head)  # not as a submodule: the head is the parent
-
-    def __eq__(self, other: object) -> bool:
-        return other is self or other is self.head
-
-    @property
-    def weight(self) -> Tensor:
-        return self.head.rows(self.head.weight)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.head.logits(hidden)
-
-
 class Attention(nn.Module):
     """Multi-head attention with one packed projection."""
 
     def __init__(self, config: BaichuanConfig, layer_idx: int):
         super().__init__()
-        self.heads, self.head_dim, self.layer_idx = (
-            config.num_attention_heads,
-            config.head_dim,
-            layer_idx,
-        )
+        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.layer_idx = layer_idx
         self.W_pack = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
@@ -180,7 +113,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """One block. Positional first argument, so that every kind of checkpointing sees it."""
+    """One block. Its input is a positional argument, which every kind of checkpointing requires."""
 
     def __init__(self, config: BaichuanConfig, layer_idx: int):
         super().__init__()
@@ -201,7 +134,7 @@ class DecoderLayer(GradientCheckpointingLayer):
 
 
 class BaichuanPreTrainedModel(PreTrainedModel):
-    """Initialisation and what transformers has to know."""
+    """Initialisation, and the class attributes that transformers reads."""
 
     config_class = BaichuanConfig
     base_model_prefix = "model"
@@ -211,8 +144,8 @@ class BaichuanPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: BaichuanConfig, **others):
-        """`others`: what `from_pretrained` is given beside the config's fields. Raises: ValueError,
-        naming what is unsupported."""
+        """`others`: arguments of `from_pretrained` that are no field of the config. Raises:
+        ValueError, naming the unsupported ones."""
         config.check(others)
         if unknown := [
             f"{name}{nearest(name, HINTS)}" for name in others if name not in UNSUPPORTED
@@ -262,20 +195,20 @@ class BaichuanModel(BaichuanPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """input_ids (b, t); attention_mask (b, cached + t), see `attention`; position_ids (b or 1,
         t): a new document begins where they do not grow; -> last_hidden_state (b, t, H), and with
-        `output_hidden_states` what each block was given and the last one. Raises: ValueError, for
+        `output_hidden_states` the input of each block and the last state. Raises: ValueError, for
         an argument that it would have to ignore."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
-        wrong = [
+        ignored = [
             name
             for name, value in others.items()
             if value is not None
             and value is not False
             and (name not in REPEATED or position_ids is None and name != "cache_position")
         ]
-        if wrong:
+        if ignored:
             raise ValueError(
-                f"Baichuan-2 does not take {', '.join(wrong)}: leave it out; packed documents are"
+                f"Baichuan-2 does not take {', '.join(ignored)}: leave it out; packed documents are"
                 " marked by position_ids that begin again at 0, or by their number in a 2-D"
                 " attention_mask"
             )
@@ -286,18 +219,15 @@ class BaichuanModel(BaichuanPreTrainedModel):
         past = cache.get_seq_length() if cache is not None else 0
         queries = hidden.shape[1]
         attention_mask = documents(checked_mask(attention_mask, past + queries), position_ids, past)
-        # looking is free on the host; elsewhere the caller drops the mask it knows to be idle
+        # reading the mask is free on the host only; elsewhere callers leave out a mask without use
         if (
             attention_mask is not None
             and attention_mask.device.type == "cpu"
             and right_padded(attention_mask)
         ):
             attention_mask = None
-        slopes = (
-            alibi_slopes(self.config.num_attention_heads).to(hidden.device)
-            if self.config.position == "alibi"
-            else None
-        )
+        alibi, heads = self.config.position == "alibi", self.config.num_attention_heads
+        slopes = alibi_slopes(heads).to(hidden.device) if alibi else None
         bias = attention_bias(
             self.config,
             attention_mask,
@@ -308,29 +238,29 @@ class BaichuanModel(BaichuanPreTrainedModel):
             slopes,
         )
         rotary = self._rotary(attention_mask, position_ids, past, queries, hidden)
-        wanted = (
-            self.config.output_hidden_states
-            if output_hidden_states is None
-            else output_hidden_states
-        )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         states = ()
         for layer in self.layers:
-            states += (hidden,) if wanted else ()
+            states += (hidden,) if output_hidden_states else ()
             hidden = layer(hidden, bias, rotary, cache=cache)
         last = self.norm(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=last,
-            hidden_states=(*states, last) if wanted else None,
+            hidden_states=(*states, last) if output_hidden_states else None,
             **{CACHE: cache},
         )
 
     def _rotary(self, mask, position_ids, past: int, queries: int, hidden: Tensor):
+        """cos and sin of the new tokens' positions; None with ALiBi."""
         if self.rotary_emb is None:
             return None
-        if position_ids is None and mask is not None:
-            position_ids = positions(mask)[:, -queries:]
-        elif position_ids is None:
-            position_ids = torch.arange(past, past + queries, device=hidden.device)[None]
+        if position_ids is None:
+            position_ids = (
+                torch.arange(past, past + queries, device=hidden.device)[None]
+                if mask is None
+                else positions(mask)[:, -queries:]
+            )
         return self.rotary_emb(position_ids)
 
 
@@ -338,7 +268,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
     """Baichuan-2 with its language-model head."""
 
     accepts_loss_kwargs = True
-    """transformers' Trainer hands `num_items_in_batch` to forward."""
+    """So transformers' Trainer passes `num_items_in_batch` to forward."""
 
     def __init__(self, config: BaichuanConfig, **others):
         super().__init__(config, **others)
@@ -352,8 +282,8 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
     def _resize_token_embeddings(
         self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True
     ) -> nn.Embedding:
-        """Embedding and stored head, resized in place as transformers resizes an embedding and a
-        linear head."""
+        """Resize the embedding and the stored head in place, as transformers resizes an embedding
+        and a linear head."""
         embedding = self.model._resize_token_embeddings(
             new_num_tokens, pad_to_multiple_of, mean_resizing
         )
@@ -379,10 +309,12 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **others,
     ) -> CausalLMOutputWithPast:
-        """-> logits (b, kept, V), and the loss when labels (b, t) are given: -100 where nothing is
-        to be predicted. A fused head forms the loss without logits, which are None then. The loss
-        is the mean over the labels that are predicted; with `num_items_in_batch` their sum divided
-        by it, so that the losses of several micro-batches add up to the loss of all.
+        """-> logits (b, kept, V), and the loss with labels (b, t), which are -100 where nothing is
+        to be predicted.
+
+        A fused head forms the loss without logits, which are None then. The loss is the mean over
+        the predicted labels; with `num_items_in_batch` their sum divided by it, so that the losses
+        of several micro-batches add up to the loss of all.
         """
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
@@ -414,41 +346,6 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
             hidden_states=output.hidden_states,
             **{CACHE: getattr(output, CACHE)},
         )
-
-
-def next_labels(
-    labels: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-) -> Tensor:
-    """Label of the next token at each position (b, t). Nothing is predicted across a document's
-    edge, which is where the mask changes or positions do not grow: so these, and not the labels
-    that were given, are what the loss counts. Moving the labels instead of the logits saves a copy
-    of the logits."""
-    moved = F.pad(labels[:, 1:], (0, 1), value=-100)
-    if attention_mask is not None:
-        mask = attention_mask[:, -labels.shape[1] :]  # a mask covers what is cached too
-        edge = mask[:, 1:] != mask[:, :-1]
-        moved[:, :-1].masked_fill_(edge, -100)
-    if position_ids is not None:
-        moved[:, :-1].masked_fill_(position_ids[:, 1:] <= position_ids[:, :-1], -100)
-    return moved
-
-
-def causal_loss(logits: Tensor, labels: Tensor, z_loss_weight: float = 0.0) -> Tensor:
-    """Mean cross-entropy over labelled positions, plus z_loss_weight * mean(max logit ^ 2) over
-    them (paper eq. 1).
-
-    Shapes: logits (b, t, V), labels (b, t), already moved. In fp32 whatever the logits are. At
-    weight 0, as released, the max-z term is not built: it would hold one more copy of the logits'
-    size in backward. Not exact: the released code averages the term over padding too. Where nothing
-    is labelled the loss is nan, as torch's is, and every gradient 0.
-    """
-    flat, wanted = logits.flatten(0, -2), labels.flatten()
-    loss = F.cross_entropy(flat.float(), wanted, ignore_index=-100)
-    if z_loss_weight:
-        labelled = wanted != -100
-        highest = flat.float().amax(-1).pow(2)
-        loss = loss + z_loss_weight * (highest * labelled).sum() / labelled.sum().clamp_(min=1)
-    return loss
 
 
 def decoder(model: nn.Module) -> nn.Module:

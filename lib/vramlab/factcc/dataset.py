@@ -1,4 +1,4 @@
-"""The items of one run: what it trains on, what its thresholds are frozen on, what it is scored
+"""The items of one run: what it trains on, what its thresholds are chosen on, what it is scored
 on."""
 
 from __future__ import annotations
@@ -8,13 +8,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from .formats import hash_fraction
 from .generator import GeneratorConfig, generate_items
-from .items import DOMAINS, Item
+from .items import DOMAINS, SPLITS, Item
 from .prompt import CLAIMS_PER_SEQUENCE
 from .questions import QUESTIONS_PER_PASSAGE, QuestionConfig, generate_questions
-from .sources import held_out, load_items
+from .sources import load_items
 
-TASKS = ("claims", "questions")
+GENERATORS: dict[str, tuple[Callable[..., list[Item]], Callable, dict[str, int]]] = {
+    "claims": (generate_items, GeneratorConfig, {"claims": CLAIMS_PER_SEQUENCE}),
+    "questions": (generate_questions, QuestionConfig, {"questions": QUESTIONS_PER_PASSAGE}),
+}
+"""Task -> generator, its configuration, and how many items a training document has."""
+TASKS = tuple(GENERATORS)
 IN_DOMAIN_SHIFTS = ("none", "mild", "moderate")
 EVERY = "all"
 """In place of a training domain: an equal share of each."""
@@ -31,8 +37,8 @@ class Dataset:
 
 
 def dataset(params: Mapping) -> Dataset:
-    """The data set that `params` asks for: generated when `items` is empty, else read from the
-    folder or file there.
+    """The data set of a run's parameters: generated when `items` is empty, else read from that
+    folder or file.
 
     Raises: ValueError, when the training domain does not exist or has no items.
     """
@@ -40,130 +46,97 @@ def dataset(params: Mapping) -> Dataset:
 
 
 def _generated(params: Mapping) -> Dataset:
-    domain, size = params["train_domain"], params["test_items"]
-    one, several = _makers(params)
-    if domain == EVERY:
-        return _mixed(params, one, several)
-    test = [
-        item
-        for shift in chosen("test_shifts", params["test_shifts"], IN_DOMAIN_SHIFTS)
-        for item in one(domain, "test", size, shift=shift)
-    ]
-    for other in chosen("test_domains", params["test_domains"], DOMAINS):
-        if other != domain:
-            test += [replace(item, shift="severe") for item in one(other, "test", size)]
-    return Dataset(
-        several(domain, "train", params["train_items"]),
-        one(domain, "val", params["val_items"]),
-        test,
-        [],
-    )
-
-
-def _makers(params: Mapping) -> tuple[Callable, Callable]:
-    """What makes the items to be scored, one a document, and those to learn from, several a
-    document."""
-    task, seed, records = params["task"], params["data_seed"], params["records"]
-    if task not in TASKS:
+    """With a training domain, its test items come at every shift and other domains count as shift
+    severe. With all of them, each is trained on, and no test item is shifted."""
+    task, trained, size = params["task"], params["train_domain"], params["test_items"]
+    if task not in GENERATORS:
         raise ValueError(f"task is {task!r}: the generator makes {', '.join(TASKS)}")
-    if task == "claims":
-        make, configs = (
-            generate_items,
-            (
-                GeneratorConfig(records),
-                GeneratorConfig(records, claims=CLAIMS_PER_SEQUENCE),
-            ),
-        )
-    else:
-        make, configs = (
-            generate_questions,
-            (
-                QuestionConfig(records),
-                QuestionConfig(records, questions=QUESTIONS_PER_PASSAGE),
-            ),
-        )
-    one, several = (partial(make, seed=seed, config=config) for config in configs)
-    return one, several
-
-
-def chosen(name: str, said: str, known: Sequence[str]) -> list[str]:
-    """The comma-separated names in `said`; empty is all. Raises: ValueError, for one that there is
-    not."""
-    wanted = [word.strip() for word in said.split(",") if word.strip()] or list(known)
-    if missing := sorted(set(wanted) - set(known)):
-        raise ValueError(f"{name} has {', '.join(missing)}: there are {', '.join(known)}")
-    return wanted
-
-
-def _mixed(params: Mapping, one: Callable, several: Callable) -> Dataset:
-    """An equal share of each domain to train and to validate on; no test item is of a new
-    domain."""
-
-    def drawn(
-        make: Callable, split: str, count: int, domains: Sequence[str] = DOMAINS
-    ) -> list[Item]:
-        return [item for domain in domains for item in make(domain, split, count)]
-
-    train, val = (-(-params[name] // len(DOMAINS)) for name in ("train_items", "val_items"))
+    make, config, several = GENERATORS[task]
+    make = partial(make, seed=params["data_seed"])
+    make_one = partial(make, config=config(params["records"]))
+    make_several = partial(make, config=config(params["records"], **several))
     tested = chosen("test_domains", params["test_domains"], DOMAINS)
-    return Dataset(
-        drawn(several, "train", train),
-        drawn(one, "val", val),
-        drawn(one, "test", params["test_items"], tested),
-        [],
-    )
+    if trained == EVERY:
+        domains, test = DOMAINS, _draw(make_one, tested, "test", size)
+    else:
+        shifts = chosen("test_shifts", params["test_shifts"], IN_DOMAIN_SHIFTS)
+        others = _draw(make_one, [name for name in tested if name != trained], "test", size)
+        domains, test = (trained,), _draw(make_one, [trained], "test", size, shifts)
+        test += [replace(item, shift="severe") for item in others]
+    train_size, val_size = (-(-params[f"{s}_items"] // len(domains)) for s in ("train", "val"))
+    train = _draw(make_several, domains, "train", train_size)
+    return Dataset(train, _draw(make_one, domains, "val", val_size), test, [])
+
+
+def _draw(
+    make: Callable[..., list[Item]],
+    domains: Sequence[str],
+    split: str,
+    count: int,
+    shifts: Sequence[str] = ("none",),
+) -> list[Item]:
+    """`count` items of each domain at each shift."""
+    return [
+        item
+        for domain in domains
+        for shift in shifts
+        for item in make(domain, split, count, shift=shift)
+    ]
+
+
+def chosen(name: str, text: str, known: Sequence[str]) -> list[str]:
+    """The comma-separated names in `text`, the value of parameter `name`; all of `known` when it is
+    empty. Raises: ValueError, for an unknown name."""
+    names = [word.strip() for word in text.split(",") if word.strip()] or list(known)
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"{name} has {', '.join(unknown)}: there are {', '.join(known)}")
+    return names
 
 
 def _read(params: Mapping) -> Dataset:
-    path = Path(params["items"])
+    path, domain = Path(params["items"]), params["train_domain"]
     if not path.exists():
         raise ValueError(
             f"items is {path}, which does not exist: give a file or folder that `vramlab items` can"
             " read, or leave it empty for generated items"
         )
     loaded = load_items(path)
-    items, problems = (
-        loaded.items,
-        [f"{problem.path}:{problem.line}: {problem.message}" for problem in loaded.problems],
-    )
-    domain = params["train_domain"]
-    known = sorted({item.domain for item in items})
+    known = sorted({item.domain for item in loaded.items})
     if domain not in known:
         raise ValueError(f"train_domain is {domain!r}: {path.name} has {', '.join(known)}")
-    if params["task"] == "questions" and not all(item.asks for item in items):
+    if params["task"] == "questions" and not all(item.asks for item in loaded.items):
         raise ValueError(
             f"task is 'questions', but {path.name} has claims: leave task out, items from disk"
             " bring their own"
         )
-    return _roles(items, domain, chosen("test_domains", params["test_domains"], known), problems)
-
-
-def _roles(items: list[Item], domain: str, wanted: Sequence[str], problems: list[str]) -> Dataset:
-    """In the training domain the source's splits by document; every other domain is test as a
-    whole. A benchmark whose test labels are hidden, such as BoolQ, is scored on its validation
-    split, and a tenth of its training documents validate.
-    """
-    inside = [replace(item, shift="none") for item in items if item.domain == domain]
+    tested = chosen("test_domains", params["test_domains"], known)
+    inside = [replace(item, shift="none") for item in loaded.items if item.domain == domain]
     outside = [
         replace(item, shift="severe", split="test")
-        for item in items
-        if item.domain != domain and item.domain in wanted
+        for item in loaded.items
+        if item.domain != domain and item.domain in tested
     ]
-    if {item.split for item in inside} == {"train", "val"}:
-        inside = [
-            replace(
-                item,
-                split="test" if item.split == "val" else "val" if held_out(item.group) else "train",
-            )
-            for item in inside
-        ]
-    by_split = {
-        split: [item for item in inside if item.split == split]
-        for split in ("train", "val", "test")
-    }
+    by_split = _by_split(inside)
     if not by_split["train"] or not by_split["test"]:
         raise ValueError(
             f"domain {domain!r} has {len(by_split['train'])} training and {len(by_split['test'])}"
             " test items: a run needs both"
         )
+    problems = [f"{problem.path}:{problem.line}: {problem.message}" for problem in loaded.problems]
     return Dataset(by_split["train"], by_split["val"], by_split["test"] + outside, problems)
+
+
+def _by_split(items: Sequence[Item]) -> dict[str, list[Item]]:
+    """Items by the source's split.
+
+    Where the test labels are hidden, as BoolQ's are, the validation split is the test set and a
+    tenth of the training documents are the validation set.
+    """
+    if {item.split for item in items} == {"train", "val"}:
+        items = [
+            replace(item, split="val" if hash_fraction(item.group) < 0.1 else "train")
+            if item.split == "train"
+            else replace(item, split="test")
+            for item in items
+        ]
+    return {split: [item for item in items if item.split == split] for split in SPLITS}

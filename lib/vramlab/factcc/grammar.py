@@ -1,15 +1,16 @@
-"""The four domains of the generator: names, things, and the ways of saying what happened.
+"""The four domains of the generator: their names, things, and sentence templates.
 
 Names, places and connecting words differ between domains; numbers, dates, pronouns and "not" are
-shared. So what a model learns about checking transfers only as far as it learned to look things up.
+shared. So a model's skill at checking claims transfers only if it has learned to look things up.
 
-A template's slots: S who, N how many, O of what, P where, D when, R pronoun, X "not " or nothing.
-`event` templates of a domain say the same with the slots in another order; so do `attitude`
-templates. The last ones of each are held out.
+Slots of a template: S who, N how many, O of what, P where, D when, R pronoun, X "not " or nothing.
+All `event` templates of a domain state the same, with the slots in another order, and so do its
+`attitude` templates. The last ones of each are held out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 DATES = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -33,13 +34,26 @@ HELD_OUT_NAMES, HELD_OUT_PLACES, HELD_OUT_TEMPLATES = 4, 3, 1
 
 @dataclass(frozen=True)
 class Grammar:
-    """One domain's pools and templates. The ends of the pools are kept for shifted items."""
+    """Words and templates of one domain. The last names and places are held out for shifted
+    items."""
 
     names: tuple[str, ...]
     places: tuple[str, ...]
     objects: tuple[str, ...]
     event: tuple[str, ...]
     attitude: tuple[str, ...]
+
+    def slot_values(self) -> dict[str, Sequence[str]]:
+        """The values of each slot; each is drawn uniformly."""
+        return {
+            "S": self.names,
+            "P": self.places,
+            "O": self.objects,
+            "N": NUMBERS,
+            "D": DATES,
+            "R": PRONOUNS,
+            "X": ("", "not "),
+        }
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -155,5 +169,5 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
 }
-"""Domain -> the ways of asking whether an event, and whether an attitude, is so; the slots are
-those of the templates."""
+"""Domain -> (questions about an event, questions about an attitude), with the slots of the
+templates."""

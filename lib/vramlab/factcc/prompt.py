@@ -4,14 +4,13 @@ One sequence is a document and the claims made about it, each with its answer:
 
     [195] " " document ("\\nClaim:" " " claim [196] answer)*
 
-[195] and [196] are Baichuan-2's user and assistant marks; the document and each claim are encoded
-by themselves, so that their spans are exact. A scored sequence has one claim. When it is too long,
-the document loses its end, never the claim.
+[195] and [196] are Baichuan-2's user and assistant marks. The document and each claim are encoded
+separately, so that their spans are exact. A scored sequence has one claim. When it is too long, the
+end of the document is cut off, never the claim.
 
-A question (`Item.asks`) stands in the same place, in the form that BoolQ is prompted in, the rest
-between the marks too:
+A question (`Item.asks`) stands in the same place, in the form in which BoolQ is prompted:
 
-    [195] " " passage ("\nQuestion:" " " question "?\nAnswer:" [196] answer)*
+    [195] " " passage ("\\nQuestion:" " " question "?\\nAnswer:" [196] answer)*
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..baichuan import BaichuanTokenizer
 from .items import Item
@@ -29,13 +29,13 @@ from .items import Item
 CLAIM = "\nClaim:"
 QUESTION, ANSWER = "\nQuestion:", "?\nAnswer:"
 OBJECTIVES = ("answer", "answer+claim", "lm")
-"""What is learned: the answers only, or the answers and the words of consistent claims. Never the
-words of a corrupted claim: a model that learns to write those learns to hedge its copying. `lm` is
-pre-training: every token that follows another."""
+"""The tokens that are learned. `answer`: the answers only; `answer+claim`: also the words of
+consistent claims, but not of corrupted ones: a model that learns to write those learns to hedge its
+copying; `lm`, for pre-training: every token after the first."""
 IGNORED = -100
 CLAIMS_PER_SEQUENCE = 4
 HALF = 2
-"""Of a batch that is enough at the end of an epoch: one of so many."""
+"""The last batch of an epoch may be smaller than a full one by this factor."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,13 @@ class Encoded:
 
     input_ids: list[int]
     spans: tuple[Span, ...]
-    document: tuple[int, int]
     truncated: bool
 
 
 def answer_ids(tokenizer: BaichuanTokenizer) -> tuple[int, int]:
     """(id of "no", id of "yes"): the first piece of each.
 
-    Raises: ValueError, when they begin with the same piece and so cannot be told apart.
+    Raises: ValueError, when both begin with the same piece and so cannot be distinguished.
     """
     no, yes = tokenizer.encode_text("no")[0], tokenizer.encode_text("yes")[0]
     if no == yes:
@@ -74,9 +73,9 @@ def answer_ids(tokenizer: BaichuanTokenizer) -> tuple[int, int]:
 
 
 def encode_item(tokenizer: BaichuanTokenizer, item: Item, max_length: int) -> Encoded:
-    """One item as it is scored: no answer behind [196]."""
+    """One item as it is scored: no answer after [196]."""
     encoded = encode_document(tokenizer, [item], max_length)
-    return Encoded(encoded.input_ids[:-1], encoded.spans, encoded.document, encoded.truncated)
+    return replace(encoded, input_ids=encoded.input_ids[:-1])
 
 
 def encode_document(
@@ -87,12 +86,8 @@ def encode_document(
     Raises: ValueError, when the claims alone do not fit.
     """
     answers = answer_ids(tokenizer)
-    tails = [
-        (*(tokenizer.encode_text(text) for text in _around(item)), item.label) for item in items
-    ]
-    room = (
-        max_length - 1 - sum(len(lead) + len(claim) + len(end) + 2 for lead, claim, end, _ in tails)
-    )
+    parts = [[tokenizer.encode_text(text) for text in _claim_parts(item)] for item in items]
+    room = max_length - 1 - sum(2 + sum(map(len, part)) for part in parts)
     if room < 1:
         kind = "questions" if items[0].asks else "claims"
         raise ValueError(
@@ -101,24 +96,23 @@ def encode_document(
         )
     document = tokenizer.encode_text(" " + items[0].doc)
     ids, spans = [tokenizer.user_id, *document[:room]], []
-    document_end = len(ids)
-    for lead, claim, end, label in tails:
-        start = len(ids) + len(lead)
-        ids += [*lead, *claim, *end, tokenizer.assistant_id, answers[label]]
-        spans.append(Span(start, start + len(claim), start + len(claim) + len(end), label))
-    return Encoded(ids, tuple(spans), (1, document_end), len(document) > room)
+    for item, (lead, claim, end) in zip(items, parts, strict=True):
+        start, stop = len(ids) + len(lead), len(ids) + len(lead) + len(claim)
+        spans.append(Span(start, stop, stop + len(end), item.label))
+        ids += [*lead, *claim, *end, tokenizer.assistant_id, answers[item.label]]
+    return Encoded(ids, tuple(spans), len(document) > room)
 
 
-def _around(item: Item) -> tuple[str, str, str]:
-    """What leads to the claim, the claim, what follows it."""
+def _claim_parts(item: Item) -> tuple[str, str, str]:
+    """The text before the claim, the claim, the text after it."""
     return (QUESTION, " " + item.claim, ANSWER) if item.asks else (CLAIM, " " + item.claim, "")
 
 
 def encode_prompt(
     tokenizer: BaichuanTokenizer, item: Item, max_length: int, new_tokens: int
 ) -> tuple[list[int], bool]:
-    """(ids after which a claim about the item's document is written, whether the document lost its
-    end), such that `new_tokens` more make `max_length` at most.
+    """(ids that a claim about the item's document is to follow, whether the document was cut),
+    short enough for `new_tokens` more within `max_length`.
 
     Raises: ValueError, when that leaves no room for the document.
     """
@@ -135,24 +129,28 @@ def encode_prompt(
 
 def batch_encoded(encoded: Sequence[Encoded], objective: str = "answer+claim") -> dict[str, Tensor]:
     """Right-padded `input_ids`, `attention_mask`, `labels`, each (batch, longest); labels are -100
-    where nothing is learned."""
+    at tokens that are not learned."""
     if objective not in OBJECTIVES:
         raise ValueError(f"objective is {objective!r}: use one of {', '.join(OBJECTIVES)}")
-    longest = max(len(one.input_ids) for one in encoded)
-    ids = torch.zeros(len(encoded), longest, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for row, one in enumerate(encoded):
-        tokens = torch.tensor(one.input_ids)
-        ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
-        if objective == "lm":
-            labels[row, : len(tokens)] = tokens
-            continue
-        for span in one.spans:
-            if span.answer + 1 < len(tokens):
-                labels[row, span.answer + 1] = tokens[span.answer + 1]
-            if span.label and objective == "answer+claim":
-                labels[row, span.start : span.stop] = tokens[span.start : span.stop]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    ids = [torch.tensor(sequence.input_ids) for sequence in encoded]
+    labels = [torch.full_like(row, IGNORED) for row in ids]
+    for row, row_labels, sequence in zip(ids, labels, encoded, strict=True):
+        for learned in _learned(sequence, objective):
+            row_labels[learned] = row[learned]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
+
+
+def _learned(encoded: Encoded, objective: str) -> list[slice]:
+    """The tokens that are learned; a scored sequence has no token for its answer."""
+    if objective == "lm":
+        return [slice(None)]
+    claims = [slice(span.start, span.stop) for span in encoded.spans if span.label]
+    answers = [slice(span.answer + 1, span.answer + 2) for span in encoded.spans]
+    return answers + (claims if objective == "answer+claim" else [])
 
 
 def training_batches(
@@ -163,25 +161,32 @@ def training_batches(
     seed: int,
     objective: str = "answer+claim",
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches for ever: `batch_size` sequences each, claims of one document together, reshuffled
-    every epoch by `seed`. The last of an epoch may have half as many. Raises: ValueError, when
-    there are fewer."""
-    check_items(items, batch_size, HALF)
+    """Endless batches of `batch_size` sequences, claims of one document together, reshuffled every
+    epoch by `seed`. The last batch of an epoch may be half as large. Raises: ValueError, when there
+    are fewer sequences."""
+    for groups in batched_sequences(items, batch_size, seed, HALF):
+        yield batch_encoded(
+            [encode_document(tokenizer, group, max_length) for group in groups], objective
+        )
+
+
+def batched_sequences(
+    items: Sequence[Item], batch_size: int, seed: int, share: int = 1
+) -> Iterator[list[list[Item]]]:
+    """Endless batches of `sequences`, reshuffled every epoch by `seed`; the last of an epoch is
+    left out unless it has a `share`-th of `batch_size`. Raises: ValueError, when none has."""
+    check_items(items, batch_size, share)
     rng = random.Random(seed)
     while True:
-        waiting: list[Encoded] = []
-        for group in sequences(items, rng):
-            waiting.append(encode_document(tokenizer, group, max_length))
-            if len(waiting) == batch_size:
-                yield batch_encoded(waiting, objective)
-                waiting = []
-        if waiting and len(waiting) * HALF >= batch_size:
-            yield batch_encoded(waiting, objective)
+        groups = sequences(items, rng)
+        for start in range(0, len(groups), batch_size):
+            batch = groups[start : start + batch_size]
+            if len(batch) * share >= batch_size:
+                yield batch
 
 
 def check_items(items: Sequence[Item], batch_size: int, share: int = 1) -> None:
-    """Raises: ValueError, when the items never make a batch, or a `share`-th of one where that is
-    enough."""
+    """Raises: ValueError, when the items never make a `share`-th of a batch."""
     if (count := len(sequences(items, random.Random(0)))) * share < batch_size:
         raise ValueError(
             f"batch_size is {batch_size}, and the {len(items)} items to train on make {count}"
@@ -192,22 +197,22 @@ def check_items(items: Sequence[Item], batch_size: int, share: int = 1) -> None:
 def check_room(
     tokenizer: BaichuanTokenizer, groups: Sequence[Sequence[Item]], max_length: int
 ) -> None:
-    """Raises: ValueError, when what is asked about a document, which is each group of items, leaves
-    it no room in `max_length`."""
+    """Raises: ValueError, when the claims or questions about a document (one group of items each)
+    leave it no room in `max_length`."""
     for group in groups:
         encode_document(tokenizer, [replace(item, doc="") for item in group], max_length)
 
 
 def sequences(items: Sequence[Item], rng: random.Random) -> list[list[Item]]:
-    """The items of each document together, CLAIMS_PER_SEQUENCE at most, in an order drawn from
+    """The items of each document together, at most CLAIMS_PER_SEQUENCE, in an order drawn from
     `rng`."""
     groups: dict[str, list[Item]] = {}
     for item in rng.sample(list(items), len(items)):
         groups.setdefault(item.group, []).append(item)
-    cut = [
+    parts = [
         group[i : i + CLAIMS_PER_SEQUENCE]
         for group in groups.values()
         for i in range(0, len(group), CLAIMS_PER_SEQUENCE)
     ]
-    rng.shuffle(cut)
-    return cut
+    rng.shuffle(parts)
+    return parts

@@ -1,8 +1,8 @@
 """FactCC's text transformations, on records whose slots are known, so that no tagger can be wrong.
 
 Kryscinski 2020, arXiv:1910.12840, section 3.1: entity, number, date and pronoun swap, negation,
-paraphrase, noise. There a tagger finds the spans; here the record says where they are. Each swap
-keeps the slot's distribution: the claim alone carries no information about its label.
+paraphrase, noise. There a tagger finds the spans; here the record holds them. Each swap keeps the
+slot's distribution: the claim alone carries no information about its label.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .grammar import DATES, NUMBERS, PRONOUNS
+from .grammar import PRONOUNS
 
 SWAPS = {
     "S": "entity_swap",
@@ -28,7 +28,7 @@ EVENT_SLOTS, ATTITUDE_SLOTS = "SPND", "SRX"
 
 @dataclass(frozen=True)
 class Record:
-    """What is true: one event and one attitude of one subject."""
+    """The facts of one subject: one event and one attitude. Fields are slots, see `grammar`."""
 
     S: str
     N: str
@@ -38,8 +38,8 @@ class Record:
     R: str
     X: str
 
-    def say(self, template: str) -> str:
-        """The record in the words of `template`."""
+    def sentence(self, template: str) -> str:
+        """`template` filled with the record's values, its first letter a capital."""
         text = template.format(**vars(self))
         return text[0].upper() + text[1:]
 
@@ -49,46 +49,44 @@ def swap(
     slot: str,
     slots: str,
     others: Sequence[Record],
-    pools: dict[str, Sequence[str]],
+    values: Sequence[str],
     extrinsic: bool,
     rng: random.Random,
 ) -> Record:
-    """`record` with a wrong value in `slot` of a sentence of `slots`: of another record of its
-    document (intrinsic), or from the pool and nowhere in the document (extrinsic), also where the
-    other record says the very same of its subject: the sentence would be true of that one. Negation
-    and pronouns, which have few values, take any other one."""
+    """`record` with a wrong value in `slot`, one of `values`, for a sentence that states `slots`.
+
+    An intrinsic value is that of another record of the same document (`others`), an extrinsic one
+    stands nowhere in the document. The value is also extrinsic where every other
+    record agrees in all remaining slots: with an intrinsic one the sentence would be true of that
+    record. Negation and pronouns have few values and take any other one.
+    """
     true = getattr(record, slot)
-    if slot in "XR":
-        return replace(
-            record, **{slot: rng.choice([value for value in pools[slot] if value != true])}
-        )
-    inside = [getattr(other, slot) for other in others]
-    outside = [value for value in pools[slot] if value != true and value not in inside]
-    wrong = [
-        getattr(other, slot)
-        for other in others
-        if any(getattr(other, name) != getattr(record, name) for name in slots if name != slot)
-    ]
-    return replace(record, **{slot: rng.choice(wrong if wrong and not extrinsic else outside)})
+    candidates = [value for value in values if value != true]
+    if slot not in "XR":
+        intrinsic = [
+            getattr(other, slot)
+            for other in others
+            if any(getattr(other, name) != getattr(record, name) for name in slots if name != slot)
+        ]
+        present = {getattr(other, slot) for other in others}
+        absent = [value for value in candidates if value not in present]
+        candidates = intrinsic if intrinsic and not extrinsic else absent
+    return replace(record, **{slot: rng.choice(candidates)})
 
 
-def pools(names: Sequence[str], places: Sequence[str]) -> dict[str, Sequence[str]]:
-    """Every slot's values, each drawn uniformly."""
-    return {"S": names, "P": places, "N": NUMBERS, "D": DATES, "R": PRONOUNS, "X": ("", "not ")}
+def add_noise(sentence: str, keep: str, rng: random.Random) -> str:
+    """Drop or double one word of `sentence`: FactCC's noise, which does not change the label.
 
-
-def noise(sentence: str, keep: str, rng: random.Random) -> str:
-    """One word outside `keep` (the slot under test), a name's slot or not, dropped or said twice:
-    FactCC's noise, which does not change the label. Each is as likely for consistent and
-    inconsistent claims."""
+    The word is in small letters and is neither `keep` (the slot under test), a pronoun nor "not".
+    Consistent and inconsistent claims are equally likely to be changed.
+    """
     words = sentence.split(" ")
-    loose = [
+    removable = [
         i
         for i, word in enumerate(words)
         if word.isalpha() and word.islower() and word not in (keep, "not", *PRONOUNS)
     ]
-    if not loose:
-        return sentence
-    index = rng.choice(loose)
-    words[index : index + 1] = [] if rng.random() < 0.8 else [words[index]] * 2
+    if removable:
+        index = rng.choice(removable)
+        words[index : index + 1] = [] if rng.random() < 0.8 else [words[index]] * 2
     return " ".join(words)

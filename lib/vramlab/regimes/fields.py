@@ -12,15 +12,15 @@ in `forbidden`, and what the model excludes where the value meets the model. All
 
 from __future__ import annotations
 
-import reprlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+from .. import reading
+from ..reading import quoted as quoted
+from ..reading import unknown as unknown
 
 
 class IllegalRegime(ValueError):
@@ -60,53 +60,13 @@ def field_types(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
-def fits(value: Any, annotation: Any) -> bool:
-    """Whether a field with this annotation may hold the value."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return fits(value, arguments[0]) and arguments[1].least <= value <= arguments[1].most
-    if origin is Literal:
-        return isinstance(value, str) and value in arguments
-    if origin is tuple:
-        items = value if isinstance(value, list | tuple) else ()
-        return bool(items) and all(fits(item, arguments[0]) for item in items)
-    kind = int | float if annotation is float else annotation
-    return isinstance(value, kind) and isinstance(value, bool) is (annotation is bool)
-
-
-def usable(annotation: Any) -> str:
-    """The values that a field with this annotation may hold, as text."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return f"{WORDS[arguments[0]]}, {arguments[1]}"
-    if origin is Literal:
-        return f"one of {', '.join(arguments)}"
-    return f"a list, each item {usable(arguments[0])}" if origin is tuple else WORDS[annotation]
-
-
-def quoted(value: Any) -> str:
-    """The value as Python writes it, shortened."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # Python prints no whole number of more than 4,300 digits
-        return "a number of thousands of digits"
-
-
-def unknown(names: Iterable[Any], known: Sequence[str], owner: str) -> list[str]:
-    """One sentence for each of `names` that `owner` does not have, with the nearest name that it
-    has."""
-    return [
-        f"{owner} has no {quoted(name)}: use"
-        f" {', '.join(get_close_matches(str(name)[:80], known, 1) or known) or 'no fields'}"
-        for name in names
-        if name not in known
-    ]
-
-
 def faults(kind: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """One sentence for each field of `kind` that may not hold its value in `values`."""
-    return [
-        f"{prefix}{name} is {quoted(value)}: use {usable(field_types(kind)[name])}"
-        for name, value in values.items()
-        if not fits(value, field_types(kind)[name])
+    """One sentence for each field of `kind` that may not hold its value in `values`. A list may not
+    be empty."""
+    hints = field_types(kind)
+    empty = [
+        name for name in values if values[name] in ([], ()) and get_origin(hints[name]) is tuple
+    ]
+    return reading.faults(values, hints, prefix) + [
+        f"{prefix}{name} is empty: use {reading.usable(hints[name])}" for name in empty
     ]

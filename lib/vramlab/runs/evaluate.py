@@ -27,7 +27,7 @@ def score(model: nn.Module, prepared: Prepared, progress: bool) -> pd.DataFrame:
     """Both scores of the model and those of every baseline, one row for each validation or test
     item."""
     items, length = prepared.data.val + prepared.data.test, prepared.params["max_length"]
-    rows = _rows(SCORED_TOKENS, length)
+    rows = _batch_rows(SCORED_TOKENS, length)
     with bar("score", len(items), progress) as scored, _products(prepared):
         frame = score_items(model, prepared.tokenizer, items, rows, length, scored.update)
     return frame.merge(baseline_scores(prepared.data.train, items), on="uid", validate="one_to_one")
@@ -38,7 +38,7 @@ def write(model: nn.Module, prepared: Prepared, progress: bool) -> tuple[list[It
     `written_claims.write_claims`."""
     items = written_claims.documents(prepared.data.test, prepared.params["generate"])
     tokenizer, length = prepared.tokenizer, prepared.params["max_length"]
-    rows = _rows(WRITTEN_TOKENS, length)
+    rows = _batch_rows(WRITTEN_TOKENS, length)
     with bar("write", len(items), progress) as done, _products(prepared):
         frame = written_claims.write_claims(model, tokenizer, items, rows, length, done.update)
     return items, frame
@@ -49,7 +49,7 @@ def _products(prepared: Prepared) -> AbstractContextManager:
     return prepared.regime.weights.compute(prepared.params["device"].partition(":")[0])
 
 
-def _rows(tokens: int, length: int) -> int:
+def _batch_rows(tokens: int, length: int) -> int:
     return min(64, max(1, tokens // length))
 
 

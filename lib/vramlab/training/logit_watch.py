@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..baichuan.model import NormHead
+from ..baichuan.head import NormHead
 
 
 class LogitWatch:

@@ -1,12 +1,12 @@
 """The base model: a small Baichuan-2 pre-trained by a recorded recipe, and known by the hash of
-what made it. That of the standard recipe ships with the project, so that it is the same on every
-machine; others are trained here once and kept.
+what made it. The one of the standard recipe ships with the project, so that it is the same on every
+machine; others are trained once and cached.
 
-Checking a claim against a document is looking things up, and a model from random weights does not
-find that out from yes/no answers: the gradient of a balanced data set is zero to first order. So
-the recipe teaches copying first, then to write and judge claims about documents, in made-up
-languages and then in the `general` domain (see `lessons`). Of news, law and medicine it meets
-single words in random order, never a sentence; they stay new.
+Checking a claim against a document is looking things up, and a model with random weights does not
+learn that from yes/no answers: the gradient of a balanced data set is zero to first order. So the
+recipe teaches copying first, then writing and judging claims about documents, in invented languages
+and then in the `general` domain (see `curriculum`). Of news, law and medicine the model sees single
+words in random order, never a sentence; these domains stay new.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,13 +30,14 @@ from ..generator import GeneratorConfig
 from .recipe import Reading, Recipe
 from .training import Base, extend_base, save_tokenizer, train_base
 
-SEEDS = "seeds.json"  # beside a shipped base: what other seeds and CPUs reach
+SEEDS = "seeds.json"
+"""Beside a shipped base: the scores of other seeds and CPUs."""
 
 
 def base_model(
     spec: ModelSpec, cache_dir: Path | str, recipe: Recipe | None = None, progress: bool = True
 ) -> Base:
-    """The base of `spec`: the shipped one where it is of this recipe, else from the cache, else
+    """The base of `spec`: the shipped one if it is of this recipe, else from the cache, else
     trained now. A damaged copy is named on standard error and replaced."""
     recipe = recipe or Recipe()
     logging.disable_progress_bar()  # transformers' own, over a millisecond of reading and writing
@@ -44,11 +46,8 @@ def base_model(
         lambda folder: write_base(spec, recipe, cache_dir, folder, progress),
     )
     model = BaichuanForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return (
-        model.eval(),
-        BaichuanTokenizer.from_pretrained(folder),
-        json.loads((folder / "recipe.json").read_text()),
-    )
+    record = json.loads((folder / "recipe.json").read_text())
+    return model.eval(), BaichuanTokenizer.from_pretrained(folder), record
 
 
 def write_base(
@@ -63,8 +62,8 @@ def write_base(
 
 
 def shipped_base(digest: str) -> Path | None:
-    """The folder of the shipped base whose recipe has this hash; None where none has, or where its
-    files are damaged, which is said on standard error."""
+    """The folder of the shipped base whose recipe has this hash; None if no intact one has it. A
+    damaged one is named on standard error."""
     for folder in sorted({path.parent for path in BASES.glob("[!.]*/*") if path.name != SEEDS}):
         if not intact(folder):
             print(
@@ -77,9 +76,21 @@ def shipped_base(digest: str) -> Path | None:
     return None
 
 
+@contextmanager
+def partial_folder(parent: Path) -> Iterator[Path]:
+    """A new folder inside `parent`, to be filled and moved to its final name; what is not moved is
+    removed."""
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(parent, ".partial-*")
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".partial-") as partial:
+        folder = Path(partial, "whole")
+        folder.mkdir()
+        yield folder
+
+
 def _cached(folder: Path, fill: Callable[[Path], object]) -> Path:
-    """`folder`, whose files `fill` writes unless they are there and intact. Written whole or not at
-    all, so a run cut short leaves nothing to trip over."""
+    """`folder`, whose files `fill` writes unless they exist and are intact. It is written whole or
+    not at all, so an interrupted run leaves nothing behind."""
     if intact(folder):
         return folder
     if folder.exists():
@@ -88,11 +99,7 @@ def _cached(folder: Path, fill: Callable[[Path], object]) -> Path:
             file=sys.stderr,
         )
         shutil.rmtree(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale(folder.parent, ".partial-*")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
-        whole = Path(partial, "whole")
-        whole.mkdir()
+    with partial_folder(folder.parent) as whole:
         fill(whole)
         seal(whole)
         if not folder.exists():  # another process may have been faster
@@ -101,8 +108,8 @@ def _cached(folder: Path, fill: Callable[[Path], object]) -> Path:
 
 
 def random_model(spec: ModelSpec, cache_dir: Path | str, seed: int) -> Base:
-    """Random weights, as the config initialises them, and the tokenizer of every base of that
-    vocabulary, from the cache or made now: what pre-training begins with."""
+    """The starting point of pre-training: random weights, as the config initialises them, and the
+    tokenizer that all bases of that vocabulary share, from the cache or trained now."""
     size = spec.config.vocab_size
     content = json.dumps({"vocabulary": size, "generator": GeneratorConfig().hash()})
     folder = _cached(

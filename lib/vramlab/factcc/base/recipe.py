@@ -13,13 +13,13 @@ from ..generator import GeneratorConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the base is made. Steps of each stage, their learning rates and batch sizes; everything
-    is in the hash."""
+    """Steps of each stage, their learning rates and batch sizes. Every field is in the hash."""
 
     copy_steps: int = 900
-    """At most; the stage ends when copying is learned, which happens all at once after 250 to 350
+    """At most; the stage ends when copying is learned, which happens suddenly after 250 to 350
     steps."""
     copy_until: float = 0.12
+    """Mean loss of twenty steps below which copying counts as learned."""
     copy_lr: float = 4e-3
     drill_batch: int = 32
     echo_steps: int = 300
@@ -27,26 +27,26 @@ class Recipe:
     general_steps: int = 4400
     lr: float = 3e-3
     answer_weight: float = 1.0
-    """With less than 1 for answers and agreement, the judging of claims, which is learned last, is
-    cut off half-way: what a base then reaches hangs on its seed and on the CPU."""
+    """With less than 1 for answers and agreement, training stops in the middle of learning to judge
+    claims, which comes last: the result then depends on the seed and the CPU."""
     agrees_weight: float = 1.0
     average_steps: int = 400
-    """The base is the mean of the weights after each of the last stage's last so many steps; 0 is
-    the last weights alone."""
+    """The base is the mean of the weights after each of this many last steps of the last stage; 0
+    takes the last weights alone."""
     embedding_std: float = 0.4
-    """Embeddings begin this wide: Adam moves every weight by its learning rate, and narrow ones
-    would be new each step, too unsteady for attention to learn to find a token again."""
+    """Width of the initial embeddings: Adam moves every weight by its learning rate, so narrow ones
+    would change too much per step for attention to learn to find a token again."""
     batch: int = 16
     seed: int = 0
     documents: int = 16000
     held_out: tuple[int, int] = (500, 1000)
-    """General items, of documents it never saw, that choose its thresholds and that it is scored
-    on."""
+    """General items, of documents outside its training, that choose its thresholds and that it is
+    scored on."""
 
     @staticmethod
     def named(name: str) -> Recipe:
-        """`standard`; `reading`, which goes on from it; or `smoke`, a few steps of each stage, for
-        tests: it knows nothing."""
+        """`standard`; `reading`, which continues it; or `smoke`, a few steps of each stage for
+        tests, whose model has learned nothing."""
         known = {
             "standard": Recipe(),
             "reading": Reading(),
@@ -69,6 +69,7 @@ class Recipe:
         return known[name]
 
     def hash(self, spec: ModelSpec) -> str:
+        """The identity of the base that this recipe makes of `spec`."""
         content = {
             "recipe": asdict(self),
             "model": spec.fingerprint(),
@@ -80,11 +81,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Reading(Recipe):
-    """Goes on from `standard`: questions on general passages, for who fine-tunes on questions of
-    another domain. First short passages, then those of several lengths, as many tokens a batch."""
+    """Continues `standard` with questions on general passages, for fine-tuning on questions of
+    another domain. Short passages come first, then several lengths, with as many tokens in a
+    batch."""
 
     lr: float = 1.5e-3
     question_steps: int = 400
     length_steps: int = 240
     records: tuple[int, ...] = (2, 5, 8)
-    """Of a passage, by turns. 8 make a sequence of some 260 tokens; longer ones stay unknown."""
+    """Records per passage, in turn. 8 make a sequence of about 260 tokens; the model never sees
+    longer ones."""

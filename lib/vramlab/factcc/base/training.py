@@ -1,13 +1,13 @@
-"""The training of a base model, stage by stage, see `lessons` for what each teaches."""
+"""The training of a base model, stage by stage; see `curriculum` for what each stage teaches."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,17 +28,17 @@ from .curriculum import checked_batches, copies, echoes, invented_items
 from .recipe import Reading, Recipe
 
 Base = tuple[BaichuanForCausalLM, BaichuanTokenizer, dict]
-"""A model in evaluation mode, its tokenizer, and the record of how it was made and what it
-reached."""
+"""A model in evaluation mode, its tokenizer, and the record of its training and its scores."""
+Stage = tuple[str, Schedule, float, Iterator[dict]]
+"""Name, learning rates, the loss at which the stage ends early (0: never), batches."""
 SPACE = "\u2581"
-"""How SentencePiece spells a space."""
+"""SentencePiece's spelling of a space."""
 
 
 def save_tokenizer(folder: Path, size: int) -> None:
     """Train the tokenizer of every base with a vocabulary of `size` pieces, and write it into
     `folder`."""
-    with tempfile.TemporaryDirectory() as scratch:
-        _tokenizer(Path(scratch), _vocabulary(), size).save_pretrained(folder)
+    _tokenizer(folder, _vocabulary(), size).save_pretrained(folder)
 
 
 def train_base(spec: ModelSpec, recipe: Recipe, folder: Path, progress: bool) -> None:
@@ -50,67 +50,49 @@ def train_base(spec: ModelSpec, recipe: Recipe, folder: Path, progress: bool) ->
     model = BaichuanForCausalLM(spec.config)
     with torch.no_grad():
         model.model.embed_tokens.weight.normal_(0.0, recipe.embedding_std)
-    loss, losses = _Loss(model, recipe, tokenizer), {}
-    for name, schedule, until, batches in _stages(recipe, tokenizer, words):
-        average_steps = recipe.average_steps if name == "general" else 0
-        losses[name] = _train(model, batches, schedule, name, progress, until, loss, average_steps)
-    loss.handle.remove()
-    record = {"stages": losses, **_reached(model, tokenizer, generate_items, recipe)}
-    _keep(model, tokenizer, folder, record, recipe.hash(spec), recipe)
+    record = {"recipe": asdict(recipe), "hash": recipe.hash(spec)}
+    record["stages"] = _train_stages(
+        model, tokenizer, recipe, _stages(recipe, tokenizer, words), progress
+    )
+    _save((model, tokenizer, record), generate_items, recipe, folder)
 
 
 def extend_base(
     spec: ModelSpec, recipe: Reading, start: Base, folder: Path, progress: bool
 ) -> None:
-    """Go on from the base `start` by the stages of `recipe`; write as `train_base` does."""
+    """Continue from the base `start` by the stages of `recipe`; write as `train_base` does."""
     model, tokenizer, before = start
-    loss, losses = _Loss(model, recipe, tokenizer), before["stages"]
-    for name, steps, records in (
-        ("questions", recipe.question_steps, recipe.records[:1]),
-        ("lengths", recipe.length_steps, recipe.records),
-    ):
-        batches = _questions(tokenizer, recipe, steps, records)
-        losses[name] = _train(model, batches, Schedule(recipe.lr, steps), name, progress, 0.0, loss)
-    loss.handle.remove()
-    record = {
-        "from": before["hash"],
-        "stages": losses,
-        **_reached(model, tokenizer, generate_questions, recipe),
-    }
-    _keep(model, tokenizer, folder, record, recipe.hash(spec), recipe)
+    stages = (
+        (name, Schedule(recipe.lr, steps), 0.0, _questions(tokenizer, recipe, steps, records))
+        for name, steps, records in (
+            ("questions", recipe.question_steps, recipe.records[:1]),
+            ("lengths", recipe.length_steps, recipe.records),
+        )
+    )
+    record = {"recipe": asdict(recipe), "hash": recipe.hash(spec), "from": before["hash"]}
+    record["stages"] = before["stages"] | _train_stages(model, tokenizer, recipe, stages, progress)
+    _save((model, tokenizer, record), generate_questions, recipe, folder)
 
 
 def _questions(
     tokenizer: BaichuanTokenizer, recipe: Reading, steps: int, records: Sequence[int]
 ) -> Iterator[dict]:
-    """Batches of passages of so many records by turns, none of them seen twice; three questions are
-    as long as four records."""
+    """Batches of passages with each number of records in turn, none seen twice. Batches have equal
+    tokens: three questions are as long as four records."""
     streams = []
     for count in records:
         size = max(1, round(recipe.batch * (recipe.records[0] + 4) / (count + 4)))
-        items = generate_questions(
-            "general",
-            "train",
-            -(-steps // len(records)) * size * QUESTIONS_PER_PASSAGE,
-            recipe.seed,
-            config=QuestionConfig(count, questions=QUESTIONS_PER_PASSAGE),
-        )
+        questions = -(-steps // len(records)) * size * QUESTIONS_PER_PASSAGE
+        config = QuestionConfig(count, questions=QUESTIONS_PER_PASSAGE)
+        items = generate_questions("general", "train", questions, recipe.seed, config=config)
         streams.append(checked_batches(tokenizer, items, size, recipe.seed))
     return (next(stream) for stream in itertools.cycle(streams))
 
 
-def _keep(
-    model: BaichuanForCausalLM,
-    tokenizer: BaichuanTokenizer,
-    folder: Path,
-    record: dict,
-    digest: str,
-    recipe: Recipe,
-) -> None:
-    record = {
-        "recipe": asdict(recipe),
-        "hash": digest,
-        **record,
+def _save(base: Base, generate: Callable[..., list[Item]], recipe: Recipe, folder: Path) -> None:
+    """Score the base on held-out items of `generate`, and write model, tokenizer and record."""
+    model, tokenizer, record = base
+    record |= _scores(model, tokenizer, generate, recipe) | {
         "parameters": sum(p.numel() for p in model.parameters()),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -124,7 +106,7 @@ def _keep(
 
 def _vocabulary() -> list[str]:
     """Every word that a document or claim of any domain and shift can hold. A vocabulary says
-    nothing about labels, and the published one has seen every word too."""
+    nothing about labels, and the published one has every word too."""
     texts = (
         f"{item.doc} {item.claim}"
         for domain, shift in itertools.product(DOMAINS, ("none", "mild", "moderate"))
@@ -134,67 +116,63 @@ def _vocabulary() -> list[str]:
 
 
 def _tokenizer(folder: Path, words: list[str], size: int) -> BaichuanTokenizer:
-    """One piece a word, so that a name is looked up in one step; all else is merged from the words'
-    letters."""
+    """One piece per word, so that a name is looked up in one step; other pieces are merged from the
+    words' letters."""
+    texts = [*words * 20, *["yes", "no"] * 400]
     pieces = [CLAIM, SPACE, *(SPACE + word for word in words)]
-    return BaichuanTokenizer(
-        str(
-            train_tokenizer(
-                [*words * 20, *["yes", "no"] * 400], folder / "tokenizer.model", size, pieces
-            )
-        )
-    )
+    return BaichuanTokenizer(str(train_tokenizer(texts, folder / "tokenizer.model", size, pieces)))
 
 
-def _stages(
-    recipe: Recipe, tokenizer: BaichuanTokenizer, words: list[str]
-) -> Iterator[tuple[str, Schedule, float, Iterator[dict]]]:
+def _stages(recipe: Recipe, tokenizer: BaichuanTokenizer, words: list[str]) -> Iterator[Stage]:
+    """The stages of a base that is trained from random weights."""
     ids = torch.tensor([tokenizer.sp.piece_to_id(SPACE + word) for word in words])
-    yield (
-        "copy",
-        Schedule(recipe.copy_lr, recipe.copy_steps, floor=1.0),
-        recipe.copy_until,
-        copies(ids, recipe.drill_batch, recipe.seed),
-    )
-    yield (
-        "echo",
-        Schedule(recipe.copy_lr, recipe.echo_steps),
-        0.0,
-        echoes(ids, recipe.drill_batch, recipe.seed),
-    )
+    schedule = Schedule(recipe.copy_lr, recipe.copy_steps, floor=1.0)
+    yield "copy", schedule, recipe.copy_until, copies(ids, recipe.drill_batch, recipe.seed)
+    schedule = Schedule(recipe.copy_lr, recipe.echo_steps)
+    yield "echo", schedule, 0.0, echoes(ids, recipe.drill_batch, recipe.seed)
     invented = invented_items(words, recipe.documents // 3, recipe.seed)
-    yield (
-        "invented",
-        Schedule(recipe.lr, recipe.invented_steps),
-        0.0,
-        checked_batches(tokenizer, invented, recipe.batch, recipe.seed),
-    )
     general = generate_items(
         "general", "train", 4 * recipe.documents, recipe.seed, config=GeneratorConfig(claims=4)
     )
-    # a quarter stays invented: looking up must not come to hang on the one domain's phrases
-    yield (
-        "general",
-        Schedule(recipe.lr, recipe.general_steps),
-        0.0,
-        checked_batches(tokenizer, general + invented, recipe.batch, recipe.seed),
-    )
+    for name, steps, items in (
+        ("invented", recipe.invented_steps, invented),
+        # a quarter stays invented: looking up must not depend on the one domain's phrases
+        ("general", recipe.general_steps, general + invented),
+    ):
+        batches = checked_batches(tokenizer, items, recipe.batch, recipe.seed)
+        yield name, Schedule(recipe.lr, steps), 0.0, batches
+
+
+def _train_stages(
+    model: BaichuanForCausalLM,
+    tokenizer: BaichuanTokenizer,
+    recipe: Recipe,
+    stages: Iterable[Stage],
+    progress: bool,
+) -> dict[str, dict]:
+    """Train one stage after the other; the record of each by name. Only `general` ends with
+    averaged weights."""
+    loss_of, records = partial(_loss, model, recipe, answer_ids(tokenizer)), {}
+    for stage in stages:
+        average_steps = recipe.average_steps if stage[0] == "general" else 0
+        records[stage[0]] = _train(model, loss_of, stage, average_steps, progress)
+    return records
 
 
 def _train(
     model: BaichuanForCausalLM,
-    batches: Iterator[dict],
-    schedule: Schedule,
-    name: str,
-    progress: bool,
-    until: float,
     loss_of: Callable[[dict], Tensor],
-    average_steps: int = 0,
+    stage: Stage,
+    average_steps: int,
+    progress: bool,
 ) -> dict:
-    """AdamW, gradients clipped to norm 1, for the schedule's steps or until the last twenty losses'
-    mean is below `until`. The model then has the mean of its weights after each of the last
-    `average_steps` steps; 0: the last weights. Returns how many steps it took, the first and last
-    loss, and the CPU time."""
+    """AdamW with gradients clipped to norm 1, for the schedule's steps or until the mean of the
+    last twenty losses is below `until`.
+
+    The model then has the mean of its weights after each of the last `average_steps` steps; with 0
+    the last weights. Returns the number of steps, the first and last loss, and the CPU time.
+    """
+    name, schedule, until, batches = stage
     began = time.process_time()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=schedule.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
@@ -202,7 +180,7 @@ def _train(
     weights, losses = list(model.parameters()), []
     means = [weight.detach().clone() for weight in weights]
     model.train()
-    with bar(f"base: {name}", schedule.steps, progress) as shown:
+    with bar(f"base: {name}", schedule.steps, progress) as progress_bar:
         for step, batch in enumerate(itertools.islice(batches, schedule.steps)):
             optimizer.param_groups[0]["lr"] = schedule.at(step)
             loss = loss_of(batch)
@@ -211,7 +189,7 @@ def _train(
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(loss.detach()))
-            shown.update(1)
+            progress_bar.update(1)
             averaged = max(1, step + 1 - (schedule.steps - average_steps))
             with torch.no_grad():
                 torch._foreach_lerp_(means, weights, 1 / averaged)
@@ -228,62 +206,57 @@ def _train(
     }
 
 
-class _Loss:
-    """What a batch costs: of drills, the mean over their tokens; of claims, the weighted sum of
+def _loss(
+    model: BaichuanForCausalLM, recipe: Recipe, answers: tuple[int, int], batch: dict[str, Tensor]
+) -> Tensor:
+    """The loss of a batch: of drills, the mean over their tokens; of claims, the weighted sum of
     three means.
 
-    The words of true claims; the answers; and, at each word of a claim, whether it still agrees
-    with the document, read as yes or no from what enters the last block, which is then left to
-    carry it to where the answer is given.
+    These are the cross-entropy of the words of true claims, that of the answers and, at each word
+    of a claim, the binary cross-entropy of whether it still agrees with the document. The last is
+    read as yes or no from the input of the last block, which then only has to carry it to the
+    position where the answer is given. `answers` are the ids of no and yes.
     """
-
-    def __init__(self, model: BaichuanForCausalLM, recipe: Recipe, tokenizer: BaichuanTokenizer):
-        self.model, self.recipe, (self.no, self.yes) = model, recipe, answer_ids(tokenizer)
-        self.entering: Tensor | None = None
-        self.handle = model.model.layers[-1].register_forward_pre_hook(self._keep)
-
-    def _keep(self, _, inputs: tuple) -> None:
-        self.entering = inputs[0]
-
-    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
-        if "agrees" not in batch:
-            return self.model(**batch, use_cache=False).loss
-        logits = self.model(batch["input_ids"], batch["attention_mask"], use_cache=False).logits
-        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        each = F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
-        ).view(labels.shape)
-        answers = batch["input_ids"] == ASSISTANT_ID
-        words = (labels != IGNORED) & ~answers
-        head = self.model.lm_head.rows(self.model.lm_head.weight)
-        leaning = self.model.model.norm(self.entering) @ (head[self.yes] - head[self.no])
-        known = ~batch["agrees"].isnan()
-        agrees = F.binary_cross_entropy_with_logits(leaning[known], batch["agrees"][known])
-        return (
-            each[words].mean()
-            + self.recipe.answer_weight * each[answers].mean()
-            + self.recipe.agrees_weight * agrees
-        )
+    if "agrees" not in batch:
+        return model(**batch, use_cache=False).loss
+    output = model(
+        batch["input_ids"], batch["attention_mask"], use_cache=False, output_hidden_states=True
+    )
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    losses = F.cross_entropy(
+        output.logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
+    ).view(labels.shape)
+    at_answers = batch["input_ids"] == ASSISTANT_ID
+    at_words = (labels != IGNORED) & ~at_answers
+    no, yes = answers
+    head = model.lm_head.rows(model.lm_head.weight)
+    yes_over_no = model.model.norm(output.hidden_states[-2]) @ (head[yes] - head[no])
+    known = ~batch["agrees"].isnan()
+    agrees = F.binary_cross_entropy_with_logits(yes_over_no[known], batch["agrees"][known])
+    return (
+        losses[at_words].mean()
+        + recipe.answer_weight * losses[at_answers].mean()
+        + recipe.agrees_weight * agrees
+    )
 
 
-def _reached(
+def _scores(
     model: BaichuanForCausalLM,
     tokenizer: BaichuanTokenizer,
-    make: Callable[..., list[Item]],
+    generate: Callable[..., list[Item]],
     recipe: Recipe,
 ) -> dict:
-    """`general`: balanced accuracy by scoring, on the recipe's held-out items of the general
-    domain, thresholds from others; `intervals`: their 95 % intervals over documents; `items`: how
+    """`general`: balanced accuracy by scoring on the recipe's held-out items of the general domain,
+    with thresholds from others; `intervals`: their 95 % intervals over documents; `items`: how
     many."""
     items = [
         item
         for split, count in zip(("val", "test"), recipe.held_out, strict=True)
-        for item in make("general", split, count, 1)
+        for item in generate("general", split, count, 1)
     ]
-    rows = summarise(score_items(model, tokenizer, items, 64, 512))
-    rows = rows[
-        rows["metric"].eq("balanced_accuracy") & rows["scoring"].isin(MODEL_SCORINGS)
-    ].set_index("scoring")
+    table = summarise(score_items(model, tokenizer, items, 64, 512))
+    accuracy = table["metric"].eq("balanced_accuracy") & table["scoring"].isin(MODEL_SCORINGS)
+    rows = table[accuracy].set_index("scoring")
     return {
         "general": rows["value"].to_dict(),
         "intervals": {name: [row.low, row.high] for name, row in rows.iterrows()},

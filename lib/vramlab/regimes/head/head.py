@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...baichuan.model import NormHead
+from ...baichuan.head import NormHead
 from ...observer import Observer
 from ..until.row_protocol import TakesRows
 from .chunked_logits import LoadRows, Options, rows_on_device

@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...baichuan.model import NormHead, decoder
+from ...baichuan.head import NormHead
+from ...baichuan.model import decoder
 from ...observer import Observer, recomputing
 from ..fields import Count
 from ..head.head import FusedLoss

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...baichuan.model import decoder, next_labels
+from ...baichuan.head import next_labels
+from ...baichuan.model import decoder
 from ...observer import recomputing
 from ..fields import Count, IllegalRegime, Width
 from .parts import All, Part, whole

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...baichuan.model import NormHead
+from ...baichuan.head import NormHead
 from ..until.row_protocol import TakesRows, feed, spans
 
 TAKEN_BYTES = 32 << 20

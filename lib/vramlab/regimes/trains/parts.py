@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...baichuan.model import BaichuanRMSNorm, decoder, next_labels
+from ...baichuan.head import next_labels
+from ...baichuan.model import BaichuanRMSNorm, decoder
 from ..fields import Count, CountOrNone, IllegalRegime, Range, Seed
 from .leaves import Leaf, divisible
 
