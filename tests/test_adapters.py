@@ -12,7 +12,7 @@ from micro import batch, model, train
 from test_laws import _saved_bytes
 from vramlab.capture.meter import Meter
 from vramlab.regimes.regime import IllegalRegime, read_row
-from vramlab.regimes.trains.adapters import _peft, link
+from vramlab.regimes.trains.adapters import _seeded_peft, link
 from vramlab.regimes.weights.quantized_linear import Int8Linear, Nf4Linear, Product, dynamic_codes
 from vramlab.timeline.sides import side, sides
 from vramlab.training.trainer import Schedule, Trainer
@@ -50,7 +50,7 @@ def test_lora_is_pefts(fields):
         target_modules=["W_pack", "o_proj", "gate_proj", "up_proj", "down_proj"],
     )
     base = model()
-    with _peft(seed=0):  # the trainer's, so that A is drawn alike
+    with _seeded_peft(seed=0):  # the trainer's, so that A is drawn alike
         reference = get_peft_model(base, config)
     leaves = [p for p in reference.parameters() if p.requires_grad]
     optimizer, schedule = torch.optim.AdamW(leaves, weight_decay=0.0), Schedule(1e-2, 4)
