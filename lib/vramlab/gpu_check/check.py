@@ -12,7 +12,7 @@ from pathlib import Path
 from subprocess import DEVNULL
 from types import ModuleType
 
-from ..capture.oom import words
+from ..capture.oom import to_text
 from ..cards import Card
 from ..files import recall, write_whole
 from ..forecast.what_fits import limited, what_fits
@@ -192,7 +192,7 @@ class Check:
         write_whole(self.out / "summary.json", json.dumps(summary, indent=1))
         for cell, result in results:
             if "oom" in result:
-                print(f"\n{cell.name}: {words(result['oom'])}")
+                print(f"\n{cell.name}: {to_text(result['oom'])}")
         due = len(cells) - len(results)
         if due:
             print(

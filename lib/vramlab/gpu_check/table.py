@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from ..cards import Card
-from ..timeline import agreement
+from ..timeline import accuracy
+from ..timeline.accuracy import PEAKS, TOLERANCE, peak_error
 from .plan import Cell
 
 GIB = 2**30
@@ -23,8 +24,8 @@ def build_table(results: Sequence[tuple[Cell, Mapping]], card: Card | None) -> p
         _row(cell, result, card, tokens_per_s.get(Cell("peer", cell.question).name))
         for cell, result in results
     ]
-    errors = agreement.errors(rows).drop(columns="regime").add_suffix("_error")
-    return pd.DataFrame(rows).join(errors)
+    errors = [{f"{name}_error": peak_error(row, name) for name in PEAKS} for row in rows]
+    return pd.DataFrame(rows).join(pd.DataFrame(errors))
 
 
 def _row(cell: Cell, result: Mapping, card: Card | None, peer_tokens_per_s: float | None) -> dict:
@@ -66,7 +67,7 @@ def _mfu(forecast: Mapping, result: Mapping, card: Card | None) -> float | None:
 
 
 def summarise(table: pd.DataFrame) -> dict:
-    """`agreement.summary` of the cells that measured a row: errors of each peak, and how many were
+    """`accuracy.summary` of the cells that measured a row: errors of each peak, and how many were
     refused or promised falsely."""
     measured_fits = {"ok": True, "oom": False}
     rows = [
@@ -74,7 +75,7 @@ def summarise(table: pd.DataFrame) -> dict:
         for row in table.to_dict("records")
         if row["does"] == "measure"
     ]
-    return {"cells": len(table), **agreement.summary(rows)}
+    return {"cells": len(table), **accuracy.summary(rows)}
 
 
 def to_line(cell: Cell, result: Mapping) -> str:
@@ -109,7 +110,7 @@ def to_text(table: pd.DataFrame, summary: Mapping, machine: Mapping, card: Card 
         on_purpose = " (on purpose)" if row["on_purpose"] and row["outcome"] == "oom" else ""
         values = [to_cell(column, row[column]) for _, column in COLUMNS]
         lines.append(f"| {' | '.join([row['cell'], row['outcome'] + on_purpose, *values])} |")
-    lines += [f"{name} peak: {_errors_to_text(summary[name])}" for name in agreement.PEAKS]
+    lines += [f"{name} peak: {_errors_to_text(summary[name])}" for name in PEAKS]
     for name, population in RATES:
         rate = summary["fits"][name]
         share = "N/A" if rate is None else f"{rate:.0%}"
@@ -126,7 +127,7 @@ def _errors_to_text(errors: Mapping) -> str:
         return "N/A, nothing measured"
     return (
         f"median error {errors['median_error']:.3%}, worst {errors['worst_error']:.3%}, under by"
-        f" more than {agreement.TOLERANCE:.1%} {errors['under_rate_beyond']:.0%},"
+        f" more than {TOLERANCE:.1%} {errors['under_rate_beyond']:.0%},"
         f" n = {errors['n']}"
     )
 

@@ -28,7 +28,7 @@ def summary(rows: Iterable[Mapping]) -> dict:
     runs to compute a figure from.
     """
     rows = list(rows)
-    figures: dict = {name: _spread([_error(row, name) for row in rows]) for name in PEAKS}
+    figures: dict = {name: _spread([peak_error(row, name) for row in rows]) for name in PEAKS}
     outcomes = [(row.get("predicted_fits"), row.get("measured_fits")) for row in rows]
     known = [pair for pair in outcomes if pair[0] is not None and pair[1] is not None]
     ran = [predicted for predicted, fits in known if fits is True]
@@ -41,7 +41,9 @@ def summary(rows: Iterable[Mapping]) -> dict:
     return figures
 
 
-def _error(row: Mapping, name: str) -> float:
+def peak_error(row: Mapping, name: str) -> float:
+    """The signed error of one of `PEAKS` of a run, see `summary`; NaN where one figure is
+    missing."""
     predicted, measured = (row.get(f"{kind}_{name}_bytes") for kind in ("predicted", "measured"))
     return predicted / measured - 1 if predicted is not None and measured else float("nan")
 
