@@ -41,7 +41,7 @@ class Fp32:
         no bf16 units, see `bf16_on_cpu`.
         """
         low = self.gathered or self.dtype
-        rounds = low == torch.float16 or (low == torch.bfloat16 and needed()[0])
+        rounds = low == torch.float16 or (low == torch.bfloat16 and needs_fp32_products()[0])
         return halves_formed_in_fp32() if device_type == "cpu" and rounds else nullcontext()
 
     def forward(self, device_type: str) -> AbstractContextManager:
