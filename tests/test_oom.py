@@ -66,7 +66,7 @@ def test_a_device_one_segment_too_small_refuses_the_step_and_one_that_is_enough_
     enough = peak_reserved(row)
     unhindered = Ceiling(enough)
     step_under(unhindered, row)
-    assert unhindered.allocator.peak_reserved_bytes <= enough
+    assert unhindered.allocator.reserved_bytes <= enough
     with pytest.raises(RanOut) as caught:
         step_under(Ceiling(enough // 2), row)
     found = caught.value.record

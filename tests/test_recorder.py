@@ -199,7 +199,9 @@ def test_what_a_library_took_for_good_is_a_workspace_and_what_nobody_declared_ha
 
 def test_without_cuda_it_says_what_to_use(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="the recorder needs CUDA.*use memory.meter.Meter"):
+    with pytest.raises(
+        ValueError, match="the recorder needs CUDA.*use vramlab.capture.meter.Meter"
+    ):
         Recorder()
     assert type(watching("cpu")).__name__ == "Meter"
 

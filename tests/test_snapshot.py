@@ -11,6 +11,8 @@ import os
 import pickle
 import random
 import struct
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -384,6 +386,19 @@ def test_a_late_recording_says_what_was_reserved_before(tmp_path):
         == "exact: recorded and simulated reserved bytes agree after each of 2 events;"
         f" {found.note}"
     )
+
+
+def test_the_command_imports_neither_torch_nor_pandas(tmp_path):
+    path = _dumped(tmp_path, _recorded().dump())
+    code = (
+        "import sys\nfrom vramlab.cli import main\n"
+        "assert main(['replay', sys.argv[1]]) == 0\n"
+        "print({'torch', 'transformers', 'pandas'} & set(sys.modules))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.splitlines()[-1] == "set()"
 
 
 def test_a_trace_of_entries_that_move_nothing_is_refused(tmp_path):

@@ -7,9 +7,8 @@ Not exact: of a block that was in use at the beginning and freed later only the 
 recorded. Its rounded size is computed, and a rest too small to have been split off is added: all of
 a small gap, and of a large one the part before the first block that was allocated in it, if there
 is one. Expandable ranges of a pool are taken for a single segment, which begins at the lowest
-address that the trace has of it. Whether a returned range belonged to the small or the large pool is
-inferred from its size, or where the size does not decide from the nearest known address of its
-stream.
+address that the trace has of it. Whether a returned range belonged to the small pool is inferred
+from its size, or where the size does not decide from the nearest known address of its stream.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class CudaHistory:
         if not torch.cuda.is_available():
             raise ValueError(
                 "the recorder needs CUDA, and torch sees none here (`vramlab doctor` says why): "
-                "on a CPU use capture.meter.Meter"
+                "on a CPU use vramlab.capture.meter.Meter"
             )
         index = torch.device(device).index
         self.device = torch.cuda.current_device() if index is None else index

@@ -41,8 +41,8 @@ PREFIX = "vramlab:"  # of a mark's number in an entry's metadata
 
 @dataclass(frozen=True)
 class Mark:
-    """A moment at which something changed. `span` counts stretches of the same phase; `time_us` is since
-    the epoch."""
+    """A moment at which something changed. `span` counts stretches of the same phase; `time_us` is
+    since the epoch."""
 
     step: int
     phase: str
