@@ -198,7 +198,7 @@ def checked(
         raise BadFile(
             f"{where}: its whole content is {quoted(content)}: use a mapping from names to values"
         )
-    reasons = [f"it needs {name}" for name in needed if name not in content]
+    reasons = [f"no {name}, which it needs" for name in needed if name not in content]
     reasons += [] if others else unknown(content, list(hints), "it")
     reasons += faults(content, hints)
     if reasons:
