@@ -79,7 +79,7 @@ def test_plan_has_every_combination_once(tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"speed": 1}, "may have name"),
+        ({"speed": 1}, "no 'speed': use name"),
         ({"runs": {"a": {"grid": {"seed": []}}}, "pairs": {}}, "give a list"),
         ({"runs": {"a": {"grid": {"stepps": [1]}}}, "pairs": {}}, "unknown parameter 'stepps'"),
         ({"pairs": {"x": {"arm": "nowhere", "one": {}, "other": {}, "equal": "tokens"}}}, "no arm"),

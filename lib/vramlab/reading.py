@@ -120,7 +120,7 @@ def read_yaml(path: Path | str) -> dict:
     ) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        cause = error.problem if mark else str(error).partition("\n")[0]
+        cause = str(getattr(error, "problem", None) or error).partition("\n")[0]
         raise BadFile(f"{path}{line} is not YAML of plain data: {cause}") from None
     return checked(content, {}, str(path), others=True)
 
@@ -198,7 +198,7 @@ def checked(
         raise BadFile(
             f"{where}: its whole content is {quoted(content)}: use a mapping from names to values"
         )
-    reasons = [f"it needs {name}" for name in needed if name not in content]
+    reasons = [f"no {name}, which it needs" for name in needed if name not in content]
     reasons += [] if others else unknown(content, list(hints), "it")
     reasons += faults(content, hints)
     if reasons:

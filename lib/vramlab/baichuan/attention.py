@@ -109,7 +109,7 @@ def attention_bias(
     if config.position == "rope" and mask is None and queries == keys:
         return None
     visible = allowed(mask, queries, keys, device)
-    if config.position == "rope":
+    if config.position == "rope" or slopes is None:
         return visible
     row = torch.arange(keys - queries, keys, device=device, dtype=torch.float32)[:, None]
     distance = torch.arange(keys, device=device, dtype=torch.float32)[None, :] - row

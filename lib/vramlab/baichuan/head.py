@@ -58,6 +58,7 @@ class AppliedHead(nn.Module):
     peft, which looks for the module that equals the output embeddings, saves the head's parameter.
     """
 
+    head: NormHead
     bias = None
     __hash__ = nn.Module.__hash__
 

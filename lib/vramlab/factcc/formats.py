@@ -33,7 +33,7 @@ def parse_object(line: bytes, number: int) -> dict:
     try:
         row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair cannot be written
-    except UnicodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise BadFile(f"not UTF-8: {error.reason}, at byte {error.start + 1} of the line") from None
     except (ValueError, RecursionError) as error:
         raise BadFile(
@@ -108,9 +108,10 @@ def _story(filepath: str, stories: Path | str | None, absent: set[str]) -> str:
     name = Path(filepath)
     if stories and (name.is_absolute() or ".." in name.parts):
         raise BadFile(f"story {filepath} leaves the folder of the stories")
-    for path in (name, Path(*name.parts[1:]), name.name) if stories else ():
-        if Path(stories, path).is_file():
-            return story_text(read_text(Path(stories, path)))
+    parts = (name, Path(*name.parts[1:]), name.name)
+    for path in [Path(stories, part) for part in parts] if stories else []:
+        if path.is_file():
+            return story_text(read_text(path))
     absent.add(filepath)
     raise BadFile(
         f"story {filepath} is not under {Path(stories).name}"
@@ -171,8 +172,8 @@ def read_generated(row: dict, file: Path, number: int) -> Item:
     """A line that `sources.write_items` wrote. Fields that an item does not have are left out."""
     known = {field.name: row[field.name] for field in fields(Item) if field.name in row}
     item = typed(Item, {**known, "label": _label(row.get("label"))}, "the item")
-    if not item.doc or not item.claim:
-        raise BadFile("doc or claim is '': expected text")
+    for key in ("doc", "claim"):
+        _text(row, key)  # neither may be empty
     if item.split not in SPLITS:
         raise BadFile(f"split is {item.split!r}: expected {', '.join(SPLITS)}")
     return item

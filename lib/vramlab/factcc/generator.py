@@ -14,7 +14,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .grammar import GRAMMARS, HELD_OUT_NAMES, HELD_OUT_PLACES, HELD_OUT_TEMPLATES, Grammar
 from .items import SHIFTS, SPLITS, Item
@@ -157,7 +157,7 @@ def tell(
 
 
 def document_items(
-    grammar: Grammar, fields: Mapping[str, str], config: GeneratorConfig, rng: random.Random
+    grammar: Grammar, fields: Mapping[str, Any], config: GeneratorConfig, rng: random.Random
 ) -> list[Item]:
     """The `config.claims` items of one new document. `fields` are the domain, split, shift and
     group of each."""

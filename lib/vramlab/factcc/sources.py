@@ -8,7 +8,7 @@ import itertools
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,7 @@ def load_items(
             f" their source with --source ({first})"
         )
     absent: set[str] = set()
-    readers = {
+    readers: dict[str, Callable[..., Item | None]] = {
         "factcc": partial(read_factcc, stories=stories, absent=absent),
         "boolq": read_boolq,
         "summedits": read_summedits,
