@@ -179,7 +179,7 @@ def _stack_and_phases(run: Run, visible: bool) -> list[go.Scatter]:
 
 
 def _peak_notes(run: Run) -> list[dict]:
-    """An arrow at the peak, and in the corner what it is made of."""
+    """An arrow at the peak, and in the corner its largest categories and owners."""
     frame = tables.curve(run)
     peak = frame.loc[frame["live"].idxmax()]
     arrow = {
