@@ -15,7 +15,7 @@ from vramlab.allocator.settings import Settings
 from vramlab.allocator.simulate import simulate
 from vramlab.capture.cuda_recorder import MAX_ENTRIES, Recorder
 from vramlab.capture.meter import Meter
-from vramlab.capture.simulated_recording import Written
+from vramlab.capture.simulated_recording import HistoryAllocator
 from vramlab.observer import Observer
 from vramlab.training.trainer import Schedule, Trainer
 
@@ -27,7 +27,7 @@ class SimulatedHistory(Meter):
     def __init__(self, settings: Settings = Settings(), keeps_metadata: bool = True):  # noqa: B008, frozen
         super().__init__()
         self.keeps_metadata = keeps_metadata
-        self.kept = Written(settings, now_us=lambda: time.time_ns() // 1000)
+        self.kept = HistoryAllocator(settings, now_us=lambda: time.time_ns() // 1000)
         self.asked = []
 
     def start(self, max_entries):
@@ -40,17 +40,17 @@ class SimulatedHistory(Meter):
 
     def address(self, storage):
         record = self._alive.get(storage._cdata)
-        return None if record is None or record.host else self.kept.allocator.address(record.serial)
+        return None if record is None or record.host else self.kept.address(record.serial)
 
     def _event(self, event, record, change):
         super()._event(event, record, change)
         if record.host:
             return
-        self.kept.does(event, record.serial, abs(change), record.stream)
+        self.kept.apply(event, record.serial, abs(change), record.stream)
         self.asked.append((event, record.serial, abs(change), record.stream))
 
     def peaks(self):
-        found = simulate(self.asked, self.kept.allocator.settings)
+        found = simulate(self.asked, self.kept.settings)
         return {
             "allocated_peak_bytes": found.peak_allocated_bytes,
             "reserved_peak_bytes": found.peak_reserved_bytes,

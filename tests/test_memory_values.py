@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vramlab.allocator import initial_state as beginning
-from vramlab.allocator.initial_state import _insert, _Range, _Sides, _subtract
+from vramlab.allocator.initial_state import _insert, _KnownPools, _Range, _subtract
 from vramlab.allocator.settings import Settings
 from vramlab.allocator.snapshot import Event, Piece, Segment, Snapshot
 from vramlab.capture import cuda_recorder as recorder
@@ -209,7 +209,7 @@ def test_a_history_that_is_full_or_began_late_is_said(events, before, said):
     one = Recorder(history=History(), max_entries=5)
     one.recording = Its(snapshot=Its(events=[None] * events), before=before)
     one._look_back()
-    assert len(one.said) == said
+    assert len(one.notes) == said
 
 
 # the beginning of a trace -------------------------------------------------------------------------
@@ -239,8 +239,8 @@ def test_ranges_are_put_in_and_taken_out_by_their_ends():
 
 
 def test_a_side_is_by_size_or_else_by_the_nearest_that_is_known():
-    sides = _Sides({0: [(100, True), (200, False)]}, 20)
-    assert [sides.small(0, start, 40) for start in (90, 100, 140, 150, 151, 260)] == [
+    sides = _KnownPools({0: [(100, True), (200, False)]}, 20)
+    assert [sides.is_small(0, start, 40) for start in (90, 100, 140, 150, 151, 260)] == [
         True,
         True,
         True,
@@ -248,19 +248,21 @@ def test_a_side_is_by_size_or_else_by_the_nearest_that_is_known():
         False,
         False,
     ]
-    assert sides.small(0, 260, 41) is True and sides.small(7, 100, 40) is False
+    assert sides.is_small(0, 260, 41) is True and sides.is_small(7, 100, 40) is False
     events = [
         Event(0, "alloc", 7, MIB, 0, None, 0, ""),
         Event(1, "alloc", 5, MIB + 1, 0, None, 0, ""),
         Event(2, "segment_map", 6, 2 * MIB, 0, None, 0, ""),
     ]
-    known = _Sides.of([_Range(9, 10, 0, True), _Range(8, 9, 0, None)], events, Settings()).known
+    known = beginning._known_pools(
+        [_Range(9, 10, 0, True), _Range(8, 9, 0, None)], events, Settings()
+    ).addresses
     assert known == {0: [(5, False), (7, True), (9, True)]}
 
 
 def test_ranges_of_one_pool_that_touch_are_one():
-    sides = _Sides({}, 20)
-    joined = beginning._joined(
+    sides = _KnownPools({}, 20)
+    joined = beginning._merged(
         [
             _Range(0, 20, 0, None),
             _Range(20, 40, 0, None),
@@ -331,7 +333,7 @@ def test_whose_process_it_is(monkeypatch, host, found, told):
     monkeypatch.setattr(nvml_process, "in_host_namespace", lambda: host)
     monkeypatch.setattr(nvml_process.os, "getpid", lambda: 7)
     monkeypatch.setattr(nvml_process, "_probe", lambda processes, held: "probed")
-    assert nvml_process._tell(found, None, "cuda") == told
+    assert nvml_process._recognize(found, None, "cuda") == told
 
 
 def test_a_peak_is_over_the_baseline_and_never_under_it():

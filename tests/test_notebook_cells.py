@@ -309,6 +309,6 @@ def test_why_there_is_no_card_and_how_bf16_is_formed(monkeypatch):
 )
 def test_energy_by_counter_else_by_power(sample, can, words):
     reader = SimpleNamespace(
-        sample=lambda: sample, said=["energy_j: N/A", "x: N/A", "power_w: N/A"]
+        sample=lambda: sample, notes=["energy_j: N/A", "x: N/A", "power_w: N/A"]
     )
     assert (doctor._energy(reader).can, words in doctor._energy(reader).found) == (can, True)

@@ -27,7 +27,7 @@ def lacking(reader) -> set[str]:
 
 
 def reason(reader, name: str) -> str:
-    return next(said for said in reader.said if said.startswith(name))
+    return next(said for said in reader.notes if said.startswith(name))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_what_an_architecture_does_not_know_is_na_with_a_reason_and_the_rest_is_
     assert {name: reader.sample()[name] for name in told if name not in missing} == {
         name: value for name, value in told.items() if name not in missing
     }
-    assert len(reader.said) == len(missing - {"reserved_bytes"})  # nothing is said twice
+    assert len(reader.notes) == len(missing - {"reserved_bytes"})  # nothing is said twice
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_the_card_is_torchs_by_its_uuid_whatever_the_order(monkeypatch):
     install(monkeypatch, first, Card("Hopper", others=2 * GIB))
     assert find("cuda:0").card == "NVIDIA Hopper" and find("cuda").sample()["used_bytes"] == 2 * GIB
     install(monkeypatch, first)
-    assert "does not know the card that torch calls cuda:0" in find("cuda:0").said[0]
+    assert "does not know the card that torch calls cuda:0" in find("cuda:0").notes[0]
 
 
 @pytest.mark.parametrize(
@@ -282,8 +282,8 @@ def test_an_instance_is_found_without_being_named_only_where_there_is_no_choice(
     assert find("cuda:0").sample()["used_bytes"] == GIB
     install(monkeypatch, mig(one, Card("Hopper", uuid="MIG-3")))
     assert (
-        "2 MIG instances" in find("cuda:0").said[0]
-        and "CUDA_VISIBLE_DEVICES" in find("cuda:0").said[0]
+        "2 MIG instances" in find("cuda:0").notes[0]
+        and "CUDA_VISIBLE_DEVICES" in find("cuda:0").notes[0]
     )
     install(monkeypatch, mig(one, two))  # torch names the instance itself
     assert find("cuda:0").sample()["used_bytes"] == 2 * GIB
@@ -296,7 +296,7 @@ def test_a_card_that_vanishes_turns_everything_to_na_and_says_so_once(monkeypatc
     assert reader.sample()["used_bytes"] == GIB and not reader.lost
     card.error = fake_nvml.LOST
     assert lacking(reader) == set(COLUMNS) and lacking(reader) == set(COLUMNS)
-    assert "GPU is lost" in reader.lost and reader.said.count(reader.lost) == 1
+    assert "GPU is lost" in reader.lost and reader.notes.count(reader.lost) == 1
 
 
 @pytest.mark.parametrize("calls", range(0, 40))
@@ -305,7 +305,7 @@ def test_a_card_may_vanish_at_any_question(monkeypatch, calls):
     reader = find("cuda:0")
     for _ in range(4):
         reader.sample()
-    assert reader.said and "lost" in reader.said[-1]
+    assert reader.notes and "lost" in reader.notes[-1]
     assert len(library.asked) > calls
 
 
@@ -316,7 +316,7 @@ def test_an_error_of_a_moment_costs_a_sample_and_not_the_quantity(monkeypatch):
     card.fails = {"nvmlDeviceGetPowerUsage": pynvml.NVML_ERROR_UNKNOWN}
     assert lacking(reader) == {"power_w"} == lacking(reader)
     card.fails = {}
-    assert lacking(reader) == set() and len(reader.said) == 1 and "some samples" in reader.said[0]
+    assert lacking(reader) == set() and len(reader.notes) == 1 and "some samples" in reader.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_where_there_is_nothing_to_read_the_reader_says_why(monkeypatch, device,
     prepare(monkeypatch)
     reader = find(device)
     assert not isinstance(reader, CardReader) and lacking(reader) == set(COLUMNS)
-    assert len(reader.said) == 1 and words in reader.said[0]
+    assert len(reader.notes) == 1 and words in reader.notes[0]
 
 
 def test_the_environment_of_a_run_names_card_and_driver_and_nothing_more(monkeypatch):
@@ -371,5 +371,5 @@ def test_nothing_that_is_said_identifies_the_card_or_a_process(monkeypatch):
         missing=OLD_DRIVER,
     )
     monkeypatch.setattr(nvml_process, "block", lambda device: nullcontext())
-    words = " ".join(find("cuda:0").said)
+    words = " ".join(find("cuda:0").notes)
     assert words and not any(secret in words for secret in (fake_nvml.UUID, "1234567", "7654321"))

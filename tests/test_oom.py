@@ -18,7 +18,7 @@ from vramlab.capture import oom
 from vramlab.capture.cuda_recorder import Recorder
 from vramlab.capture.memory_limit import Ceiling
 from vramlab.capture.meter import Meter
-from vramlab.capture.oom import RanOut, holders, of_snapshot, record_of, watched, words
+from vramlab.capture.oom import RanOut, holders, of_snapshot, record_of, to_text, watched
 from vramlab.forecast import what_fits as fitting
 from vramlab.forecast.forecast import Question, forecast
 from vramlab.forecast.what_fits import changes, ladder, limited, what_fits
@@ -65,7 +65,7 @@ def test_a_device_one_segment_too_small_refuses_the_step_and_one_that_is_enough_
     enough = peak_reserved(row)
     unhindered = Ceiling(enough)
     step_under(unhindered, row)
-    assert unhindered.allocator.peak_reserved_bytes <= enough
+    assert unhindered.allocator.reserved_bytes <= enough
     with pytest.raises(RanOut) as caught:
         step_under(Ceiling(enough // 2), row)
     found = caught.value.record
@@ -211,7 +211,7 @@ def test_outside_the_window_and_on_a_cpu_nothing_is_recorded(cuda):
     with watched("cuda"):
         pass
     cuda[0](0, 1, 2, 3)
-    assert oom._watch.seen is None
+    assert oom._watch.record is None
     said = record_of(torch.OutOfMemoryError("no room"))
     assert (
         said["asked_bytes"] is None
@@ -346,7 +346,7 @@ def test_a_run_with_a_limit_ends_with_the_evidence_and_the_next_one_goes_on(tmp_
         change["change"] for change in fitted
     }
     assert all(change["fits"] is not None for change in fitted), fitted
-    text = words(found)
+    text = to_text(found)
     assert (
         "out of memory in" in text
         and "with activation checkpointing:" in text

@@ -122,7 +122,7 @@ def test_what_is_predicted_to_fit_is_told_only_where_it_was_asked():
 
 def test_sections_are_there_only_for_what_there_is(monkeypatch):
     monkeypatch.setattr(
-        run_sections, "evidence_words", lambda found: [f" {at} " for at in range(9)]
+        run_sections, "evidence_lines", lambda found: [f" {at} " for at in range(9)]
     )
     lost = SimpleNamespace(name="full", result={"oom": {"x": 1}})
     section = run_sections._out_of_memory([lost, SimpleNamespace(name="lora", result={})])

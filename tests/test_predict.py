@@ -36,7 +36,7 @@ def full(cache):
 
 
 def test_the_ledger_is_what_the_driver_would_report(full):
-    at = full.simulated.peak_allocated_event
+    at = int(full.simulated.allocated_bytes.argmax())
     assert (
         sum(full.ledger.values())
         == int(full.simulated.reserved_bytes[at]) + full.card.context_bytes

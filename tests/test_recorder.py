@@ -18,7 +18,7 @@ from vramlab.allocator.simulate import simulate
 from vramlab.allocator.snapshot import Event, Snapshot
 from vramlab.capture.cuda_recorder import Recorder, watching
 from vramlab.capture.recording import COLUMNS, PREFIX, Mark, Recording, read_recording
-from vramlab.capture.simulated_recording import Written
+from vramlab.capture.simulated_recording import HistoryAllocator
 from vramlab.regimes.regime import read_regimes
 
 REGIMES = read_regimes()
@@ -46,7 +46,7 @@ def test_the_history_says_what_the_meter_saw(name):
         ("backward", "recompute")
     )  # whose modules no history knows
     assert (frame["module"] == wanted["module"])[named].all()
-    assert recorder.said == []
+    assert recorder.notes == []
 
 
 @pytest.mark.parametrize("name", ["full", "checkpoint", "lomo", "lora"])
@@ -56,7 +56,7 @@ def test_without_metadata_entries_are_placed_by_time(name):
     assert not any(event.metadata for event in recorder.recording.snapshot.events)
     # of the two edges that lie within a microsecond of an entry, a few go to the other side
     assert (frame[SAME] == wanted[SAME]).all(axis=1).mean() > 0.97
-    assert any("no metadata" in said for said in recorder.said)
+    assert any("no metadata" in said for said in recorder.notes)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_reserved_and_allocated_are_the_simulators_own(expandable):
 def test_a_bounded_history_keeps_its_end_and_says_so():
     metered, recorder, trainer = recorded(REGIMES["full"], max_entries=1500)
     frame, wanted = recorder.frame(), _device(metered)
-    assert len(recorder.recording.snapshot.events) == 1500 and "1,500 entries" in recorder.said[0]
+    assert len(recorder.recording.snapshot.events) == 1500 and "1,500 entries" in recorder.notes[0]
     # blocks that were never freed are known only as the allocator made them
     gap = frame["live_bytes"].iloc[-1] - wanted["live_bytes"].iloc[-1]
     assert 0 <= gap <= 512 * (frame.query("event == 'alloc'")["t_s"] == frame["t_s"].iloc[0]).sum()
@@ -199,7 +199,9 @@ def test_what_a_library_took_for_good_is_a_workspace_and_what_nobody_declared_ha
 
 def test_without_cuda_it_says_what_to_use(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="the recorder needs CUDA.*use memory.meter.Meter"):
+    with pytest.raises(
+        ValueError, match="the recorder needs CUDA.*use vramlab.capture.meter.Meter"
+    ):
         Recorder()
     assert type(watching("cpu")).__name__ == "Meter"
 
@@ -241,7 +243,7 @@ class _Torch:
 
 
 def test_cuda_is_asked_to_record_without_stacks_before_anything_else_and_to_stop(monkeypatch):
-    kept = Written()
+    kept = HistoryAllocator()
     asked = _Torch(kept)
     for name in ("init", "reset_peak_memory_stats", "memory_stats", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, getattr(asked, name))
@@ -257,7 +259,7 @@ def test_cuda_is_asked_to_record_without_stacks_before_anything_else_and_to_stop
     with Recorder(max_entries=50) as recorder:
         recorder.begin_step(0)
         with recorder.phase("forward"):
-            kept.does("alloc", "a", 1000)
+            kept.apply("alloc", "a", 1000)
         recorder.end_step()
     row = recorder.frame().iloc[0]
     assert (row["phase"], row["step"], row["bytes"], row["reserved_bytes"]) == (

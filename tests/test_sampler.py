@@ -61,7 +61,7 @@ def test_samples_lie_on_the_clock_of_the_steps_and_carry_whole_bytes(monkeypatch
 def test_without_a_card_no_thread_runs_and_energy_says_why():
     with Sampler(Reader("NVML: N/A: no card")) as beside:
         assert "nvml" not in {thread.name for thread in threading.enumerate()}
-    assert beside.frame().empty and beside.said == ["NVML: N/A: no card"]
+    assert beside.frame().empty and beside.notes == ["NVML: N/A: no card"]
     assert beside.energy_j(0, 3).j is None and "cannot be read" in beside.energy_j(0, 3).how
 
 
@@ -72,7 +72,7 @@ def test_a_lost_card_ends_the_sampling_and_keeps_what_was_seen(monkeypatch):
         until(lambda: len(beside.frame()) >= 5)
         card.error = fake_nvml.LOST
         until(lambda: not beside._thread.is_alive())
-    assert beside.frame()["used_bytes"].notna().sum() >= 5 and "lost" in beside.said[-1]
+    assert beside.frame()["used_bytes"].notna().sum() >= 5 and "lost" in beside.notes[-1]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -89,7 +89,7 @@ def test_a_thread_that_dies_leaves_its_samples_and_says_so(ending, words):
     with Sampler(Scripted(script), period_s=0.001) as beside:
         until(lambda: not beside._thread.is_alive())
     assert list(beside.frame()["used_bytes"]) == [1, 2, 3, 4, 5, 6, 7]
-    assert beside.said == [f"sampling stopped after 7 samples: {words}"]
+    assert beside.notes == [f"sampling stopped after 7 samples: {words}"]
 
 
 def test_a_driver_that_hangs_is_not_waited_for(monkeypatch):
@@ -104,7 +104,7 @@ def test_a_driver_that_hangs_is_not_waited_for(monkeypatch):
     assert (
         time.monotonic() - began < 5
         and len(beside.frame()) == 3
-        and "does not answer" in beside.said[0]
+        and "does not answer" in beside.notes[0]
     )
     answer.set()
 

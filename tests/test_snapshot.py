@@ -11,6 +11,8 @@ import os
 import pickle
 import random
 import struct
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,8 @@ import pytest
 
 from slow_allocator import MIB, Full, SlowAllocator
 from vramlab.allocator.replay import Divergence, Replay, replay_file
-from vramlab.allocator.snapshot import _DataOnly, read_snapshot
+from vramlab.allocator.safe_pickle import _DataOnly
+from vramlab.allocator.snapshot import read_snapshot
 from vramlab.cli import main
 
 BASE, RECORDED = 0x7F0000000000, Path(__file__).parent / "recorded" / "snapshots"
@@ -383,6 +386,19 @@ def test_a_late_recording_says_what_was_reserved_before(tmp_path):
         == "exact: recorded and simulated reserved bytes agree after each of 2 events;"
         f" {found.note}"
     )
+
+
+def test_the_command_imports_neither_torch_nor_pandas(tmp_path):
+    path = _dumped(tmp_path, _recorded().dump())
+    code = (
+        "import sys\nfrom vramlab.cli import main\n"
+        "assert main(['replay', sys.argv[1]]) == 0\n"
+        "print({'torch', 'transformers', 'pandas'} & set(sys.modules))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.splitlines()[-1] == "set()"
 
 
 def test_a_trace_of_entries_that_move_nothing_is_refused(tmp_path):

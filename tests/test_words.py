@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from vramlab.allocator.settings import Settings
-from vramlab.capture.oom import evidence_words, words
+from vramlab.capture.oom import evidence_lines, to_text
 from vramlab.forecast.forecast import Forecast, Question
 from vramlab.gpu_check import table as gpu_table
 from vramlab.gpu_check.plan import Cell
@@ -129,7 +129,7 @@ def test_evidence_in_words_by_value():
         "said": "a note",
         "owners": [{"category": "weights", "module": "lm_head", "bytes": 1000 * MIB}],
     }
-    assert evidence_words(record) == [
+    assert evidence_lines(record) == [
         (
             "out of memory in backward: asked for 31.0 MiB, 0.5 MiB free of 2,048.0 MiB; 1,500.0"
             " MiB reserved, 1,400.0 MiB allocated, largest free block N/A (torch)"
@@ -142,7 +142,9 @@ def test_evidence_in_words_by_value():
         {"change": "less", "reason": "", "peak_reserved_bytes": 2500 * MIB, "fits": False},
         {"change": "other", "reason": "it cannot", "fits": None},
     ]
-    assert words({**record, "said": "", "phase": None, "would_fit": changes}).splitlines()[2:] == [
+    assert to_text({**record, "said": "", "phase": None, "would_fit": changes}).splitlines()[
+        2:
+    ] == [
         "  with half: 900.0 MiB reserved, fits, predicted",
         "  with less: 2,500.0 MiB reserved, does not fit, predicted",
         "  with other: it cannot",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -14,8 +16,14 @@ def counted(func, *args) -> PhaseWork:
     """What one operation is counted as; a storage is named by its address."""
     work = Work()
     out = func(*args)
-    work.saw(3, "forward", func, args, out, lambda tensor: tensor.untyped_storage().data_ptr())
-    return work.seen[3, "forward"] if work.seen else PhaseWork()
+    work.count(
+        3, "forward", func, args, out, lambda tensor: storage(tensor.untyped_storage().data_ptr())
+    )
+    return work.phases.get((3, "forward"), PhaseWork())
+
+
+def storage(serial, host=False):
+    return SimpleNamespace(serial=serial, host=host)
 
 
 A, B, C = torch.ones(2, 3), torch.ones(3, 5), torch.ones(2, 5)
@@ -81,8 +89,10 @@ def test_an_update_in_lists_returns_nothing_and_moves_its_operands():
     lists = [[torch.ones(7)] for _ in range(4)]
     found = Work()
     args = (*lists, [], [torch.tensor(1.0)])
-    found.saw(0, "update", aten._fused_adamw_.default, args, None, id)
-    assert found.seen[0, "update"].moved_bytes == 4 * 4 * 7 + 4
+    found.count(
+        0, "update", aten._fused_adamw_.default, args, None, lambda tensor: storage(id(tensor))
+    )
+    assert found.phases[0, "update"].moved_bytes == 4 * 4 * 7 + 4
 
 
 def test_compulsory_bytes_are_of_storages_that_outlive_their_phase_in_that_step_only():
@@ -90,13 +100,13 @@ def test_compulsory_bytes_are_of_storages_that_outlive_their_phase_in_that_step_
     for step, phase, size in ((1, "forward", 4), (1, "update", 2), (2, "forward", 9)):
         value = torch.ones(size)
         names = {id(value): "kept", id(result := value + 1): "gone"}
-        work.saw(
+        work.count(
             step,
             phase,
             aten.add.Tensor,
             (value, 1.0),
             result,
-            lambda tensor, names=names: names[id(tensor)],
+            lambda tensor, names=names: storage(names[id(tensor)]),
         )
     found = work.of_step(1, lambda storage: storage == "kept")
     assert {
@@ -122,7 +132,14 @@ def test_a_copy_crosses_the_bus_in_the_smaller_of_its_types(func, types, from_ho
     source, target = (torch.ones(7, dtype=dtype) for dtype in types)
     places, work = {id(source): from_host, id(target): to_host}, Work()
     args = (target, source) if func is aten.copy_.default else (source,)
-    work.saw(0, "update", func, args, target, id, lambda tensor: places[id(tensor)])
+    work.count(
+        0,
+        "update",
+        func,
+        args,
+        target,
+        lambda tensor: storage(id(tensor), places[id(tensor)]),
+    )
     (found,) = work.of_step(0, lambda storage: True).values()
     assert found["bus_bytes"] == bus
     on_device = [] if from_host else [source.nbytes]

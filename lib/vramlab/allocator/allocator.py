@@ -1,15 +1,15 @@
-"""PyTorch's CUDA caching allocator, without CUDA: which block serves a request, what is split,
-merged, kept and returned.
+"""PyTorch's CUDA caching allocator, without CUDA: which block serves a request, and what is split,
+merged, kept and returned to the driver.
 
 It follows `DeviceCachingAllocator` of c10/cuda/CUDACachingAllocator.cpp (torch 2.11 to 2.13), so
 reserved bytes can be forecast from a list of allocations. In short: a request is rounded up; the
-smallest free block of its stream and size class that holds it is taken, and cut when enough is left
-over; else the driver is asked for a segment; a freed block merges with free neighbours of its
-segment and stays cached. When the device is full, oversize blocks are returned, then everything
-cached that is whole, and the request is tried once more.
+smallest free block of its stream and size class that holds it is taken, and split when enough is
+left over; else the driver is asked for a segment; a freed block merges with free neighbours of its
+segment and stays cached. When the device is full, oversize blocks are returned, then every cached
+segment that nothing uses, and the request is tried once more.
 
 Units: bytes, integers. Not simulated: CUDA graphs' private pools, memory shared between processes,
-the `cudaMallocAsync` backend. Not exact: `Device` (addresses of new segments).
+the `cudaMallocAsync` backend. Not exact: the addresses of new segments, see `Device`.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from bisect import bisect_left
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from .blocks import Block, Device, Pool
+from .blocks import Block, Device, Pool, segment_views
 from .expandable_segments import ExpandableSegments
 from .fixed_segments import FixedSegments
 from .settings import SMALL_BYTES, Settings
-from .views import SegmentView, segment_views
+from .snapshot import Segment
 
 
 @dataclass(frozen=True)
 class Shortage:
-    """Why a request could not be served, after everything that could be returned was. Units:
-    bytes."""
+    """Why a request could not be served, after everything that could be returned was returned.
+    Units: bytes."""
 
     asked_bytes: int
     segment_bytes: int
-    """What the driver was asked for."""
+    """The segment that the driver was asked for."""
     free_bytes: int
     """What the device had left."""
     allocated_bytes: int
@@ -55,12 +55,13 @@ class OutOfMemory(MemoryError):
 
 
 class Allocator:
-    """One device's allocator. `capacity_bytes`: what the device has for it; None: without end.
-    `device_bytes`: all that the device has, of which settings take shares; by default the capacity.
+    """One device's allocator.
 
-    Keys name allocations; one that is alive cannot be used again. Figures are attributes:
-    `allocated_bytes` (handed out), `active_bytes` (these and what another stream still awaits),
-    their peaks, `num_alloc_retries`, `num_ooms`.
+    `capacity_bytes`: how much the allocator may take of the device; None: without limit.
+    `device_bytes`: the device's whole memory, of which settings take shares; by default the
+    capacity. Keys name allocations; a key cannot be used again while its allocation is alive.
+    `allocated_bytes` is what is handed out, `num_alloc_retries` counts the requests for which
+    cached memory had to be returned to the driver.
     """
 
     def __init__(
@@ -69,56 +70,40 @@ class Allocator:
         capacity_bytes: int | None = None,
         device_bytes: int | None = None,
     ):
-        self.settings = settings
-        self.allocated_bytes = self.active_bytes = self.peak_allocated_bytes = (
-            self.peak_active_bytes
-        ) = 0
-        self.num_alloc_retries = self.num_ooms = 0
-        self.device = Device(capacity_bytes)
-        self._segments = (ExpandableSegments if settings.expandable_segments else FixedSegments)(
-            self.device, settings
-        )
+        whole = None if capacity_bytes is None else device_bytes or capacity_bytes
+        self.settings, self.device = settings, Device(capacity_bytes)
+        self.allocated_bytes = self.num_alloc_retries = 0
+        self._expandable, self._max_split = settings.expandable_segments, settings.max_split_bytes
+        self._allowed = settings.allowed_bytes(whole)
+        self._collects_above = settings.collects_above_bytes(whole)
+        segments = ExpandableSegments if self._expandable else FixedSegments
+        self._segments = segments(self.device, settings)
         self._pools: dict[tuple[Hashable, bool], Pool] = {}
         self._searches = {True: [0], False: [0]}
         self._live: dict[Hashable, Block | None] = {}
         self._awaiting: dict[Hashable, Block | None] = {}
         self._plans: dict[int, tuple[int, bool, int, float]] = {}
-        self._max_split, self._expandable = settings.max_split_bytes, settings.expandable_segments
-        whole = None if capacity_bytes is None else device_bytes or capacity_bytes
-        self._allowed, self._collects_above = (
-            settings.allowed_bytes(whole),
-            settings.collects_above_bytes(whole),
-        )
 
     @property
     def reserved_bytes(self) -> int:
         return self.device.reserved_bytes
 
-    @property
-    def peak_reserved_bytes(self) -> int:
-        return self.device.peak_reserved_bytes
-
-    @property
-    def inactive_split_bytes(self) -> int:
-        """Free blocks that share a segment, so cannot be returned. Expandable segments count as
-        none, as in PyTorch."""
-        blocks = (
-            []
-            if self._expandable
-            else [block for pool in self._pools.values() for block in pool.blocks()]
-        )
-        return sum(block.bytes for block in blocks if block.split)
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether `key` is allocated; what another stream still awaits is not."""
+        return key in self._live
 
     # a request ------------------------------------------------------------------------------------
 
     def malloc(self, key: Hashable, size: int, stream: Hashable = 0, cached: bool = True) -> None:
         """Serve a request of `size` bytes on a stream; 0 bytes take no memory. `cached=False`: from
-        the device, without a look at what is cached. Raises: OutOfMemory; ValueError, for a key
-        that is alive."""
+        the driver, without a search among cached blocks. Raises: OutOfMemory; ValueError, for a key
+        that is alive or a negative size."""
         if key in self._live or key in self._awaiting:
             raise ValueError(f"{key!r} is allocated already: free it first, or use another key")
         if size <= 0:
-            self._empty(key, size)
+            if size < 0:
+                raise ValueError(f"{key!r} asks for {size} bytes: sizes begin at 0")
+            self._live[key] = None
             return
         rounded, small, segment_bytes, least_rest = self._plans.get(size) or self._plan(size)
         pool = self._pools.get((stream, small)) or self.pool(stream, small)
@@ -129,22 +114,13 @@ class Allocator:
             pool.add(block.cut(rounded))
         self._hand_out(block, key)
 
-    def _empty(self, key: Hashable, size: int) -> None:
-        if size < 0:
-            raise ValueError(f"{key!r} asks for {size} bytes: sizes begin at 0")
-        self._live[key] = None
-
     def _plan(self, size: int) -> tuple[int, bool, int, float]:
-        """What depends on the size alone: (rounded size, small pool?, segment, least rest worth a
-        split)."""
+        """What depends on the size alone: (rounded size, whether the small pool serves it, segment
+        size, the least rest that is worth a split)."""
         rounded = self.settings.round_bytes(size)
         segment_bytes = self.settings.segment_bytes(rounded)
-        self._plans[size] = (
-            rounded,
-            rounded <= SMALL_BYTES,
-            segment_bytes,
-            self.settings.least_rest_bytes(rounded),
-        )
+        least_rest = self.settings.least_rest_bytes(rounded)
+        self._plans[size] = rounded, rounded <= SMALL_BYTES, segment_bytes, least_rest
         return self._plans[size]
 
     def pool(self, stream: Hashable, small: bool) -> Pool:
@@ -173,44 +149,38 @@ class Allocator:
         block.active, block.key = True, key
         self._live[key] = block
         self.allocated_bytes += block.bytes
-        self.active_bytes += block.bytes
-        if self.allocated_bytes > self.peak_allocated_bytes:
-            self.peak_allocated_bytes = self.allocated_bytes
-        if self.active_bytes > self.peak_active_bytes:
-            self.peak_active_bytes = self.active_bytes
 
-    def _grow(self, pool: Pool, size: int, segment_bytes: int, asked: int) -> Block:
+    def _grow(self, pool: Pool, size: int, segment_bytes: int, asked_bytes: int) -> Block:
         """Ask the driver; when it refuses, return cached memory and ask again. C++: `malloc`, from
         `alloc_block` on."""
         if self._collects_above is not None and self.reserved_bytes > self._collects_above:
             self._segments.collect(self._pools.values(), self.reserved_bytes - self._collects_above)
-        block = self._ask(pool, size, segment_bytes)
+        block = self._ask_driver(pool, size, segment_bytes)
         if block is None and self._segments.release_oversize(pool, size):
-            block = self._ask(pool, size, segment_bytes)
+            block = self._ask_driver(pool, size, segment_bytes)
         if block is None:
             self.empty_cache()
             self.num_alloc_retries += 1
-            block = self._ask(pool, size, segment_bytes)
+            block = self._ask_driver(pool, size, segment_bytes)
         if block is None:
-            self.num_ooms += 1
-            raise OutOfMemory(self._shortage(asked, segment_bytes))
+            raise OutOfMemory(self._shortage(asked_bytes, segment_bytes))
         return block
 
-    def _ask(self, pool: Pool, size: int, segment_bytes: int) -> Block | None:
-        """The driver's answer, which beyond what is allowed is no, unasked. C++: `alloc_block`."""
+    def _ask_driver(self, pool: Pool, size: int, segment_bytes: int) -> Block | None:
+        """A new block; None where the driver, or the share that may be reserved, has no room. C++:
+        `alloc_block`."""
         if self._allowed is not None and self.reserved_bytes + segment_bytes > self._allowed:
             return None
         return self._segments.grow(pool, size, segment_bytes)
 
-    def _shortage(self, asked: int, segment_bytes: int) -> Shortage:
-        largest = max((pool.free[-1][0] for pool in self._pools.values() if pool.free), default=0)
+    def _shortage(self, asked_bytes: int, segment_bytes: int) -> Shortage:
         return Shortage(
-            asked,
+            asked_bytes,
             segment_bytes,
             self.device.capacity_bytes - self.reserved_bytes,
             self.allocated_bytes,
             self.reserved_bytes,
-            largest,
+            max((pool.free[-1][0] for pool in self._pools.values() if pool.free), default=0),
         )
 
     # a free ---------------------------------------------------------------------------------------
@@ -218,16 +188,16 @@ class Allocator:
     def free(self, key: Hashable) -> None:
         """Give a block back to its pool at once. Raises: ValueError, for a key that is not
         allocated."""
-        block = self._let_go(key)
+        block = self._remove(key)
         if block is not None:
             self._give_back(block)
 
     def free_requested(self, key: Hashable) -> None:
-        """The program lets go, but another stream may still use the block: it stays active until
-        `free_completed`."""
-        self._awaiting[key] = self._let_go(key)
+        """The program gives the block up, but another stream may still use it: it is not used again
+        before `free_completed`. Raises: as `free`."""
+        self._awaiting[key] = self._remove(key)
 
-    def _let_go(self, key: Hashable) -> Block | None:
+    def _remove(self, key: Hashable) -> Block | None:
         if key not in self._live:
             raise ValueError(
                 f"{key!r} is not allocated: it was freed already, or its allocation is missing"
@@ -238,29 +208,20 @@ class Allocator:
         return block
 
     def free_completed(self, key: Hashable) -> None:
-        """Nothing awaits the block any more. A second time is no error: `empty_cache` completes all
-        that is awaited."""
+        """No stream awaits the block any more. A second call is no error: `empty_cache` completes
+        all blocks that are awaited."""
         block = self._awaiting.pop(key, None)
         if block is not None:
             self._give_back(block)
 
     def _give_back(self, block: Block) -> None:
-        self.active_bytes -= block.bytes
         block.active, block.key = False, None
-        pool, before, after = block.pool, block.prev, block.next
-        if after is not None and not after.active and after.mapped:
-            pool.remove(after)
-            block.absorb_next()
-        if before is not None and not before.active and before.mapped:
-            pool.remove(before)
-            before.absorb_next()
-            block = before
-        pool.add(block)
+        block.pool.add_merged(block)
 
     # returning memory to the device ---------------------------------------------------------------
 
     def empty_cache(self) -> None:
-        """Return every cached segment that is whole. C++: `release_cached_blocks`."""
+        """Return every cached segment of which nothing is in use. C++: `release_cached_blocks`."""
         for key in list(self._awaiting):
             self.free_completed(key)
         for pool in self._pools.values():
@@ -268,11 +229,11 @@ class Allocator:
 
     def release_oversize(self, size: int, stream: Hashable = 0) -> bool:
         """Return oversize blocks only, as a request of `size` does first when the device is full.
-        False: not enough."""
+        False: not enough were returned."""
         rounded, small, *_ = self._plan(size)
         return self._segments.release_oversize(self.pool(stream, small), rounded)
 
-    # looking at it --------------------------------------------------------------------------------
+    # the state of the memory ----------------------------------------------------------------------
 
     def adopt(
         self,
@@ -283,9 +244,9 @@ class Allocator:
         lowest: int | None = None,
     ) -> None:
         """Begin with memory that is reserved already: `ranges` of (address, bytes), and in them the
-        allocated blocks in `used`, of (address, bytes, key). Both sorted by address; blocks lie
+        allocated blocks in `used`, of (address, bytes, key). Both are sorted by address; blocks lie
         inside a range and do not overlap. `lowest`: where an expandable segment begins, by default
-        its first range."""
+        at its first range."""
         pool, used, free = self.pool(stream, small), used[::-1], []
         for block in self._segments.adopt(pool, ranges, lowest):
             end = block.address + block.bytes
@@ -299,23 +260,18 @@ class Allocator:
                 block = rest
             if block is not None:
                 free.append(block)
-        for block in sorted(
-            free, key=lambda block: (block.bytes, block.address)
-        ):  # each is then the pool's last
+        # in this order each block is the pool's last when it is added
+        for block in sorted(free, key=lambda block: (block.bytes, block.address)):
             pool.add(block)
 
     def address(self, key: Hashable) -> int | None:
-        """Where an allocation lies that is handed out or awaited; None for one of 0 bytes."""
+        """The address of an allocation, or of a block that is awaited; None for one of 0 bytes."""
         block = self._live[key] if key in self._live else self._awaiting[key]
         return None if block is None else block.address
 
-    def alive(self) -> set[Hashable]:
-        """Keys that are allocated; those that another stream awaits are not among them."""
-        return set(self._live)
-
-    def segments(self) -> list[SegmentView]:
-        """All reserved memory by address, for drawing."""
-        return segment_views(self._segments.heads, self._awaiting)
+    def segments(self) -> list[Segment]:
+        """All reserved memory, by address."""
+        return segment_views(self._segments.heads, self._awaiting, self._expandable)
 
 
 def _least_expandable(free: list[tuple[int, int, Block]], at: int) -> int:

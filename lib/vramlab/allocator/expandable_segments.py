@@ -1,26 +1,28 @@
-"""How an allocator's pools grow and shrink under `expandable_segments`: pages mapped into a range
-of addresses.
+"""How an allocator's pools grow and shrink under `expandable_segments`: pages are mapped into a
+range of addresses.
 
 It follows `find_expandable_block`, `map_block` and `unmap_block` of CUDACachingAllocator.cpp and
-has the verbs of `FixedSegments`. Not verified on a GPU. Not exact: address space is 9/8 of the
-capacity, which in PyTorch is 9/8 of the whole device; segments of both kinds in one run, which
-PyTorch has when the setting is changed midway, are not simulated.
+has the methods of `FixedSegments`. Not verified on a GPU. Not exact: a range has 9/8 of the
+capacity, and in PyTorch 9/8 of the whole device. Not simulated: segments of both kinds in one run,
+which PyTorch has when the setting is changed midway.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable
+from itertools import accumulate, takewhile
 
 from .blocks import Block, Device, Pool
 from .settings import SMALL_SEGMENT_BYTES, Settings
 
-ADDRESS_SPACE_BYTES = 1 << 44  # of a segment where no capacity is given: more than any device has
+ADDRESS_SPACE_BYTES = 1 << 44
+"""Of a segment where no capacity is given: more than any device has."""
 
 
 class ExpandableSegments:
-    """A range of addresses a pool, larger than the device, into whose lowest gap pages are mapped
-    as they are needed."""
+    """Each pool has a range of addresses, larger than the device, and maps pages into its lowest
+    gap as it needs them."""
 
     def __init__(self, device: Device, settings: Settings):
         self.device = device
@@ -31,7 +33,8 @@ class ExpandableSegments:
         return SMALL_SEGMENT_BYTES if pool.small else self._large_page_bytes
 
     def grow(self, pool: Pool, size: int, segment_bytes: int) -> Block | None:
-        """Pages mapped before the device ran out stay mapped and free, as they do in PyTorch."""
+        """A block of at least `size` bytes. Pages that were mapped before the device ran out stay
+        mapped and free, as in PyTorch."""
         block = self._lowest_room(pool, size)
         if not block.mapped and not self._map(block, size):
             return None
@@ -42,19 +45,17 @@ class ExpandableSegments:
         return block
 
     def _lowest_room(self, pool: Pool, size: int) -> Block:
+        """The lowest block from which on `size` bytes are free or unmapped."""
         for _, block in pool.unmapped:
             before = block.prev
             start = before if before is not None and not before.active else block
-            room = 0
-            for part in start.chain():
-                if part.active or room >= size:
-                    break
-                room += part.bytes
-            if room >= size:
+            vacant = takewhile(lambda part: not part.active, start.chain())
+            if any(room >= size for room in accumulate(part.bytes for part in vacant)):
                 return start
         return self._reserve(pool)
 
     def _reserve(self, pool: Pool) -> Block:
+        """A new range of addresses, of which nothing is mapped."""
         capacity, page = self.device.capacity_bytes, self._page_bytes(pool)
         wanted = ADDRESS_SPACE_BYTES if capacity is None else capacity + capacity // 8
         size = -(-wanted // page) * page
@@ -73,38 +74,28 @@ class ExpandableSegments:
         neighbours."""
         page, pool = self._page_bytes(block.pool), block.pool
         mapped = min(-(-size // page) * page, block.bytes)
-        if not self.device.take(mapped):
+        if not self.device.reserve(mapped):
             return False
         pool.unmapped.remove((block.address, block))
         if mapped < block.bytes:
             self._leave_unmapped(block.cut(mapped))
         block.mapped = True
-        self.device.tell("segment_map", block.address, mapped, pool.stream)
-        after, before = block.next, block.prev
-        if after is not None and after.mapped and not after.active:
-            pool.remove(after)
-            block.absorb_next()
-        if before is not None and before.mapped and not before.active:
-            pool.remove(before)
-            before.absorb_next()
-            block = before
-        pool.add(block)
+        self.device.on_change("segment_map", block.address, mapped, pool.stream)
+        pool.add_merged(block)
         return True
 
     def adopt(self, pool: Pool, ranges: list[tuple[int, int]], lowest: int | None) -> list[Block]:
-        """Mapped ranges that exist already, by address and apart: they become one segment that
+        """Mapped ranges that exist already, by address and apart: they become one segment, which
         begins at `lowest`."""
-        start, end = (
-            ranges[0][0] if lowest is None else lowest,
-            sum(ranges[-1]) + ADDRESS_SPACE_BYTES,
-        )
+        start = ranges[0][0] if lowest is None else lowest
+        end = sum(ranges[-1]) + ADDRESS_SPACE_BYTES
         rest, blocks = Block(pool, start, start, end - start), []
         self.heads.add(rest)
         for address, size in ranges:
             if rest.address < address:
                 gap, rest = rest, rest.cut(address - rest.address)
                 self._leave_unmapped(gap)
-            self.device.take(size)
+            self.device.reserve(size)
             block, rest = rest, rest.cut(size)
             blocks.append(block)
         self._leave_unmapped(rest)
@@ -116,8 +107,7 @@ class ExpandableSegments:
             self._unmap(block)
 
     def _unmap(self, block: Block) -> None:
-        """Return the whole pages inside a free block; what lies before and after them stays
-        free."""
+        """Return the whole pages inside a free block; the bytes before and after them stay free."""
         page, pool = self._page_bytes(block.pool), block.pool
         offset = block.address - block.origin
         first, last = -(-offset // page) * page, (offset + block.bytes) // page * page
@@ -129,8 +119,8 @@ class ExpandableSegments:
             pool.add(before)
         if block.bytes > last - first:
             pool.add(block.cut(last - first))
-        self.device.give_back(block.bytes)
-        self.device.tell("segment_unmap", block.address, block.bytes, pool.stream)
+        self.device.release(block.bytes)
+        self.device.on_change("segment_unmap", block.address, block.bytes, pool.stream)
         self._join_unmapped(block)
 
     def _join_unmapped(self, block: Block) -> None:

@@ -1,15 +1,14 @@
-"""What was allocated and reserved when a recording began, found by running its trace backwards from
-the end.
+"""What was allocated and reserved when a recording began, found by undoing its trace from the end.
 
-A snapshot has the segments and blocks at the end only. Undone in reverse, a segment that was asked
-for was not there before, one that was returned was; and so for blocks.
+A snapshot has the segments and blocks at the end only. Undone in reverse, a segment that was
+allocated was not there before, and one that was returned was; and so for blocks.
 
-Not exact: a block that was there at the beginning and freed later left only its requested size.
-What that was rounded up to is computed, and a rest too small to have been split off is given to it:
-all of a small gap, and of a large one what lies before the first block that was allocated in it, if
-one was. Expandable ranges of one pool are taken for one segment that begins at the lowest address
-the trace has of it; which pool a returned range was of, small or large, is taken from its size, or
-where that says nothing from the nearest address of its stream that is known.
+Not exact: of a block that was in use at the beginning and freed later only the requested size is
+recorded. Its rounded size is computed, and a rest too small to have been split off is added: all of
+a small gap, and of a large one the part before the first block that was allocated in it, if there
+is one. Expandable ranges of a pool are taken for a single segment, which begins at the lowest
+address that the trace has of it. Whether a returned range belonged to the small pool is inferred
+from its size, or where the size does not decide from the nearest known address of its stream.
 """
 
 from __future__ import annotations
@@ -21,18 +20,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .allocator import Allocator
+from .safe_pickle import DUMP
 from .settings import BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYTES, Settings
-from .snapshot import DUMP, GROWS, SHRINKS, Event, Segment, Snapshot
+from .snapshot import GROWS, SHRINKS, Event, Segment, Snapshot
 
 LEAST_S, EVENT_S = 10.0, 0.2e-3
-"""CPU seconds that any replay may take, and how many more an event: over ten times what recorded
-programs need."""
+"""CPU seconds that any replay may take, and how many more for each event: over ten times what
+recorded programs need."""
 
 
-def in_time(items: Sequence) -> Iterator:
+def limit_time(items: Sequence) -> Iterator:
     """The items one by one. What PyTorch records costs the simulator some microseconds an entry;
-    but a file can claim a million free blocks, or gaps, and that each entry walks through all.
-    Raises: ValueError, once the work takes longer than so many entries may."""
+    but a file can claim a million free blocks, or gaps, and make each entry walk through all of
+    them. Raises: ValueError, once the work takes longer than so many entries may."""
     began, allowed_s = time.process_time(), LEAST_S + EVENT_S * len(items)
     for number, item in enumerate(items):
         if time.process_time() - began > allowed_s:
@@ -46,7 +46,8 @@ def in_time(items: Sequence) -> Iterator:
 
 @dataclass(frozen=True)
 class _Range:
-    """Reserved memory from `start` to `end`. `small`: its pool, None where nothing says."""
+    """Reserved memory from `start` to `end`. `small`: whether it belongs to the small pool; None
+    where nothing says."""
 
     start: int
     end: int
@@ -56,32 +57,30 @@ class _Range:
 
 @dataclass
 class _Used:
-    """A block that is in use. `exact`: its size is what the allocator gave it, else what was
-    requested."""
+    """A block that is in use. `exact`: `bytes` is the block's size, else the requested size."""
 
     bytes: int
     exact: bool
     completed: int = 0
-    """The event after which it is free, where it was freed."""
+    """The number of the event that frees it, where one does."""
 
 
 def stream_of(item: Event | Segment) -> object:
-    """Streams and private pools have free blocks of their own; both names together are a stream of
-    the simulator. They are a string, because a file can choose pairs of numbers whose hashes are
-    all the same."""
-    return (
-        item.stream if item.pool_id in (None, (0, 0)) else f"{item.stream} in pool {item.pool_id}"
-    )
+    """The simulator's stream: each stream and each private pool has free blocks of its own. The
+    name of both together is a string, because a file can choose pairs of numbers whose hashes are
+    all equal."""
+    private = item.pool_id not in (None, (0, 0))
+    return f"{item.stream} in pool {item.pool_id}" if private else item.stream
 
 
-def adopt_beginning(allocator: Allocator, snapshot: Snapshot) -> None:
+def adopt_initial_state(allocator: Allocator, snapshot: Snapshot) -> None:
     """Put a new allocator into the state in which the trace begins. Its keys are addresses."""
     ranges, lowest = _ranges(snapshot), {}
     if allocator.settings.expandable_segments:
-        sides = _Sides.of(ranges, snapshot.events, allocator.settings)
-        ranges = _joined(ranges, sides)
-        lowest = _lowest(ranges, snapshot.events, sides)
-    used = _fit_into(ranges, snapshot, allocator.settings)
+        known = _known_pools(ranges, snapshot.events, allocator.settings)
+        ranges = _merged(ranges, known)
+        lowest = _lowest(ranges, snapshot.events, known)
+    used = _used_by_range(ranges, snapshot, allocator.settings)
     pools: dict[tuple, tuple[list, list]] = defaultdict(lambda: ([], []))
     for part in ranges:
         places, blocks = pools[part.stream, part.small]
@@ -91,20 +90,19 @@ def adopt_beginning(allocator: Allocator, snapshot: Snapshot) -> None:
         allocator.adopt(*pool, places, blocks, lowest.get(pool))
 
 
+# reserved memory ----------------------------------------------------------------------------------
+
+
 def _ranges(snapshot: Snapshot) -> list[_Range]:
-    """Sorted by address, and apart. Raises: ValueError."""
-    names_pools = any(
-        event.pool_id is not None for event in snapshot.events
-    )  # old traces do not: then no one does
+    """What was reserved, sorted by address. Raises: ValueError, where two ranges overlap."""
+    # old traces do not name private pools: then the segments' pools are left out too
+    names_pools = any(event.pool_id is not None for event in snapshot.events)
     ranges: list[_Range] = []
-    for s in in_time(snapshot.segments):
-        _insert(
-            ranges,
-            _Range(
-                s.address, s.address + s.bytes, stream_of(s) if names_pools else s.stream, s.small
-            ),
-        )
-    for event in in_time(snapshot.events[::-1]):
+    for segment in limit_time(snapshot.segments):
+        stream = stream_of(segment) if names_pools else segment.stream
+        end = segment.address + segment.bytes
+        _insert(ranges, _Range(segment.address, end, stream, segment.small))
+    for event in limit_time(snapshot.events[::-1]):
         end = event.address + event.bytes
         if event.action in GROWS:
             _subtract(ranges, event.address, end)
@@ -126,93 +124,92 @@ def _insert(ranges: list[_Range], part: _Range) -> None:
     ranges.insert(at, part)
 
 
-@dataclass(frozen=True)
-class _Sides:
-    """Which of two expandable segments of a stream, the small pool's or the large one's, an address
-    belongs to."""
-
-    known: dict[object, list[tuple[int, bool]]]
-    large_page_bytes: int
-
-    @classmethod
-    def of(cls, ranges: Iterable[_Range], events: Iterable[Event], settings: Settings) -> _Sides:
-        known = defaultdict(list)
-        for part in ranges:
-            if part.small is not None:
-                known[part.stream].append((part.start, part.small))
-        for event in events:
-            if event.action in ("alloc", "free_requested", "free_completed"):
-                known[stream_of(event)].append(
-                    (event.address, settings.round_bytes(event.bytes) <= SMALL_BYTES)
-                )
-        return cls(
-            {stream: sorted(addresses) for stream, addresses in known.items()},
-            settings.large_segment_bytes,
-        )
-
-    def small(self, stream: object, start: int, size: int) -> bool:
-        if size % self.large_page_bytes:
-            return True
-        known = self.known.get(stream, [])
-        at = bisect_left(known, (start,))
-        return min(
-            known[max(at - 1, 0) : at + 1],
-            key=lambda other: abs(other[0] - start),
-            default=(0, False),
-        )[1]
-
-
-def _joined(ranges: list[_Range], sides: _Sides) -> list[_Range]:
-    """Expandable ranges with their pools; those of one pool that touch are one."""
-    joined: list[_Range] = []
-    for part in ranges:
-        small = (
-            sides.small(part.stream, part.start, part.end - part.start)
-            if part.small is None
-            else part.small
-        )
-        part = replace(part, small=small)
-        if joined and joined[-1] == replace(part, start=joined[-1].start, end=part.start):
-            part = replace(joined.pop(), end=part.end)
-        joined.append(part)
-    return joined
-
-
-def _lowest(ranges: list[_Range], events: Iterable[Event], sides: _Sides) -> dict[tuple, int]:
-    """The lowest address of each pool that has a range."""
-    lowest: dict[tuple, int] = {}
-    for part in ranges:
-        lowest.setdefault((part.stream, part.small), part.start)
-    for event in events:
-        if event.action == "segment_map":
-            stream = stream_of(event)
-            pool = stream, sides.small(stream, event.address, event.bytes)
-            page = SMALL_SEGMENT_BYTES if pool[1] else sides.large_page_bytes
-            if (
-                pool in lowest and (lowest[pool] - event.address) % page == 0
-            ):  # else of a segment reserved later
-                lowest[pool] = min(event.address, lowest[pool])
-    return lowest
-
-
 def _subtract(ranges: list[_Range], start: int, end: int) -> None:
     first = max(bisect_right(ranges, start, key=lambda part: part.start) - 1, 0)
     last = bisect_left(ranges, end, key=lambda part: part.start)
-    kept = [
+    pieces = [
         piece
         for part in ranges[first:last]
         for piece in (
             replace(part, end=min(part.end, start)),
             replace(part, start=max(part.start, end)),
         )
-        if piece.start < piece.end
     ]
-    ranges[first:last] = kept
+    ranges[first:last] = [piece for piece in pieces if piece.start < piece.end]
+
+
+# expandable ranges and their pools ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _KnownPools:
+    """For each stream the addresses, sorted, of which it is known whether they are in the small
+    pool's expandable segment or in the large pool's."""
+
+    addresses: dict[object, list[tuple[int, bool]]]
+    large_page_bytes: int
+
+    def is_small(self, stream: object, start: int, size: int) -> bool:
+        """Whether the range at `start` is in the small pool's segment."""
+        if size % self.large_page_bytes:
+            return True
+        known = self.addresses.get(stream, [])
+        at = bisect_left(known, (start,))
+        neighbours = known[max(at - 1, 0) : at + 1]
+        nearest = min(neighbours, key=lambda known: abs(known[0] - start), default=(0, False))
+        return nearest[1]
+
+
+def _known_pools(
+    ranges: Iterable[_Range], events: Iterable[Event], settings: Settings
+) -> _KnownPools:
+    known = defaultdict(list)
+    for part in ranges:
+        if part.small is not None:
+            known[part.stream].append((part.start, part.small))
+    for event in events:
+        if event.action in ("alloc", "free_requested", "free_completed"):
+            small = settings.round_bytes(event.bytes) <= SMALL_BYTES
+            known[stream_of(event)].append((event.address, small))
+    addresses = {stream: sorted(places) for stream, places in known.items()}
+    return _KnownPools(addresses, settings.large_segment_bytes)
+
+
+def _merged(ranges: list[_Range], known: _KnownPools) -> list[_Range]:
+    """Expandable ranges with their pools; adjacent ranges of the same pool are merged."""
+    merged: list[_Range] = []
+    for part in ranges:
+        if part.small is None:
+            size = part.end - part.start
+            part = replace(part, small=known.is_small(part.stream, part.start, size))
+        if merged and merged[-1] == replace(part, start=merged[-1].start, end=part.start):
+            part = replace(merged.pop(), end=part.end)
+        merged.append(part)
+    return merged
+
+
+def _lowest(ranges: list[_Range], events: Iterable[Event], known: _KnownPools) -> dict[tuple, int]:
+    """(stream, whether small) -> the lowest address of each pool that has a range."""
+    lowest: dict[tuple, int] = {}
+    for part in ranges:
+        lowest.setdefault((part.stream, part.small), part.start)
+    for event in events:
+        if event.action == "segment_map":
+            stream = stream_of(event)
+            pool = stream, known.is_small(stream, event.address, event.bytes)
+            page = SMALL_SEGMENT_BYTES if pool[1] else known.large_page_bytes
+            # at another distance the address is of a segment that was reserved later
+            if pool in lowest and (lowest[pool] - event.address) % page == 0:
+                lowest[pool] = min(event.address, lowest[pool])
+    return lowest
+
+
+# blocks in use ------------------------------------------------------------------------------------
 
 
 def _used(snapshot: Snapshot) -> dict[int, _Used]:
-    """Blocks in use at the beginning, by address; those that another stream still awaits are in use
-    too."""
+    """Blocks in use at the beginning, by address; those that another stream still awaits count as
+    in use."""
     used = {
         piece.address: _Used(piece.bytes, True)
         for segment in snapshot.segments
@@ -227,50 +224,36 @@ def _used(snapshot: Snapshot) -> dict[int, _Used]:
     return used
 
 
-def _fit_into(
+def _used_by_range(
     ranges: list[_Range], snapshot: Snapshot, settings: Settings
 ) -> dict[int, list[tuple]]:
-    """Blocks in use by the start of their range, as `Allocator.adopt` wants them. What lies in no
-    range is dropped: it was not the allocator's."""
+    """The start of each range -> its blocks in use, as `Allocator.adopt` takes them. A block
+    outside of every range is dropped: it was not the allocator's."""
     used, placed = _used(snapshot), defaultdict(list)
     first_allocated: dict[int, int] = {}
     for index, event in enumerate(snapshot.events):
         if event.action == "alloc":
             first_allocated.setdefault(event.address, index)
-    later, addresses, starts = (
-        sorted(first_allocated),
-        sorted(used),
-        [part.start for part in ranges],
-    )
+    later, addresses = sorted(first_allocated), sorted(used)
+    starts = [part.start for part in ranges]
     for address, following in zip(addresses, [*addresses, 1 << 64][1:], strict=True):
         at = bisect_right(starts, address) - 1
         if at < 0 or address >= ranges[at].end:
             continue
-        block, room, size = (
-            used[address],
-            min(following, ranges[at].end) - address,
-            used[address].bytes,
-        )
-        if not block.exact:
-            size = settings.round_bytes(size)
-            rest = settings.least_rest_bytes(size)
-            if room - size < rest:
-                size = room
-            else:
-                # blocks are cut from the front of a free one: the earliest shows where it began
-                near = later[
-                    (first := bisect_right(later, address + size)) : first
-                    + int(rest) // BLOCK_BYTES
-                    + 1
-                ]
-                size = next(
-                    (
-                        front - address
-                        for front in near
-                        if front < address + size + rest
-                        and first_allocated[front] < block.completed
-                    ),
-                    size,
-                )
+        block, room = used[address], min(following, ranges[at].end) - address
+        size = block.bytes if block.exact else settings.round_bytes(block.bytes)
+        rest = 0 if block.exact else settings.least_rest_bytes(size)
+        if room - size < rest:
+            size = room
+        elif not block.exact:
+            # blocks are cut from the front of a free one: the earliest shows where that began
+            end = bisect_right(later, address + size)
+            near = later[end : end + int(rest) // BLOCK_BYTES + 1]
+            fronts = (
+                front - address
+                for front in near
+                if front < address + size + rest and first_allocated[front] < block.completed
+            )
+            size = next(fronts, size)
         placed[starts[at]].append((address, min(size, room), address))
     return placed

@@ -1,17 +1,17 @@
-"""The allocator simulator against a recorded snapshot: the same allocations and frees, event by
-event.
+"""The allocator simulator checked against a recorded snapshot: the same allocations and frees,
+event by event.
 
-From the trace the simulator is fed allocations and frees, and the moments at which cached memory
-was returned to the device, because no trace says who asked for it (the program, or the driver by
-refusing); an allocation for which the device was asked right then is taken to the device, and a
-segment that the simulator needs when the trace has one of that size gets the recorded address,
-because addresses decide which of several equally large free blocks is used. Everything else, most
-of all when a new segment is needed and how large it is, it has to find by itself; the recorded
-segment events are the truth it is held against.
+The simulator is given the trace's allocations and frees, and the moments at which cached memory was
+returned to the device, because no trace says who asked for that (the program, or the driver by
+refusing). An allocation for which the trace asks the device at once is not served from cached
+blocks, and a new segment gets the address that the trace has for one of its size, because addresses
+decide which of several equally large free blocks is used. The simulator must find everything else
+by itself, most of all when a new segment is needed and how large it is; the recorded segment events
+are the truth that it is compared with.
 
-Not exact: what was there before recording began (`beginning`). CUDA graphs' pools are kept apart
-but returned like others. An expandable segment never runs out of addresses. Garbage collection is
-not replayed: its trigger is in no snapshot.
+Not exact: what was reserved before the recording began (`initial_state`). CUDA graphs' pools are
+kept apart, but returned like others. An expandable segment never runs out of addresses. Garbage
+collection is not replayed: its trigger is in no snapshot.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from math import inf
 from pathlib import Path
 
 from .allocator import Allocator
-from .initial_state import adopt_beginning, in_time, stream_of
+from .initial_state import adopt_initial_state, limit_time, stream_of
+from .safe_pickle import DUMP
 from .settings import Settings
-from .snapshot import DUMP, GROWS, MAX_BYTES, SHRINKS, Event, Snapshot, read_snapshot
+from .snapshot import GROWS, MAX_BYTES, SHRINKS, Event, Snapshot, grown_bytes, read_snapshot
 
 TOLERANCE = 0.01
 """Largest relative error of a replay that counts as agreement, unless the caller chooses
@@ -51,7 +52,7 @@ _CAUSES = {  # (memory was returned?, more is simulated than recorded?)
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first event after which reserved bytes differ. `event`: its place in the trace, from
+    """The first event after which reserved bytes differ. `event`: its number in the trace, from
     0."""
 
     event: int
@@ -61,17 +62,16 @@ class Divergence:
 
     @property
     def cause(self) -> str:
-        """In words: what the simulator did and the recorded allocator did not."""
+        """What the simulator did and the recorded allocator did not, in words."""
         return _CAUSES[self.action in SHRINKS, self.simulated_bytes > self.recorded_bytes]
 
 
 @dataclass(frozen=True)
 class Replay:
     """The outcome of a replay. `max_error`: the largest difference of reserved bytes after any
-    event, as a share of what was recorded there (1.0 where nothing was). A segment event is held
-    against the simulator after the allocation it serves. Allocated bytes are in no trace; those at
-    its end are the sum of the snapshot's blocks in use.
-    """
+    event, as a share of the recorded bytes (1.0 where there were none). A segment event is compared
+    after the allocation that it serves. Allocated bytes are in no trace; those at its end are the
+    sum of the snapshot's blocks in use."""
 
     device: int
     events: int
@@ -82,10 +82,10 @@ class Replay:
     max_error: float
     first_divergence: Divergence | None
     missing_bytes: int
-    """What the snapshot's segments have more (or less, negative) than the entries of the trace
-    leave at its end: 0, unless segment entries were not recorded."""
+    """Bytes of the snapshot's segments that the entries of the trace do not account for; negative
+    where segments are missing. 0, unless segment entries were not recorded."""
     note: str
-    """What the replay could not know, in words; empty where the trace has everything."""
+    """What the replay could not know, in words; empty where the trace is complete."""
 
     @property
     def error(self) -> float:
@@ -166,8 +166,8 @@ def replay_file(path: Path | str, device: int | None = None, max_bytes: int = MA
 
 
 def replay(snapshot: Snapshot) -> Replay:
-    """Raises: ValueError, for settings that are not simulated, and a trace that allocates nothing
-    or contradicts itself."""
+    """Replay a snapshot. Raises: ValueError, for settings that are not simulated, and for a trace
+    that allocates nothing or contradicts itself."""
     events = snapshot.events
     if not any(event.action == "alloc" and event.bytes for event in events):
         raise ValueError(
@@ -176,7 +176,7 @@ def replay(snapshot: Snapshot) -> Replay:
             " skip_actions"
         )
     allocator = Allocator(_settings(snapshot))
-    adopt_beginning(allocator, snapshot)
+    adopt_initial_state(allocator, snapshot)
     before = recorded_peak = simulated_peak = allocator.reserved_bytes
     max_error, first = 0.0, None
     for event, recorded, simulated in _levels(allocator, events):
@@ -184,34 +184,29 @@ def replay(snapshot: Snapshot) -> Replay:
         if recorded != simulated:
             max_error = max(max_error, _relative(recorded, simulated))
             first = first or Divergence(event.number, event.action, recorded, simulated)
-    end = before + sum(
-        event.bytes * ((event.action in GROWS) - (event.action in SHRINKS)) for event in events
-    )
-    allocated = sum(
-        piece.bytes
-        for segment in snapshot.segments
-        for piece in segment.pieces
-        if piece.state == "active_allocated"
-    )
-    notes = {
-        f"{before:,} bytes were reserved before the recording began, and their blocks are"
-        " reconstructed": before,
-        "the trace asks the device for nothing (it began late, or skip_actions left segment_alloc"
-        " out), so this is about cached memory alone": not any(
-            event.action in GROWS for event in events
-        ),
-    }
+    pieces = [piece for segment in snapshot.segments for piece in segment.pieces]
+    notes = []
+    if before:
+        notes.append(
+            f"{before:,} bytes were reserved before the recording began, and their blocks are"
+            " reconstructed"
+        )
+    if not any(event.action in GROWS for event in events):
+        notes.append(
+            "the trace asks the device for nothing (it began late, or skip_actions left"
+            " segment_alloc out), so this is about cached memory alone"
+        )
     return Replay(
-        snapshot.device,
-        len(events),
-        recorded_peak,
-        simulated_peak,
-        allocated,
-        allocator.allocated_bytes,
-        max_error,
-        first,
-        sum(segment.bytes for segment in snapshot.segments) - end,
-        "; ".join(words for words, applies in notes.items() if applies),
+        device=snapshot.device,
+        events=len(events),
+        recorded_peak_bytes=recorded_peak,
+        simulated_peak_bytes=simulated_peak,
+        recorded_allocated_bytes=sum(p.bytes for p in pieces if p.state == "active_allocated"),
+        simulated_allocated_bytes=allocator.allocated_bytes,
+        max_error=max_error,
+        first_divergence=first,
+        missing_bytes=snapshot.reserved_bytes - before - sum(map(grown_bytes, events)),
+        note="; ".join(notes),
     )
 
 
@@ -221,20 +216,19 @@ def _relative(recorded: int, simulated: int) -> float:
 
 
 def allocated_bytes(snapshot: Snapshot) -> dict[int, int]:
-    """Number of each event -> bytes the allocator has handed out after it, blocks as large as it
-    made them: no trace has this, the simulator finds it. Events in the middle of a growth or a run
-    of returns are left out. Raises: as `replay`.
-    """
+    """Number of each event -> bytes of the blocks that are handed out after it. No trace has this:
+    the simulator finds it. Events in the middle of a growth or of a run of returns are left out.
+    Raises: as `replay`."""
     allocator = Allocator(_settings(snapshot))
-    adopt_beginning(allocator, snapshot)
+    adopt_initial_state(allocator, snapshot)
     return {
         event.number: allocator.allocated_bytes for event, *_ in _levels(allocator, snapshot.events)
     }
 
 
 def _settings(snapshot: Snapshot) -> Settings:
-    """As told, but segments are the kind that they are: some platforms ignore the setting, and old
-    snapshots do not say."""
+    """The snapshot's settings, but with the kind of segments that it really has: some platforms
+    ignore the setting, and old snapshots do not name it."""
     expandable = any(segment.expandable for segment in snapshot.segments) or any(
         event.action in ("segment_map", "segment_unmap") for event in snapshot.events
     )
@@ -242,12 +236,13 @@ def _settings(snapshot: Snapshot) -> Settings:
 
 
 def _levels(allocator: Allocator, events: tuple[Event, ...]) -> Iterator[tuple[Event, int, int]]:
-    """Reserved bytes, recorded and simulated, after each event whose consequences are complete:
-    growth is, when the allocation it serves has been made; a run of returns, with its last."""
-    recorded, alive, served = allocator.reserved_bytes, allocator.alive(), _served(events)
+    """(event, recorded, simulated reserved bytes) after each event whose consequences are complete:
+    those of a growth are, once the allocation that it serves is made; those of a run of returns
+    with its last."""
+    recorded, served = allocator.reserved_bytes, _served(events)
     # a retry returns cached memory, asks the device and does not look at what is cached again
     returned = retried = False
-    for index, event in enumerate(in_time(events)):
+    for index, event in enumerate(limit_time(events)):
         if event.action in GROWS:
             recorded, retried = recorded + event.bytes, returned
             allocator.device.recorded.append((event.address, event.bytes))
@@ -256,17 +251,17 @@ def _levels(allocator: Allocator, events: tuple[Event, ...]) -> Iterator[tuple[E
             recorded, returned, retried = recorded - event.bytes, True, False
             if index + 1 < len(events) and events[index + 1].action in SHRINKS:
                 continue
-            _shrink(allocator, recorded, served[index])
+            _return_cached(allocator, recorded, served[index])
         else:
-            _feed(allocator, event, alive, cached=not retried)
+            _feed(allocator, event, cached=not retried)
             returned = retried = False
             allocator.device.recorded.clear()
         yield event, recorded, allocator.reserved_bytes
 
 
 def _served(events: tuple[Event, ...]) -> list[Event | None]:
-    """(events,) the allocation for which an event returned memory, if it did: the device was asked
-    for more, or returned more, until it."""
+    """(events,) the allocation for which an event may have returned memory: the next one, with
+    nothing but growths and returns before it."""
     served, following = [], None
     for event in reversed(events):
         served.append(following)
@@ -275,28 +270,22 @@ def _served(events: tuple[Event, ...]) -> list[Event | None]:
     return served[::-1]
 
 
-def _shrink(allocator: Allocator, recorded: int, served: Event | None) -> None:
-    """A full device makes an allocation return oversize blocks first; if that is not what was
-    recorded, then everything."""
+def _return_cached(allocator: Allocator, recorded: int, served: Event | None) -> None:
+    """When the device is full, an allocation returns oversize blocks first; where that does not
+    give the recorded bytes, everything that is cached was returned."""
     if allocator.settings.max_split_size_mb and served is not None:
         allocator.release_oversize(served.bytes, stream_of(served))
     if allocator.reserved_bytes != recorded:
         allocator.empty_cache()
 
 
-def _feed(allocator: Allocator, event: Event, alive: set[int], cached: bool) -> None:
-    """Addresses are the keys. A free of something never seen is passed over; an address that is
-    handed out again was freed, whether or not the trace kept that."""
+def _feed(allocator: Allocator, event: Event, cached: bool) -> None:
+    """Addresses are the keys. A free of an unknown address is ignored; an address that is handed
+    out again was freed, whether or not the trace has the free."""
     address = event.address
-    if event.action == "alloc":
-        if address in alive:
-            allocator.free_requested(address)
+    if address in allocator and event.action != "oom":
+        allocator.free_requested(address)
+    if event.action in ("alloc", "free_completed"):
         allocator.free_completed(address)
+    if event.action == "alloc":
         allocator.malloc(address, event.bytes, stream_of(event), cached)
-        alive.add(address)
-    elif event.action in ("free_requested", "free_completed"):
-        if address in alive:
-            allocator.free_requested(address)
-            alive.remove(address)
-        if event.action == "free_completed":
-            allocator.free_completed(address)

@@ -1,8 +1,8 @@
-"""A list of allocations and frees through the allocator, and what came of it event by event."""
+"""A list of allocations and frees through the allocator, and its bytes after each of them."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,10 +25,7 @@ class Simulated:
     allocated_bytes: np.ndarray  # (events,) int64
     reserved_bytes: np.ndarray  # (events,) int64
     peak_allocated_bytes: int
-    peak_allocated_event: int
-    """The first event with that many; -1 where nothing was ever allocated."""
     peak_reserved_bytes: int
-    peak_reserved_event: int
     num_alloc_retries: int
     label: str
     """Whether the settings' rules were verified on a GPU."""
@@ -43,41 +40,24 @@ def simulate(
     device_bytes: int | None = None,
     stride: int = 1,
 ) -> Simulated:
-    """Run events through a new allocator, which has `capacity_bytes` of a device of `device_bytes`,
-    whose segments land as `stride` says (`blocks.Device`). `events`: (kind, key, bytes, stream)
-    each, with a kind of `KINDS`, or columns `event`, `storage`, `bytes` and if there are several
-    streams `stream`, as a frame of `Meter` or a mapping of arrays. Rows of host storages are the
-    caller's to drop. Bytes are requests, not rounded; a free's are not read.
+    """Run events through a new allocator.
+
+    The allocator has `capacity_bytes` of a device of `device_bytes`, whose segments land as
+    `stride` says (`blocks.Device`). `events`: (kind, key, bytes, stream) each, with a kind of
+    `KINDS`, or columns `event`, `storage`, `bytes` and, if there are several streams, `stream`, as
+    a frame of `Meter` or a mapping of arrays; rows of host storages must be left out. Bytes are
+    requests, not rounded; those of a free are not read.
 
     Raises: ValueError, with the number of the event, for one that is impossible.
     """
-    allocator, allocated, reserved, oom = (
-        Allocator(settings, capacity_bytes, device_bytes),
-        [],
-        [],
-        None,
-    )
-    does = {
-        "free": allocator.free,
-        "free_requested": allocator.free_requested,
-        "free_completed": allocator.free_completed,
-        "empty_cache": lambda _: allocator.empty_cache(),
-    }
-    allocator.device.stride = stride
-    malloc, device, after_allocated, after_reserved = (
-        allocator.malloc,
-        allocator.device,
-        allocated.append,
-        reserved.append,
-    )
+    allocator = Allocator(settings, capacity_bytes, device_bytes)
+    device, allocated, reserved, oom = allocator.device, [], [], None
+    device.stride, by_kind = stride, operations(allocator)
     try:
         for kind, key, size, stream in rows(events):
-            if kind == "alloc":
-                malloc(key, size, stream)
-            else:
-                does[kind](key)
-            after_allocated(allocator.allocated_bytes)
-            after_reserved(device.reserved_bytes)
+            by_kind[kind](key, size, stream)
+            allocated.append(allocator.allocated_bytes)
+            reserved.append(device.reserved_bytes)
     except OutOfMemory as error:
         oom = error.shortage
     except KeyError as error:
@@ -89,21 +69,27 @@ def simulate(
     return Simulated(
         np.array(allocated, np.int64),
         np.array(reserved, np.int64),
-        allocator.peak_allocated_bytes,
-        _first(allocated, allocator.peak_allocated_bytes),
+        max(allocated, default=0),
         max(reserved, default=0),
-        _first(reserved, max(reserved, default=0)),
         allocator.num_alloc_retries,
         settings.label(),
         oom,
     )
 
 
-def _first(curve: list[int], peak: int) -> int:
-    return curve.index(peak) if peak else -1
+def operations(allocator: Allocator) -> dict[str, Callable]:
+    """A kind of `KINDS` -> the allocator's method for it, called with (key, bytes, stream)."""
+    return {
+        "alloc": allocator.malloc,
+        "free": lambda key, size, stream: allocator.free(key),
+        "free_requested": lambda key, size, stream: allocator.free_requested(key),
+        "free_completed": lambda key, size, stream: allocator.free_completed(key),
+        "empty_cache": lambda key, size, stream: allocator.empty_cache(),
+    }
 
 
-def rows(events) -> Iterable[tuple[str, Hashable, int, Hashable]] | Iterator[tuple]:
+def rows(events) -> Iterable[tuple[str, Hashable, int, Hashable]]:
+    """(kind, key, bytes, stream) of each event, of rows or of columns."""
     if not isinstance(events, Mapping | pd.DataFrame):
         return events
     columns = [np.asarray(events[name]).tolist() for name in ("event", "storage", "bytes")]

@@ -1,16 +1,16 @@
-"""The recorder: what the meter is on a CPU, on CUDA, without being in the way: torch's own
+"""The recorder: on CUDA what the meter is on a CPU, but out of the way of the run: torch's own
 allocator history does the work.
 
     with Recorder() as recorder:                     # before the model exists
         trainer = Trainer(model, regime, schedule, device="cuda", observer=recorder)
         trainer.step(batches)
-    recorder.frame(), recorder.peak(), recorder.peaks, recorder.said
+    recorder.frame(), recorder.peak(), recorder.peaks, recorder.notes
 
-No dispatch mode is entered, since one changes what autograd allocates; no stack is recorded and
-nothing synchronizes inside a step. What it costs a step: one short string set at each phase edge,
-module edge and declaration. Source: torch/cuda/memory.py of torch 2.11 to 2.13
+No dispatch mode is entered, because a mode changes what autograd allocates; no stack is recorded,
+and nothing synchronizes inside a step. The cost for a step is a short string that is set at each
+phase edge, module edge and declaration. Source: torch/cuda/memory.py of torch 2.11 to 2.13
 (`_record_memory_history`, `_set_memory_metadata`, `_snapshot`). Not yet run on a GPU: tested with a
-history of the same format kept by our own simulator.
+history of the same format that our own simulator keeps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
 
 import pandas as pd
 import torch
@@ -39,25 +38,9 @@ MAX_ENTRIES = 1_000_000
 about 30,000."""
 
 
-class History(Protocol):
-    """Who keeps the history."""
-
-    device_type: str
-    device: int
-    keeps_metadata: bool
-    workspace_bytes: int
-
-    def start(self, max_entries: int) -> None: ...
-    def mark(self, text: str) -> None: ...
-    def address(self, storage: UntypedStorage) -> int | None: ...
-    def peaks(self) -> dict[str, int]: ...
-    def look(self) -> dict: ...
-    def stop(self) -> dict: ...
-
-
 class CudaHistory:
-    """torch's. `device`: a CUDA device, by default the current one. Raises: ValueError, where torch
-    sees no GPU."""
+    """torch's allocator history. `device`: a CUDA device, by default the current one. Raises:
+    ValueError, where torch sees no GPU."""
 
     device_type = "cuda"
 
@@ -65,7 +48,7 @@ class CudaHistory:
         if not torch.cuda.is_available():
             raise ValueError(
                 "the recorder needs CUDA, and torch sees none here (`vramlab doctor` says why): "
-                "on a CPU use memory.meter.Meter"
+                "on a CPU use vramlab.capture.meter.Meter"
             )
         index = torch.device(device).index
         self.device = torch.cuda.current_device() if index is None else index
@@ -87,8 +70,7 @@ class CudaHistory:
         return storage.data_ptr()
 
     def peaks(self) -> dict[str, int]:
-        """Since they were last asked for; the counts are since the process began. Asks no
-        device."""
+        """Peaks since the last call; counts since the process began. Does not synchronize."""
         stats = torch.cuda.memory_stats(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         return {
@@ -102,9 +84,8 @@ class CudaHistory:
         return torch.cuda.memory._snapshot(self.device)
 
     def stop(self) -> dict:
-        with suppress(
-            RuntimeError
-        ):  # a device that is lost: its history is the host's, and can still be read
+        # the history of a device that is lost is the host's, and can still be read
+        with suppress(RuntimeError):
             torch.cuda.synchronize(self.device)
         raw = self.look()
         torch.cuda.memory._record_memory_history(None)
@@ -113,45 +94,33 @@ class CudaHistory:
         return raw
 
 
-class _Told(Modules):
-    """The module that runs forward, told at each edge."""
-
-    def __init__(self, told):
-        super().__init__()
-        self._told = told
-
-    def _edge(self) -> None:
-        self._told()
-
-
 class Recorder(GradientsToo):
     """Records while it is entered, once; enter it before the model is made. `max_entries` bounds
-    the history: of a longer run its end is kept, and `said` tells. Leaving by an error, out of
-    memory too, keeps what was recorded.
-    """
+    the history: of a longer run its end is kept, and `notes` says so. Leaving by an error, out of
+    memory included, keeps what was recorded. `history`: torch's by default."""
 
     def __init__(
         self,
         device: str | torch.device = "cuda",
         max_entries: int = MAX_ENTRIES,
-        history: History | None = None,
+        history: CudaHistory | None = None,
     ):
         super().__init__()
-        self._history: Any = history or CudaHistory(device)
+        self._history = history or CudaHistory(device)
         self._max_entries = max_entries
         self._marks: list[tuple[int, str, str, int, int]] = []
         self._declared: list[tuple[int, int, str, str]] = []
         self._clock: list[tuple[int, float]] = []
         self._step, self._phase, self._span = 0, "init", 0
-        self._modules = _Told(self._mark)
+        self._modules = Modules(self._mark)
         self._resizable: dict[int, tuple[str, str]] = {}
         self._entered = ExitStack()
         self.peaks: list[dict] = []
-        """One dict a step, torch's own figures: `step` (-1: before the first),
+        """One dict for each step, torch's own figures: `step` (-1: before the first),
         `allocated_peak_bytes`, `reserved_peak_bytes` within it, and `num_alloc_retries`, `num_ooms`
         so far."""
-        self.said: list[str] = []
-        """What a reader of the figures has to know."""
+        self.notes: list[str] = []
+        """What a reader of the figures has to know, in sentences."""
 
     # what the trainer says ------------------------------------------------------------------------
 
@@ -177,7 +146,7 @@ class Recorder(GradientsToo):
             tensor = local(tensor)
             if tensor.device.type == self._history.device_type:
                 self._declare(mark, tensor.untyped_storage(), category, name)
-        self._mark()  # what is allocated from here on is something else, also at the same address
+        self._mark()  # what is allocated from now on is something else, even at the same address
 
     def _declare(self, mark: int, storage: UntypedStorage, category: str, name: str) -> None:
         if address := self._history.address(storage):
@@ -186,7 +155,7 @@ class Recorder(GradientsToo):
             self._resizable[storage._cdata] = category, name
 
     def _resized(self, storage: UntypedStorage) -> None:
-        """Gathered weights live in storages that are emptied and filled again: the same thing at
+        """Gathered weights live in storages that are emptied and filled again, and then have
         another address."""
         if storage.nbytes() and storage._cdata in self._resizable:
             self._declare(len(self._marks) - 1, storage, *self._resizable[storage._cdata])
@@ -239,30 +208,30 @@ class Recorder(GradientsToo):
         self._look_back()
 
     def _read(self, raw: dict) -> Recording:
-        said = {
+        document = {
             "marks": self._marks,
             "declared": self._declared,
             "clock": self._clock,
             "workspace_bytes": self._history.workspace_bytes,
             "source": getattr(self._history, "source", "recorder"),
         }
-        return Recording.of(raw, self._history.device, said)
+        return Recording.of(raw, self._history.device, document)
 
     def so_far(self) -> pd.DataFrame:
-        """The timeline up to now, while it is still recorded: of a step that ran out of memory and
+        """The timeline up to now, while it is still recorded: for a step that ran out of memory and
         has not unwound yet."""
         self._read_clocks()
         return self._read(self._history.look()).frame()
 
     def _look_back(self) -> None:
         if len(self.recording.snapshot.events) >= self._max_entries or self.recording.before:
-            self.said.append(
+            self.notes.append(
                 f"the history holds the last {self._max_entries:,} entries or began after the first"
-                f" tensor: {self.recording.before} storages are older than it, and of their making"
-                " nothing is known"
+                f" tensor: {self.recording.before} storages are older than it, so nothing is known"
+                " of their allocation"
             )
         if not self._history.keeps_metadata:
-            self.said.append(
+            self.notes.append(
                 "this torch keeps no metadata with allocations: phases are assigned by time, exact"
                 " to microseconds"
             )
@@ -285,14 +254,14 @@ class Recorder(GradientsToo):
         }
 
     host_peak_bytes = None
-    """No history of the device knows the host's bytes."""
+    """The device's history does not have the host's bytes."""
 
     def write(self, folder: Path) -> None:
-        """The recording on disk, see `recording.read_recording`."""
+        """Write the recording for `recording.read_recording`."""
         self.recording.write(folder, self._raw)
 
 
 def watching(device: str) -> Recorder | Meter:
-    """Who sees every storage of a run on `device`: both have `frame`, `peak` and `host_peak_bytes`,
-    and are entered around it."""
+    """The observer that sees every storage of a run on `device`. Both kinds are entered around the
+    run and have `frame`, `peak` and `host_peak_bytes`."""
     return Recorder(device) if device.startswith("cuda") else Meter()

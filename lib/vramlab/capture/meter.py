@@ -1,9 +1,10 @@
-"""The event meter: every storage from birth to death, with who made it, when, and what it was for.
+"""The event meter: every storage from its allocation to its release, with the operation and module
+that made it, the phase, and its category.
 
-It watches from below autograd with a dispatch mode (`watch`), so it sees every operation,
-recomputed and backward ones too, on real tensors and on fake ones. It is slow: so it is for bytes
-only, in a pass of its own. Bytes inside a kernel, which no operation returns, are not seen;
-`Workspaces` says what is known of them.
+It watches from below autograd with a dispatch mode (`dispatch`), so it sees every operation,
+recomputed and backward ones too, on real tensors and on fake ones. It is slow: use it for bytes
+only, in a pass of its own. Not seen: bytes inside a kernel, which no operation returns;
+`Workspaces` adds what is known of them.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ COLUMNS = (
     "source",
 )
 TEXT = ("event", "category", "phase", "module", "op", "source")
-"""Of these, what is text: kept as Python's own strings, since what reads them goes row by row."""
+"""The columns of text. They are kept as Python strings, because their readers go row by row."""
 
 
 @dataclass
 class _Storage:
-    """One storage's life. `span` counts stretches of one phase: born and freed in one is a
-    temporary."""
+    """The life of a storage. `span` counts stretches of the same phase: a storage that is made and
+    freed in the same stretch is a temporary."""
 
     serial: int
     bytes: int
@@ -65,8 +66,8 @@ class _Storage:
 
 
 class _Death(weakref.ref):
-    """Called when a storage dies; knows which. An address is unique among the living only, so it is
-    dropped then."""
+    """Called when a storage dies; `key` is its address, which is unique among living storages only
+    and is dropped then."""
 
     __slots__ = ("key",)
 
@@ -91,14 +92,14 @@ def _listening(listeners: list, listener: Callable) -> Iterator[None]:
 
 
 class Meter(GradientsToo):
-    """Collects events while it is entered, once. Tensors declared before that (`own`) are adopted
-    with phase `init`.
+    """Collects events while it is entered, once. Tensors that are declared before (`own`) are
+    adopted with phase `init`.
 
-    Where the device is not the CPU, `device_type` says so: storages on another device are host
-    memory, as are those declared so. `host_peak_bytes` is their peak; they are not in `live_bytes`.
+    `device_type` names a device other than the CPU: storages elsewhere are then host memory, as
+    are those declared so. `host_peak_bytes` is their peak; they are not in `live_bytes`.
     `workspaces` adds what kernels take, `work` counts what operations compute and move. `stream`
-    says on which of the device's streams storages are being made, each with its own pool in the
-    allocator; 0 is the usual one.
+    returns the stream on which storages are made now, each with its own pool in the allocator; 0 is
+    the default stream.
     """
 
     def __init__(
@@ -116,12 +117,8 @@ class Meter(GradientsToo):
         self._names: dict = {}
         self._phase, self._span, self._step, self._began = "init", 0, 0, time.perf_counter()
         self._place, self._last_phase = "device", ""
-        self._device_type, self._workspaces, self._work, self._stream = (
-            device_type,
-            workspaces,
-            work,
-            stream,
-        )
+        self._device_type, self._stream = device_type, stream
+        self._workspaces, self._work = workspaces, work
         self._modules = Modules()
         self._entered = ExitStack()
         self.loops: list[Loop] = []
@@ -180,35 +177,32 @@ class Meter(GradientsToo):
         return "recompute" if recomputing and self._phase == "backward" else self._phase
 
     def saw(self, func, args, outputs) -> None:
-        """An operation returned; whatever storage it made begins to live."""
+        """Called when an operation has returned: every new storage among its outputs begins to
+        live."""
         phase = self._now_in()
         if phase != self._last_phase:  # recompute begins and ends inside backward
             self._last_phase, self._span = phase, self._span + 1
         op = self._names.get(func) or self._names.setdefault(func, str(func))
         for tensor in (outputs,) if isinstance(outputs, Tensor) else tree_leaves(outputs):
-            if isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(
-                tensor
-            ):  # a wrapper has no bytes of its own
+            # a wrapper has no bytes of its own
+            if isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor):
                 self._record(tensor, op)
         if self._workspaces is not None:
             self._take_workspace(func, args, op)
         if self._work is not None:
-            self._work.saw(self._step, phase, func, args, outputs, self._serial, self._on_host)
+            self._work.count(self._step, phase, func, args, outputs, self._known)
 
-    def _serial(self, tensor: Tensor) -> int:
-        return self._record(tensor, "found").serial
-
-    def _on_host(self, tensor: Tensor) -> bool:
-        return self._record(tensor, "found").host
+    def _known(self, tensor: Tensor) -> _Storage:
+        return self._record(tensor, "found")
 
     def _take_workspace(self, func, args, op: str) -> None:
-        """What the kernel that has just run took: for itself, or for good."""
+        """Record what the kernel that has just run took: for good, or while it ran."""
         kept_bytes, scratch_bytes = self._workspaces.taken(func, args, self._phase == "backward")
-        for size, kept in ((kept_bytes, True), (scratch_bytes, False)):
-            if size:
-                record = self._born(size, "workspace", op, host=False)
-                if not kept:
-                    self._event("free", record, -size)
+        if kept_bytes:
+            self._born(kept_bytes, "workspace", op, host=False)
+        if scratch_bytes:
+            scratch = self._born(scratch_bytes, "workspace", op, host=False)
+            self._event("free", scratch, -scratch_bytes)
 
     def _record(self, tensor: Tensor, op: str) -> _Storage:
         storage = tensor.untyped_storage()
@@ -271,22 +265,19 @@ class Meter(GradientsToo):
     # what came of it ------------------------------------------------------------------------------
 
     def frame(self) -> pd.DataFrame:
-        """The timeline: one row an event, in order. Columns: `COLUMNS`. Bytes are integers;
+        """The timeline: one row for each event, in order. Columns: `COLUMNS`. Bytes are integers;
         `live_bytes` is what lives on the device after the event; host storages are rows with
-        category `host` that do not count in it.
-        """
+        category `host` that do not count in it."""
         t_s, step, event, serial, change, phase, stream = (
             zip(*self._events, strict=True) if self._events else [()] * 7
         )
-        change, about = (
-            np.array(change, np.int64),
-            np.searchsorted([one.serial for one in self._storages], serial),
-        )
+        change = np.array(change, np.int64)
+        storage = np.searchsorted([record.serial for record in self._storages], serial)
 
-        def of_storage(told: Callable, dtype: type) -> np.ndarray:
-            return np.array([told(one) for one in self._storages], dtype)[about]
+        def of_storage(values: Iterable, dtype: type = object) -> np.ndarray:
+            return np.array(list(values), dtype)[storage]
 
-        live = np.where(of_storage(lambda one: one.host, bool), 0, change).cumsum()
+        host = of_storage((record.host for record in self._storages), bool)
         columns = {
             "t_s": t_s,
             "step": step,
@@ -294,12 +285,12 @@ class Meter(GradientsToo):
             "storage": serial,
             "stream": stream,
             "bytes": abs(change),
-            "live_bytes": live,
-            "category": of_storage(self._category, object),
+            "live_bytes": np.where(host, 0, change).cumsum(),
+            "category": of_storage(map(self._category, self._storages)),
             "phase": phase,
-            "module": of_storage(lambda one: one.module, object),
-            "op": of_storage(lambda one: one.op, object),
-            "source": ["meter"] * len(about),
+            "module": of_storage(record.module for record in self._storages),
+            "op": of_storage(record.op for record in self._storages),
+            "source": ["meter"] * len(storage),
         }
         kinds = {"t_s": float, **dict.fromkeys(TEXT, object)}
         return pd.DataFrame(
@@ -315,19 +306,21 @@ class Meter(GradientsToo):
 
     def peak(self, step: int | None = None) -> dict:
         """{peak_bytes, phase, step, categories {category: bytes}, owners [{module, category, op,
-        bytes}, at most 8]} at the event with most bytes alive on the device, of one step or of
+        bytes}, at most 8]} at the event with most bytes alive on the device, of a step or of
         all."""
         return timeline.peak_owners(self.frame(), step)
 
     def work(self, step: int) -> dict[str, dict]:
-        """phase -> what one step computed and moved, see `Work.of_step`; nothing without `work`."""
+        """phase -> what a step computed and moved, see `Work.of_step`; nothing without `work`."""
+        if self._work is None:
+            return {}
         kept = {
             record.serial
             for record in self._storages
             if record.survived
             or self._category(record) not in ("activations", "temporaries", "workspace")
         }
-        return {} if self._work is None else self._work.of_step(step, kept.__contains__)
+        return self._work.of_step(step, kept.__contains__)
 
     @property
     def host_peak_bytes(self) -> int:

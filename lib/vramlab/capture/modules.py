@@ -1,8 +1,8 @@
 """Which module is running, forward and backward, without touching a gradient.
 
-Forward: a stack kept by global module hooks. Backward: autograd numbers its nodes in the order
-forward made them, so the numbers between a module's entry and exit are that module's; the node
-being run says where it belongs.
+Forward: global module hooks keep a stack. Backward: autograd numbers its nodes in the order in
+which forward made them, so the numbers between a module's entry and exit are that module's, and the
+node that runs now belongs to the module of its number.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import re
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ _BLOCK = re.compile(r".*?\.\d+(?=\.|$)")
 
 
 def common(name: str, other: str) -> str:
-    """What one storage that holds two things is called: the innermost module both are in."""
+    """The name of a storage that holds two tensors: the innermost module that both are in."""
     if name == other:
         return name
     same = itertools.takewhile(
@@ -31,11 +32,11 @@ def common(name: str, other: str) -> str:
 
 
 class Modules:
-    """Entered around a run. `current()` names the innermost module; `""` is the model itself or
-    nothing."""
+    """Entered around a run. `current()` names the innermost module; `""` is the model itself or no
+    module. `on_edge` is called whenever a module's forward begins or ends."""
 
-    def __init__(self):
-        self.backward = False
+    def __init__(self, on_edge: Callable[[], object] = lambda: None):
+        self._on_edge, self.backward = on_edge, False
         self._names: dict[int, str] = {}
         self._stack: list[str] = []
         self._edges: list[int] = []  # sequence number from which on ...
@@ -62,21 +63,15 @@ class Modules:
             return ""
         at = bisect.bisect_right(self._edges, node._sequence_nr()) - 1
         owner = self._owners[at] if at >= 0 else ""
-        # a recomputed block's own hooks do not run; the node is any of the block's that needed it
+        # a recomputed block's own hooks do not run, and the node may be any of the block's
         block = _BLOCK.match(owner) if recomputing else None
         return block.group() if block else owner
 
     def _enter(self, module: nn.Module, args) -> None:
-        if (
-            id(module) not in self._names
-        ):  # a root, or a module made since: names are found from the outermost one
-            self._names.update(
-                {
-                    id(child): name
-                    for name, child in module.named_modules()
-                    if id(child) not in self._names
-                }
-            )
+        # a root, or a module made since: names are relative to the outermost module
+        if id(module) not in self._names:
+            for name, child in module.named_modules():
+                self._names.setdefault(id(child), name)
         self._stack.append(self._names[id(module)])
         self._edge()
 
@@ -87,3 +82,4 @@ class Modules:
     def _edge(self) -> None:
         self._edges.append(torch._C._autograd._get_sequence_nr())
         self._owners.append(self._stack[-1] if self._stack else "")
+        self._on_edge()

@@ -1,16 +1,16 @@
-"""What the NVIDIA driver says of one card: a reader that only ever reads.
+"""The NVIDIA driver's figures of a card: a reader that never changes a setting.
 
 The card is found by the UUID that torch gives it, so `CUDA_VISIBLE_DEVICES` and the order of
-enumeration do not matter; where the card is cut by MIG, the reader is the instance's. Every
-quantity is asked for once at the start: one that this driver or card does not know is N/A (None)
-from then on and `said` gives the reason. A card that is lost in mid-run turns every quantity to N/A
-and raises nothing.
+enumeration do not matter; where the card is partitioned by MIG, the reader is the instance's. Every
+quantity is read once at the start: a quantity that this driver or card does not support is N/A
+(None) from then on, and `notes` gives the reason. When a card is lost during a run, every quantity
+becomes N/A and nothing is raised.
 
-Not exact. A sample is a moment: a peak of a millisecond falls between two, so the largest
+Not exact. A sample is a moment: a peak of a millisecond falls between two samples, so the largest
 `used_bytes` bounds the peak from below. Utilization is over the driver's last 1/6 to 1 s and is no
 occupancy. Power is a mean over 1 s on most cards since Ampere, and the sensor of A100 and H100
-looks at a quarter of the time (arXiv:2312.02741). Under MPS a client's bytes are not told from the
-server's. Not yet run on a GPU.
+measures during a quarter of the time (arXiv:2312.02741). Under MPS a client's bytes cannot be
+separated from the server's. Not yet run on a GPU.
 
 Source: NVML API reference, nvidia-ml-py.
 """
@@ -40,7 +40,8 @@ COLUMNS = (
 
 
 class Reader:
-    """One card. This one, the null object, is of no card: it reads N/A and says why."""
+    """Reads a card. This class is the null object, of no card: it reads N/A, and `notes` has the
+    reason."""
 
     card = driver = process_method = ""
     total_bytes: int | None = None
@@ -48,56 +49,52 @@ class Reader:
     """Why nothing more can be read, once the card has gone."""
 
     def __init__(self, reason: str = ""):
-        self.said: list[str] = [reason] if reason else []
+        self.notes: list[str] = [reason] if reason else []
 
     def sample(self) -> dict:
-        """The `COLUMNS` now, None for what is not known. Bytes; watts; joules since the driver was
-        loaded; utilization from 0 to 1; MHz; degrees Celsius. `used_bytes` is everyone's, without
-        what the driver `reserved_bytes` for itself where that is known; `process_bytes` are this
-        process's, context included. Never raises."""
+        """The `COLUMNS` now, None for an unknown value. Bytes; watts; joules since the driver was
+        loaded; utilization from 0 to 1; MHz; degrees Celsius. `used_bytes` is of all processes,
+        without the driver's own `reserved_bytes` where these are known; `process_bytes` is of this
+        process, context included. Never raises."""
         return dict.fromkeys(COLUMNS)
 
 
 class CardReader(Reader):
-    """A card or a MIG instance, by its NVML handle. `own` is how this process is found among those
-    on it."""
+    """Reads a card or a MIG instance, by its NVML handle. `own`: this process among those on the
+    card."""
 
     def __init__(self, nvml, handle, own: nvml_process.Own, shared: bool = False):
         super().__init__()
         self._nvml, self._handle, self._own = nvml, handle, own
-        self.process_method = own.method
         self._whole = _card_of(nvml, handle) if shared else handle
-        self.card, self.driver = (
-            _text(nvml.nvmlDeviceGetName(handle)),
-            _text(nvml.nvmlSystemGetDriverVersion()),
-        )
+        self.process_method = own.method
+        self.card = _text(nvml.nvmlDeviceGetName(handle))
+        self.driver = _text(nvml.nvmlSystemGetDriverVersion())
         self._version = self._memory_version()
-        self._ways = self._all_ways()
+        self._quantities = self._all_quantities()
         if own.reason:
             self._give_up("process_bytes", own.reason)
-        if shared:
-            for name in ("power_w", "energy_j", "utilization"):
-                self._give_up(
-                    name, "the card is cut by MIG and the driver tells it of the whole card only"
-                )
-        self.sample()  # what this card does not know is found out now, not in a timed step
+        for name in ("power_w", "energy_j", "utilization") if shared else ():
+            self._give_up(
+                name, "the card is cut by MIG and the driver tells it of the whole card only"
+            )
+        self.sample()  # finds out now, and not in a timed step, what this card does not support
 
     def sample(self) -> dict:
         row: dict = dict.fromkeys(COLUMNS)
-        for name, way in list(self._ways.items()) if not self.lost else ():
+        for name, read in list(self._quantities.items()) if not self.lost else ():
             try:
-                value = way()
-                row.update(value if isinstance(value, dict) else {name: value})
-            except (
-                self._nvml.NVMLError,
-                AttributeError,
-            ) as error:  # the second: a module older than the call
+                value = read()
+            # an AttributeError: the module is older than the call
+            except (self._nvml.NVMLError, AttributeError) as error:
                 self._failed(name, error)
-            if self.lost:
-                break
+                if self.lost:
+                    break
+            else:
+                row.update(value if isinstance(value, dict) else {name: value})
         return row
 
-    def _all_ways(self) -> dict[str, Callable]:
+    def _all_quantities(self) -> dict[str, Callable]:
         nvml, clock = self._nvml, self._nvml.nvmlDeviceGetClockInfo
         return {
             "used_bytes": self._memory,
@@ -114,62 +111,65 @@ class CardReader(Reader):
 
     def _memory(self) -> dict:
         now = self._nvml.nvmlDeviceGetMemoryInfo(self._handle, **self._version)
-        return {
-            "used_bytes": now.used,
-            **({"reserved_bytes": now.reserved} if self._version else {}),
-        }
+        own = {"reserved_bytes": now.reserved} if self._version else {}
+        return {"used_bytes": now.used, **own}
 
     def _memory_version(self) -> dict:
-        """The second structure tells the driver's own bytes apart; older drivers do not have it."""
+        """The second structure has the driver's own bytes apart; older drivers do not support
+        it."""
         nvml = self._nvml
         with contextlib.suppress(nvml.NVMLError, AttributeError):
-            self.total_bytes = nvml.nvmlDeviceGetMemoryInfo(
-                self._handle, version=nvml.nvmlMemory_v2
-            ).total
-            return {"version": nvml.nvmlMemory_v2}
-        with contextlib.suppress(nvml.NVMLError):  # then used_bytes will fail too, and say so
+            version = {"version": nvml.nvmlMemory_v2}
+            self.total_bytes = nvml.nvmlDeviceGetMemoryInfo(self._handle, **version).total
+            return version
+        with contextlib.suppress(nvml.NVMLError):  # used_bytes will fail too, and has a note then
             self.total_bytes = nvml.nvmlDeviceGetMemoryInfo(self._handle).total
-            self.said.append(
+            self.notes.append(
                 "reserved_bytes: N/A: this driver has version 1 of the memory call only, whose"
                 " used_bytes hold them"
             )
         return {}
 
     def _failed(self, name: str, error: Exception) -> None:
-        if self._is(
-            error,
-            "GPU_IS_LOST",
-            "RESET_REQUIRED",
-            "DRIVER_NOT_LOADED",
-            "UNINITIALIZED",
-            "GPU_NOT_FOUND",
-        ):
+        kind = _kind(self._nvml, error)
+        if kind in _LOST:
             self.lost = f"the card was lost: {error}"
-            self.said.append(self.lost)
-        elif self._is(
-            error, "NOT_SUPPORTED", "FUNCTION_NOT_FOUND", "NO_PERMISSION", "INVALID_ARGUMENT"
-        ):
+            self.notes.append(self.lost)
+        elif kind in _UNSUPPORTED:
             self._give_up(name, str(error))
-        elif (words := f"{name}: missing in some samples: {error}") not in self.said:
-            self.said.append(words)
+        elif (note := f"{name}: missing in some samples: {error}") not in self.notes:
+            self.notes.append(note)
 
     def _give_up(self, name: str, reason: str) -> None:
-        self._ways.pop(name, None)
-        self.said.append(f"{name}: N/A: {reason}")
+        self._quantities.pop(name, None)
+        self.notes.append(f"{name}: N/A: {reason}")
 
-    def _is(self, error, *names: str) -> bool:
-        value = getattr(error, "value", self._nvml.NVML_ERROR_FUNCTION_NOT_FOUND)
-        return value in {getattr(self._nvml, f"NVML_ERROR_{name}", None) for name in names}
+
+_LOST = (
+    "GPU_IS_LOST",
+    "RESET_REQUIRED",
+    "DRIVER_NOT_LOADED",
+    "UNINITIALIZED",
+    "GPU_NOT_FOUND",
+)
+_UNSUPPORTED = ("NOT_SUPPORTED", "FUNCTION_NOT_FOUND", "NO_PERMISSION", "INVALID_ARGUMENT")
+
+
+def _kind(nvml, error: Exception) -> str:
+    """Which of the known errors this is; a module older than the call counts as a function that is
+    not found."""
+    value = getattr(error, "value", nvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+    kinds = (*_LOST, *_UNSUPPORTED)
+    return next((kind for kind in kinds if getattr(nvml, f"NVML_ERROR_{kind}", None) == value), "")
 
 
 def find(device: str) -> Reader:
     """The reader of torch's `device`, for example "cuda:0"; the null object, with the reason, where
-    there is none.
+    the device cannot be read.
 
-    Makes the CUDA context if there is none. In a container it may hold and free 256 MiB for a
-    moment, to know its own process again (see `nvml_process`): call it before anything is measured,
-    and reset torch's peak statistics after. Never raises.
-    """
+    Creates the CUDA context if necessary. In a container it may hold and free 256 MiB for a moment,
+    to recognize its own process (see `nvml_process`): call it before anything is measured, and
+    reset torch's peak statistics afterwards. Never raises."""
     if not device.startswith("cuda"):
         return Reader(f"NVML: N/A: it reads NVIDIA cards, and the device is {device}")
     if not torch.cuda.is_available():
@@ -179,25 +179,19 @@ def find(device: str) -> Reader:
         torch.cuda.synchronize(device)  # from here on this process is on the card
         handle, is_instance = _handle(nvml, device)
         return CardReader(nvml, handle, nvml_process.own(nvml, handle, device), shared=is_instance)
-    except Exception as error:  # whatever a driver may think of: a run goes on without it
+    except Exception as error:  # whatever a driver raises, the run goes on without its figures
         return Reader(f"NVML: N/A: {type(error).__name__}: {error}")
 
 
 def _handle(nvml, device: str) -> tuple:
-    """(handle, whether it is a MIG instance's) of the card that torch calls `device`.
-
-    Raises: LookupError, when NVML does not know it or cannot tell which instance it is.
-    """
-    found = torch.device(device)
-    index = torch.cuda.current_device() if found.index is None else found.index
+    """(handle, whether it is a MIG instance's) of the card that torch calls `device`. Raises:
+    LookupError, when NVML does not know the card or cannot tell which instance it is."""
+    index = torch.device(device).index
+    index = torch.cuda.current_device() if index is None else index
     uuid = str(torch.cuda.get_device_properties(index).uuid).removeprefix("GPU-")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    asked = (
-        [visible[index].strip()]
-        if index < len(visible) and visible[index].strip().startswith("MIG-")
-        else []
-    )
-    for name in (*asked, f"MIG-{uuid}", f"GPU-{uuid}"):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[index : index + 1]
+    chosen = [name.strip() for name in visible if name.strip().startswith("MIG-")]
+    for name in (*chosen, f"MIG-{uuid}", f"GPU-{uuid}"):
         try:
             handle = nvml.nvmlDeviceGetHandleByUUID(name)
         except nvml.NVMLError:
@@ -218,7 +212,7 @@ def _handle(nvml, device: str) -> tuple:
 
 
 def _instances(nvml, handle) -> list:
-    """MIG instances of a card; none where it is whole or knows no MIG."""
+    """The MIG instances of a card; empty where it is whole or does not support MIG."""
     try:
         if not nvml.nvmlDeviceGetMigMode(handle)[0]:
             return []
@@ -233,8 +227,8 @@ def _instances(nvml, handle) -> list:
 
 
 def _card_of(nvml, instance):
-    """The whole card's handle, which has the clocks; the instance's own, which knows none, where
-    that is not allowed."""
+    """The handle of the whole card, which has the clocks; where that is not permitted, the
+    instance's own, which has none."""
     with contextlib.suppress(nvml.NVMLError):
         return nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(instance)
     return instance

@@ -1,10 +1,10 @@
-"""The driver's figures of a card beside a run: one reading every 30 ms from a thread of its own, on
-the clock of the steps.
+"""The driver's figures of a card during a run: a thread of its own reads them every 30 ms, on the
+clock of the steps.
 
-Nothing here can end the run it stands beside. A lost card, a reading that raises, a thread that
-dies or hangs in the driver: each ends the sampling, what was seen until then stays, and `said`
-tells it. Memory is bounded: past `most_rows` every second row goes, of two the one with fewer
-bytes, and samples come half as often. Not yet run on a GPU.
+Sampling never ends the run that it accompanies. A lost card, a reading that raises, a thread that
+dies or hangs in the driver: each ends the sampling, the samples so far are kept, and `notes` says
+why. Memory is bounded: at `most_rows` every second row is dropped, of two neighbours the row with
+fewer bytes, and samples come half as often. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .nvml import COLUMNS, Reader
 LINGER_S = 0.25
 """How long sampling goes on after the last window, so that the energy counter moves once more."""
 PATIENCE_S = 2.0
-"""How long a reading under way is waited for at the end."""
+"""How long to wait at the end for a reading that is under way."""
 
 
 class Sampler:
@@ -35,9 +35,9 @@ class Sampler:
         self._thread = threading.Thread(target=self._watch, name="nvml", daemon=True)
 
     @property
-    def said(self) -> list[str]:
+    def notes(self) -> list[str]:
         """What could not be measured, and why."""
-        return [*self.reader.said, *self._ended]
+        return [*self.reader.notes, *self._ended]
 
     def __enter__(self) -> Sampler:
         if self.reader.card:
@@ -77,7 +77,7 @@ class Sampler:
                 now = time.perf_counter()
                 self._keep(((before + now) / 2, *(row[name] for name in COLUMNS)))
                 due += self._period_s
-                if due < now:  # the driver was slow: what was missed is not made up for
+                if due < now:  # the driver was slow: missed samples are not made up for
                     due = now + self._period_s
                 self._stop.wait(due - now)
             ending = ""

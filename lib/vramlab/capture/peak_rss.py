@@ -1,9 +1,9 @@
 """The operating system's own figure of a process's peak, made trustworthy.
 
 glibc keeps freed memory, so a resident set overstates a step by about 30 %. With
-`processes.MALLOC_ENV` a block of 64 KiB or more is mapped by itself and returned when freed, and
-the high-water mark of the resident set is the truth to a part in a thousand. They have to be in the
-environment before Python starts, and they slow it: so never on a timed run.
+`processes.MALLOC_ENV` a block of 64 KiB or more is mapped by itself and returned when it is freed,
+and the high-water mark of the resident set is exact to a thousandth. These variables must be set
+before Python starts, and they slow it down: so never on a timed run.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SAMPLE_S = 0.005
-HIGH_WATER, SAMPLED = (
-    "VmHWM, reset at the start",
-    f"resident bytes sampled every {SAMPLE_S * 1000:.0f} ms",
-)
+HIGH_WATER = "VmHWM, reset at the start"
+SAMPLED = f"resident bytes sampled every {SAMPLE_S * 1000:.0f} ms"
 
 
 @dataclass
@@ -48,15 +46,15 @@ def _status(field: str) -> int:
 def _reset_high_water() -> bool:
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        # some kernels take the write and reset nothing
+        # some kernels accept the write and reset nothing
         return _status("VmHWM") - _status("VmRSS") < 1 << 20
     except OSError:
         return False
 
 
 def peak_method() -> str:
-    """How a peak is found here. Resets this process's high-water mark. Raises: OSError, where there
-    is no /proc."""
+    """How a peak is found on this machine. Resets this process's high-water mark. Raises: OSError,
+    where there is no /proc."""
     if _reset_high_water():
         return HIGH_WATER
     _status("VmRSS")
@@ -64,9 +62,9 @@ def peak_method() -> str:
 
 
 def _return_free_memory() -> None:
-    """Give the system back what is free inside the heap (glibc; elsewhere nothing): what is
-    allocated there later would raise no peak. Imports leave megabytes of it, the more where they
-    find no bytecode."""
+    """Return the free memory inside the heap to the system (glibc; elsewhere nothing): a later
+    allocation in it would raise no peak. Imports leave megabytes of it, and more where they find no
+    bytecode."""
     gc.collect()
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,18 +1,18 @@
-"""What was recorded of one run on CUDA, and the timeline that it is: the meter's columns, from
-torch's own allocator history.
+"""What was recorded of a run on CUDA, and the timeline in it: the meter's columns, from torch's
+own allocator history.
 
-A recording is torch's snapshot and what the trainer said while it was made: *marks*, a numbered
+A recording is torch's snapshot and what the trainer declared while it was made: *marks*, a numbered
 list of moments at which phase, step or module changed, and *declarations*, "the storage at this
 address is of this category", each made at a mark. The number of the latest mark stands in the
-metadata of every entry of the history, so each allocation and each release knows its phase, and a
+metadata of every entry of the history. So each allocation and each release knows its phase, and a
 declaration means the last allocation at its address that was made at or before its mark. No stack
-is recorded and no frame is read. An entry without metadata, as where torch keeps none, belongs to
-the last mark before its time: exact to the microseconds in which both clocks are read.
+is recorded. An entry without metadata, as where torch keeps none, belongs to the last mark before
+its time: exact to the microseconds in which both clocks are read.
 
-Bytes are as asked for, as the meter's are. `reserved_bytes` is the sum of segments;
-`allocated_bytes`, blocks as the allocator made them, is in no history and is found by the
-simulator. Not seen: host memory; what no entry says (modules of backward, the names of operations:
-see `join`). Not yet run on a GPU.
+Bytes are requested bytes, as the meter's are. `reserved_bytes` is the sum of segments;
+`allocated_bytes`, of blocks as the allocator made them, is in no history and is found by the
+simulator. Not seen: host memory, and what no entry names (modules of backward and operations, see
+`timeline.align`). Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -29,33 +29,20 @@ import numpy as np
 import pandas as pd
 
 from ..allocator.replay import allocated_bytes
-from ..allocator.snapshot import GROWS, SHRINKS, Snapshot, parse_snapshot, read_snapshot
+from ..allocator.snapshot import Snapshot, grown_bytes, parse_snapshot, read_snapshot
+from ..files import write_whole
 from ..timeline import events as timeline
+from .meter import COLUMNS as METER_COLUMNS
 from .modules import common
 
-COLUMNS = (
-    "t_s",
-    "step",
-    "event",
-    "storage",
-    "stream",
-    "bytes",
-    "live_bytes",
-    "category",
-    "phase",
-    "module",
-    "op",
-    "source",
-    "reserved_bytes",
-    "allocated_bytes",
-)
+COLUMNS = (*METER_COLUMNS, "reserved_bytes", "allocated_bytes")
 PREFIX = "vramlab:"  # of a mark's number in an entry's metadata
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A moment at which something changed. `span` counts stretches of one phase; `time_us` is since
-    the epoch."""
+    """A moment at which something changed. `span` counts stretches of the same phase; `time_us` is
+    since the epoch."""
 
     step: int
     phase: str
@@ -66,7 +53,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Declared:
-    """At mark number `mark`, the storage at `address` was said to be of `category`, and called
+    """At mark number `mark`, the storage at `address` was declared to be of `category`, and called
     `name`."""
 
     mark: int
@@ -77,7 +64,8 @@ class Declared:
 
 @dataclass
 class _Life:
-    """One allocation. `born`: the number of its mark; -1: before the history."""
+    """One allocation. `born`: the number of its mark, -1 for one from before the history; `died`:
+    of the mark of its release."""
 
     serial: int
     address: int
@@ -93,9 +81,9 @@ class _Life:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """`clock`: pairs of (time_us, perf_counter) read at one moment each. `workspace_bytes`: what a
-    library takes for good and nobody declares. `source`: where it is from, as it stands in the
-    timeline."""
+    """`clock`: pairs of (time_us, perf_counter), each read at one moment. `workspace_bytes`: the
+    size of what a library takes for good and nobody declares. `source`: where the recording is
+    from, as it stands in the timeline."""
 
     snapshot: Snapshot
     marks: tuple[Mark, ...]
@@ -105,40 +93,37 @@ class Recording:
     source: str = "recorder"
 
     @classmethod
-    def of(cls, raw: Mapping, device: int, said: Mapping) -> Recording:
-        """From what torch's `_snapshot` returned and the plain data of `said`. Raises:
+    def of(cls, raw: Mapping, device: int, document: Mapping) -> Recording:
+        """From what torch's `_snapshot` returned, and the other fields as plain data. Raises:
         ValueError."""
-        return cls(parse_snapshot(raw, device), **_typed(said))
+        return cls(parse_snapshot(raw, device), **_typed(document))
 
     def frame(self) -> pd.DataFrame:
-        """The timeline: one row an allocation or release, in order. Columns: `COLUMNS`. Bytes are
-        integers; `allocated_bytes` is missing where the simulator does not know the allocator's
-        settings. `t_s` is on `time.perf_counter`'s clock. A storage that was there before the
-        history began has its first row at the history's beginning, in phase init.
-        """
-        lives, rows = _Lives(self).read()
-        self._declare(lives)
-        at, marks = (
-            [row[0] for row in rows],
-            [self.marks[row[1]] if row[1] >= 0 else Mark(0, "init", "", 0, 0) for row in rows],
-        )
-        life, events = [row[3] for row in rows], self.snapshot.events
+        """The timeline: one row for each allocation and release, in order. Columns: `COLUMNS`.
+        Bytes are integers; `allocated_bytes` is missing where the simulator does not support the
+        allocator's settings. `t_s` is on `time.perf_counter`'s clock. A storage from before the
+        history has its first row at the history's beginning, in phase init."""
+        lives, rows = _read_lives(self)
+        self._categorize(lives)
+        events, initial = self.snapshot.events, Mark(0, "init", "", 0, 0)
+        places, life = [place for place, *_ in rows], [each for *_, each in rows]
+        marks = [self.marks[number] if number >= 0 else initial for _, number, *_ in rows]
         frame = pd.DataFrame(
             {
-                "t_s": self._seconds([events[place].time_us for place in at]),
+                "t_s": self._seconds([events[place].time_us for place in places]),
                 "step": [mark.step for mark in marks],
-                "event": [row[2] for row in rows],
-                "storage": [one.serial for one in life],
-                "stream": [one.stream for one in life],
-                "bytes": np.array([one.bytes for one in life], np.int64),
+                "event": [event for _, _, event, _ in rows],
+                "storage": [each.serial for each in life],
+                "stream": [each.stream for each in life],
+                "bytes": np.array([each.bytes for each in life], np.int64),
                 "live_bytes": 0,
-                "category": [one.category for one in life],
+                "category": [each.category for each in life],
                 "phase": [mark.phase for mark in marks],
-                "module": [one.module for one in life],
+                "module": [each.module for each in life],
                 "op": "",
                 "source": self.source,
-                "reserved_bytes": self._reserved()[at] if at else 0,
-                "allocated_bytes": self._allocated(at),
+                "reserved_bytes": self._reserved()[places] if places else 0,
+                "allocated_bytes": self._allocated(places),
             },
             columns=COLUMNS,
         )
@@ -147,194 +132,159 @@ class Recording:
 
     @property
     def before(self) -> int:
-        """How many entries lie before everything kept; 0 where the history is whole. Told by
-        storages older than it."""
-        return sum(row[1] < 0 for row in _Lives(self).read()[1])
+        """How many storages are older than the history; 0 where it is whole."""
+        return sum(number < 0 for _, number, *_ in _read_lives(self)[1])
 
     @property
     def reserved_before_bytes(self) -> int:
         """What was in segments when the history began."""
-        events = self.snapshot.events
-        grown = sum(
-            event.bytes * ((event.action in GROWS) - (event.action in SHRINKS)) for event in events
-        )
-        return sum(segment.bytes for segment in self.snapshot.segments) - grown
+        return self.snapshot.reserved_bytes - sum(map(grown_bytes, self.snapshot.events))
 
-    def _declare(self, lives: list[_Life]) -> None:
-        """Categories and names: as told, by the rule of `Meter.own`; else by lifetime, or as a
+    def _categorize(self, lives: list[_Life]) -> None:
+        """Categories and names: as declared, by the rule of `Meter.own`; else by lifetime, or a
         library's own."""
-        at: dict[int, list[_Life]] = defaultdict(list)
-        for life in sorted(lives, key=lambda one: one.born):  # stable: in the order of their making
-            at[life.address].append(life)
-        for said in self.declared:
-            there = at.get(said.address, [])
-            place = bisect_right(there, said.mark, key=lambda one: one.born) - 1
-            life = there[place] if place >= 0 else None
-            if (
-                life is None
-                or life.category in ("weights", "inputs")
-                or (life.died is not None and life.died < said.mark)
-            ):
+        by_address: dict[int, list[_Life]] = defaultdict(list)
+        for life in sorted(lives, key=lambda each: each.born):  # stable: in the order of allocation
+            by_address[life.address].append(life)
+        for declaration in self.declared:
+            candidates = by_address[declaration.address]
+            place = bisect_right(candidates, declaration.mark, key=lambda each: each.born)
+            if place == 0:
                 continue
-            life.module = (
-                common(life.module, said.name) if life.category == said.category else said.name
-            )
-            life.category = said.category
+            life = candidates[place - 1]
+            freed = life.died is not None and life.died < declaration.mark
+            if freed or life.category in ("weights", "inputs"):
+                continue
+            again = life.category == declaration.category
+            life.module = common(life.module, declaration.name) if again else declaration.name
+            life.category = declaration.category
         for life in lives:
             life.category = life.category or self._undeclared(life)
 
     def _undeclared(self, life: _Life) -> str:
         if life.died is None and self.workspace_bytes and life.bytes == self.workspace_bytes:
             return "workspace"
-        return timeline.by_lifetime(
-            self.marks[life.born].phase if life.born >= 0 else "init", life.survived
-        )
+        phase = self.marks[life.born].phase if life.born >= 0 else "init"
+        return timeline.by_lifetime(phase, life.survived)
 
     def _seconds(self, times_us: list[int | None]) -> np.ndarray:
-        """Entries' times on the other clock: what lies between them, interpolated between the
-        readings of both."""
-        told = (
-            np.array([np.nan if time_us is None else time_us for time_us in times_us], float) * 1e-6
-        )
+        """Times since the epoch, on `perf_counter`'s clock: between two readings of both clocks
+        their difference is interpolated."""
+        epoch_s = np.array([np.nan if us is None else us for us in times_us], float) * 1e-6
         if not self.clock:
-            return np.full(len(told), np.nan)
-        there, here = np.array(self.clock, float).T
-        return told + np.interp(told, there * 1e-6, here - there * 1e-6)
+            return np.full(len(epoch_s), np.nan)
+        read_us, counter_s = np.array(self.clock, float).T
+        return epoch_s + np.interp(epoch_s, read_us * 1e-6, counter_s - read_us * 1e-6)
 
     def _reserved(self) -> np.ndarray:
-        """(events,) bytes in segments after each entry; what they are at the end is known."""
-        change = np.array(
-            [
-                event.bytes * ((event.action in GROWS) - (event.action in SHRINKS))
-                for event in self.snapshot.events
-            ],
-            np.int64,
-        ).cumsum()
-        return change + self.reserved_before_bytes
+        """(events,) bytes in segments after each entry."""
+        grown = np.array([grown_bytes(event) for event in self.snapshot.events], np.int64)
+        return grown.cumsum() + self.reserved_before_bytes
 
-    def _allocated(self, at: list[int]) -> pd.Series:
+    def _allocated(self, places: list[int]) -> pd.Series:
         try:
             known = allocated_bytes(self.snapshot)
         except ValueError:  # settings that are not simulated
             known = {}
-        return pd.Series(
-            [known.get(self.snapshot.events[place].number) for place in at], dtype="Int64"
-        )
+        numbers = [self.snapshot.events[place].number for place in places]
+        return pd.Series([known.get(number) for number in numbers], dtype="Int64")
 
     # on disk --------------------------------------------------------------------------------------
 
     def write(self, folder: Path, raw: Mapping) -> None:
-        """`raw`, what torch's `_snapshot` returned, and what was said: for a replay without the
-        machine."""
+        """Write the recording for `read_recording`. `raw`: what torch's `_snapshot` returned."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "snapshot.pickle").write_bytes(pickle.dumps(raw, protocol=4))
-        said = {
+        write_whole(folder / "snapshot.pickle", pickle.dumps(raw, protocol=4))
+        document = {
+            "device": self.snapshot.device,
             "marks": [astuple(mark) for mark in self.marks],
-            "declared": [astuple(one) for one in self.declared],
+            "declared": [astuple(declaration) for declaration in self.declared],
             "clock": self.clock,
             "workspace_bytes": self.workspace_bytes,
             "source": self.source,
         }
-        (folder / "said.json").write_text(json.dumps({"device": self.snapshot.device, **said}))
+        write_whole(folder / "said.json", json.dumps(document))
 
 
 def read_recording(folder: Path | str) -> Recording:
-    """What `Recording.write` wrote. Raises: FileNotFoundError; ValueError."""
+    """The recording that `Recording.write` wrote. Raises: FileNotFoundError; ValueError."""
     folder = Path(folder)
-    said = json.loads((folder / "said.json").read_text())
-    return Recording(read_snapshot(folder / "snapshot.pickle", said.pop("device")), **_typed(said))
+    document = json.loads((folder / "said.json").read_text())
+    snapshot = read_snapshot(folder / "snapshot.pickle", document.pop("device"))
+    return Recording(snapshot, **_typed(document))
 
 
-def _typed(said: Mapping) -> dict:
+def _typed(document: Mapping) -> dict:
     return {
-        **said,
-        "marks": tuple(Mark(*mark) for mark in said["marks"]),
-        "declared": tuple(Declared(*one) for one in said["declared"]),
-        "clock": tuple((int(time_us), float(t_s)) for time_us, t_s in said["clock"]),
+        **document,
+        "marks": tuple(Mark(*mark) for mark in document["marks"]),
+        "declared": tuple(Declared(*declaration) for declaration in document["declared"]),
+        "clock": tuple((int(time_us), float(t_s)) for time_us, t_s in document["clock"]),
     }
 
 
-class _Lives:
-    """Reads a history once, from its first entry to its last."""
+# a history, read once from its first entry to its last --------------------------------------------
 
-    def __init__(self, recording: Recording):
-        self.events, self.segments, self.marks = (
-            recording.snapshot.events,
-            recording.snapshot.segments,
-            recording.marks,
-        )
-        self.lives: list[_Life] = []
-        self.alive: dict[int, _Life] = {}
-        self.rows: list[
-            tuple[int, int, str, _Life]
-        ] = []  # (place in the history, mark, event, life)
+_Row = tuple[int, int, str, _Life]  # (place in the history, number of the mark, event, life)
 
-    def read(self) -> tuple[list[_Life], list[tuple[int, int, str, _Life]]]:
-        """All lives, and the timeline's rows."""
-        changes, last_phase = 0, ""
-        for at, (event, mark) in enumerate(zip(self.events, self._marks_of(), strict=True)):
-            span = self.marks[mark].span + changes
-            if event.action in ("alloc", "free_requested", "free_completed"):
-                self._free(at, mark, span, event)
-            if event.action == "alloc":
-                # recompute begins and ends inside backward; what it leaves dies shortly after it
-                # has ended
-                if self.marks[mark].phase != last_phase:
-                    last_phase, changes = self.marks[mark].phase, changes + 1
-                    span += 1
-                life = self._new(event.address, event.bytes, event.stream, mark, span)
-                self.alive[event.address] = life
-                self.rows.append((at, mark, "alloc", life))
-        older = [*(life for life in self.lives if life.born < 0), *self._untouched()]
-        return self.lives, [(0, -1, "alloc", life) for life in older] + self.rows
 
-    def _new(self, address: int, size: int, stream: int, mark: int, span: int) -> _Life:
-        self.lives.append(
-            _Life(
-                len(self.lives),
-                address,
-                size,
-                stream,
-                mark,
-                span,
-                self.marks[mark].module if mark >= 0 else "",
-            )
-        )
-        return self.lives[-1]
+def _read_lives(recording: Recording) -> tuple[list[_Life], list[_Row]]:
+    """All lives, and the rows of the timeline."""
+    marks, snapshot = recording.marks, recording.snapshot
+    lives: list[_Life] = []
+    alive: dict[int, _Life] = {}
+    rows: list[_Row] = []
 
-    def _free(self, at: int, mark: int, span: int, event) -> None:
-        """An address that is handed out again was freed, whether or not the history kept that."""
-        life = self.alive.pop(event.address, None)
-        if life is None and event.action == "free_requested":  # older than the history
-            life = self._new(event.address, event.bytes, event.stream, -1, -1)
-        if life is not None:
-            life.died, life.survived = mark, life.span != span
-            self.rows.append((at, mark, "free", life))
+    def begin(address: int, size: int, stream: int, mark: int = -1, span: int = -1) -> _Life:
+        module = marks[mark].module if mark >= 0 else ""
+        lives.append(_Life(len(lives), address, size, stream, mark, span, module))
+        return lives[-1]
 
-    def _untouched(self) -> Iterator[_Life]:
-        """What was there before the history and still is: of it only the block's size is known."""
-        for segment in self.segments if self.events else ():
-            for piece in segment.pieces:
-                if piece.state == "active_allocated" and piece.address not in self.alive:
-                    yield self._new(piece.address, piece.bytes, segment.stream, -1, -1)
+    changes, last_phase = 0, ""
+    for place, (event, mark) in enumerate(zip(snapshot.events, _marks_of(recording), strict=True)):
+        span = marks[mark].span + changes
+        if event.action in ("alloc", "free_requested", "free_completed"):
+            # an address that is handed out again was freed, whether or not the history has the free
+            life = alive.pop(event.address, None)
+            if life is None and event.action == "free_requested":  # older than the history
+                life = begin(event.address, event.bytes, event.stream)
+            if life is not None:
+                life.died, life.survived = mark, life.span != span
+                rows.append((place, mark, "free", life))
+        if event.action == "alloc":
+            # recompute begins and ends inside backward; what it leaves dies shortly after its end
+            if marks[mark].phase != last_phase:
+                last_phase, changes, span = marks[mark].phase, changes + 1, span + 1
+            life = begin(event.address, event.bytes, event.stream, mark, span)
+            alive[event.address] = life
+            rows.append((place, mark, "alloc", life))
+    older = [life for life in lives if life.born < 0]
+    older += [begin(*block) for block in _untouched(snapshot, alive)]
+    return lives, [(0, -1, "alloc", life) for life in older] + rows
 
-    def _marks_of(self) -> list[int]:
-        """The number of each entry's mark. Marks only grow: an entry without one, or with an older
-        one (a release may have its allocation's), lies between those around it, and where, its time
-        says."""
-        told = np.array([_number(event.metadata) for event in self.events], np.int64)
-        told[told < np.maximum.accumulate(told)] = -1
-        first = np.maximum.accumulate(np.maximum(told, 0))
-        last = np.minimum.accumulate(np.where(told < 0, len(self.marks) - 1, told)[::-1])[::-1]
-        by_time = (
-            np.searchsorted(
-                [mark.time_us for mark in self.marks],
-                [event.time_us or 0 for event in self.events],
-                "right",
-            )
-            - 1
-        )
-        return np.where(told < 0, np.clip(by_time, first, last), told).tolist()
+
+def _untouched(snapshot: Snapshot, alive: Mapping[int, _Life]) -> Iterator[tuple[int, int, int]]:
+    """(address, bytes, stream) of allocations from before the history that are still alive: only
+    the block's size is known of them."""
+    for segment in snapshot.segments if snapshot.events else ():
+        for piece in segment.pieces:
+            if piece.state == "active_allocated" and piece.address not in alive:
+                yield piece.address, piece.bytes, segment.stream
+
+
+def _marks_of(recording: Recording) -> list[int]:
+    """The number of each entry's mark. Marks only grow: an entry without one, or with an older one
+    (a release may have its allocation's), belongs to one between those of its neighbours, the last
+    before its time."""
+    marks, events = recording.marks, recording.snapshot.events
+    numbers = np.array([_number(event.metadata) for event in events], np.int64)
+    numbers[numbers < np.maximum.accumulate(numbers)] = -1
+    first = np.maximum.accumulate(np.maximum(numbers, 0))
+    later = np.where(numbers < 0, len(marks) - 1, numbers)
+    last = np.minimum.accumulate(later[::-1])[::-1]
+    times_us = [event.time_us or 0 for event in events]
+    by_time = np.searchsorted([mark.time_us for mark in marks], times_us, "right") - 1
+    return np.where(numbers < 0, np.clip(by_time, first, last), numbers).tolist()
 
 
 def _number(metadata: str) -> int:

@@ -1,12 +1,13 @@
-"""What a step computes and moves, counted operation by operation by the meter, and the time no card
-can go under.
+"""What a step computes and moves, counted by the meter operation by operation, and the time that no
+card can go under.
 
 FLOPs: products and attention, by torch's own formulas; everything element-wise is left out, so they
 are a lower bound. Bytes moved: each operation reads its operands and writes its results, as if
-nothing stayed in a cache between two operations: what eager kernels ask for, more than what DRAM
-sees. Compulsory bytes: each storage that outlives the phase it is used in, once a phase: what DRAM
-has to see, but for what fits into the card's cache. Both are the device's memory only. Bus bytes:
-what copies bring up from the host, and take down to it, of two types the smaller.
+nothing stayed in a cache between two operations: what eager kernels ask for, more than DRAM sees.
+Compulsory bytes: each storage that outlives the phase in which it is used, once for each phase:
+what DRAM has to see, except for what fits into the card's cache. Both are of the device's memory
+only. Bus bytes: what copies bring up from the host and take down to it, counted in the smaller of
+their two types.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 ROWS_ONLY = frozenset({aten.embedding.default, aten.index_select.default, aten.gather.default})
-"""They read the rows they return of their first operand, not all of it."""
+"""Of their first operand they read only the rows that they return."""
 NOTHING = frozenset(
     {
         aten._unsafe_view.default,
@@ -41,7 +43,7 @@ IN_LISTS = frozenset(
         aten._fused_sgd_.tensor_lr,
     }
 )
-"""They return nothing: what they write is among their operands."""
+"""They return nothing: the tensors that they write are among their operands."""
 
 COPIES = frozenset({aten.copy_.default, aten._to_copy.default})
 """Their first result is a copy of their last operand, perhaps on another device."""
@@ -49,7 +51,7 @@ COPIES = frozenset({aten.copy_.default, aten._to_copy.default})
 
 @dataclass
 class PhaseWork:
-    """One phase of one step."""
+    """The work of a phase in a step."""
 
     flops: Counter = field(default_factory=Counter)
     """dtype of the operands -> floating-point operations, a multiplication and an addition being
@@ -62,54 +64,40 @@ class PhaseWork:
 
 
 class Work:
-    """Counts while a meter watches. `seen[step, phase]` is that phase's work."""
+    """Counts while a meter watches. `phases[step, phase]` is that phase's work."""
 
     def __init__(self):
-        self.seen: dict[tuple[int, str], PhaseWork] = defaultdict(PhaseWork)
+        self.phases: dict[tuple[int, str], PhaseWork] = defaultdict(PhaseWork)
 
-    def saw(
-        self,
-        step: int,
-        phase: str,
-        func,
-        args,
-        outputs,
-        serial_of: Callable,
-        on_host: Callable = lambda _: False,
+    def count(
+        self, step: int, phase: str, func, args, outputs, storage_of: Callable[[Tensor], Any]
     ) -> None:
-        """An operation ran; `serial_of(tensor)` names the storage it lies in, `on_host(tensor)`
-        says whether that is the host's."""
+        """Count an operation that has run. `storage_of(tensor)` is the record of the storage in
+        which a tensor lies, with its `serial` number and whether it is the `host`'s."""
         if func.is_view or func in NOTHING:
             return
         results = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-        if (
-            not results and func not in IN_LISTS and func.namespace != "bitsandbytes"
-        ):  # asks, computes nothing
+        # without results, an operation queries something and computes nothing
+        if not results and func not in IN_LISTS and func.namespace != "bitsandbytes":
             return
-        here, operands = (
-            self.seen[step, phase],
-            [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)],
-        )
-        named = operands[1:] + 2 * results if func in ROWS_ONLY else operands + results
-        for tensor in named:
-            serial, storage_bytes = serial_of(tensor), tensor.untyped_storage().nbytes()
-            if not on_host(tensor):
-                here.moved_bytes += min(tensor.nbytes, storage_bytes)
-                here.touched[serial] = storage_bytes
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None and not on_host(results[0]):
-            here.flops[str(operands[0].dtype).removeprefix("torch.")] += count(
-                *args, out_val=outputs
-            )
-        if func in COPIES and on_host(operands[-1]) != on_host(results[0]):
-            here.bus_bytes["down" if on_host(results[0]) else "up"] += min(
-                operands[-1].nbytes, results[0].nbytes
-            )
+        operands = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        work = self.phases[step, phase]
+        for tensor in operands[1:] + 2 * results if func in ROWS_ONLY else operands + results:
+            storage, storage_bytes = storage_of(tensor), tensor.untyped_storage().nbytes()
+            if not storage.host:
+                work.moved_bytes += min(tensor.nbytes, storage_bytes)
+                work.touched[storage.serial] = storage_bytes
+        flops = flop_registry.get(func._overloadpacket)
+        if flops is not None and not storage_of(results[0]).host:
+            dtype = str(operands[0].dtype).removeprefix("torch.")
+            work.flops[dtype] += flops(*args, out_val=outputs)
+        if func in COPIES and storage_of(operands[-1]).host != storage_of(results[0]).host:
+            way = "down" if storage_of(results[0]).host else "up"
+            work.bus_bytes[way] += min(operands[-1].nbytes, results[0].nbytes)
 
     def of_step(self, step: int, outlives) -> dict[str, dict]:
-        """phase -> {flops {dtype: count}, moved_bytes, compulsory_bytes, bus_bytes {up, down}} of
-        one step; `outlives(storage)` says whether a storage lives longer than the phase that made
-        it."""
+        """phase -> {flops {dtype: count}, moved_bytes, compulsory_bytes, bus_bytes {up, down}} of a
+        step. `outlives(serial)`: whether a storage lives longer than the phase that made it."""
         return {
             phase: {
                 "flops": dict(work.flops),
@@ -119,7 +107,7 @@ class Work:
                     size for key, size in work.touched.items() if outlives(key)
                 ),
             }
-            for (when, phase), work in self.seen.items()
+            for (when, phase), work in self.phases.items()
             if when == step
         }
 
@@ -129,10 +117,10 @@ class Floor:
     """The roofline's floor of a step, in seconds, and its parts. A floor, not an estimate: real
     steps take longer, small ones much longer.
 
-    The device takes its phases one after the other, and each takes the longer of computing and
-    moving. Copies over the bus may run beside that, up and down at once, and reach from one phase
-    into the next: so the bus is held against the whole step. What the host itself takes to read,
-    compute and write is not in it."""
+    The phases follow each other, and each takes the longer of computing and moving. Copies over the
+    bus may run beside that, up and down at once, and reach from a phase into the next: so the bus
+    is compared with the whole step. Not included: the time that the host itself reads, computes and
+    writes."""
 
     compute_s: float
     """All phases' products and attention, at the card's peak rates."""
@@ -163,7 +151,7 @@ def roofline(
     gb_per_s: float,
     host_gb_per_s: float,
 ) -> Floor:
-    """The floor of a step that does `work`, see `Work.of_step`, on a card with these peak rates."""
+    """The floor of a step with this `work`, see `Work.of_step`, on a card with these peak rates."""
     peak = {"bfloat16": bf16_tflops, "float16": bf16_tflops, "float32": fp32_tflops}
     compute_s = [
         sum(

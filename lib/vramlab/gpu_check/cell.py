@@ -96,7 +96,7 @@ def measure(asked: Mapping) -> dict:
         f"nvml_{name}": None if seen[name].dropna().empty else int(seen[name].max())
         for name in ("used_bytes", "process_bytes")
     }
-    return {**made, **speed, **driver, "energy": energy, "said": [*made["said"], *sampler.said]}
+    return {**made, **speed, **driver, "energy": energy, "said": [*made["said"], *sampler.notes]}
 
 
 def _question(asked: Mapping) -> Question:

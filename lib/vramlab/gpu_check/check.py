@@ -29,7 +29,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..capture.oom import words
+from ..capture.oom import to_text
 from ..files import ROOT, write_whole
 from ..forecast.what_fits import limited
 from . import plan as gpu_plan
@@ -235,7 +235,7 @@ class Check:
         write_whole(self.out / "summary.json", json.dumps(summary, indent=1))
         for cell, kept in found:
             if "oom" in kept:
-                print(f"\n{cell.name}: {words(kept['oom'])}")
+                print(f"\n{cell.name}: {to_text(kept['oom'])}")
         print(
             f"\n{len(cells) - len(found)} of {len(cells)} cells were not begun: the same command"
             " goes on from here\n"

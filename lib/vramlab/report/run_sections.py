@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from ..capture.oom import evidence_words
+from ..capture.oom import evidence_lines
 from ..runs.folder import Run
 from . import comparison, figures, tables
 from .rendering import Section
@@ -123,7 +123,7 @@ def _out_of_memory(runs: Sequence[Run]) -> Section:
         sentences=[
             f"{name}, {line.strip()}"
             for name, record in records.items()
-            for line in (*evidence_words(record)[:6], *_would_fit(record))
+            for line in (*evidence_lines(record)[:6], *_would_fit(record))
         ],
     )
 

@@ -186,7 +186,7 @@ def _learned(
 def _keep_samples(sampler: Sampler, folder: Path) -> dict:
     """`nvml.parquet`, and of it what a reader asks first. A disk without room for it does not end
     the run."""
-    frame, said = sampler.frame(), sampler.said
+    frame, said = sampler.frame(), sampler.notes
     try:
         if len(frame):
             write_table(frame, folder / "nvml.parquet")

@@ -173,7 +173,9 @@ def _history() -> Finding:
 
 def _nvml(reader: nvml.Reader) -> Finding:
     if reader.card:
-        lacks = [said for said in reader.said if not said.startswith(("process_bytes", "energy_j"))]
+        lacks = [
+            said for said in reader.notes if not said.startswith(("process_bytes", "energy_j"))
+        ]
         return Finding("nvml", True, "; ".join([f"{reader.card}, driver {reader.driver}", *lacks]))
     try:
         count = nvml.library().nvmlDeviceGetCount()
@@ -187,13 +189,13 @@ def _nvml(reader: nvml.Reader) -> Finding:
     return Finding(
         "nvml",
         False,
-        f"cards that the driver has: {count}; {'; '.join(reader.said)}",
+        f"cards that the driver has: {count}; {'; '.join(reader.notes)}",
         "a torch that sees the card",
     )
 
 
 def _of_reader(reader: nvml.Reader, name: str) -> Finding:
-    said = next((said for said in reader.said if said.startswith(name)), "") or (
+    said = next((said for said in reader.notes if said.startswith(name)), "") or (
         "" if reader.card else "no card is read"
     )
     return Finding(
@@ -210,7 +212,7 @@ def _energy(reader: nvml.Reader) -> Finding:
         return Finding("energy", True, "the card's counter, for windows of 2 s and more")
     if now["power_w"] is not None:
         return Finding("energy", True, "power, integrated; this card has no counter")
-    said = [said for said in reader.said if said.startswith(("energy_j", "power_w"))]
+    said = [said for said in reader.notes if said.startswith(("energy_j", "power_w"))]
     return Finding(
         "energy", False, "; ".join(said) or "no card is read", "a card since Volta, whole"
     )

@@ -294,7 +294,7 @@ def meter(prepared: Prepared) -> Metered:
         result["recorder"] = {
             **watcher.result(),
             "steps": watcher.peaks,
-            "said": [*watcher.said, *sampler.said],
+            "said": [*watcher.notes, *sampler.notes],
         }
         result["ledger"] = device_ledger(
             frame, watcher.recording.reserved_before_bytes, sampler.frame()

@@ -44,7 +44,7 @@ class Divergence:
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """The comparison of one run's step. Bytes are requested bytes."""
+    """The comparison of a run's step. Bytes are requested bytes."""
 
     measured_peak_bytes: int
     predicted_peak_bytes: int
@@ -157,11 +157,14 @@ def _held_before(
     """What only one side holds when the first step begins, largest first. Inputs are left out:
     where they are made depends on who loads them."""
 
-    def held(frame: pd.DataFrame, step: int) -> pd.DataFrame:
+    def alive_before(frame: pd.DataFrame, step: int) -> pd.DataFrame:
         alive = alive_rows(frame, int((frame["step"] == step).to_numpy().argmax()) - 1)
         return alive[alive["category"] != "inputs"]
 
-    ours, theirs = held(match.frame, min(steps)), held(predicted, min(steps.values()))
+    ours, theirs = (
+        alive_before(match.frame, min(steps)),
+        alive_before(predicted, min(steps.values())),
+    )
     divergences = [
         *_surplus(ours, theirs, "held before, not predicted"),
         *_surplus(theirs, ours, "held before, only predicted"),
@@ -169,13 +172,13 @@ def _held_before(
     return sorted(divergences, key=lambda each: -each.bytes)
 
 
-def _surplus(ours: pd.DataFrame, theirs: pd.DataFrame, what: str) -> list[Divergence]:
+def _surplus(ours: pd.DataFrame, theirs: pd.DataFrame, kind: str) -> list[Divergence]:
     """Those of `ours` for which `theirs` has no allocation of the same size left."""
     left, surplus = Counter(theirs["bytes"].tolist()), []
     for number, size in enumerate(ours["bytes"].tolist()):
         left[size] -= 1
         if left[size] < 0:
-            surplus.append(_divergence(ours.iloc[number], 0, what))
+            surplus.append(_divergence(ours.iloc[number], 0, kind))
     return surplus
 
 
@@ -199,12 +202,12 @@ def _within(
 
 
 def _unmatched(
-    frame: pd.DataFrame, matched: np.ndarray, steps: list[int], what: str
+    frame: pd.DataFrame, matched: np.ndarray, steps: list[int], kind: str
 ) -> list[Divergence]:
     requests = frame["step"].isin(steps) & (frame["event"] == "alloc") & (frame["bytes"] > 0)
     alone = np.setdiff1d(np.flatnonzero(requests.to_numpy() & on_device(frame)), matched)
     return [
-        _divergence(frame.iloc[row], int(np.searchsorted(matched, row)), what)
+        _divergence(frame.iloc[row], int(np.searchsorted(matched, row)), kind)
         for row in alone.tolist()
     ]
 
@@ -219,7 +222,7 @@ def _deaths(frame: pd.DataFrame, matched: np.ndarray) -> np.ndarray:
     return np.where(lasting, len(matched) + 1, np.searchsorted(matched, last))
 
 
-def _divergence(row: pd.Series, at: int, what: str) -> Divergence:
+def _divergence(row: pd.Series, at: int, kind: str) -> Divergence:
     return Divergence(
-        at, what, row["phase"], row["op"], row["module"], row["category"], int(row["bytes"])
+        at, kind, row["phase"], row["op"], row["module"], row["category"], int(row["bytes"])
     )

@@ -37,7 +37,7 @@ def host_peak_bytes(frame: pd.DataFrame) -> int:
 
 
 def peak_event(frame: pd.DataFrame, step: int | None = None) -> int:
-    """Number of the first event after which most bytes are alive on the device, of one step or of
+    """Number of the first event after which most bytes are alive on the device, of a step or of
     all."""
     live = frame["live_bytes"].to_numpy()
     if step is not None:
@@ -92,7 +92,7 @@ def any_block(module: str) -> str:
 
 def peak(frame: pd.DataFrame, step: int | None = None) -> dict:
     """{peak_bytes, phase, step, categories {category: bytes}, alive {(module, category, op):
-    bytes}} at the peak of one step or of all."""
+    bytes}} at the peak of a step or of all."""
     at = peak_event(frame, step)
     alive, row = alive_after(frame, at), frame.iloc[at]
     return {

@@ -1,5 +1,5 @@
-"""What each side holds of a model that is cut between two machines, read from the timeline of one
-process that ran both sides.
+"""What each side holds of a model that is cut between two machines, read from the timeline of
+a process that ran both sides.
 
 SplitLoRA, Lin 2024, arXiv:2407.00952: the client has the embeddings and the blocks below the cut,
 the server has the rest. Each event of the timeline belongs to the side of the module that made it;
@@ -31,7 +31,7 @@ def side(module: str, cut: int) -> str:
 def sides(
     frame: pd.DataFrame, step: int, cut: int, crossed: Mapping[str, int]
 ) -> dict[str, dict[str, int]]:
-    """side -> {peak_bytes: the side's own and what it receives, weights_bytes, sends_bytes} of one
+    """side -> {peak_bytes: the side's own and what it receives, weights_bytes, sends_bytes} of a
     step of a timeline as `Meter.frame` gives it. `crossed`: up_bytes and down_bytes of that
     step."""
     rows = frame[~frame["category"].isin(["host", "workspace"]) & (frame["step"] <= step)]
