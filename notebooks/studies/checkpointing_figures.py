@@ -353,8 +353,8 @@ def precision_words(study) -> str:
 
 
 def answer(study) -> str:
-    """The question's answer in one paragraph, computed from the tables; what was not run is not in
-    it."""
+    """The question's answer in one paragraph, computed from the tables; chapters without runs are
+    left out."""
     sentences = [
         sentence_of(study)
         for sentence_of in (exact_words, bytes_words, time_words, precision_words)

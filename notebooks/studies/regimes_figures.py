@@ -31,7 +31,7 @@ def outcome(cell: Mapping) -> Mapping:
 
 
 def unit(cells: Mapping[str, Mapping]) -> tuple[str, int]:
-    """GiB, or MiB where nothing reaches a tenth of one: (name, bytes)."""
+    """(name, bytes) of the unit: GiB, or MiB where nothing reaches 0.1 GiB."""
     return (
         ("GiB", GIB)
         if max(outcome(cell)["reserved_bytes"] for cell in cells.values()) >= GIB / 10

@@ -125,7 +125,7 @@ def _thinned(curve: pd.DataFrame, points: int) -> pd.DataFrame:
 
 
 def _marked(agreement: Agreement) -> dict[str, Divergence]:
-    """The first and the largest divergence; empty when there is none."""
+    """The first and the largest divergence; empty where the timelines agree."""
     marked = {"first": agreement.first(), "largest": agreement.largest()}
     return {label: divergence for label, divergence in marked.items() if divergence}
 
@@ -173,8 +173,8 @@ def driver_ledgers(runs: Sequence[Run]) -> dict[str, Ledger]:
 
 
 def ledgers(by_name: Mapping[str, Ledger]) -> go.Figure:
-    """What the driver reports, taken apart, a bar each; the rest is drawn too, and what was not
-    measured is named."""
+    """What the driver reports, taken apart, a bar each; the rest is drawn too, and unmeasured parts
+    are named."""
     figure = new_figure(
         "What the driver reports, and what it is made of", barmode="relative", yaxis_title="MiB"
     )
@@ -218,7 +218,7 @@ def ledgers(by_name: Mapping[str, Ledger]) -> go.Figure:
 
 
 def ledger_table(by_name: Mapping[str, Ledger]) -> pd.DataFrame:
-    """One row a part, one column a ledger, MiB as text; what was not measured is N/A."""
+    """One row a part, one column a ledger, MiB as text; an unmeasured part is N/A."""
     columns = {
         name: {
             part.split(", with")[0]: NOT_AVAILABLE if size is None else f"{size / MIB:,.2f}"

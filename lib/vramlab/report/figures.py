@@ -25,6 +25,7 @@ from .style import (
     visibility_buttons,
 )
 from .tables import MIB, SCORINGS
+from .takeaways import peak_sentences
 
 
 def trade_off(runs: Sequence[Run]) -> go.Figure:
@@ -178,7 +179,7 @@ def _stack_and_phases(run: Run, visible: bool) -> list[go.Scatter]:
 
 
 def _peak_notes(run: Run) -> list[dict]:
-    """An arrow at the peak, and in the corner what it is made of."""
+    """An arrow at the peak, and in the corner its largest categories and owners."""
     frame = tables.curve(run)
     peak = frame.loc[frame["live"].idxmax()]
     arrow = {
@@ -191,25 +192,6 @@ def _peak_notes(run: Run) -> list[dict]:
         "arrowcolor": "#888",
     }
     return [arrow, {**CORNER, "text": "<br>".join(peak_sentences(run))}]
-
-
-def peak_sentences(run: Run) -> list[str]:
-    """The peak, its largest categories and its largest owners, a line each."""
-    peak = run.result["peak"]
-    categories = list(peak["categories"].items())[:3]
-    owners = [f"{_owner(owner)} {owner['bytes'] / MIB:.1f}" for owner in peak["owners"][:3]]
-    return [
-        f"<b>peak {peak['peak_bytes'] / MIB:.1f} MiB, {peak['phase']} of step {peak['step']}</b>",
-        ", ".join(f"{category} {size / MIB:.1f}" for category, size in categories),
-        *(f"largest: {owner}" for owner in owners[:1]),
-        *owners[1:],
-    ]
-
-
-def _owner(owner: dict) -> str:
-    """A module's weight by its name; anything else by module and operation."""
-    op = owner["op"].split(".")[1] if "." in owner["op"] else ""
-    return f"{owner['module'] or 'the loss'} {op} ({owner['category']})".replace("  ", " ")
 
 
 def matrix(runs: Sequence[Run]) -> go.Figure:

@@ -240,8 +240,8 @@ def settings_that_lose(forecasts: Forecasts) -> list[str]:
 
 
 def worlds_table(forecasts: Forecasts) -> pd.DataFrame:
-    """One row a model and number of ranks: one rank's peak, what it is made of, in GiB, and the
-    outcome on every card; a failed cell with its reason."""
+    """One row a model and number of ranks: one rank's peak by category, in GiB, and the outcome
+    on every card; a failed cell with its reason."""
     return pd.DataFrame(
         [
             {

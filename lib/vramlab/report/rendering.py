@@ -35,7 +35,7 @@ class Section:
 
 
 def render(template: str, **values) -> str:
-    """HTML of one template, by its name without `.html.j2`."""
+    """The HTML that a template, named without its `.html.j2`, makes of the values."""
     return _templates.get_template(f"{template}.html.j2").render(values)
 
 

@@ -101,7 +101,7 @@ def visibility_buttons(labels: Sequence[str], owners: Sequence[int | None]) -> l
 
 
 def add_menu(figure: go.Figure, labels: Sequence[str], owners: Sequence[int | None]) -> go.Figure:
-    """A menu that picks one of the choices; with one choice there is none."""
+    """Add a menu that picks one of the choices, unless there is only one."""
     buttons = visibility_buttons(labels, owners)
     return figure.update_layout(updatemenus=[menu(buttons)] if len(buttons) > 1 else [])
 

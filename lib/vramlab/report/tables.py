@@ -97,15 +97,17 @@ def accuracy(runs: Sequence[Run], metric: str = "balanced_accuracy") -> pd.DataF
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def against_reference(runs: Sequence[Run], reference: str = REFERENCE) -> pd.DataFrame:
-    """Each run minus `reference` on the same items: difference of balanced accuracy, its interval,
-    exact McNemar p, and Holm's correction over the runs compared in that place and scoring. A run
-    on other items is left out, because the comparison is paired; without a finished reference, or
-    without another run, the frame is empty.
+def against_reference(runs: Sequence[Run]) -> pd.DataFrame:
+    """Each run minus full fine-tuning on the same items: difference of balanced accuracy, its
+    interval, exact McNemar p, and Holm's correction over the runs compared in that place and
+    scoring. A run on other items is left out, because the comparison is paired. The frame is empty
+    without finished full fine-tuning, or without another run.
     """
-    base = next((run for run in runs if run.ok and run.name == reference), None)
+    base = next((run for run in runs if run.ok and run.name == REFERENCE), None)
+    if base is None:
+        return pd.DataFrame()
     frames = []
-    for run in (run for run in runs if base and run.ok and run is not base):
+    for run in (run for run in runs if run.ok and run is not base):
         with suppress(ValueError):
             frames.append(compare(run.scores, base.scores).assign(regime=run.name))
     if not frames:

@@ -41,6 +41,25 @@ def one_run(run: Run) -> str:
     )
 
 
+def peak_sentences(run: Run) -> list[str]:
+    """The peak, its largest categories and its largest owners, a line each."""
+    peak = run.result["peak"]
+    categories = list(peak["categories"].items())[:3]
+    owners = [f"{_owner(owner)} {owner['bytes'] / MIB:.1f}" for owner in peak["owners"][:3]]
+    return [
+        f"<b>peak {peak['peak_bytes'] / MIB:.1f} MiB, {peak['phase']} of step {peak['step']}</b>",
+        ", ".join(f"{category} {size / MIB:.1f}" for category, size in categories),
+        *(f"largest: {owner}" for owner in owners[:1]),
+        *owners[1:],
+    ]
+
+
+def _owner(owner: dict) -> str:
+    """A module's weight by its name; anything else by module and operation."""
+    op = owner["op"].split(".")[1] if "." in owner["op"] else ""
+    return f"{owner['module'] or 'the loss'} {op} ({owner['category']})".replace("  ", " ")
+
+
 def written(run: Run) -> list[str]:
     """What became of the claims that the model wrote, a sentence for each judge, domain and
     shift."""
