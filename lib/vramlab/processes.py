@@ -201,8 +201,8 @@ def side_by_side(
     budget_s: float = math.inf,
 ) -> Iterator[tuple[Any, Any, str]]:
     """Yield (item, `function(item)`, reason of its failure) as each item ends, in `jobs`
-    single-threaded processes. A process that dies fails its own item; items that are not done after `budget_s`
-    seconds are left out. `function` and items must be picklable."""
+    single-threaded processes. A process that dies fails its own item; items that are not done after
+    `budget_s` seconds are left out. `function` and items must be picklable."""
     idle: list[Child] = []
 
     def start(item: Any) -> Child:
