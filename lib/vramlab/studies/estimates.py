@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -70,7 +71,9 @@ class Figure:
 
     @staticmethod
     def from_json(content: Mapping) -> Figure:
-        return Figure(**{k: math.nan if value is None else value for k, value in content.items()})
+        """The figure that `to_json` wrote."""
+        fields: dict[str, Any] = {k: math.nan if v is None else v for k, v in content.items()}
+        return Figure(**fields)
 
 
 @cache
