@@ -19,12 +19,10 @@ def build_table(results: Sequence[tuple[Cell, Mapping]], card: Card | None) -> p
     `mfu` is of the card's bf16 peak, by the FLOPs of forward and backward as forecast, without
     recomputation; `over_trainer`, how many times the tokens a second of the row's peer."""
     tokens_per_s = {cell.name: result.get("tokens_per_s") for cell, result in results}
-    rows = [
+    return pd.DataFrame(
         _row(cell, result, card, tokens_per_s.get(Cell("peer", cell.question).name))
         for cell, result in results
-    ]
-    errors = agreement.errors(rows).drop(columns="regime").add_suffix("_error")
-    return pd.DataFrame(rows).join(errors)
+    )
 
 
 def _row(cell: Cell, result: Mapping, card: Card | None, peer_tokens_per_s: float | None) -> dict:
@@ -33,7 +31,8 @@ def _row(cell: Cell, result: Mapping, card: Card | None, peer_tokens_per_s: floa
     reserved_bytes = forecast.get("reserved_peak_bytes")
     joules, tokens = (result.get("energy") or {}).get("j"), result.get("window_tokens")
     speed = result.get("tokens_per_s")
-    return {
+    comparable = measured and speed and peer_tokens_per_s
+    row = {
         "cell": cell.name,
         "does": cell.kind,
         "outcome": result["outcome"],
@@ -49,12 +48,14 @@ def _row(cell: Cell, result: Mapping, card: Card | None, peer_tokens_per_s: floa
         "mfu": _mfu(cell.forecast, result, card),
         "j_per_1000_tokens": joules / tokens * 1000 if joules is not None and tokens else None,
         "num_alloc_retries": result.get("num_alloc_retries"),
-        "over_trainer": speed / peer_tokens_per_s
-        if measured and speed and peer_tokens_per_s
-        else None,
+        "over_trainer": speed / peer_tokens_per_s if comparable else None,
         "predicted_fits": cell.forecast.get("fits"),
         "reason": result["reason"],
     }
+    for name in agreement.PEAKS:
+        predicted, actual = row[f"predicted_{name}_bytes"], row[f"measured_{name}_bytes"]
+        row[f"{name}_error"] = predicted / actual - 1 if predicted and actual else None
+    return row
 
 
 def _mfu(forecast: Mapping, result: Mapping, card: Card | None) -> float | None:
