@@ -84,7 +84,8 @@ class Cell:
 
 def questions(model: str, seq: Sequence[int], only: Sequence[str] = ()) -> list[Question]:
     """Every row at every length, in bf16 where the row allows it: all rows of the first length
-    first, in the order of `FIRST`. Rows that shard need several cards and are left out."""
+    first, in the order of `FIRST`; those of `LAST` after all others. Rows that shard need several
+    cards and are left out."""
     atlas = Atlas(
         "gpu-check", (model,), tuple(seq), (1,), ("bf16", ""), AS_WRITTEN, regimes=tuple(only)
     )
@@ -98,6 +99,7 @@ def questions(model: str, seq: Sequence[int], only: Sequence[str] = ()) -> list[
     return sorted(
         on_one_card,
         key=lambda question: (
+            question.regime in LAST,
             seq.index(question.seq),
             rank.get(row_name(question), len(FIRST)),
         ),
@@ -148,15 +150,13 @@ def plan(
             head += [cell, Cell("peer", cell.question, cell.forecast)]
     head = list({cell.name: cell for cell in head}.values())
     rest = [cell for cell in fitting if cell not in head]
-    late = [cell for cell in rest if cell.question.regime in LAST]
-    soon = [cell for cell in rest if cell not in late]
-    first = [cell for cell in soon if cell.question.seq == questions[0].seq]
+    short = [cell for cell in rest if cell.question.seq == questions[0].seq]
+    first = [cell for cell in short if cell.question.regime not in LAST]
     return [
         *head,
         *first,
         *(Cell("tiny", Question("tiny", regime, *SMALL_SHAPE)) for regime in small),
-        *(cell for cell in soon if cell not in first),
-        *late,
+        *(cell for cell in rest if cell not in first),
         *unknown,
     ]
 

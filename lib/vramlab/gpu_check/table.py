@@ -20,12 +20,10 @@ def build_table(results: Sequence[tuple[Cell, Mapping]], card: Card | None) -> p
     `mfu` is of the card's bf16 peak, by the FLOPs of forward and backward as forecast, without
     recomputation; `over_trainer`, how many times the tokens a second of the row's peer."""
     tokens_per_s = {cell.name: result.get("tokens_per_s") for cell, result in results}
-    rows = [
+    return pd.DataFrame(
         _row(cell, result, card, tokens_per_s.get(Cell("peer", cell.question).name))
         for cell, result in results
-    ]
-    errors = [{f"{name}_error": peak_error(row, name) for name in PEAKS} for row in rows]
-    return pd.DataFrame(rows).join(pd.DataFrame(errors))
+    )
 
 
 def _row(cell: Cell, result: Mapping, card: Card | None, peer_tokens_per_s: float | None) -> dict:
@@ -34,7 +32,8 @@ def _row(cell: Cell, result: Mapping, card: Card | None, peer_tokens_per_s: floa
     reserved_bytes = forecast.get("reserved_peak_bytes")
     joules, tokens = (result.get("energy") or {}).get("j"), result.get("window_tokens")
     speed = result.get("tokens_per_s")
-    return {
+    comparable = measured and speed and peer_tokens_per_s
+    row = {
         "cell": cell.name,
         "does": cell.kind,
         "outcome": result["outcome"],
@@ -50,12 +49,11 @@ def _row(cell: Cell, result: Mapping, card: Card | None, peer_tokens_per_s: floa
         "mfu": _mfu(cell.forecast, result, card),
         "j_per_1000_tokens": joules / tokens * 1000 if joules is not None and tokens else None,
         "num_alloc_retries": result.get("num_alloc_retries"),
-        "over_trainer": speed / peer_tokens_per_s
-        if measured and speed and peer_tokens_per_s
-        else None,
+        "over_trainer": speed / peer_tokens_per_s if comparable else None,
         "predicted_fits": cell.forecast.get("fits"),
         "reason": result["reason"],
     }
+    return row | {f"{name}_error": peak_error(row, name) for name in PEAKS}
 
 
 def _mfu(forecast: Mapping, result: Mapping, card: Card | None) -> float | None:
