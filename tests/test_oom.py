@@ -449,7 +449,7 @@ def test_what_fits_is_asked_of_a_process_that_sees_no_gpu(monkeypatch):
     def apart(target, payload, timeout_s, threads, environment):
         asked.append((target, timeout_s, threads, environment))
         monkeypatch.setattr(fitting, "what_fits", lambda *what: what)
-        question, card, settings = fitting._answered(json.loads(json.dumps(payload)))["fitted"]
+        question, card, settings = fitting._run(json.loads(json.dumps(payload)))["fitted"]
         assert (question, card, settings) == (
             ASKED,
             limited(77),
@@ -458,11 +458,10 @@ def test_what_fits_is_asked_of_a_process_that_sees_no_gpu(monkeypatch):
         return answers.pop(0)
 
     monkeypatch.setattr(fitting, "run_in_measured_process", apart)
-    assert fitting.asked_apart(ASKED, 77, "expandable_segments:True", 5.0) == [{"change": "one"}]
-    assert fitting.asked_apart(ASKED, 77, "expandable_segments:True", 5.0) == [
+    assert fitting.what_fits_without_gpu(ASKED, 77, "expandable_segments:True", 5.0) == [
+        {"change": "one"}
+    ]
+    assert fitting.what_fits_without_gpu(ASKED, 77, "expandable_segments:True", 5.0) == [
         {"change": "any change", "fits": None, "reason": "no forecast: killed"}
     ]
-    assert (
-        asked
-        == [("vramlab.forecast.what_fits:_answered", 5.0, 1, {"CUDA_VISIBLE_DEVICES": ""})] * 2
-    )
+    assert asked == [("vramlab.forecast.what_fits:_run", 5.0, 1, {"CUDA_VISIBLE_DEVICES": ""})] * 2

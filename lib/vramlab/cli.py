@@ -123,25 +123,16 @@ def _sweep(args) -> Answer:
 def _chart(path: Path, folder: Path, quiet: bool) -> dict:
     """The atlas of `path`, written into `folder` for the report."""
     from .files import write_checked
-    from .forecast import kept_chart as charted
+    from .forecast import kept_answers
 
-    content = charted.recall(path)
-    if content is None:
-        from .forecast.chart import chart, read_atlas
-        from .forecast.chart_worlds import chart_worlds
-
-        asked = read_atlas(path)
-        content = chart(asked, progress=not quiet)
-        if asked.worlds:
-            content["worlds"] = chart_worlds(asked, progress=not quiet)
-        charted.remember(path, content)
+    content = kept_answers.chart(path, progress=not quiet)
     folder.mkdir(parents=True, exist_ok=True)
     write_checked(folder / "forecast.json", content)
     return content
 
 
 def _atlas(args) -> Answer:
-    from .forecast import kept_chart as charted
+    from .forecast import chart_table
 
     if args.dry_run:
         from .forecast import chart as atlas
@@ -167,7 +158,9 @@ def _atlas(args) -> Answer:
         )
     content = _chart(args.path, args.out or Path("outputs") / args.path.stem, quiet=args.json)
     failed = any(cell["reason"] for cell in (*content["cells"], *content.get("worlds", ())))
-    return Answer(charted.table(content).to_dict("records"), charted.words(content), int(failed))
+    return Answer(
+        chart_table.table(content).to_dict("records"), chart_table.to_text(content), int(failed)
+    )
 
 
 def _report(args) -> Answer:
@@ -194,30 +187,13 @@ def _studies(args) -> Answer:
 
 
 def _predict(args) -> Answer:
-    from .allocator.settings import Settings
-    from .cards import card
-    from .forecast.forecast import Question, forecast, largest
+    from .forecast.kept_answers import predict
 
-    question = Question(
-        args.model, args.regime, args.seq, args.batch, args.weights or "", world=args.world
-    )
-    held, settings = (
-        None if args.card is None else card(args.card),
-        Settings.parse(args.allocator or ""),
-    )
-    if args.max:
-        if held is None:
-            raise ValueError("--max searches what fits on a card: say which with --card")
-        say = (lambda _: None) if args.json else (lambda words: print(words, file=sys.stderr))
-        value, found = largest(question, args.max, held, settings, said=say)
-        return Answer(
-            {"max": args.max, "value": value, "forecast": found and found.to_json()},
-            f"largest {args.max} that fits on {held.name}: {value}",
-        )
-    found = forecast(question, held, settings)
-    return Answer(
-        {**found.to_json(), "reserved_range_bytes": found.reserved_range_bytes}, found.words()
-    )
+    names = ("model", "regime", "seq", "batch", "weights", "world", "card", "allocator")
+    options = {**{name: getattr(args, name) for name in names}, "axis": args.max}
+    report = (lambda _: None) if args.json else (lambda text: print(text, file=sys.stderr))
+    answer = predict(options, report)
+    return Answer(answer["document"], answer["text"])
 
 
 def _base(args) -> Answer:

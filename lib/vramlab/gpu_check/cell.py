@@ -31,7 +31,7 @@ from ..capture.meter import Meter
 from ..capture.nvml_sampler import Sampler
 from ..files import write_whole
 from ..forecast.forecast import Question
-from ..forecast.trace import shown
+from ..forecast.representative_step import representative
 from ..machine import describe
 from ..observer import Observer
 from ..regimes.regime import Regime
@@ -126,7 +126,7 @@ def _bytes(question: Question, asked: Mapping, folder: Path) -> tuple[dict, Trai
     """Steps up to the one that was forecast, recorded. Leaves the curve in `folder`, of a step that
     ran out too."""
     device, recorder = asked["device"], _recorder(asked["device"], asked["limit_bytes"])
-    passed, (regime, turns) = Passed(recorder), shown(question.row)
+    passed, (regime, turns) = Passed(recorder), representative(question.row)
     model = random_model(
         question.spec
     )  # on the host, whose bytes are none of the recorder's; a meter on a CPU would see them

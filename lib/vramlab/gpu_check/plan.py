@@ -25,9 +25,10 @@ import torch
 from ..allocator.simulate import simulate
 from ..cards import Card, read_cards
 from ..files import write_whole
-from ..forecast.arithmetic import STORED, parameters
+from ..forecast.arithmetic import STORED, count_parameters
 from ..forecast.chart import Atlas
-from ..forecast.forecast import CACHE, Question, _code, forecast
+from ..forecast.forecast import CACHE, Question, forecast
+from ..forecast.question import traced_code_hash
 from ..forecast.trace import trace
 from ..forecast.what_fits import what_fits
 from .trainer_peers import ROWS
@@ -186,7 +187,7 @@ def code() -> str:
         "gpu_check/trainer_peers.py",
         "gpu_check/plan.py",
     )
-    parts = [_code(), torch.__version__, *((here / name).read_text() for name in names)]
+    parts = [traced_code_hash(), torch.__version__, *((here / name).read_text() for name in names)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
 
@@ -327,4 +328,4 @@ def _model_bytes(question: Question) -> int:
     """On the host while it is made: as published, and once more where it is stored in another
     type."""
     stored = STORED.get(question.row.values["weights"], 2)
-    return round(parameters(question.spec) * (2 + (stored if stored != 2 else 0)))
+    return round(count_parameters(question.spec) * (2 + (stored if stored != 2 else 0)))

@@ -25,7 +25,8 @@ import numpy as np
 import pandas as pd
 
 from ...timeline import events as timeline
-from ..trace import Trace, highest
+from ..representative_step import highest
+from ..trace import Trace
 from .folding import Plan, births, differs, unfold
 
 Place = tuple[int, ...]
