@@ -165,8 +165,6 @@ for name in sys.argv[1:]:
 print(*sys.modules)
 """
 TRACED = "mixed offload galore chunkft lora qlora mezo"
-    "mixed checkpoint offload galore adam8bit chunkft lora qlora mezo host_state approx_literal"
-)
 
 
 def test_a_forecast_is_keyed_by_every_module_that_a_trace_has_imported():

@@ -60,14 +60,14 @@ def test_the_range_of_reserved_bytes_is_over_orders_of_addresses(full):
     one = _with_events(
         full, [("alloc", 1, 30 * MIB, 0), ("free", 1, 0, 0), ("alloc", 2, 20 * MIB, 0)], 30
     )
-    assert one.reserved_range_bytes == (30 * MIB, 30 * MIB) and answer._reserved_range(one) == ""
+    assert one.reserved_range_bytes == (30 * MIB, 30 * MIB) and answer._reserved_range(one) == []
     either = _with_events(full, TIE, 50)
     assert (simulate(TIE).peak_reserved_bytes, either.reserved_range_bytes) == (
         50 * MIB,
         (30 * MIB, 50 * MIB),
     )
     words = "0.03 to 0.05 GiB, depending on where the driver places segments"
-    assert answer._reserved_range(either) == words and words in answer.takeaway(either)
+    assert answer._reserved_range(either) == [words] and words in answer.takeaway(either)
     assert words in answer.takeaway(dataclasses.replace(either, card=None))
     expandable = _with_events(full, TIE, 40, settings=Settings.parse("expandable_segments:True"))
     assert expandable.reserved_range_bytes == (40 * MIB, 40 * MIB)

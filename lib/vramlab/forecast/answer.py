@@ -44,6 +44,7 @@ def answer(
 
 
 def to_text(forecast: Forecast) -> str:
+    """Every figure of a forecast, one for each line."""
     question, trace = forecast.question, forecast.trace
     lines = [
         f"predicted, {trace.device}: {question.model}, {question.name},"
@@ -51,22 +52,23 @@ def to_text(forecast: Forecast) -> str:
         f"peak allocated  {forecast.allocated_peak_bytes / GIB:8.2f} GiB  in {trace.phase}",
         f"peak reserved   {forecast.reserved_peak_bytes / GIB:8.2f} GiB  allocator:"
         f" {forecast.simulated.label}",
+        *(f"  between       {text}" for text in _reserved_range(forecast)),
+        f"host memory     {trace.host_bytes / GIB:8.2f} GiB",
+        "at the peak:",
+        *(f"  {name:<14}{size / GIB:8.2f} GiB" for name, size in forecast.ledger.items()),
+        "largest owners:",
+        *(
+            f"  {size / GIB:6.2f} GiB  {category} {module}"
+            for category, module, size in trace.owners(5)
+        ),
+        *(
+            f"{side:<16}{sizes['peak_bytes'] / GIB:8.2f} GiB  sends"
+            f" {sizes['sends_bytes'] / 2**20:.1f} MiB a step"
+            for side, sizes in forecast.sides().items()
+        ),
     ]
-    if reserved := _reserved_range(forecast):
-        lines.append(f"  between       {reserved}")
-    lines += [f"host memory     {trace.host_bytes / GIB:8.2f} GiB", "at the peak:"]
-    lines += [f"  {name:<14}{size / GIB:8.2f} GiB" for name, size in forecast.ledger.items()]
-    lines.append("largest owners:")
-    lines += [
-        f"  {size / GIB:6.2f} GiB  {category} {module}"
-        for category, module, size in trace.owners(5)
-    ]
-    lines += [
-        f"{side:<16}{sizes['peak_bytes'] / GIB:8.2f} GiB  sends"
-        f" {sizes['sends_bytes'] / 2**20:.1f} MiB a step"
-        for side, sizes in forecast.sides().items()
-    ]
-    lines += _card_lines(forecast) if forecast.card else []
+    if forecast.card:
+        lines += _card_lines(forecast)
     if forecast.max_positions < question.seq:
         lines.append(
             f"note: rows of {question.seq:,} tokens, and {question.model} knows"
@@ -78,9 +80,9 @@ def to_text(forecast: Forecast) -> str:
 def _card_lines(forecast: Forecast) -> list[str]:
     card, floor = forecast.card, forecast.floor
     usable_bytes = forecast.settings.usable_bytes(card.capacity_bytes, card.total_bytes)
-    flushed = f", after flushing its cache {forecast.retries} times" if _flushes(forecast) else ""
+    verdict = _verdict(forecast, f", after flushing its cache {forecast.retries} times")
     return [
-        f"{card.name}: {_verdict(forecast)}{flushed}; margin"
+        f"{card.name}: {verdict}; margin"
         f" {forecast.margin_bytes / GIB:+.2f} GiB of {usable_bytes / GIB:.2f}",
         f"no step faster than {floor.s:.3f} s, bound by {floor.binds}"
         f" (roofline floor, not an estimate): compute {floor.compute_s:.3f},"
@@ -90,33 +92,26 @@ def _card_lines(forecast: Forecast) -> list[str]:
 
 def takeaway(forecast: Forecast) -> str:
     """One number, in Markdown: what is left of the card."""
-    question, reserved = forecast.question, _reserved_range(forecast)
-    between = f" Reserved: {reserved}." if reserved else ""
+    question, reserved_gib = forecast.question, forecast.reserved_peak_bytes / GIB
+    between = "".join(f" Reserved: {text}." for text in _reserved_range(forecast))
     if forecast.card is None:
-        return (
-            f"**{forecast.reserved_peak_bytes / GIB:.1f} GiB** reserved at the peak,"
-            f" predicted.{between}"
-        )
-    flushed = " after flushing its cache" if _flushes(forecast) else ""
+        return f"**{reserved_gib:.1f} GiB** reserved at the peak, predicted.{between}"
     return (
         f"**{forecast.margin_bytes / GIB:+.1f} GiB** is what {question.name} of"
         f" {question.model}, {question.batch} x {question.seq} tokens, leaves of"
-        f" a {forecast.card.name}: it {_verdict(forecast)}{flushed},"
+        f" a {forecast.card.name}: it {_verdict(forecast, ' after flushing its cache')},"
         f" predicted.{between}"
     )
 
 
-def _verdict(forecast: Forecast) -> str:
-    return "fits" if forecast.fits else "does not fit"
+def _verdict(forecast: Forecast, after_flushing: str) -> str:
+    if not forecast.fits:
+        return "does not fit"
+    return "fits" + (after_flushing if forecast.retries else "")
 
 
-def _flushes(forecast: Forecast) -> bool:
-    return bool(forecast.fits and forecast.retries)
-
-
-def _reserved_range(forecast: Forecast) -> str:
-    """The range of reserved bytes; empty where the order of addresses changes nothing."""
+def _reserved_range(forecast: Forecast) -> list[str]:
+    """The range of reserved bytes as text; none where the order of addresses changes nothing."""
     least, most = (f"{size / GIB:.2f}" for size in forecast.reserved_range_bytes)
-    if least == most:
-        return ""
-    return f"{least} to {most} GiB, depending on where the driver places segments"
+    text = f"{least} to {most} GiB, depending on where the driver places segments"
+    return [text] if least != most else []

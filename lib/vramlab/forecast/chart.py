@@ -33,7 +33,7 @@ from ..allocator.settings import Settings
 from ..cards import Card, read_cards
 from ..files import recall, write_checked
 from ..processes import side_by_side
-from ..reading import read_yaml, typed
+from ..reading import nearest, read_yaml, typed
 from ..regimes.head.head import Fused
 from ..regimes.parameters import model_spec
 from ..regimes.regime import IllegalRegime, read_regimes
@@ -74,22 +74,28 @@ class Atlas:
 
     def __post_init__(self):
         rows = read_regimes()
-        reasons = [
-            f"no {name} given"
-            for name in ("models", "seq", "batch", "weights")
-            if not getattr(self, name)
+        known = {"regimes": rows, "as_written": rows, "cards": read_cards()}
+        numbers = {
+            "worlds or world_seq": (*self.worlds, self.world_seq),
+            "sizes": itertools.chain(*self.sizes),
+        }
+        required = ("models", "seq", "batch", "weights")
+        reasons = [f"no {name} given" for name in required if not getattr(self, name)]
+        reasons += [
+            f"{name} has no {value}{nearest(value, names)}; there are {', '.join(names)}"
+            for name, names in known.items()
+            for value in getattr(self, name)
+            if value not in names
         ]
-        for name, known in (("regimes", rows), ("as_written", rows), ("cards", read_cards())):
-            if unknown := [value for value in getattr(self, name) if value not in known]:
-                reasons.append(f"{name} has no {', '.join(unknown)}; there are {', '.join(known)}")
-        for name, numbers in (
-            ("worlds or world_seq", (*self.worlds, self.world_seq)),
-            ("sizes", itertools.chain(*self.sizes)),
-        ):
-            if wrong := [repr(n) for n in numbers if not isinstance(n, int) or n < 1]:
-                reasons.append(f"{name} has {', '.join(wrong)}: they are whole numbers from 1 on")
-        if any(len(size) != 2 for size in self.sizes):
-            reasons.append(f"sizes is {self.sizes}: each is [seq, batch]")
+        reasons += [
+            f"{name} has {number!r}: they are whole numbers from 1 on"
+            for name, values in numbers.items()
+            for number in values
+            if not isinstance(number, int) or number < 1
+        ]
+        reasons += [
+            f"sizes has {size}: each is [seq, batch]" for size in self.sizes if len(size) != 2
+        ]
         if reasons:
             raise ValueError(f"atlas {self.name}: {'; '.join(reasons)}")
         for text in self.allocators:
@@ -165,14 +171,13 @@ def chart_cells(
     """The cell of each question."""
     cells = {question: cell for question in questions if (cell := kept.read(question)) is not None}
     rows: dict[tuple, list[Question]] = {}
-    for question in questions:
-        row = (question.model, question.regime, question.weights, question.world)
-        rows.setdefault(row, []).append(question)
+    for q in questions:
+        rows.setdefault((q.model, q.regime, q.weights, q.world), []).append(q)
     due = sorted((row for row in rows.values() if not cells.keys() >= set(row)), key=_slow_first)
-    missing = len(questions) - len(cells)
-    jobs = jobs or min(os.cpu_count() or 1, missing // CELLS_PER_PROCESS)
+    done, total = len(cells), len(questions)
+    jobs = jobs or min(os.cpu_count() or 1, (total - done) // CELLS_PER_PROCESS)
     summarize = partial(_summarize_row, kept=kept)
-    for computed in _summarize_rows(summarize, due, len(cells), len(questions), progress, jobs):
+    for computed in _summarize_rows(summarize, due, done, total, progress, jobs):
         cells |= computed
     return [cells[question] for question in questions]
 
@@ -183,18 +188,16 @@ def _summarize_rows(
     """The cells of each row that is due, as rows end."""
     from tqdm import tqdm
 
-    rows = ((row, summarize(row), None) for row in due)
-    if min(jobs, len(due)) > 1:
-        rows = side_by_side(summarize, due, jobs)
-    bar = tqdm(
+    one_by_one = ((row, summarize(row), None) for row in due)
+    rows = side_by_side(summarize, due, jobs) if min(jobs, len(due)) > 1 else one_by_one
+    with tqdm(
         total=total,
         initial=done,
         unit="cell",
         file=sys.stderr,
         dynamic_ncols=True,
         disable=not (progress and due),
-    )
-    with bar:
+    ) as bar:
         for row, cells, error in rows:
             bar.set_description(f"{row[0].model} {row[0].name}")
             bar.update(min(len(row), total - bar.n))
@@ -206,12 +209,11 @@ def _summarize_row(questions: list[Question], kept: SummaryCache) -> dict[Questi
     """The cells of one model and row, which differ in size only."""
     sizes, cells = Sizes(), {}
     for question in _solvable_order(questions):
-        cell = kept.read(question)
-        if cell is None:
-            cell = _summarize(question, sizes, kept)
-        elif len(questions) > ENOUGH and not cell["solved"]:
+        cells[question] = kept.read(question)
+        if cells[question] is None:
+            cells[question] = _summarize(question, sizes, kept)
+        elif len(questions) > ENOUGH and not cells[question]["solved"]:
             sizes.add(traced_step(question, kept.cache_dir, counted=False))
-        cells[question] = cell
     return cells
 
 
@@ -283,11 +285,10 @@ class SummaryCache:
     @cached_property
     def _hash(self) -> str:
         """Hash of everything that a summary depends on besides its trace."""
-        modules = (card_summary, scaling, folding)
         content = [
             [dataclasses.asdict(card) for card in self.cards.values()],
             self.allocators,
-            [Path(module.__file__).read_text() for module in modules],
+            [Path(module.__file__).read_text() for module in (card_summary, scaling, folding)],
         ]
         text = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

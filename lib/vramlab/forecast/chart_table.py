@@ -16,9 +16,16 @@ def table(content: dict) -> pd.DataFrame:
             rows.append({**row, "reason": cell["reason"]})
             continue
         row |= {name: cell[name] for name in ("phase", "requested_bytes", "host_bytes")}
-        for key, outcome in cell["cards"].items():
-            card = {"card": key, "capacity_bytes": content["cards"][key]["capacity_bytes"]}
-            rows.append({**row, **card, **outcome, "reason": ""})
+        rows += [
+            {
+                **row,
+                "card": key,
+                "capacity_bytes": content["cards"][key]["capacity_bytes"],
+                **outcome,
+                "reason": "",
+            }
+            for key, outcome in cell["cards"].items()
+        ]
     return pd.DataFrame(rows)
 
 

@@ -72,14 +72,14 @@ class Forecast:
         """Least and most of `reserved_peak_bytes` over several orders of the segments' addresses.
         The driver chooses the addresses, and they decide which of several free blocks of the same
         size is used. Simulates the step once for each of `STRIDES`."""
+        card, end = self.card, self.trace.reported.stop
         limits: tuple[int | None, int | None] = (None, None)
-        if self.fits and self.settings.collects_above_bytes(self.card.total_bytes) is not None:
-            limits = self.card.capacity_bytes, self.card.total_bytes
-        events, until_end = list(rows(self.trace.events)), slice(self.trace.reported.stop)
-        peaks = [self.reserved_peak_bytes]
+        if card and self.fits and self.settings.collects_above_bytes(card.total_bytes) is not None:
+            limits = card.capacity_bytes, card.total_bytes
+        events, peaks = list(rows(self.trace.events)), [self.reserved_peak_bytes]
         for stride in STRIDES:
             simulated = simulate(events, self.settings, *limits, stride)
-            peaks.append(int(simulated.reserved_bytes[until_end].max()))
+            peaks.append(int(simulated.reserved_bytes[:end].max()))
         return min(peaks), max(peaks)
 
     def to_json(self) -> dict:
@@ -122,10 +122,10 @@ class Forecast:
     def sides(self) -> dict[str, dict[str, int]]:
         """What client and server hold where the model is cut between two machines, in requested
         bytes, see `timeline.sides.sides`; empty elsewhere."""
-        trace = self.trace
-        if not trace.crossed:
+        if not self.trace.crossed:
             return {}
-        return sides(trace.frame, trace.step, self.question.row.trains.cut, trace.crossed)
+        cut = self.question.row.trains.cut
+        return sides(self.trace.frame, self.trace.step, cut, self.trace.crossed)
 
     @property
     def floor_s(self) -> float | None:
@@ -144,42 +144,38 @@ def forecast(
     if card is not None:
         question = dataclasses.replace(question, architecture=card.compute_capability)
     trace = traced_step(question, cache_dir)
-    simulated, fits, retries = simulate(trace.events, settings), None, 0
-    if card:
+    simulated, on_card, step = simulate(trace.events, settings), None, trace.reported
+    if card is not None:
         on_card = simulate(trace.events, settings, card.capacity_bytes, card.total_bytes)
-        fits, retries = on_card.oom is None, on_card.num_alloc_retries
-        if fits and settings.collects_above_bytes(card.total_bytes) is not None:
+        if on_card.oom is None and settings.collects_above_bytes(card.total_bytes) is not None:
             simulated = on_card
-    step = trace.reported
     peak = step.start + int(simulated.allocated_bytes[step].argmax())
     allocated_bytes = int(simulated.allocated_bytes[peak])
     reserved_bytes = int(simulated.reserved_bytes[: step.stop].max())
-    ledger = _alive_bytes(trace, peak)
-    rounding_bytes = allocated_bytes - sum(ledger.values())
-    ledger["cached"] = int(simulated.reserved_bytes[peak]) - allocated_bytes
-    ledger["rounding"] = rounding_bytes
-    margin_bytes = floor = None
-    if card:
-        ledger["context"] = card.context_bytes
-        usable_bytes = settings.usable_bytes(card.capacity_bytes, card.total_bytes)
-        margin_bytes = usable_bytes - reserved_bytes
-        floor = roofline(
-            trace.work, card.bf16_tflops, card.fp32_tflops, card.gb_per_s, card.host_gb_per_s
-        )
+    alive = _alive_bytes(trace, peak)
     return Forecast(
-        question,
-        card,
-        settings,
-        trace,
-        simulated,
-        allocated_bytes,
-        reserved_bytes,
-        ledger,
-        fits,
-        retries,
-        margin_bytes,
-        floor,
-        time.perf_counter() - began,
+        question=question,
+        card=card,
+        settings=settings,
+        trace=trace,
+        simulated=simulated,
+        allocated_peak_bytes=allocated_bytes,
+        reserved_peak_bytes=reserved_bytes,
+        ledger={
+            **alive,
+            "cached": int(simulated.reserved_bytes[peak]) - allocated_bytes,
+            "rounding": allocated_bytes - sum(alive.values()),
+            **({"context": card.context_bytes} if card else {}),
+        },
+        fits=on_card and on_card.oom is None,
+        retries=on_card.num_alloc_retries if on_card else 0,
+        margin_bytes=card
+        and settings.usable_bytes(card.capacity_bytes, card.total_bytes) - reserved_bytes,
+        floor=card
+        and roofline(
+            trace.work, card.bf16_tflops, card.fp32_tflops, card.gb_per_s, card.host_gb_per_s
+        ),
+        took_s=time.perf_counter() - began,
     )
 
 

@@ -31,20 +31,20 @@ def predict(options: Mapping, report: Callable[[str], object] = lambda _: None) 
     return recall_or_compute("predict", request, compute)
 
 
-def chart(atlas: Path, progress: bool = True) -> dict:
-    """The content of `forecast.json` for this atlas file: its chart and, where it has any, its
-    worlds."""
+def chart(path: Path, progress: bool = True) -> dict:
+    """The content of `forecast.json` for the atlas file at `path`: its chart and, where it has any,
+    its worlds."""
 
     def compute() -> dict:
         from .chart import chart, read_atlas
         from .chart_worlds import chart_worlds
 
-        asked = read_atlas(atlas)
-        content = chart(asked, progress=progress)
-        worlds = {"worlds": chart_worlds(asked, progress=progress)} if asked.worlds else {}
+        atlas = read_atlas(path)
+        content = chart(atlas, progress=progress)
+        worlds = {"worlds": chart_worlds(atlas, progress=progress)} if atlas.worlds else {}
         return {**content, **worlds}
 
-    return recall_or_compute("atlas", atlas.read_bytes() if atlas.exists() else b"", compute)
+    return recall_or_compute("atlas", path.read_bytes() if path.exists() else b"", compute)
 
 
 def recall_or_compute(kind: str, request: bytes, compute: Callable[[], dict]) -> dict:

@@ -186,19 +186,17 @@ def _describe(kind: str, outputs, call: tuple, key: tuple) -> tuple[Output, ...]
     tensors = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     if any(type(tensor) is not FakeTensor for tensor in tensors):
         return None
-    start = 0
+    viewed = call[1][0] if kind in _VIEWS and call[1] else None
     if kind in _VIEWS:
-        viewed = call[1][0] if call[1] else None
-        if not isinstance(viewed, FakeTensor) or not all(_views(t, viewed) for t in tensors):
-            return None
-        start = viewed.storage_offset()
+        good = isinstance(viewed, FakeTensor) and all(_views(tensor, viewed) for tensor in tensors)
     else:
-        arguments = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
-        storages = {tensor.untyped_storage()._cdata for tensor in arguments}
-        for tensor in tensors:
-            if not _is_new(tensor, storages):
-                return None
-            storages.add(tensor.untyped_storage()._cdata)
+        operands = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
+        storages = [tensor.untyped_storage()._cdata for tensor in (*operands, *tensors)]
+        fresh = len(set(storages)) == len(set(storages[: len(operands)])) + len(tensors)
+        good = fresh and all(_fills_its_storage(tensor) for tensor in tensors)
+    if not good:
+        return None
+    start = viewed.storage_offset() if kind in _VIEWS else 0
     return tuple(
         (
             tensor.shape,
@@ -219,14 +217,10 @@ def _views(tensor: Tensor, viewed: FakeTensor) -> bool:
     )
 
 
-def _is_new(tensor: FakeTensor, storages: set[int]) -> bool:
-    """Whether the tensor has a storage of its own, with no more bytes than its sizes and strides
-    need."""
-    if tensor.constant is not None or tensor.layout is not torch.strided:
+def _fills_its_storage(tensor: FakeTensor) -> bool:
+    """Whether the tensor's storage has as many bytes as its sizes and strides need."""
+    if tensor.constant is not None or tensor.layout is not torch.strided or tensor.storage_offset():
         return False
-    storage = tensor.untyped_storage()
     extents = zip(tensor.shape, tensor.stride(), strict=True)
-    needed = 1 + sum((size - 1) * stride for size, stride in extents)
-    needed_bytes = (needed if tensor.numel() else 0) * tensor.dtype.itemsize
-    new = storage._cdata not in storages and tensor.storage_offset() == 0
-    return new and storage.nbytes() == needed_bytes
+    needed = 1 + sum((size - 1) * stride for size, stride in extents) if tensor.numel() else 0
+    return tensor.untyped_storage().nbytes() == needed * tensor.dtype.itemsize
