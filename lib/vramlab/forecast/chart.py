@@ -202,7 +202,7 @@ def _summarize_rows(
             bar.set_description(f"{row[0].model} {row[0].name}")
             bar.update(min(len(row), total - bar.n))
             # a process that died fails the cells of its row, and no others
-            yield {question: _failed(question, error) for question in row} if error else cells
+            yield {question: _cell(question, error) for question in row} if error else cells
 
 
 def _summarize_row(questions: list[Question], kept: SummaryCache) -> dict[Question, dict]:
@@ -271,7 +271,7 @@ def _summarize(question: Question, sizes: Sizes, kept: SummaryCache) -> dict:
     except (
         Exception
     ) as error:  # whatever it is, the other cells are computed, and this one says why
-        return _failed(question, error)
+        return _cell(question, error)
 
 
 @dataclass(frozen=True)
@@ -298,14 +298,14 @@ class SummaryCache:
 
     def read(self, question: Question) -> dict | None:
         summary = recall(self._path(question)) if self.cache_dir else None
-        return summary and {**_identity(question), **summary}
+        return summary and {**_cell(question), **summary}
 
     def write(self, question: Question, summary: dict) -> dict:
         if self.cache_dir is not None:
             path = self._path(question)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_checked(path, summary)
-        return {**_identity(question), **summary}
+        return {**_cell(question), **summary}
 
 
 def kept(atlas: Atlas, question: Question, cache_dir: Path = CACHE) -> bool:
@@ -314,11 +314,8 @@ def kept(atlas: Atlas, question: Question, cache_dir: Path = CACHE) -> bool:
     return cache.read(question) is not None
 
 
-def _failed(question: Question, error: BaseException) -> dict:
-    return {**_identity(question), "reason": f"{type(error).__name__}: {error}"}
-
-
-def _identity(question: Question) -> dict:
+def _cell(question: Question, error: BaseException | None = None) -> dict:
+    """What every cell has; of one that failed, all that it has."""
     return {
         "model": question.model,
         "regime": question.regime,
@@ -326,5 +323,5 @@ def _identity(question: Question) -> dict:
         "name": question.name,
         "seq": question.seq,
         "batch": question.batch,
-        "reason": "",
+        "reason": f"{type(error).__name__}: {error}" if error else "",
     }

@@ -113,7 +113,7 @@ class Forecast:
             "margin_bytes": self.margin_bytes,
             "num_alloc_retries": self.retries,
             "work": {phase: dict(work) for phase, work in trace.work.items()},
-            "floor_s": self.floor_s,
+            "floor_s": self.floor and self.floor.s,
             "floor": self.floor and {**dataclasses.asdict(self.floor), "binds": self.floor.binds},
             "took_s": round(self.took_s, 2),
             **({"sides": self.sides()} if trace.crossed else {}),
@@ -126,10 +126,6 @@ class Forecast:
             return {}
         cut = self.question.row.trains.cut
         return sides(self.trace.frame, self.trace.step, cut, self.trace.crossed)
-
-    @property
-    def floor_s(self) -> float | None:
-        return self.floor and self.floor.s
 
 
 def forecast(

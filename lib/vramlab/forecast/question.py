@@ -179,12 +179,11 @@ def traced_step(question: Question, cache_dir: Path | None = CACHE, counted: boo
 def _write(traced: Trace, folder: Path) -> None:
     """Write the frame first, then `trace.json`, which holds the frame's checksum."""
     folder.mkdir(parents=True, exist_ok=True)
-    frame = traced.frame.drop(columns="t_s")
+    frame, names = traced.frame.drop(columns="t_s"), [f.name for f in dataclasses.fields(traced)]
     frame = frame.astype(dict.fromkeys(frame.select_dtypes(exclude="number"), "category"))
     write_table(frame, folder / "frame.parquet", compression="zstd")
-    fields = (field.name for field in dataclasses.fields(traced) if field.name != "frame")
     content = {
-        **{name: getattr(traced, name) for name in fields},
+        **{name: getattr(traced, name) for name in names},
         "alive": [[*owner, size] for owner, size in traced.alive.items()],
         "loops": [dataclasses.asdict(loop) for loop in traced.loops],
         "frame": checksum(folder / "frame.parquet"),

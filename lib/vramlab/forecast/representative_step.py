@@ -89,10 +89,6 @@ class Run:
         self.ranked: dict[int, int] = {}
         self.crossed: Mapping[str, int] = {}
 
-    def report(self) -> int:
-        """Runs the step to report and those before it; returns its number."""
-        return self.take_turns() if len(self.sets) > 1 else self.repeat()
-
     def step(self, parts: tuple[int, ...]) -> int:
         """One step with `parts` active; returns its number."""
         self.turns.parts_due, number = parts, self.trainer.steps_done

@@ -164,7 +164,7 @@ def trace(
     with virtual_gpu(mode, architecture, world if sharded else 0) as gpu:
         run = Run(gpu, spec, regime, seq, batch, counted)
         with run.meter:
-            step = run.report()
+            step = run.take_turns() if len(run.sets) > 1 else run.repeat()
         unvisited_host_bytes = run.unvisited_host_bytes()
     return Trace.of(
         run.meter.frame(),

@@ -243,7 +243,7 @@ def predicted(question: Question, card: Card | None, cache_dir: Path | None = CA
         "step": step.step,
         "parts": list(step.parts),
         "flops": flops,
-        "floor_s": made.floor_s if made else None,
+        "floor_s": made.floor.s if made else None,
         "device": step.device,
         "took_s": time.perf_counter() - began,
     }
