@@ -164,7 +164,7 @@ for name in sys.argv[1:]:
     trace(spec, row_of(name), 16, 1)
 print(*sys.modules)
 """
-TRACED = "mixed offload galore chunkft lora qlora mezo"
+TRACED = "mixed galore qlora chunkft"
 
 
 def test_a_forecast_is_keyed_by_every_module_that_a_trace_has_imported():

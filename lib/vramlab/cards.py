@@ -39,13 +39,16 @@ class Card:
 
     def __post_init__(self):
         positive = ("total_gib", "bf16_tflops", "fp32_tflops", "gb_per_s", "host_gb_per_s")
-        wrong = [name for name in positive if not 1e-9 <= getattr(self, name) <= 1e9]
-        wrong += [] if 0 <= self.context_mib < self.total_gib * 1024 else ["context_mib"]
-        if wrong:
-            values = "; ".join(f"{name} is {getattr(self, name)}" for name in wrong)
+        wrong = [
+            f"{name} is {getattr(self, name)}"
+            for name in positive
+            if not 1e-9 <= getattr(self, name) <= 1e9
+        ]
+        if wrong or not 0 <= self.context_mib < self.total_gib * 1024:
             raise ValueError(
-                f"card {self.key}: {values}: rates and sizes are more than 0, a billion at most,"
-                " and the context leaves something of the card"
+                f"card {self.key}: {'; '.join(wrong) or f'context_mib is {self.context_mib}'}:"
+                " rates and sizes are more than 0, a billion at most, and the context leaves"
+                " something of the card"
             )
 
     @property
@@ -65,8 +68,9 @@ class Card:
 def read_cards(path: Path = CARDS_FILE) -> dict[str, Card]:
     """Every card of the file, by key, the least memory first. Raises: BadFile, for a field that is
     missing, unknown or of another type."""
-    rows = read_yaml(path)
-    cards = {key: typed(Card, row, f"{path}: {key}", key=key) for key, row in rows.items()}
+    cards = {
+        key: typed(Card, row, f"{path}: {key}", key=key) for key, row in read_yaml(path).items()
+    }
     return dict(sorted(cards.items(), key=lambda item: item[1].total_gib))
 
 

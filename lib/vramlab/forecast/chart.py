@@ -206,7 +206,7 @@ def _summarize_rows(
 
 
 def _summarize_row(questions: list[Question], kept: SummaryCache) -> dict[Question, dict]:
-    """The cells of one model and row, which differ in size only."""
+    """The cells of a model and row, which differ in size only."""
     sizes, cells = Sizes(), {}
     for question in _solvable_order(questions):
         cells[question] = kept.read(question)
@@ -315,7 +315,7 @@ def kept(atlas: Atlas, question: Question, cache_dir: Path = CACHE) -> bool:
 
 
 def _cell(question: Question, error: BaseException | None = None) -> dict:
-    """What every cell has; of one that failed, all that it has."""
+    """The identity of a cell; a cell that failed has nothing else but its reason."""
     return {
         "model": question.model,
         "regime": question.regime,

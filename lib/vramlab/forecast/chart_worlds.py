@@ -36,8 +36,8 @@ FIELDS = (
 def chart_worlds(
     atlas: Atlas, cache_dir: Path | None = CACHE, progress: bool = True, jobs: int | None = None
 ) -> list[dict]:
-    """A cell for each of the atlas's models and worlds, of one row of `world_seq` tokens for each
-    rank; kept as other cells are."""
+    """A cell for each of the atlas's models and worlds, in which every rank takes a single row of
+    `world_seq` tokens; kept as other cells are."""
     questions = [
         Question(model, REGIME, atlas.world_seq, 1, world=world)
         for model in atlas.models

@@ -1,4 +1,4 @@
-"""A question: one step of one regime, model and size; and its trace, kept under the question's key.
+"""A question: a step of a regime, model and size; and its trace, kept under the question's key.
 
 A key is a hash of everything that a trace depends on: the resolved model and row, the size, the
 card's compute capability, the version of torch, and the files in `TRACED_CODE`. A folder with that

@@ -28,15 +28,15 @@ from .virtual_gpu import virtual_gpu
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One step of one regime, and everything that happened before it. All bytes are as requested,
-    not rounded."""
+    """A step of a regime, and everything that happened before it. All bytes are as requested, not
+    rounded."""
 
     model: str
     regime: str
     seq: int
     batch: int
     world: int
-    """Ranks that take the step together; every figure is of one of them, the first."""
+    """Ranks that take the step together; every figure is that of the first."""
     device: str
     """How the GPU was simulated."""
     architecture: Architecture

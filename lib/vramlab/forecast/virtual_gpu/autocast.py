@@ -110,9 +110,9 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in the low type. Of an fp32 leaf that trains there is one copy, kept until the
-    outermost autocast ends; anything else is cast each time. Source: ATen/autocast_mode.cpp,
-    `cached_cast`: a leaf, fp32, requires grad, no view."""
+    """The tensor in the low type. An fp32 leaf that trains is copied once, and the copy is kept
+    until the outermost autocast ends; anything else is cast each time. Source:
+    ATen/autocast_mode.cpp, `cached_cast`: a leaf, fp32, requires grad, no view."""
     if not tensor.is_floating_point() or tensor.dtype in (dtype, torch.float64):
         return tensor
     trains = tensor.dtype == torch.float32 and tensor.requires_grad and tensor.is_leaf

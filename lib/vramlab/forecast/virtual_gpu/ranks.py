@@ -1,4 +1,4 @@
-"""Virtual ranks: a process group of any size in one process, for the forecast of one rank of many.
+"""Virtual ranks: a process group of any size in one process, for the forecast of a single rank.
 
 torch's fake process group answers every collective at once and moves nothing; on fake tensors there
 is nothing to move. With one rank it is also right on real tensors. The streams are the virtual

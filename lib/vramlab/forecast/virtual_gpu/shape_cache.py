@@ -48,7 +48,7 @@ forecast runs many of the same operations."""
 
 
 class Shapes:
-    """The outputs of one fake mode's operations."""
+    """The outputs of the operations of a fake mode."""
 
     def __init__(self, mode: FakeTensorMode):
         self._mode = mode
@@ -104,8 +104,8 @@ class Shapes:
         return self._tensor(of, of.shape, of.stride(), 0, of.dtype, of.fake_device)
 
     def _fake(self, meta: Tensor, device: torch.device) -> FakeTensor:
-        """A fake tensor. torch sets a dozen attributes of each, which are the same for all of one
-        device: they are copied from the first."""
+        """A fake tensor. torch sets a dozen attributes of each; those of the first tensor on a
+        device are copied to the others, for which they are the same."""
         attributes = self._attributes.get(device)
         if attributes is None:
             fake = FakeTensor(self._mode, meta, device)
