@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from vramlab.baichuan import BaichuanConfig, BaichuanForCausalLM
-from vramlab.forecast.virtual_ranks import pretended_ranks
+from vramlab.forecast.virtual_gpu.ranks import virtual_ranks
 from vramlab.observer import Observer
 from vramlab.regimes.place.place import Fsdp
 from vramlab.regimes.regime import Regime, read_row
@@ -39,7 +39,7 @@ def batch(seed: int, rows: int = 3, tokens: int = 11) -> dict:
 def ranks(regime: Regime) -> AbstractContextManager:
     """What a regime that shards needs. One rank has nothing to exchange, so a pretended one is
     right on real tensors too."""
-    return pretended_ranks(1) if isinstance(regime.place, Fsdp) else nullcontext()
+    return virtual_ranks(1) if isinstance(regime.place, Fsdp) else nullcontext()
 
 
 def train(row: dict, steps: int = 4, observer: Observer | None = None, lr: float = 1e-2, **changes):

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,13 +19,15 @@ from vramlab.files import ROOT, read_checked
 from vramlab.forecast import card_summary as summary
 from vramlab.forecast import chart as atlas
 from vramlab.forecast import forecast as predict
-from vramlab.forecast import kept_chart as charted
+from vramlab.forecast import kept_answers
+from vramlab.forecast import question as questions_module
 from vramlab.forecast.chart import Atlas, chart, read_atlas
+from vramlab.forecast.chart_table import table
 from vramlab.forecast.chart_worlds import chart_worlds
 from vramlab.forecast.forecast import Question, forecast
-from vramlab.forecast.kept_chart import table
 from vramlab.regimes.regime import read_regimes
 from vramlab.runs.sweep import Swept
+from vramlab.timeline.events import signed
 
 CONF = "expandable_segments:True"
 
@@ -173,7 +174,10 @@ def test_garbage_is_collected_only_beside_a_fraction_and_can_lose_a_step(kept):
 
 def test_only_hoppers_workspaces_differ(asked, kept):
     traced = predict.traced_step(asked.questions()[0], kept)
-    ampere, hopper = summary.events_for(traced, (8, 6)), summary.events_for(traced, (9, 0))
+    ampere, hopper = (
+        summary.events_for(traced, traced.device_rows(), capability)
+        for capability in ((8, 6), (9, 0))
+    )
     assert (ampere["bytes"] == traced.events["bytes"]).all()
     changed = hopper["bytes"][hopper["bytes"] != ampere["bytes"]]
     assert len(changed) == 2 and set(changed) == {32 << 20}, "one handle a thread"
@@ -191,7 +195,8 @@ def test_without_a_group_the_peak_is_that_of_the_other_events(asked, kept):
             & (rows["op"] == group["op"])
             & (rows["event"] == "alloc")
         ]
-        assert group["peak_bytes"] == predict.without(traced, its["storage"].to_numpy())
+        left = np.where(rows["storage"].isin(its["storage"]), 0, signed(rows)).cumsum()
+        assert group["peak_bytes"] == left[traced.reported].max()
         assert traced.peak_bytes - group["bytes"] <= group["peak_bytes"] <= traced.peak_bytes
     stacked = np.sum(list(said["curve"]["bytes"].values()), axis=0)
     assert stacked.max() == traced.peak_bytes and len(stacked) <= summary.POINTS
@@ -225,7 +230,7 @@ def test_worlds_are_kept_as_cells_are(asked, kept, monkeypatch):
     two = dataclasses.replace(asked, worlds=(1, 8), world_seq=32)
     before = chart_worlds(two, kept, progress=False, jobs=1)
     monkeypatch.setattr(atlas, "traced_step", None)
-    monkeypatch.setattr(predict, "trace", None)
+    monkeypatch.setattr(questions_module, "trace", None)
     assert chart_worlds(two, kept, progress=False, jobs=1) == before
     failed = chart_worlds(dataclasses.replace(two, worlds=(2,)), kept, progress=False, jobs=1)
     assert failed[0]["world"] == 2 and failed[0]["reason"] and "ledger" not in failed[0]
@@ -246,6 +251,8 @@ def test_an_atlas_refuses_what_it_does_not_know(tmp_path):
         ("models: [tiny]\nseq: [1]\n", "no batch"),
         ("modles: [tiny]\nseq: [1]\nbatch: [1]\n", "modles"),
         ("models: [tiny]\nseq: [1]\nbatch: [1]\nworlds: [8, 0]", "worlds or world_seq has 0"),
+        ("models: [tiny]\nseq: [1]\nbatch: [1]\nsizes: [[8, 0]]", "sizes has 0"),
+        ("models: [tiny]\nseq: [1]\nbatch: [1]\nsizes: [[8]]", "each is .seq, batch."),
         ("models: [tiny]\nseq: [1]\nbatch: [1]\ncards: [gtx]\nregimes: [ful]", "no ful.*no gtx"),
     ):
         path.write_text(text)
@@ -257,12 +264,24 @@ def test_an_atlas_refuses_what_it_does_not_know(tmp_path):
     assert {question.regime for question in questions} == set(read_regimes()) - {
         "bf16"
     }  # which is full in bf16
-    assert len(questions) == 2 * 4 * 3 * len({question.name for question in questions})
+    names = len({question.name for question in questions})
+    assert len(questions) == len(set(questions)) == 2 * 7 * names
 
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(tmp_path, monkeypatch):
-    monkeypatch.setattr(charted, "FORECASTS", tmp_path / "kept")
+    monkeypatch.setattr(kept_answers, "FORECASTS", tmp_path / "kept")
+
+
+LIGHT = """
+import pathlib, sys
+from vramlab import cli
+from vramlab.forecast import kept_answers
+kept_answers.FORECASTS = pathlib.Path(sys.argv[1])
+code = cli.main(["atlas", sys.argv[2], "--out", sys.argv[3]])
+sys.exit(7 if "torch" in sys.modules else code)
+"""
+"""Ends with 7 where the command has imported torch."""
 
 
 def test_a_charted_atlas_is_remembered_until_its_file_or_the_code_changes(
@@ -278,18 +297,12 @@ def test_a_charted_atlas_is_remembered_until_its_file_or_the_code_changes(
     for times, change in ((1, ""), (1, ""), (2, "allocators: []\n")):
         path.write_text(path.read_text() + change)
         assert main(["atlas", str(path), "--out", str(tmp_path)]) == 0 and len(asked) == times
-    monkeypatch.setattr(
-        charted, "importlib", SimpleNamespace(metadata=SimpleNamespace(version=lambda _: "another"))
+    again = subprocess.run(
+        [sys.executable, "-c", LIGHT, str(kept_answers.FORECASTS), str(path), str(tmp_path)],
+        capture_output=True,
+        text=True,
     )
-    assert charted.recall(path) is None
-    failed = {"cells": [{"reason": "no"}]}
-    charted.remember(path, failed)
-    assert charted.recall(path) is None
-    light = (
-        "import sys; from vramlab.forecast import kept_chart as charted; import vramlab.cli;"
-        " sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", light]).returncode == 0
+    assert again.returncode == 0 and "tiny, 1 x 16 tokens" in again.stdout, again.stderr
 
 
 def test_the_command_writes_the_table_and_the_reports_file(

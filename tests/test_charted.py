@@ -11,8 +11,8 @@ import pytest
 from vramlab.allocator.settings import Settings
 from vramlab.cards import Card, read_cards
 from vramlab.forecast import card_summary as summary
+from vramlab.forecast import chart_table, kept_answers
 from vramlab.forecast import chart_worlds as worlds
-from vramlab.forecast import kept_chart as charted
 from vramlab.forecast.chart import Atlas
 
 GIB = 2**30
@@ -99,7 +99,7 @@ CONTENT = {
 
 
 def test_the_table_has_a_row_a_cell_and_card_and_one_for_what_failed():
-    frame = charted.table(CONTENT)
+    frame = chart_table.table(CONTENT)
     assert frame.loc[:3, ["name", "seq", "card", "capacity_bytes", "reason"]].values.tolist() == [
         ["full", 8, "a", 5, ""],
         ["full", 8, "b", 6, ""],
@@ -123,7 +123,7 @@ def test_the_table_has_a_row_a_cell_and_card_and_one_for_what_failed():
 
 
 def test_the_text_has_a_margin_a_card_and_a_mark_where_it_does_not_just_fit():
-    assert charted.words(CONTENT).splitlines()[1:] == [
+    assert chart_table.to_text(CONTENT).splitlines()[1:] == [
         "",
         "m, 2 x 8 tokens",
         f"{'':<20}{'a':>11}{'b':>11}",
@@ -136,52 +136,47 @@ def test_the_text_has_a_margin_a_card_and_a_mark_where_it_does_not_just_fit():
     ]
 
 
-def test_an_atlas_is_remembered_by_all_that_it_depends_on(tmp_path, monkeypatch):
-    path, params = tmp_path / "mine.yml", tmp_path / "params"
+def test_an_answer_is_kept_with_all_that_it_depends_on(tmp_path, monkeypatch):
+    path, params, made = tmp_path / "mine.yml", tmp_path / "params", []
     (params / "models").mkdir(parents=True)
-    for file in (
-        path,
-        params / "regimes.yml",
-        params / "cards.yml",
-        params / "models" / "tiny.yml",
-    ):
+    files = [params / name for name in ("regimes.yml", "cards.yml", "models/tiny.yml")]
+    for file in (path, *files):
         file.write_text("a: 1\n")
-    monkeypatch.setattr(charted, "ROOT", tmp_path)
-    monkeypatch.setattr(charted, "FORECASTS", tmp_path / "kept" / "deep")
-    assert charted.recall(tmp_path / "none.yml") is None and charted.recall(path) is None
-    charted.remember(path, CONTENT)
-    assert charted.recall(path) is None, "a cell failed"
-    good = {**CONTENT, "cells": CONTENT["cells"][:2]}
-    charted.remember(path, {**good, "worlds": [{"reason": "no"}]})
-    assert charted.recall(path) is None, "a world failed"
-    charted.remember(path, {**good, "worlds": [{"reason": ""}]})
-    assert charted.recall(str(path))["worlds"] == [{"reason": ""}]
-    for file in (
-        path,
-        params / "regimes.yml",
-        params / "cards.yml",
-        params / "models" / "tiny.yml",
-    ):
+    monkeypatch.setattr(kept_answers, "ROOT", tmp_path)
+    monkeypatch.setattr(kept_answers, "FORECASTS", tmp_path / "kept" / "deep")
+
+    def answers(content: dict = {}) -> int:  # noqa: B006
+        """How many answers have been computed."""
+        kept_answers.recall_or_compute(
+            "atlas", path.read_bytes(), lambda: made.append(1) or {**CONTENT, **content}
+        )
+        return len(made)
+
+    good = {"cells": CONTENT["cells"][:2]}
+    assert answers() == 1 and answers() == 2, "a cell failed"
+    assert answers({**good, "worlds": [{"reason": "no"}]}) == 3, "a world failed"
+    assert answers({**good, "worlds": [{"reason": ""}]}) == 4 == answers()
+    for count, file in enumerate((path, *files), 5):
         before = file.read_text()
         file.write_text("a: 2\n")
-        assert charted.recall(path) is None, file
+        assert answers(good) == count == answers(), file
         file.write_text(before)
-    assert charted.recall(path)["cells"] == good["cells"]
+    assert answers() == 8
+    monkeypatch.setattr(kept_answers.importlib.metadata, "version", lambda _: "another")
+    assert answers(good) == 9
 
 
 def test_a_world_is_one_row_a_rank_and_keeps_what_a_stack_needs(monkeypatch):
     seen = []
 
-    def chart(asked, *how):
-        seen.append((asked, how))
-        return {
-            "cells": [
-                {"name": "fsdp", "curve": 1, "ledger": {"weights": question.world}}
-                for question in asked.questions()
-            ]
-        }
+    def chart_cells(questions, kept, *how):
+        seen.append((questions, kept, how))
+        return [
+            {"name": "fsdp", "curve": 1, "ledger": {"weights": question.world}}
+            for question in questions
+        ]
 
-    monkeypatch.setattr(worlds, "chart", chart)
+    monkeypatch.setattr(worlds, "chart_cells", chart_cells)
     asked = Atlas(
         "a",
         ("tiny", "llama-7b"),
@@ -192,15 +187,15 @@ def test_a_world_is_one_row_a_rank_and_keeps_what_a_stack_needs(monkeypatch):
         world_seq=64,
     )
     found = worlds.chart_worlds(asked, None, False, 3)
-    ((atlas, how),) = seen
-    assert [(q.model, q.regime, q.seq, q.batch, q.world, q.weights) for q in atlas.questions()] == [
+    ((questions, kept, how),) = seen
+    assert [(q.model, q.regime, q.seq, q.batch, q.world, q.weights) for q in questions] == [
         (model, "fsdp", 64, 1, world, "") for model in ("tiny", "llama-7b") for world in (1, 8)
     ]
-    assert how == (None, False, 3) and atlas.allocators == ()
+    assert how == (False, 3) and kept.allocators == () and kept.cache_dir is None
     assert found == [
         {"world": world, "name": "fsdp", "ledger": {"weights": world}} for world in (1, 8, 1, 8)
     ]
-    assert worlds.chart_worlds(Atlas("a", ("tiny",), (8,), (1,)), None) == [] and len(seen) == 1
+    assert worlds.chart_worlds(Atlas("a", ("tiny",), (8,), (1,)), None) == []
 
 
 # a trace against cards ----------------------------------------------------------------------------
@@ -304,9 +299,9 @@ def test_only_the_workspaces_of_products_become_the_cards(monkeypatch):
         architecture=(8, 0),
         device_rows=lambda: rows,
     )
-    hopper = summary.events_for(traced, (9, 0))
+    hopper = summary.events_for(traced, rows, (9, 0))
     assert hopper["bytes"].tolist() == [32, 8, 8, 7] and hopper["stream"] == 5
-    assert summary.events_for(traced, (8, 0), rows)["bytes"].tolist() == [8, 8, 8, 7]
+    assert summary.events_for(traced, rows, (8, 0))["bytes"].tolist() == [8, 8, 8, 7]
 
 
 def _simulated(reserved, allocated=(1, 2, 9), oom=None, retries=0):

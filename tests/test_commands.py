@@ -102,15 +102,17 @@ def test_a_sweep_is_reported_where_anything_has_run(
     assert capsys.readouterr().out == ("rows\nreport\n" if built else "rows\n")
 
 
-def test_the_largest_that_fits_is_a_value_with_its_forecast(monkeypatch, capsys):
+def test_the_largest_that_fits_is_a_value_with_its_forecast(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def largest(question, axis, card, settings, said):
+    def largest(question, axis, card, settings, report):
         asked.append((question.seq, axis, card.key))
-        said("tried")
+        report("tried")
         return 0, None
 
-    monkeypatch.setattr("vramlab.forecast.forecast.largest", largest)
+    monkeypatch.setattr("vramlab.forecast.answer.largest", largest)
+    monkeypatch.setattr("vramlab.files.recall", lambda *_: None)
+    monkeypatch.setattr("vramlab.forecast.kept_answers.FORECASTS", tmp_path)
     command = ["predict", "--model", "tiny", "--max", "batch", "--card", "h100"]
     assert cli.main([*command, "--json"]) == 0
     printed = capsys.readouterr()

@@ -26,7 +26,7 @@ from vramlab.factcc.generator import generate_items
 from vramlab.factcc.sources import load_items, write_items
 from vramlab.factcc.statistics import summarise
 from vramlab.files import write_checked, write_table
-from vramlab.forecast import forecast as predict
+from vramlab.forecast import question as questions
 from vramlab.forecast.forecast import Question, traced_step
 from vramlab.reading import BadFile
 from vramlab.regimes.regime import regime as read_regime
@@ -334,7 +334,7 @@ def test_a_damaged_forecast_is_traced_again_and_said(tmp_path, monkeypatch, caps
     question, rng = Question("tiny", "full", 16, 1), random.Random(0)
     first = traced_step(question, tmp_path)
     made = []
-    monkeypatch.setattr(predict, "trace", lambda *args, **kwargs: made.append(1) or first)
+    monkeypatch.setattr(questions, "trace", lambda *args, **kwargs: made.append(1) or first)
     (folder,) = tmp_path.iterdir()
     for name in ("trace.json", "frame.parquet"):
         whole = (folder / name).read_bytes()

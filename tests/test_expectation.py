@@ -12,13 +12,13 @@ from vramlab.forecast import arithmetic as expectation
 from vramlab.forecast.arithmetic import (
     GIB,
     _cause,
-    arithmetic_words,
-    beside,
     causes,
     closed_form,
-    explained,
-    over,
-    parameters,
+    comparison,
+    count_parameters,
+    explain,
+    large_differences,
+    to_text,
 )
 from vramlab.forecast.forecast import Question
 
@@ -32,7 +32,7 @@ def _question(regime: str = "full", weights: str = "", axes: str = "") -> Questi
 
 
 def test_the_parameters_of_tiny_are_its_matrices_and_norms():
-    assert parameters(_question().spec) == TINY
+    assert count_parameters(_question().spec) == TINY
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,13 @@ def test_the_bytes_a_parameter_of_every_kind_of_row(question, each):
 
 
 def test_the_arithmetic_as_a_line():
-    words = arithmetic_words(_question("full", "bf16"))
+    words = to_text(_question("full", "bf16"))
     assert (
         words
         == f"tiny has {TINY:,} parameters. full (bf16): 2 + 2 + 4 bytes a parameter for weights,"
         " gradients and optimizer, 0.00 GiB before any activation."
     )
-    assert "104.36 GiB" not in words and "55.92 GiB before" in arithmetic_words(
+    assert "104.36 GiB" not in words and "55.92 GiB before" in to_text(
         Question("baichuan2-7b", "full", 1, 1, "bf16")
     )
 
@@ -99,7 +99,7 @@ def test_beside_sums_both_columns_and_over_is_a_hundredth_of_the_lesser(monkeypa
             "rounding": int(57.125 * GIB),
         },
     )
-    frame = beside(found)
+    frame = comparison(found)
     assert frame["category"].tolist() == [
         "weights",
         "gradients",
@@ -112,17 +112,24 @@ def test_beside_sums_both_columns_and_over_is_a_hundredth_of_the_lesser(monkeypa
     assert frame["arithmetic_GiB"].tolist() == [20, 20, 300, 0, 0, 0, 340]
     assert frame["predicted_GiB"].tolist() == [20.25, 19.875, 0, 0.75, 2, 57.125, 100]
     assert frame["difference_GiB"].tolist() == [0.25, -0.125, -300, 0.75, 2, 57.125, -240]
-    assert over(found)["category"].tolist() == ["weights", "optimizer", "cached", "rounding"]
+    assert large_differences(found)["category"].tolist() == [
+        "weights",
+        "optimizer",
+        "cached",
+        "rounding",
+    ]
     near = _found(monkeypatch, {"weights": 300 * GIB}, {"weights": int(301.5 * GIB)})
-    assert over(near).empty, "below a hundredth of the sum"
+    assert large_differences(near).empty, "below a hundredth of the sum"
     edge = _found(monkeypatch, {}, {"cached": GIB, "rounding": 99 * GIB})
-    assert over(edge)["category"].tolist() == ["rounding"], "a hundredth itself is not over it"
+    assert large_differences(edge)["category"].tolist() == ["rounding"], (
+        "a hundredth itself is not over it"
+    )
     high = _found(
         monkeypatch,
         {"weights": 400 * GIB},
         {"weights": 98 * GIB, "cached": GIB + 2**20, "rounding": GIB - 2**20},
     )
-    assert over(high)["category"].tolist() == ["weights", "cached"]
+    assert large_differences(high)["category"].tolist() == ["weights", "cached"]
 
 
 def test_every_reason_in_words(monkeypatch):
@@ -137,7 +144,7 @@ def test_every_reason_in_words(monkeypatch):
         {"weights": 12 * GIB, "gradients": 4 * GIB, "workspace": 3 * GIB},
         owners=owners,
     )
-    assert explained(found) == [
+    assert explain(found) == [
         (
             "weights: 12.00 GiB predicted, 10.00 by arithmetic (+2.00): more is there at the peak"
             " in update than the arithmetic has; the largest is w, 3.00 GiB."
@@ -277,7 +284,7 @@ def test_causes_below_a_twentieth_are_one_and_the_head_is_in_copies_of_its_weigh
                 for name, size in zip((head, "MLP", "norms", "embedding"), sizes, strict=False)
             },
         )
-        return expectation._named(found, "activations")
+        return expectation._named_causes(found, "activations")
 
     assert words(5, 14, 1) == f"{head} 5.00 (the stored weight 2.5 times); MLP 14.00; norms 1.00", (
         "a twentieth itself is named"

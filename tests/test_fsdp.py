@@ -26,7 +26,7 @@ from vramlab.baichuan import ModelSpec
 from vramlab.capture.modules import common
 from vramlab.forecast.trace import trace
 from vramlab.forecast.virtual_gpu import virtual_gpu
-from vramlab.forecast.virtual_ranks import Stream, pretended_ranks
+from vramlab.forecast.virtual_gpu.ranks import Stream, virtual_ranks
 from vramlab.observer import CATEGORIES
 from vramlab.regimes.parameters import model_spec
 from vramlab.regimes.regime import ImpossibleHere, read_row, regime
@@ -225,7 +225,7 @@ def test_a_world_the_regime_cannot_have_is_refused(place, world):
 
 
 def test_a_rank_is_not_asked_for_forecasts():
-    with pretended_ranks(2), pytest.raises(ImpossibleHere, match="torchrun"):
+    with virtual_ranks(2), pytest.raises(ImpossibleHere, match="torchrun"):
         _said()
 
 
@@ -234,7 +234,7 @@ def test_nothing_stays_patched_and_no_group_is_left():
         return (
             device_mesh.init_device_mesh,
             _fsdp_param._chunk_with_empty,
-            Stream.made,
+            Stream.count,
             distributed.is_initialized(),
         )
 

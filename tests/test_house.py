@@ -2,11 +2,13 @@
 read at a glance."""
 
 import ast
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
 import vramlab
-from vramlab.forecast.forecast import CODE
+from vramlab.forecast.question import TRACED_CODE
 
 LIB = Path(vramlab.__file__).parent
 ROOMS = (
@@ -129,6 +131,15 @@ def test_folders_stay_small():
     }
 
 
+def keyed() -> set[Path]:
+    """The files whose hash is in a forecast's key."""
+    return {
+        file
+        for name in TRACED_CODE
+        for file in ([LIB / name] if name.endswith(".py") else (LIB / name).rglob("*.py"))
+    }
+
+
 def test_a_forecast_is_keyed_by_all_the_code_that_a_trace_runs():
     waiting, needed = ["vramlab.forecast.trace"], set()
     while waiting:
@@ -136,13 +147,34 @@ def test_a_forecast_is_keyed_by_all_the_code_that_a_trace_runs():
         if name not in needed:
             needed.add(name)
             waiting += inside(name)
-    keyed = {
-        file
-        for name in CODE
-        for file in ([LIB / name] if name.endswith(".py") else (LIB / name).rglob("*.py"))
-    }
     packages = {
         name for name in needed if modules()[name].name == "__init__.py" and not inside(name)
     }  # a docstring
-    assert not {name for name in needed - packages - ANY_TRACE if modules()[name] not in keyed}
-    assert all((LIB / name).exists() for name in CODE)
+    assert not {name for name in needed - packages - ANY_TRACE if modules()[name] not in keyed()}
+    assert all((LIB / name).exists() for name in TRACED_CODE)
+
+
+TRACES = """
+import sys
+from vramlab.forecast.trace import trace
+from vramlab.regimes.parameters import model_spec, row_of
+
+spec = model_spec("tiny")
+for name in sys.argv[1:]:
+    trace(spec, row_of(name), 16, 1)
+print(*sys.modules)
+"""
+TRACED = "mixed galore qlora chunkft"
+
+
+def test_a_forecast_is_keyed_by_every_module_that_a_trace_has_imported():
+    """Not only by those that its code names: an edit of none of them may leave a stale trace."""
+    done = subprocess.run(
+        [sys.executable, "-c", TRACES, *TRACED.split()], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    imported = modules().keys() & done.stdout.split()
+    docstrings_only = {name for name in imported if not imports()[name]}
+    assert "vramlab.forecast.virtual_gpu.device" in imported
+    unkeyed = {name for name in imported if modules()[name] not in keyed()}
+    assert unkeyed - docstrings_only <= ANY_TRACE | {"vramlab", "vramlab.auto_classes"}

@@ -20,6 +20,7 @@ from conftest import CHROMIUM, SMALL
 from vramlab.cards import card
 from vramlab.files import ROOT
 from vramlab.forecast import arithmetic as expectation
+from vramlab.forecast.answer import takeaway
 from vramlab.forecast.forecast import Question, forecast
 from vramlab.runs.folder import Run
 from vramlab.runs.parameters import KNOWN_PARAMETERS
@@ -161,10 +162,9 @@ def test_predict_says_what_the_forecast_says_beside_the_arithmetic(tmp_path):
     one_rank = _figures(done)[-1]
     assert one_rank["layout"]["xaxis"]["ticktext"] == ["1", "8"]
     assert {"collectives", "reserved at the peak"} <= {trace["name"] for trace in one_rank["data"]}
-    assert (
-        found.takeaway() == _last_words(done)
-        and f"{found.margin_bytes / 2**30:+.1f} GiB" in found.takeaway()
-    )
+    assert takeaway(found) == _last_words(
+        done
+    ) and f"{found.margin_bytes / 2**30:+.1f} GiB" in takeaway(found)
     with pytest.raises(papermill.PapermillExecutionError, match="no card 'gtx'"):
         _execute(
             ROOT / "notebooks" / "predict.ipynb",
@@ -218,14 +218,14 @@ def test_the_arithmetic_is_parameters_times_bytes(question, count, each):
 
 def test_every_difference_over_a_hundredth_is_explained_and_the_sum_is_the_ledgers():
     found = forecast(Question("tiny", "full", 64, 2), card("rtx4090"))
-    frame = expectation.beside(found).set_index("category")
+    frame = expectation.comparison(found).set_index("category")
     assert frame.loc["sum", "predicted_GiB"] * 2**30 == pytest.approx(sum(found.ledger.values()))
     gaps = frame.drop("sum")["difference_GiB"].abs()
     wanted = gaps.index[gaps > frame.loc["sum", "predicted_GiB"] / 100].tolist()
-    told = [sentence.split(":")[0] for sentence in expectation.explained(found)]
+    told = [sentence.split(":")[0] for sentence in expectation.explain(found)]
     assert (
         set(wanted) <= set(told)
-        and told == expectation.over(found)["category"].tolist()
+        and told == expectation.large_differences(found)["category"].tolist()
         and "context" in wanted
     )
 
@@ -249,8 +249,8 @@ def test_every_difference_over_a_hundredth_is_explained_and_the_sum_is_the_ledge
 def test_no_difference_of_a_published_model_is_left_unexplained(model, regime, weights):
     """By name, and the names' bytes are the ledger's."""
     found = forecast(Question(model, regime, 1024, 1, weights), card("a100-80"))
-    told = dict(sentence.split(": ", 1) for sentence in expectation.explained(found))
-    assert list(told) == expectation.over(found)["category"].tolist()
+    told = dict(sentence.split(": ", 1) for sentence in expectation.explain(found))
+    assert list(told) == expectation.large_differences(found)["category"].tolist()
     for category, why in told.items():
         if category in ("activations", "temporaries"):
             named = expectation.causes(found, category)

@@ -453,7 +453,7 @@ def test_what_fits_is_asked_of_a_process_that_sees_no_gpu(monkeypatch):
     def apart(target, payload, limit_s, environment):
         asked.append((target, limit_s, environment))
         monkeypatch.setattr(fitting, "what_fits", lambda *what: what)
-        question, card, settings = fitting._answered(json.loads(json.dumps(payload)))["fitted"]
+        question, card, settings = fitting._run(json.loads(json.dumps(payload)))["fitted"]
         assert (question, card, settings) == (
             ASKED,
             limited(77),
@@ -462,9 +462,11 @@ def test_what_fits_is_asked_of_a_process_that_sees_no_gpu(monkeypatch):
         return answers.pop(0)
 
     monkeypatch.setattr(fitting, "call_once", apart)
-    assert fitting.asked_apart(ASKED, 77, "expandable_segments:True", 5.0) == [{"change": "one"}]
-    assert fitting.asked_apart(ASKED, 77, "expandable_segments:True", 5.0) == [
+    assert fitting.what_fits_without_gpu(ASKED, 77, "expandable_segments:True", 5.0) == [
+        {"change": "one"}
+    ]
+    assert fitting.what_fits_without_gpu(ASKED, 77, "expandable_segments:True", 5.0) == [
         {"change": "any change", "fits": None, "reason": "no forecast: killed"}
     ]
     environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    assert asked == [("vramlab.forecast.what_fits:_answered", 5.0, environment)] * 2
+    assert asked == [("vramlab.forecast.what_fits:_run", 5.0, environment)] * 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +16,10 @@ from vramlab.allocator.settings import Settings
 from vramlab.allocator.simulate import simulate
 from vramlab.cards import card, read_cards
 from vramlab.cli import main
+from vramlab.forecast import answer, kept_answers
 from vramlab.forecast import forecast as predict
-from vramlab.forecast.forecast import Question, assert_peak, forecast, largest, without
+from vramlab.forecast import question as questions
+from vramlab.forecast.forecast import Question, assert_peak, forecast, largest
 from vramlab.regimes.regime import IllegalRegime
 
 TINY = Question("tiny", "full", 128, 2)
@@ -56,15 +60,15 @@ def test_the_range_of_reserved_bytes_is_over_orders_of_addresses(full):
     one = _with_events(
         full, [("alloc", 1, 30 * MIB, 0), ("free", 1, 0, 0), ("alloc", 2, 20 * MIB, 0)], 30
     )
-    assert one.reserved_range_bytes == (30 * MIB, 30 * MIB) and one._reserved_range_words() == ""
+    assert one.reserved_range_bytes == (30 * MIB, 30 * MIB) and answer._reserved_range(one) == []
     either = _with_events(full, TIE, 50)
     assert (simulate(TIE).peak_reserved_bytes, either.reserved_range_bytes) == (
         50 * MIB,
         (30 * MIB, 50 * MIB),
     )
     words = "0.03 to 0.05 GiB, depending on where the driver places segments"
-    assert either._reserved_range_words() == words and words in either.takeaway()
-    assert words in dataclasses.replace(either, card=None).takeaway()
+    assert answer._reserved_range(either) == [words] and words in answer.takeaway(either)
+    assert words in answer.takeaway(dataclasses.replace(either, card=None))
     expandable = _with_events(full, TIE, 40, settings=Settings.parse("expandable_segments:True"))
     assert expandable.reserved_range_bytes == (40 * MIB, 40 * MIB)
 
@@ -87,7 +91,7 @@ def _model():
 
 
 def test_a_trace_is_found_again_and_is_the_same(full, cache, monkeypatch):
-    monkeypatch.setattr(predict, "trace", lambda *_, **__: pytest.fail("traced again"))
+    monkeypatch.setattr(questions, "trace", lambda *_, **__: pytest.fail("traced again"))
     again = forecast(TINY, card("rtx4090"), cache_dir=cache)
     assert {**again.to_json(), "took_s": 0} == {**full.to_json(), "took_s": 0}
     assert all(
@@ -117,7 +121,7 @@ def test_another_question_has_another_key(change):
 
 def test_changed_code_has_another_key(monkeypatch):
     before = TINY.key()
-    monkeypatch.setattr(predict, "_code", lambda: "changed")
+    monkeypatch.setattr(questions, "traced_code_hash", lambda: "changed")
     assert TINY.key() != before
 
 
@@ -157,13 +161,6 @@ def test_the_largest_batch_fits_and_the_next_does_not(cache, monkeypatch):
     assert largest(TINY, "batch", _card(1)) == (0, None)
     with pytest.raises(ValueError, match="seq or batch"):
         largest(TINY, "layers", small)
-
-
-def test_without_nothing_the_peak_stays_and_without_the_weights_it_falls_by_them(full):
-    rows = full.trace.device_rows()
-    assert without(full.trace, []) == full.trace.peak_bytes
-    weights = rows.loc[rows["category"] == "weights", "storage"].unique()
-    assert without(full.trace, weights) == full.trace.peak_bytes - full.ledger["weights"]
 
 
 def test_settings_are_told_with_their_label(cache):
@@ -238,7 +235,12 @@ def test_a_regression_names_what_is_alive(cache, monkeypatch):
         assert_peak("full", "tiny", 128, 2, 1000)
 
 
-def test_the_command_answers_in_words_and_in_json(capsys):
+@pytest.fixture
+def nothing_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept_answers, "FORECASTS", tmp_path / "kept")
+
+
+def test_the_command_answers_in_words_and_in_json(capsys, nothing_kept):
     assert (
         main(
             [
@@ -269,6 +271,47 @@ def test_the_command_answers_in_words_and_in_json(capsys):
         == 0
     )
     assert "GeForce RTX 3090: fits" in capsys.readouterr().out
+
+
+LIGHT = """
+import json, pathlib, sys
+from vramlab import cli
+from vramlab.forecast import kept_answers
+kept_answers.FORECASTS = pathlib.Path(sys.argv[1])
+code = cli.main(json.loads(sys.argv[2]))
+sys.exit(7 if "torch" in sys.modules else code)
+"""
+"""Ends with 7 where a command has imported torch."""
+
+
+def test_an_answer_is_kept_and_read_without_torch(capsys, nothing_kept, monkeypatch):
+    command = ["predict", "--model", "tiny", "--seq", "64", "--card", "rtx3090"]
+    assert main(command) == main([*command, "--json"]) == 0
+    computed = capsys.readouterr().out
+    monkeypatch.setattr(answer, "forecast", lambda *_: pytest.fail("computed again"))
+    assert main(command) == main([*command, "--json"]) == 0
+    assert capsys.readouterr().out == computed
+    for options in (command, [*command, "--json"]):
+        light = subprocess.run(
+            [sys.executable, "-c", LIGHT, str(kept_answers.FORECASTS), json.dumps(options)],
+            capture_output=True,
+            text=True,
+        )
+        assert light.returncode == 0 and light.stdout in computed, light.stderr
+
+
+def test_an_answer_is_of_its_options_and_of_its_model_file(nothing_kept, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(answer, "answer", lambda **options: made.append(options) or {"text": "x"})
+    model = tmp_path / "mine.yml"
+    model.write_text("a: 1")
+    request = {"model": str(model), "seq": 8}
+    for change, count in (({}, 1), ({}, 1), ({"seq": 9}, 2), ({"model": "tiny"}, 3)):
+        kept_answers.predict({**request, **change})
+        assert len(made) == count
+    model.write_text("a: 2")
+    kept_answers.predict(request)
+    assert len(made) == 4
 
 
 @pytest.mark.parametrize(

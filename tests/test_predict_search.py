@@ -27,7 +27,7 @@ def tries(monkeypatch):
             return SimpleNamespace(fits=tried[-1] <= most, question=question)
 
         monkeypatch.setattr(predict, "forecast", one)
-        value, best = largest(QUESTION, axis, "a card", limit=limit, said=words.append)
+        value, best = largest(QUESTION, axis, "a card", limit=limit, report=words.append)
         assert words == [
             f"{axis} {size}: {'fits' if size <= most else 'does not fit'}" for size in tried
         ]

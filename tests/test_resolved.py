@@ -80,7 +80,7 @@ def test_what_would_have_fitted_keeps_axes_config_and_weights(monkeypatch):
     asked = []
     monkeypatch.setattr(
         fitting,
-        "asked_apart",
+        "what_fits_without_gpu",
         lambda question, capacity_bytes: asked.append((question, capacity_bytes)) or [],
     )
     params = {**KNOWN_PARAMETERS, **CHANGED, "regime": "mixed", "max_length": 64, "batch_size": 2}

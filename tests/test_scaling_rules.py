@@ -299,7 +299,9 @@ def test_a_row_solves_what_it_can_and_reads_what_is_kept(monkeypatch):
         "traced_step",
         lambda question, cache_dir, counted: traced.append(question.seq) or question.seq,
     )
-    monkeypatch.setattr(atlas.summary, "summarize", lambda step, cards, allocators: {"step": step})
+    monkeypatch.setattr(
+        atlas.card_summary, "summarize", lambda step, cards, allocators: {"step": step}
+    )
     monkeypatch.setattr(Sizes, "add", lambda self, trace: known.append(trace))
     monkeypatch.setattr(
         Sizes, "at", lambda self, seq, batch: f"solved {seq}" if len(known) > 1 else None
@@ -320,7 +322,7 @@ def test_a_row_solves_what_it_can_and_reads_what_is_kept(monkeypatch):
                 {"solved": kept[question.seq]} if question.seq in kept else None
             ),
         )
-        cells = atlas._row(asked[:count], keep)
+        cells = atlas._summarize_row(asked[:count], keep)
         assert (
             traced == traces
             and [cells[question].get("step") for question in asked[:count]] == steps
@@ -337,15 +339,15 @@ def test_a_row_solves_what_it_can_and_reads_what_is_kept(monkeypatch):
     [(24, 16, None, 3), (23, 16, None, 2), (7, 16, None, 0), (80, 4, None, 4), (24, 16, 5, 5)],
 )
 def test_a_process_is_worth_eight_cells(sizes, cores, asked, jobs, monkeypatch):
-    def all_of(find, due, kept, total, progress, jobs):
-        seen.append((sum(map(len, due)), kept, total, jobs))
+    def all_of(summarize, due, done, total, progress, jobs):
+        seen.append((sum(map(len, due)), done, total, jobs))
         yield {question: "made" for row in due for question in row}
 
     seen: list = []
-    monkeypatch.setattr(atlas, "_all", all_of)
+    monkeypatch.setattr(atlas, "_summarize_rows", all_of)
     monkeypatch.setattr(atlas.os, "cpu_count", lambda: cores)
     monkeypatch.setattr(
-        atlas.Keep, "read", lambda self, question: "kept" if question.seq > sizes else None
+        atlas.SummaryCache, "read", lambda self, question: "kept" if question.seq > sizes else None
     )
     lengths = tuple(range(1, sizes + 4))
     content = atlas.chart(
@@ -362,7 +364,7 @@ def _spread(seqs, batches, fused: bool) -> list[tuple[int, int]]:
     questions = [
         SimpleNamespace(seq=seq, batch=batch, row=row) for seq in seqs for batch in batches
     ]
-    return [(question.seq, question.batch) for question in atlas._spread(questions)]
+    return [(question.seq, question.batch) for question in atlas._solvable_order(questions)]
 
 
 def test_sizes_that_tell_the_others_come_first():
@@ -389,7 +391,7 @@ def test_sizes_that_tell_the_others_come_first():
 def test_rows_that_take_long_begin_first():
     """Those that take turns, then those with a fused head, then the larger model."""
     keys = [
-        atlas._long([Question(model, regime, 8, 1, axes=axes)])
+        atlas._slow_first([Question(model, regime, 8, 1, axes=axes)])
         for model, regime, axes in (
             ("baichuan2-7b", "badam", ""),
             ("tiny", "badam", ""),
@@ -424,11 +426,11 @@ def test_an_atlas_names_everything_that_is_wrong_with_it():
     ):
         with pytest.raises(ValueError, match=words):
             Atlas(**{"name": "a", "models": ("tiny",), "seq": (8,), "batch": (1,), **change})
-    assert Atlas("a", ("tiny",), (8,), (1,), worlds=(1,), world_seq=1).held_against().keys() > {
+    assert Atlas("a", ("tiny",), (8,), (1,), worlds=(1,), world_seq=1).cards_by_key().keys() > {
         "rtx4090",
         "h100",
     }
-    assert list(Atlas("a", ("tiny",), (8,), (1,), cards=("h100",)).held_against()) == ["h100"]
+    assert list(Atlas("a", ("tiny",), (8,), (1,), cards=("h100",)).cards_by_key()) == ["h100"]
 
 
 def test_only_some_rows_keep_their_own_storage_type():

@@ -21,8 +21,7 @@ from vramlab.capture.kernels import (
     matrix_workspace_bytes,
 )
 from vramlab.capture.meter import Meter
-from vramlab.forecast import virtual_autocast
-from vramlab.forecast.virtual_gpu import virtual_gpu
+from vramlab.forecast.virtual_gpu import autocast, virtual_gpu
 from vramlab.observer import recomputing
 from vramlab.regimes.regime import read_regimes, read_row
 from vramlab.regimes.trains.parts import _Moving
@@ -188,10 +187,10 @@ def test_autocast_lists_are_those_of_torch():
             for entry in re.findall(r"_\(([^)]*)\)", body)
         }
     for macro, ours in (
-        ("LOWER_PRECISION_FP", virtual_autocast.LOWER),
-        ("FP32", virtual_autocast.WIDE),
-        ("FP32_SET_OPT_DTYPE", virtual_autocast.WIDE_RESULT),
-        ("PROMOTE", virtual_autocast.PROMOTED),
+        ("LOWER_PRECISION_FP", autocast.LOWER),
+        ("FP32", autocast.WIDE),
+        ("FP32_SET_OPT_DTYPE", autocast.WIDE_RESULT),
+        ("PROMOTE", autocast.PROMOTED),
     ):
         assert set(ours) <= known[macro]
 

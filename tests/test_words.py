@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 
 from vramlab.allocator.settings import Settings
-from vramlab.capture.oom import evidence_lines, to_text
+from vramlab.capture import oom
+from vramlab.capture.oom import evidence_lines
+from vramlab.forecast.answer import takeaway, to_text
 from vramlab.forecast.forecast import Forecast, Question
 from vramlab.gpu_check import table as gpu_table
 from vramlab.gpu_check.plan import Cell
@@ -48,13 +50,13 @@ def forecast(**changes) -> SimpleNamespace:
         "card": SimpleNamespace(name="a card", capacity_bytes=8 * GIB, total_bytes=9 * GIB),
         "weights": "fp32",
         "max_positions": 128,
-        "_reserved_range_words": lambda: "",
+        "reserved_range_bytes": (2 * GIB, 2 * GIB),
     }
     return SimpleNamespace(**{**made, **changes}, sides=dict)
 
 
 def test_a_forecast_in_words_by_value():
-    lines = [" ".join(line.split()) for line in Forecast.words(forecast()).splitlines()]
+    lines = [" ".join(line.split()) for line in to_text(forecast()).splitlines()]
     for line in (
         "peak allocated 7.00 GiB in backward",
         "peak reserved 7.50 GiB allocator: verified",
@@ -63,21 +65,21 @@ def test_a_forecast_in_words_by_value():
         "cached 0.25 GiB",
         "3.00 GiB weights lm_head",
         "0.50 GiB gradients mlp",
-        "took 2.5 s",
+        "computed in 2.5 s",
     ):
         assert line in lines
     assert any("2 x 128 tokens" in line for line in lines)
     assert any("fits; margin +0.50 GiB of 8.00" in line for line in lines)
     assert any("1.250 s" in line for line in lines)
-    small = Forecast.words(forecast(fits=False, margin_bytes=-3 * GIB // 2, retries=4))
+    small = to_text(forecast(fits=False, margin_bytes=-3 * GIB // 2, retries=4))
     assert "does not fit; margin -1.50 GiB of 8.00" in small and "flushing" not in small
-    assert "fits, after flushing its cache 3 times;" in Forecast.words(forecast(retries=3))
-    assert "fit" not in Forecast.words(forecast(card=None))
+    assert "fits, after flushing its cache 3 times;" in to_text(forecast(retries=3))
+    assert "fit" not in to_text(forecast(card=None))
 
 
 def test_rows_longer_than_the_model_knows_are_said():
-    assert "positions" not in Forecast.words(forecast())
-    assert "rows of 128 tokens, and tiny knows 127 positions" in Forecast.words(
+    assert "positions" not in to_text(forecast())
+    assert "rows of 128 tokens, and tiny knows 127 positions" in to_text(
         forecast(max_positions=127)
     )
     assert [
@@ -87,17 +89,12 @@ def test_rows_longer_than_the_model_knows_are_said():
 
 
 def test_the_range_of_the_reserved_peak_is_told_where_it_can_be_seen():
-    told = [
-        Forecast._reserved_range_words(SimpleNamespace(reserved_range_bytes=(2 * GIB, most)))
-        for most in (2 * GIB, 5 * GIB // 2)
-    ]
-    assert told[0] == "" and told[1].startswith("2.00 to 2.50 GiB,")
-    assert "between 2.00 to 2.50" in " ".join(
-        Forecast.words(forecast(_reserved_range_words=lambda: told[1])).split()
+    wide = (2 * GIB, 5 * GIB // 2)
+    assert "between" not in to_text(forecast())
+    assert "between 2.00 to 2.50 GiB," in " ".join(
+        to_text(forecast(reserved_range_bytes=wide)).split()
     )
-    assert "Reserved: 2.00 to 2.50" in Forecast.takeaway(
-        forecast(_reserved_range_words=lambda: told[1])
-    )
+    assert "Reserved: 2.00 to 2.50" in takeaway(forecast(reserved_range_bytes=wide))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +110,7 @@ def test_the_range_of_the_reserved_peak_is_told_where_it_can_be_seen():
     ],
 )
 def test_a_takeaway_by_value(changes, parts):
-    assert all(part in Forecast.takeaway(forecast(**changes)) for part in parts)
+    assert all(part in takeaway(forecast(**changes)) for part in parts)
 
 
 def test_evidence_in_words_by_value():
@@ -142,7 +139,7 @@ def test_evidence_in_words_by_value():
         {"change": "less", "reason": "", "peak_reserved_bytes": 2500 * MIB, "fits": False},
         {"change": "other", "reason": "it cannot", "fits": None},
     ]
-    assert to_text({**record, "said": "", "phase": None, "would_fit": changes}).splitlines()[
+    assert oom.to_text({**record, "said": "", "phase": None, "would_fit": changes}).splitlines()[
         2:
     ] == [
         "  with half: 900.0 MiB reserved, fits, predicted",

@@ -1,4 +1,5 @@
-"""The cards a forecast can be held against: `params/cards.yml`, each figure with its source."""
+"""The cards that a forecast can be compared with: `params/cards.yml`, each figure with its
+source."""
 
 from __future__ import annotations
 
@@ -16,24 +17,25 @@ CARDS_FILE = Path(__file__).parents[2] / "params" / "cards.yml"
 
 @dataclass(frozen=True)
 class Card:
-    """One card. Peak rates are dense and never reached; the context is a public report's, not
-    ours."""
+    """One card. Peak rates are for dense matrices, and no step reaches them. The context is quoted
+    from a public report, not measured by us."""
 
     key: str
     name: str
-    compute_capability: tuple[int, int]
+    compute_capability: Architecture
     total_gib: float
-    """What PyTorch reports as the card's total."""
+    """The card's total memory as PyTorch reports it."""
     context_mib: float
-    """What a process holds on the card before its first tensor."""
+    """What CUDA holds for a process on the card before its first tensor."""
     bf16_tflops: float
-    """With fp32 accumulation."""
+    """Matrix products with fp32 accumulation."""
     fp32_tflops: float
     """Without TF32, which torch leaves off."""
     gb_per_s: float
     host_gb_per_s: float
     """Between the card and the host, in one direction."""
     source: Mapping[str, str]
+    """Where the figures come from: `memory`, `context`, `rates` and `host`."""
 
     def __post_init__(self):
         positive = ("total_gib", "bf16_tflops", "fp32_tflops", "gb_per_s", "host_gb_per_s")
@@ -64,8 +66,8 @@ class Card:
 
 
 def read_cards(path: Path = CARDS_FILE) -> dict[str, Card]:
-    """Every card of the file, by key, smallest first. Raises: BadFile, for a field that is missing,
-    unknown or of another type."""
+    """Every card of the file, by key, the least memory first. Raises: BadFile, for a field that is
+    missing, unknown or of another type."""
     cards = {
         key: typed(Card, row, f"{path}: {key}", key=key) for key, row in read_yaml(path).items()
     }

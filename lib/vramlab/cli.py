@@ -119,25 +119,16 @@ def _sweep(args) -> Answer:
 def _chart(path: Path, folder: Path, quiet: bool) -> dict:
     """The atlas of `path`, written into `folder` for the report."""
     from .files import write_checked
-    from .forecast import kept_chart as charted
+    from .forecast import kept_answers
 
-    content = charted.recall(path)
-    if content is None:
-        from .forecast.chart import chart, read_atlas
-        from .forecast.chart_worlds import chart_worlds
-
-        atlas = read_atlas(path)
-        content = chart(atlas, progress=not quiet)
-        if atlas.worlds:
-            content["worlds"] = chart_worlds(atlas, progress=not quiet)
-        charted.remember(path, content)
+    content = kept_answers.chart(path, progress=not quiet)
     folder.mkdir(parents=True, exist_ok=True)
     write_checked(folder / "forecast.json", content)
     return content
 
 
 def _atlas(args) -> Answer:
-    from .forecast import kept_chart as charted
+    from .forecast import chart_table
 
     if args.dry_run:
         from .forecast.chart import kept, read_atlas
@@ -156,8 +147,8 @@ def _atlas(args) -> Answer:
         return Answer({"cells": cells}, "\n".join(lines))
     content = _chart(args.path, args.out or Path("outputs") / args.path.stem, quiet=args.json)
     failed = any(cell["reason"] for cell in (*content["cells"], *content.get("worlds", ())))
-    cells = charted.table(content).to_dict("records")
-    return Answer({"cells": cells}, charted.words(content), int(failed))
+    cells = chart_table.table(content).to_dict("records")
+    return Answer({"cells": cells}, chart_table.to_text(content), int(failed))
 
 
 def _report(args) -> Answer:
@@ -187,29 +178,13 @@ def _studies(args) -> Answer:
 
 
 def _predict(args) -> Answer:
-    from .allocator.settings import Settings
-    from .cards import card
-    from .forecast.forecast import Question, forecast, largest
+    from .forecast.kept_answers import predict
 
-    question = Question(
-        args.model, args.regime, args.seq, args.batch, args.weights or "", world=args.world
-    )
-    gpu = None if args.card is None else card(args.card)
-    settings = Settings.parse(args.allocator or "")
-    if args.max:
-        if gpu is None:
-            raise ValueError("--max searches what fits on a card: say which with --card")
-        say = (lambda _: None) if args.json else (lambda line: print(line, file=sys.stderr))
-        value, predicted = largest(question, args.max, gpu, settings, said=say)
-        return Answer(
-            {"max": args.max, "value": value, "forecast": predicted and predicted.to_json()},
-            f"largest {args.max} that fits on {gpu.name}: {value}",
-        )
-    predicted = forecast(question, gpu, settings)
-    return Answer(
-        {**predicted.to_json(), "reserved_range_bytes": predicted.reserved_range_bytes},
-        predicted.words(),
-    )
+    names = ("model", "regime", "seq", "batch", "weights", "world", "card", "allocator")
+    options = {**{name: getattr(args, name) for name in names}, "axis": args.max}
+    report = (lambda _: None) if args.json else (lambda text: print(text, file=sys.stderr))
+    answer = predict(options, report)
+    return Answer(answer["document"], answer["text"])
 
 
 def _base(args) -> Answer:

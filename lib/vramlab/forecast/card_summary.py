@@ -1,12 +1,12 @@
-"""What is kept of a trace once it has been held against every card: small, plain data, all of it
-`predicted`.
+"""The part of a trace that an atlas keeps, after a comparison with every card: small, plain data,
+all of it `predicted`.
 
 A trace made for one compute capability is reused for the others. What differs between them without
 changing an operation is cuBLAS's workspace, and that is replaced (`events_for`). NOT exact: on
 Hopper (9, 0) another attention kernel can be chosen for half types, whose scratch then differs;
 `vramlab predict --card` traces for the card itself and is exact there.
 
-Bytes are integers. `requested` is what was asked for; `allocated` is rounded as the allocator
+Bytes are integers. `requested` is what the step asks for; `allocated` is rounded as the allocator
 rounds; `reserved` is what the allocator has taken from the driver.
 """
 
@@ -29,105 +29,100 @@ from .trace import Trace
 GROUPS = 8
 """How many of the largest groups at the peak get a counterfactual."""
 POINTS = 200
-"""Of the curve, at most."""
+"""The most points of the curve."""
 _PRODUCTS = frozenset(str(product) for product in MATRIX_PRODUCTS)
 
 
-def summarize(traced: Trace, cards: Mapping[str, Card], allocators: Sequence[str] = ()) -> dict:
-    """The trace against `cards`, as it is and under each of the `allocators` (in the syntax of
-    `PYTORCH_ALLOC_CONF`)."""
-    rows = traced.device_rows()
-    settings = {"": Settings(), **{text: Settings.parse(text) for text in allocators}}
-    held = {text: _on_cards(traced, rows, cards, told) for text, told in settings.items()}
+def summarize(trace: Trace, cards: Mapping[str, Card], allocators: Sequence[str] = ()) -> dict:
+    """The trace on each of `cards`, with the allocator's defaults and under each of `allocators`
+    (in the syntax of `PYTORCH_ALLOC_CONF`)."""
+    rows = trace.device_rows()
     return {
-        "phase": traced.phase,
-        "requested_bytes": traced.peak_bytes,
-        "host_bytes": traced.host_bytes,
-        "device": traced.device,
-        "ledger": dict(traced.ledger),
-        "groups": _groups(traced),
-        "without": _counterfactuals(traced, rows),
-        "curve": _curve(traced, rows),
-        "cards": held[""],
+        "phase": trace.phase,
+        "requested_bytes": trace.peak_bytes,
+        "host_bytes": trace.host_bytes,
+        "device": trace.device,
+        "ledger": dict(trace.ledger),
+        "groups": _groups(trace),
+        "without": _counterfactuals(trace, rows),
+        "curve": _curve(trace, rows),
+        "cards": _on_cards(trace, rows, cards, Settings()),
         "allocators": [
-            {"allocator": text, "label": settings[text].label(), "cards": held[text]}
+            {
+                "allocator": text,
+                "label": Settings.parse(text).label(),
+                "cards": _on_cards(trace, rows, cards, Settings.parse(text)),
+            }
             for text in allocators
         ],
-        "trace_s": round(traced.took_s, 2),
+        "trace_s": round(trace.took_s, 2),
     }
 
 
 def events_for(
-    traced: Trace, architecture: Architecture, rows: pd.DataFrame | None = None
+    trace: Trace, rows: pd.DataFrame, architecture: Architecture
 ) -> dict[str, np.ndarray]:
-    """The trace's events with the cuBLAS workspaces of a card of this capability in place of the
-    trace's own. `rows`: its `device_rows`, for who has them."""
-    events, rows = traced.events, traced.device_rows() if rows is None else rows
-    own = matrix_workspace_bytes(traced.architecture)
-    # an attention's scratch is of this category too, but of another op
-    handles = (
-        (rows["category"] == "workspace") & rows["op"].isin(_PRODUCTS) & (rows["bytes"] == own)
+    """The trace's events with the cuBLAS workspaces of a card of this capability in place of its
+    own. `rows`: the trace's `device_rows`."""
+    # attention's scratch is of this category too, but of another op
+    workspaces = (
+        (rows["category"] == "workspace")
+        & rows["op"].isin(_PRODUCTS)
+        & (rows["bytes"] == matrix_workspace_bytes(trace.architecture))
     )
-    return {
-        **events,
-        "bytes": np.where(
-            handles.to_numpy(), matrix_workspace_bytes(architecture), events["bytes"]
-        ),
-    }
+    replaced = np.where(
+        workspaces.to_numpy(), matrix_workspace_bytes(architecture), trace.events["bytes"]
+    )
+    return {**trace.events, "bytes": replaced}
 
 
 def _on_cards(
-    traced: Trace, rows: pd.DataFrame, cards: Mapping[str, Card], settings: Settings
+    trace: Trace, rows: pd.DataFrame, cards: Mapping[str, Card], settings: Settings
 ) -> dict[str, dict]:
-    """card -> allocated, reserved and what the card has left of it (as `forecast.forecast`:
-    negative is what it lacks, flushing aside), fits, retries. Cards with the same workspaces share
-    one simulation without end.
-    """
+    """card -> the row of `_on_card`. Cards with the same workspaces share the simulation of
+    unlimited memory."""
     shared: dict[int, tuple[dict, Simulated]] = {}
-    found = {}
+    outcomes = {}
     for key, card in cards.items():
-        workspace = matrix_workspace_bytes(card.compute_capability)
-        if workspace not in shared:
-            events = events_for(traced, card.compute_capability, rows)
-            shared[workspace] = events, simulate(events, settings)
-        found[key] = _on_card(traced, *shared[workspace], settings, card)
-    return found
+        workspace_bytes = matrix_workspace_bytes(card.compute_capability)
+        if workspace_bytes not in shared:
+            events = events_for(trace, rows, card.compute_capability)
+            shared[workspace_bytes] = events, simulate(events, settings)
+        outcomes[key] = _on_card(trace, *shared[workspace_bytes], settings, card)
+    return outcomes
 
 
 def _on_card(
-    traced: Trace, events: Mapping, free: Simulated, settings: Settings, card: Card
+    trace: Trace, events: Mapping, unlimited: Simulated, settings: Settings, card: Card
 ) -> dict:
-    """A second simulation, with the card's end, only where its outcome is open. A step that
-    collects garbage is told as it runs on the card; every other as on a card without end."""
-    capacity_bytes, counted, retries = card.capacity_bytes, free, free.num_alloc_retries
-    fits = free.peak_reserved_bytes <= settings.endless_up_to_bytes(
-        capacity_bytes, card.total_bytes
-    )
-    if not fits and traced.peak_bytes <= capacity_bytes:
-        held = simulate(events, settings, capacity_bytes, card.total_bytes)
-        fits, retries = held.oom is None, held.num_alloc_retries
-        counted = (
-            held if fits and settings.collects_above_bytes(card.total_bytes) is not None else free
-        )
-    step = traced.reported
-    allocated, reserved = (
-        int(counted.allocated_bytes[step].max()),
-        int(counted.reserved_bytes[: step.stop].max()),
-    )
+    """Peaks, margin, fits and retries, as in `forecast.Forecast`. Simulates the step with the
+    card's capacity only where the outcome is open. Where garbage is collected the peaks are those
+    on the card; else those with unlimited memory."""
+    capacity_bytes, total_bytes = card.capacity_bytes, card.total_bytes
+    peaks, retries = unlimited, unlimited.num_alloc_retries
+    limit_bytes = settings.endless_up_to_bytes(capacity_bytes, total_bytes)
+    fits = unlimited.peak_reserved_bytes <= limit_bytes
+    if not fits and trace.peak_bytes <= capacity_bytes:
+        limited = simulate(events, settings, capacity_bytes, total_bytes)
+        fits, retries = limited.oom is None, limited.num_alloc_retries
+        if fits and settings.collects_above_bytes(total_bytes) is not None:
+            peaks = limited
+    step = trace.reported
+    reserved_bytes = int(peaks.reserved_bytes[: step.stop].max())
     return {
-        "allocated_bytes": allocated,
-        "reserved_bytes": reserved,
+        "allocated_bytes": int(peaks.allocated_bytes[step].max()),
+        "reserved_bytes": reserved_bytes,
         "fits": fits,
         "retries": retries,
-        "margin_bytes": settings.usable_bytes(capacity_bytes, card.total_bytes) - reserved,
+        "margin_bytes": settings.usable_bytes(capacity_bytes, total_bytes) - reserved_bytes,
     }
 
 
-def _groups(traced: Trace, count: int = 40) -> list[dict]:
+def _groups(trace: Trace, count: int = 40) -> list[dict]:
     """What is alive at the peak, by category, module (all blocks as one) and op that made it,
     largest first."""
     sizes: Counter = Counter()
-    for (module, category, op), size in traced.alive.items():
+    for (module, category, op), size in trace.alive.items():
         sizes[category, any_block(module), op] += size
     return [
         {"category": category, "module": module, "op": op, "bytes": size}
@@ -135,46 +130,40 @@ def _groups(traced: Trace, count: int = 40) -> list[dict]:
     ]
 
 
-def _counterfactuals(traced: Trace, rows: pd.DataFrame) -> list[dict]:
-    """For each of the largest groups: the step's peak of requested bytes, and its phase, had none
-    of it ever been allocated. Nothing else changes: no copy is made instead, no operation is left
+def _counterfactuals(trace: Trace, rows: pd.DataFrame) -> list[dict]:
+    """For each of the largest groups: the step's peak of requested bytes, and its phase, if none of
+    the group were allocated. Nothing else changes: no copy is made instead, no operation is left
     out."""
-    changes = signed(rows)
-    made, found = (rows["event"] == "alloc").to_numpy(), []
+    changes, step = signed(rows), trace.reported
+    allocates = (rows["event"] == "alloc").to_numpy()
     storages = pd.factorize(rows["storage"])[0]
-    owner = (
-        rows.groupby(["category", "module", "op"], sort=False, observed=True).ngroup().to_numpy()
-    )
-    first = rows.iloc[np.unique(owner, return_index=True)[1]]
-    owners = list(zip(first["category"], map(any_block, first["module"]), first["op"], strict=True))
-    for group in _groups(traced, GROUPS):
-        its = np.zeros(len(storages), bool)
-        same = [
-            at
-            for at, one in enumerate(owners)
-            if one == (group["category"], group["module"], group["op"])
-        ]
-        its[storages[made & np.isin(owner, same)]] = True
-        rest = np.where(its[storages], 0, changes).cumsum()[traced.reported]
-        at = int(rest.argmax())
-        found.append(
-            {
-                **group,
-                "peak_bytes": int(rest[at]),
-                "peak_phase": str(rows["phase"].iat[traced.reported.start + at]),
-            }
+    names = rows.groupby(["category", "module", "op"], sort=False, observed=True)
+    owner, first = names.ngroup().to_numpy(), names.head(1)
+    modules = first["module"].map(any_block)
+    outcomes = []
+    for group in _groups(trace, GROUPS):
+        same = (
+            (first["category"] == group["category"])
+            & (modules == group["module"])
+            & (first["op"] == group["op"])
         )
-    return found
+        gone = np.zeros(len(storages), bool)
+        gone[storages[allocates & np.isin(owner, np.flatnonzero(same))]] = True
+        live = np.where(gone[storages], 0, changes).cumsum()[step]
+        phase = str(rows["phase"].iat[step.start + int(live.argmax())])
+        outcomes.append({**group, "peak_bytes": int(live.max()), "peak_phase": phase})
+    return outcomes
 
 
-def _curve(traced: Trace, rows: pd.DataFrame) -> dict:
+def _curve(trace: Trace, rows: pd.DataFrame) -> dict:
     """The reported step, thinned: of each bin of events the highest is kept, so the peak survives.
     `share` of the step's events in per cent, `phase`, and requested bytes by category."""
-    live, step = signed(rows).cumsum()[traced.reported], traced.reported
+    step = trace.reported
+    live = signed(rows).cumsum()[step]
     keep = highest_of_bins(live, POINTS)
     by_category = {name: sizes[step][keep] for name, sizes in category_curves(rows).items()}
     return {
-        "share": [round(100 * int(at) / len(live), 2) for at in keep],
+        "share": [round(100 * int(index) / len(live), 2) for index in keep],
         "phase": rows["phase"].iloc[step].iloc[keep].tolist(),
         "bytes": {name: values.tolist() for name, values in by_category.items() if values.any()},
     }

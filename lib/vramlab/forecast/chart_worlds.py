@@ -1,4 +1,4 @@
-"""One rank of many: the sharded regime over worlds of 1 to 1,024 ranks, held against every card,
+"""One rank of many: the sharded regime over worlds of 1 to 1,024 ranks, compared with every card,
 with no GPU.
 
     content = {**chart(atlas), "worlds": chart_worlds(atlas)}
@@ -10,14 +10,13 @@ NCCL holds for itself, 1 to 2 GiB a rank.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
-from .chart import Atlas, chart
-from .forecast import CACHE, Question
+from .chart import Atlas, SummaryCache, chart_cells
+from .question import CACHE, Question
 
 REGIME = "fsdp"
-KEPT = (
+FIELDS = (
     "model",
     "regime",
     "weights",
@@ -34,31 +33,19 @@ KEPT = (
 """Of an atlas cell: enough for a stack by category, a verdict and a table."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Worlds(Atlas):
-    """The atlas whose cells are worlds."""
-
-    def questions(self) -> list[Question]:
-        return [
-            Question(model, REGIME, self.world_seq, 1, world=world)
-            for model in self.models
-            for world in self.worlds
-        ]
-
-
 def chart_worlds(
     atlas: Atlas, cache_dir: Path | None = CACHE, progress: bool = True, jobs: int | None = None
 ) -> list[dict]:
-    """A cell for each of the atlas's models and worlds, of one row of `world_seq` tokens a rank;
-    kept as other cells are."""
-    asked = _Worlds(
-        **{field.name: getattr(atlas, field.name) for field in dataclasses.fields(atlas)}
-        | {"allocators": ()}
-    )
-    if not asked.worlds:
-        return []
-    cells = chart(asked, cache_dir, progress, jobs)["cells"]
+    """A cell for each of the atlas's models and worlds, in which every rank takes a single row of
+    `world_seq` tokens; kept as other cells are."""
+    questions = [
+        Question(model, REGIME, atlas.world_seq, 1, world=world)
+        for model in atlas.models
+        for world in atlas.worlds
+    ]
+    kept = SummaryCache(atlas.cards_by_key(), (), cache_dir)
+    cells = chart_cells(questions, kept, progress, jobs)
     return [
-        {"world": question.world, **{key: cell[key] for key in KEPT if key in cell}}
-        for question, cell in zip(asked.questions(), cells, strict=True)
+        {"world": question.world, **{name: cell[name] for name in FIELDS if name in cell}}
+        for question, cell in zip(questions, cells, strict=True)
     ]

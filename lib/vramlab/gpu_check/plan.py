@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..cards import Card, read_cards
-from ..forecast.arithmetic import STORED, parameters
+from ..forecast.arithmetic import STORED
 from ..forecast.chart import Atlas
 from ..forecast.forecast import Question
 
@@ -197,4 +197,4 @@ def _model_bytes(question: Question) -> int:
     """On the host while the model is made: as published, and once more in the type that the row
     stores it in, where that is another."""
     stored = STORED.get(question.row.values["weights"], 2)
-    return round(parameters(question.spec) * (2 + (stored if stored != 2 else 0)))
+    return round(count_parameters(question.spec) * (2 + (stored if stored != 2 else 0)))

@@ -18,7 +18,8 @@ from __future__ import annotations
 import time
 
 from ...timeline import events as timeline
-from ..trace import Trace, highest
+from ..representative_step import highest
+from ..trace import Trace
 from .byte_formulas import ByteFormulas
 from .folding import Plan, differs, unfold
 

@@ -1,16 +1,16 @@
-"""A GPU that is not there: the trainer runs on it unchanged, and not a byte of any tensor exists.
+"""A virtual GPU: the trainer runs on it unchanged, and not a byte of any tensor exists.
 
 Tensors are torch's fake tensors: shape, type, strides and a storage that knows its size. Their
-device is `vgpu`, made in Python through the backend torch keeps for outsiders (PrivateUse1), so
-that it is not the CPU: what moves to the host can be told from what stays. That is an experimental
-interface of torch; `mode="cpu"` needs none of it, and there every byte, offloaded ones too, lies on
-a fake CPU and runs the CPU's own choice of kernels.
+device is `vgpu`, made in Python through the backend that torch keeps for outsiders (PrivateUse1).
+It is not the CPU, so tensors that move to the host can be told from those that stay. That is an
+experimental interface of torch. `mode="cpu"` needs none of it: there every tensor, offloaded ones
+too, lies on a fake CPU and runs the kernels that the CPU chooses.
 
-Ranks of a process group are pretended too, see `ranks`.
+Ranks of a process group are simulated too, see `ranks`.
 
-Not exact, on `vgpu`: attention and workspaces as `kernels` says, autocast as `virtual_autocast`
-says. The rest is what autograd and the operations' own shapes make of it. Nothing here knows about
-the allocator's rounding.
+Not exact, on `vgpu`: attention and workspaces, see `capture.kernels`, and autocast, see `autocast`.
+The rest follows from autograd and the operations' own shapes. The allocator's rounding is not
+applied here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -26,22 +27,26 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import backend_registration
 
-from ..capture.dispatch import Uncompiled, Watchable
-from ..capture.kernels import Attention, Workspaces
-from ..capture.meter import Meter
-from ..capture.work import Work
-from ..cards import AMPERE, Architecture
-from . import virtual_autocast
+from ...capture.dispatch import Uncompiled, Watchable
+from ...capture.kernels import Attention, Workspaces
+from ...capture.meter import Meter
+from ...capture.work import Work
+from ...cards import AMPERE, Architecture
+from . import autocast
+from .ranks import Event, Stream, on_stream, virtual_ranks
 from .shape_cache import Shapes
-from .virtual_ranks import Event, Stream, on_stream, pretended_ranks
 
 NAME = "vgpu"
-MODES = ("auto", "vgpu", "cuda", "cpu")
+LABELS = {
+    "vgpu": "virtual GPU (fake tensors on a Python device)",
+    "cuda": "fake tensors on cuda",
+    "cpu": "fake tensors on the CPU: the CPU's kernels, host and device not told apart",
+}
 
 
 @dataclass(frozen=True)
 class VirtualGpu:
-    """What tensors are made on, and how it is pretended."""
+    """The device that tensors are made on, and how it is simulated."""
 
     device: str
     label: str
@@ -49,7 +54,7 @@ class VirtualGpu:
 
     def meter(self, counted: bool = True) -> Meter:
         """An event meter that tells this device from the host, and knows its kernels' workspaces.
-        It counts what operations compute and move where it is told to."""
+        With `counted`, it counts what operations compute and move."""
         work = Work() if counted else None
         if self.device == "cpu":
             return Meter(work=work)
@@ -61,47 +66,40 @@ class VirtualGpu:
         return Meter(self.device, Workspaces(self.architecture), work, stream)
 
 
-_LABELS = {
-    "vgpu": "virtual GPU (fake tensors on a Python device)",
-    "cuda": "fake tensors on cuda",
-    "cpu": "fake tensors on the CPU: the CPU's kernels, host and device not told apart",
-}
-
-
 @contextmanager
 def virtual_gpu(
     mode: str = "auto", architecture: Architecture = AMPERE, world: int = 0
 ) -> Iterator[VirtualGpu]:
-    """Inside, tensors are fake, and `torch.device(gpu.device)` is a GPU of `architecture` that does
-    not exist; with `world`, it is the first of that many, each a rank of a process group.
+    """Inside, tensors are fake, and `torch.device(gpu.device)` is a virtual GPU of `architecture`;
+    with `world`, it is the first of that many, each a rank of a process group.
 
     `auto` is `vgpu`, or `cuda` where torch sees a GPU, since torch takes one accelerator only
     (written for that case, and not run there yet). What is patched is put back at the end; the
-    device's name stays registered, and says it is not available. Raises: ValueError, for a mode
-    that is not one of `MODES`.
+    device's name stays registered, and says that it is not available. Raises: ValueError, for a
+    mode that is neither `auto` nor one of `LABELS`.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}: use one of {', '.join(MODES)}")
+    if mode not in ("auto", *LABELS):
+        raise ValueError(f"mode is {mode!r}: use one of {', '.join(('auto', *LABELS))}")
     if mode == "auto":
         mode = "cuda" if torch.cuda.is_available() else "vgpu"
-    _shapes_for_fused_sgd()
+    _register_shapes_of_fused_sgd()
     with ExitStack() as stack:
         if mode == "vgpu":
             stack.enter_context(_present())
-            stack.enter_context(virtual_autocast.weight_copies())
+            stack.enter_context(autocast.weight_copies())
         if mode != "cpu":
-            stack.enter_context(
-                _replaced(F, "scaled_dot_product_attention", Attention(architecture))
-            )
-        # one thread: autograd counts its devices at the first backward of a process, and this one
-        # may come later
+            attention = Attention(architecture)
+            stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
+        # one thread: autograd counts its devices at the first backward of a process, and this
+        # device may be registered later
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        stack.enter_context(_replaced(nn.Module, "_apply", _apply))
-        stack.enter_context(_replaced(Stream, "made", 1))  # numbered alike in every forecast
+        stack.enter_context(patch.object(nn.Module, "_apply", _apply))
+        # streams are numbered alike in every forecast
+        stack.enter_context(patch.object(Stream, "count", 1))
         if world:
-            stack.enter_context(pretended_ranks(world))
+            stack.enter_context(virtual_ranks(world))
         stack.enter_context(_Fake(allow_non_fake_inputs=True))
-        yield VirtualGpu(mode, _LABELS[mode], architecture)
+        yield VirtualGpu(mode, LABELS[mode], architecture)
 
 
 _DEVICE, _DETACH = torch.ops.prim.device.default, torch.ops.aten.detach.default
@@ -121,13 +119,12 @@ class _Fake(FakeTensorMode, Watchable):
         return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is _DEVICE:  # the question asked most
+        # the two most frequent operations; neither makes or frees a storage
+        if func is _DEVICE:
             return args[0].fake_device
-        if (
-            func is _DETACH and type(args[0]) is FakeTensor
-        ):  # of all that is formed again; nothing begins or ends with it
+        if func is _DETACH and type(args[0]) is FakeTensor:
             return self._shapes.alias(args[0])
-        watch, self.watch = self.watch, None  # nobody watches how it is worked out
+        watch, self.watch = self.watch, None  # what torch does to find the shapes is not watched
         if watch is None:
             return self.dispatch(func, types, args, kwargs or {})
         try:
@@ -136,9 +133,9 @@ class _Fake(FakeTensorMode, Watchable):
             self.watch = watch
 
     def dispatch(self, func, types, args=(), kwargs=None):
-        if func.namespace == "profiler":  # marks a region, about no tensor
+        if func.namespace == "profiler":  # marks a region and has no tensor
             return func(*args, **(kwargs or {}))
-        # waiting gives back the tensor itself, of which fake tensors would make another
+        # waiting returns the tensor itself, of which fake tensors would make another
         if func is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]
         return self._shapes.outputs(
@@ -150,37 +147,31 @@ class _Fake(FakeTensorMode, Watchable):
 
 
 class _Backend:
-    """`torch.vgpu`: what torch asks of a device's module. Available only inside `virtual_gpu`."""
+    """`torch.vgpu`: what torch calls on a device's module. Available only inside `virtual_gpu`."""
 
-    _initialized = (
-        False  # checkpointing then keeps no random state for it, which would be host bytes
-    )
-    here = False
+    # where it is False, checkpointing keeps no random state of the device: those are host bytes
+    _initialized = False
+    available = False
     Stream, Event, stream = Stream, Event, staticmethod(on_stream)
 
     def is_available(self) -> bool:
-        return self.here
+        return self.available
 
-    def is_initialized(self) -> bool:
-        return self.here
+    is_initialized = is_available
 
     def _is_in_bad_fork(self) -> bool:
         return False
 
     def device_count(self) -> int:
-        return int(self.here)
+        return int(self.available)
 
     def current_device(self) -> int:
         return 0
 
-    def manual_seed_all(self, seed: int) -> None:
-        """It has no random numbers, and so no state of theirs."""
+    def _no_random_state(self, *args, **kwargs) -> None:
+        """The device has no random numbers, and so no state of them."""
 
-    def get_rng_state(self, device=None) -> None:
-        return None
-
-    def set_rng_state(self, state: None, device=None) -> None:
-        return None
+    manual_seed_all = get_rng_state = set_rng_state = _no_random_state
 
     def current_stream(self, device=None) -> Stream:
         return Stream.current
@@ -194,7 +185,7 @@ class _Backend:
 
 class _Hook(backend_registration._DummyPrivateUse1Hook):
     def is_available(self) -> bool:
-        return _backend.here
+        return _backend.available
 
 
 _backend = _Backend()
@@ -202,36 +193,23 @@ _backend = _Backend()
 
 @contextmanager
 def _present() -> Iterator[None]:
-    """The device, registered at the first use and there until the end."""
+    """Registers the device at the first use, and makes it available until the end."""
     if not hasattr(torch, NAME):
         backend_registration._setup_privateuseone_for_python_backend(NAME, _backend, hook=_Hook())
-        virtual_autocast.register(NAME)
-        _whole_operations()
-    _backend.here = True
-    try:
+        autocast.register(NAME)
+        _register_whole_operations()
+    with patch.object(_backend, "available", True):
         yield
-    finally:
-        _backend.here = False
-
-
-@contextmanager
-def _replaced(owner, name: str, value) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 _library: list[torch.library.Library] = []
 
 
-def _whole_operations() -> None:
+def _register_whole_operations() -> None:
     """Operations for which torch has kernels on every real device, and a recipe of smaller
-    operations for the rest. The virtual device is among the rest until it has a kernel, which is
-    never run: fake tensors need its shapes only. Found by asking the dispatcher for operations with
-    a CPU kernel and a recipe; one with only CUDA's cannot be found here.
+    operations for all others. The virtual device counts among the others until it has a kernel,
+    which is never run: fake tensors need its shapes only. These are the operations for which the
+    dispatcher has a CPU kernel and a recipe; one with only a CUDA kernel cannot be detected here.
     """
     library = torch.library.Library("aten", "IMPL")
     for name in ("silu_backward", "mish_backward", "native_channel_shuffle"):
@@ -240,14 +218,13 @@ def _whole_operations() -> None:
 
 
 def _never(*args, **kwargs):
-    raise AssertionError("a real kernel was asked for on the virtual device")
+    raise AssertionError("a real kernel was called on the virtual device")
 
 
-def _shapes_for_fused_sgd() -> None:
-    """torch has no shapes for fused SGD, which writes in place and returns nothing. Once a process,
-    if it still has none; it is about meta tensors only, so it stays."""
-    missing = not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_sgd_", "Meta")
-    if missing:
+def _register_shapes_of_fused_sgd() -> None:
+    """torch has no shapes for fused SGD, which writes in place and returns nothing. Registered once
+    a process, if torch still has none; it concerns meta tensors only, so it stays."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_sgd_", "Meta"):
         library = torch.library.Library("aten", "IMPL")
         library.impl("_fused_sgd_", lambda *args, **kwargs: None, "Meta")
         _library.append(library)
@@ -258,9 +235,8 @@ _native_apply = nn.Module._apply
 
 def _apply(module: nn.Module, fn, recurse: bool = True) -> nn.Module:
     """`Module._apply` for fake parameters, which torch would swap in place and cannot: a parameter
-    that changes is replaced, one that does not is left alone. A parameter shared by two modules
-    would become two.
-    """
+    that changes is replaced, one that does not is left alone. A parameter that two modules share
+    would become two."""
     own = [*module._parameters.values(), *module._buffers.values()]
     if not all(tensor is None or isinstance(tensor, FakeTensor) for tensor in own):
         return _native_apply(module, fn, recurse)
