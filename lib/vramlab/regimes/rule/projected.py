@@ -85,9 +85,12 @@ def leading_vectors(grad: Tensor, rank: int) -> Tensor:
     cuSOLVER knows.
     """
     left, _, right = torch.linalg.svd(grad.float(), full_matrices=False)
-    vectors = left[:, :rank] if grad.shape[0] < grad.shape[1] else right[:rank].mT
     # a copy: a slice would keep all singular vectors alive
-    return vectors.to(grad.dtype, copy=True).contiguous()
+    return (
+        (left[:, :rank] if grad.shape[0] < grad.shape[1] else right[:rank].mT)
+        .to(grad.dtype, copy=True)
+        .contiguous()
+    )
 
 
 class ProjectedAdamW(TypedStateOptimizer, TorchAdamW):
@@ -269,8 +272,10 @@ class Apollo(LowRank):
             torch.linalg.vector_norm(factor * channels), least * self.scale**0.5, state
         )
         for start, stop in spans(matrix.shape[0], ROWS_BYTES // (4 * matrix.shape[1])):
-            scaled = factor if dim == 0 else factor[start:stop]
-            matrix[start:stop].addcmul_(grad[start:stop], scaled, value=-lr * correction)
+            rows = slice(start, stop)
+            matrix[rows].addcmul_(
+                grad[rows], factor if dim == 0 else factor[rows], value=-lr * correction
+            )
 
     def _limit(self, norm: Tensor, least: float, state: dict) -> Tensor:
         """The factor that bounds the growth of an update of norm `norm` (0-d). Remembers the norm

@@ -96,12 +96,14 @@ def adam8bit(
 
 
 def state_bytes_8bit(weight: Tensor) -> int:
+    """Bytes of both moments in 8 bits: codes, scales and codebooks."""
     if weight.numel() < SMALLEST:
         return 2 * 4 * weight.numel()
     return 2 * (weight.numel() + 4 * -(-weight.numel() // BLOCK_8BIT) + 4 * 256)
 
 
 def _coded(weight: Tensor) -> bool:
+    """Whether the moments of a weight are kept in 4 bits."""
     return weight.numel() >= SMALLEST and weight.numel() % BLOCK_4BIT == 0
 
 
@@ -146,7 +148,7 @@ class Adam4bit(SlicedOptimizer):
 
     @staticmethod
     def _moment(entry: dict, name: str, rows: slice, like: Tensor) -> Tensor:
-        """A moment's slice in fp32, a copy."""
+        """A copy of a moment's slice in fp32, of the shape of `like`."""
         if name in entry:
             return entry[name][rows].to(torch.float32, copy=True)
         codes, scale = _coded_slice(entry, name, rows, like)
@@ -160,6 +162,7 @@ class Adam4bit(SlicedOptimizer):
 
     @staticmethod
     def _store(entry: dict, name: str, rows: slice, moment: Tensor) -> None:
+        """Stores a moment's slice, coded where the weight's moments are."""
         if name in entry:
             entry[name][rows].copy_(moment)
             return

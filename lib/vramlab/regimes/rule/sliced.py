@@ -155,7 +155,9 @@ class RowOptimizer(SlicedOptimizer):
     """A sliced optimizer that also takes its gradient in rows, wherever they are cut: it has the
     methods of `row_protocol`."""
 
-    rows = SlicedOptimizer.visit
+    def rows(self, leaf: Tensor, start: int, stop: int, grad: Tensor, sweep: int) -> None:
+        """Rows `start:stop` of the gradient, see `visit`. `grad` lives until the update is over."""
+        self.visit(leaf, start, stop, grad, sweep)
 
 
 class RowSgd(RowOptimizer):
