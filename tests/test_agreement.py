@@ -113,6 +113,16 @@ def test_equal_runs_agree_to_the_byte():
     )
 
 
+def test_a_storage_that_changes_its_size_is_joined():
+    rows = [
+        ("alloc", 1, 100, "forward", "aten.mm"),
+        ("free", 1, 100, "forward"),
+        ("alloc", 1, 50, "forward", "aten.silu"),
+    ]
+    found = compare(_frame(*rows), _frame(*rows))
+    assert (found.joined.share, found.divergences) == (1.0, ())
+
+
 def test_the_first_divergence_is_named_with_operation_and_bytes():
     measured = [
         *FORECAST[:2],
