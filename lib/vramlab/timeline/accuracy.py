@@ -16,6 +16,15 @@ TOLERANCE = 0.005
 tolerance."""
 
 
+def errors(rows: Iterable[Mapping]) -> pd.DataFrame:
+    """One row for each run of `summary`: `regime`, and `allocated`, `reserved`, `nvml`: the signed
+    error of that peak, NaN where a value is missing."""
+    table = [
+        {"regime": row.get("regime"), **{name: _error(row, name) for name in PEAKS}} for row in rows
+    ]
+    return pd.DataFrame(table, columns=["regime", *PEAKS])
+
+
 def summary(rows: Iterable[Mapping]) -> dict:
     """The errors of all runs in a few numbers.
 
@@ -28,7 +37,8 @@ def summary(rows: Iterable[Mapping]) -> dict:
     runs to compute a figure from.
     """
     rows = list(rows)
-    figures: dict = {name: _spread([_error(row, name) for row in rows]) for name in PEAKS}
+    table = errors(rows)
+    figures: dict = {name: _spread(table[name].dropna().astype(float)) for name in PEAKS}
     outcomes = [(row.get("predicted_fits"), row.get("measured_fits")) for row in rows]
     known = [pair for pair in outcomes if pair[0] is not None and pair[1] is not None]
     ran = [predicted for predicted, fits in known if fits is True]
@@ -46,8 +56,7 @@ def _error(row: Mapping, name: str) -> float:
     return predicted / measured - 1 if predicted is not None and measured else float("nan")
 
 
-def _spread(values: list[float]) -> dict:
-    errors = pd.Series(values, dtype=float).dropna()
+def _spread(errors: pd.Series) -> dict:
     figures = {
         "median_error": errors.abs().median(),
         "worst_error": errors.abs().max(),
