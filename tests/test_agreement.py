@@ -14,7 +14,7 @@ from vramlab.allocator.settings import Settings
 from vramlab.capture.meter import COLUMNS
 from vramlab.capture.simulated_recording import as_recorded
 from vramlab.regimes.regime import read_regimes
-from vramlab.timeline.accuracy import summary
+from vramlab.timeline.accuracy import PEAKS, errors, summary
 from vramlab.timeline.agreement import compare
 from vramlab.timeline.align import align, joined
 from vramlab.timeline.byte_ledger import ledger, sample_at
@@ -111,6 +111,16 @@ def test_equal_runs_agree_to_the_byte():
         (),
         1.0,
     )
+
+
+def test_a_storage_that_changes_its_size_is_joined():
+    rows = [
+        ("alloc", 1, 100, "forward", "aten.mm"),
+        ("free", 1, 100, "forward"),
+        ("alloc", 1, 50, "forward", "aten.silu"),
+    ]
+    found = compare(_frame(*rows), _frame(*rows))
+    assert (found.joined.share, found.divergences) == (1.0, ())
 
 
 def test_the_first_divergence_is_named_with_operation_and_bytes():
@@ -344,6 +354,8 @@ def test_a_share_of_nothing_is_no_error_and_a_small_one_is_within_tolerance():
     found = summary(nothing)
     assert (found["allocated"]["n"], found["reserved"]["n"]) == (0, 1)
     assert (found["reserved"]["worst_error"], found["reserved"]["under_rate"]) == (1.0, 1.0)
+    assert list(errors(nothing)) == list(errors([])) == ["regime", *PEAKS]
+    assert errors(nothing)["reserved"].tolist()[1] == -1
     sizes = [(1000, 1000), (995.5, 1000), (994, 1000), (1010, 1000)]
     rows = [
         {"predicted_nvml_bytes": predicted, "measured_nvml_bytes": measured}

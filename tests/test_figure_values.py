@@ -281,7 +281,7 @@ def test_a_runs_timeline_and_its_peak_by_hand():
 
 
 def test_what_is_alive_by_hand():
-    frame = run("full").timeline
+    frame = run("full").timeline.assign(storage=[0, 1, 2, 1])
     (bars,) = figures.alive_at(frame, 2).data
     assert list(zip(bars.y, bars.x, strict=True)) == [
         ("a · gradients", 1),

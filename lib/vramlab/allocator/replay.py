@@ -262,7 +262,8 @@ def _levels(allocator: Allocator, events: tuple[Event, ...]) -> Iterator[tuple[E
 def _served(events: tuple[Event, ...]) -> list[Event | None]:
     """(events,) the allocation for which an event may have returned memory: the next one, with
     nothing but growths and returns before it."""
-    served, following = [], None
+    served: list[Event | None] = []
+    following = None
     for event in reversed(events):
         served.append(following)
         if event.action not in (*GROWS, *SHRINKS, "free_completed"):

@@ -11,6 +11,7 @@ used.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 MIB = 1 << 20
@@ -136,8 +137,9 @@ class Settings:
 
     def allowed_bytes(self, device_bytes: int | None) -> int | None:
         """How many bytes of a device may be reserved; None: all. C++: `setMemoryFraction`."""
-        limited = device_bytes is not None and self.per_process_memory_fraction < 1
-        return int(self.per_process_memory_fraction * device_bytes) if limited else None
+        if device_bytes is None or self.per_process_memory_fraction >= 1:
+            return None
+        return int(self.per_process_memory_fraction * device_bytes)
 
     def usable_bytes(self, capacity_bytes: int, device_bytes: int) -> int:
         """How many bytes may be reserved where a context leaves `capacity_bytes` of a device."""
@@ -249,7 +251,9 @@ def _divisions(value: str) -> tuple[int, ...]:
 
 _WHOLE = r"\d+", "a whole number", int
 _NUMBER = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
-_SYNTAX = {  # setting -> (pattern of its text, what that must be, conversion)
+_SYNTAX: dict[
+    str, tuple[str, str, Callable]
+] = {  # setting -> (pattern of its text, what that must be, conversion)
     "expandable_segments": ("True|False", "True or False", lambda value: value == "True"),
     "max_split_size_mb": _WHOLE,
     "max_non_split_rounding_mb": _WHOLE,

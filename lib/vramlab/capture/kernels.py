@@ -1,9 +1,9 @@
-"""What a CUDA kernel does that no operation shows: which attention runs, and the workspaces kernels
-take for themselves.
+"""What CUDA kernels do that no operation shows: which attention kernel runs, and the workspaces
+that kernels allocate for themselves.
 
-Attention is chosen by torch at run time, by type, mask, shape and card; here the same choice is
-made from the same facts. Workspaces are a table with sources. They are reported as their own
-category, and none of it is measured.
+Torch chooses the attention kernel at run time, by type, mask, shape and card; this module makes the
+same choice from the same facts. Workspaces are a table with sources. They are reported as a
+category of their own, and none of them is measured.
 
 Shapes: b batch, h heads, q queries, k keys, d head_dim.
 """
@@ -29,18 +29,18 @@ _HALF = (torch.float16, torch.bfloat16)
 def attention_kernel(
     dtype: torch.dtype, head_dim: int, masked: bool, architecture: Architecture = AMPERE
 ) -> str:
-    """What `F.scaled_dot_product_attention` runs on a card of `architecture`: "cudnn", "flash",
-    "efficient" or "math".
+    """The kernel that `F.scaled_dot_product_attention` runs on a card of `architecture`: "cudnn",
+    "flash", "efficient" or "math".
 
     Source: torch/aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, `select_sdp_backend`, its
     default order and filters. Not exact: cuDNN comes first on sm_90 and sm_100 only with cuDNN
-    9.15.1 or later, which is taken for granted; filters on odd strides, on empty sequences and on
-    dropout are left out.
+    9.15.1 or later, which is assumed; filters on odd strides, on empty sequences and on dropout are
+    left out.
     """
     half = dtype in _HALF and (architecture >= (8, 0) or dtype is torch.float16)
     if half and architecture in ((9, 0), (10, 0)) and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
-    # flash pads the head itself, so any size will do
+    # flash pads the head itself, so any size is possible
     if half and not masked and head_dim <= 256 and architecture >= (8, 0):
         return "flash"
     if dtype is torch.bfloat16 and architecture < (8, 0):
@@ -57,7 +57,7 @@ def _efficient_alignment(dtype: torch.dtype, architecture: Architecture) -> int:
 
 @dataclass(frozen=True)
 class Attention:
-    """Stands in for `F.scaled_dot_product_attention`: calls the operation a card of `architecture`
+    """Replaces `F.scaled_dot_product_attention`: calls the operation that a card of `architecture`
     would run."""
 
     architecture: Architecture = AMPERE
@@ -103,8 +103,8 @@ _native = F.scaled_dot_product_attention
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The whole function is on autocast's list of low precision, so its operands are cast before a
-    kernel is chosen."""
+    """The function is on autocast's list of low precision, so its operands are cast before a kernel
+    is chosen."""
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return list(tensors)
@@ -116,8 +116,8 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _bias(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """A mask as kernels take it: a number to add, rows starting at multiples of 16, shared by batch
-    and heads as views."""
+    """A mask in the form that kernels take: a number to add, with rows that start at multiples of
+    16, shared by batch and heads as views."""
     if mask is None:
         return None
     if mask.dtype == torch.bool:
@@ -167,16 +167,16 @@ _KERNELS = {"flash": _flash, "efficient": _efficient, "cudnn": _cudnn}
 
 
 def matrix_workspace_bytes(architecture: Architecture) -> int:
-    """What cuBLAS holds for every handle and stream from its first product on, in bytes: 4096 KiB x
-    2 + 16 KiB x 8, or 32 MiB on Hopper. Source: ATen/cuda/CUDABlas `parseChosenWorkspaceSize`,
+    """Bytes that cuBLAS holds for every handle and stream from its first product on: 4096 KiB x 2 +
+    16 KiB x 8, or 32 MiB on Hopper. Source: ATen/cuda/CUDABlas `parseChosenWorkspaceSize`,
     pytorch issue 120925; found in recorded snapshots. Not included: cublasLt, which these models'
     bias-free products do not use."""
     return 32 << 20 if architecture[0] == 9 else (4096 * 2 + 16 * 8) * 1024
 
 
 def attention_scratch_bytes(query: Tensor) -> int:
-    """What the backward of a fused attention takes inside its kernel: dq summed in fp32, and one
-    number a query row.
+    """Bytes that the backward of a fused attention takes inside its kernel: dq summed in fp32, and
+    a number for each query row.
 
     Exact for flash: source flash_api.cpp `mha_bwd`, dq_accum (b, q', h, d') and softmax_d (b, h,
     q') in fp32, q' a multiple of 128, d' of 32 (64 above 128). An estimate for efficient and cuDNN,
@@ -190,8 +190,8 @@ def attention_scratch_bytes(query: Tensor) -> int:
 
 @dataclass
 class Workspaces:
-    """What kernels took, called once an operation. A handle is a thread's: forward and backward
-    have one each."""
+    """The workspaces of kernels; `taken` is called once for each operation. Each thread has its own
+    cuBLAS handle: forward has one, backward another."""
 
     architecture: Architecture = AMPERE
     _handles: set[bool] = field(default_factory=set)

@@ -18,7 +18,8 @@ import torch
 from ..allocator.simulate import simulate
 from ..cards import Card
 from ..files import FORECASTS, write_whole
-from ..forecast.forecast import Question, _code, forecast
+from ..forecast.forecast import forecast
+from ..forecast.question import Question, traced_code_hash
 from ..forecast.trace import trace
 from ..processes import side_by_side
 from .plan import Cell
@@ -42,7 +43,7 @@ def code_hash(peers: ModuleType | None = None) -> str:
     library = Path(__file__).parents[1]
     files = [library / name for name in CODE]
     files += [Path(str(peers.__file__))] if peers else []
-    parts = [_code(), torch.__version__, *(file.read_text() for file in files)]
+    parts = [traced_code_hash(), torch.__version__, *(file.read_text() for file in files)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
 

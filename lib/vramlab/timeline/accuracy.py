@@ -28,7 +28,8 @@ def summary(rows: Iterable[Mapping]) -> dict:
     runs to compute a figure from.
     """
     rows = list(rows)
-    figures: dict = {name: _spread([peak_error(row, name) for row in rows]) for name in PEAKS}
+    errors = {name: pd.Series([peak_error(row, name) for row in rows], dtype=float) for name in PEAKS}
+    figures: dict = {name: _spread(column.dropna()) for name, column in errors.items()}
     outcomes = [(row.get("predicted_fits"), row.get("measured_fits")) for row in rows]
     known = [pair for pair in outcomes if pair[0] is not None and pair[1] is not None]
     ran = [predicted for predicted, fits in known if fits is True]
@@ -48,8 +49,7 @@ def peak_error(row: Mapping, name: str) -> float:
     return predicted / measured - 1 if predicted is not None and measured else float("nan")
 
 
-def _spread(values: list[float]) -> dict:
-    errors = pd.Series(values, dtype=float).dropna()
+def _spread(errors: pd.Series) -> dict:
     figures = {
         "median_error": errors.abs().median(),
         "worst_error": errors.abs().max(),

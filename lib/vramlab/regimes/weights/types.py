@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...baichuan.model import decoder
+from ...machine import needs_fp32_products
 from ..fields import Seed
 from .bf16_on_cpu import halves_formed_in_fp32
 from .quantized_linear import Int8Linear, Nf4Linear, Quantized, quantize_blocks
