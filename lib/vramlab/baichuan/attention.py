@@ -52,8 +52,9 @@ def right_padded(mask: Tensor) -> bool:
     """Whether a 0/1 mask (b, k) has its padding at the right only. Then no real token attends to
     it under causal attention, and no mask is needed. Reads the data, so call it where that is free:
     on the host."""
-    falls = (mask[:, 1:] <= mask[:, :-1]).all()
-    return bool((falls & (mask <= 1).all() & (mask[:, 0] == 1).all()).item())
+    return bool(
+        ((mask[:, 1:] <= mask[:, :-1]).all() & (mask <= 1).all() & (mask[:, 0] == 1).all()).item()
+    )
 
 
 def positions(mask: Tensor) -> Tensor:
