@@ -30,9 +30,10 @@ SEAL = "checksums.json"
 content."""
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write text, whole or not at all."""
-    _write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Text as UTF-8, or bytes, whole or not at all."""
+    data = content.encode() if isinstance(content, str) else content
+    _write(path, lambda partial: partial.write_bytes(data))
 
 
 def write_table(frame: pd.DataFrame, path: Path, **options) -> None:
