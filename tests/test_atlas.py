@@ -27,7 +27,7 @@ from vramlab.forecast.chart_worlds import chart_worlds
 from vramlab.forecast.forecast import Question, forecast
 from vramlab.regimes.regime import read_regimes
 from vramlab.runs.sweep import Swept
-from vramlab.timeline.events import signed
+from vramlab.timeline.events import any_block, signed
 
 CONF = "expandable_segments:True"
 

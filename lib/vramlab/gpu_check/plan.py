@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..cards import Card, read_cards
-from ..forecast.arithmetic import STORED
+from ..forecast.arithmetic import STORED, count_parameters
 from ..forecast.chart import Atlas
 from ..forecast.forecast import Question
 
