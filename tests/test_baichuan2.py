@@ -16,7 +16,7 @@ from baichuan2_ladder import frequencies, shape
 from vramlab.baichuan.model import causal_loss
 from vramlab.regimes.parameters import model_spec
 from vramlab.runs.parameters import resolve
-from vramlab.runs.passes import prepare
+from vramlab.runs.preparation import prepare
 from vramlab.studies.gallery import GALLERY
 from vramlab.studies.plan import Pair, Plan, read_plan
 from vramlab.studies.records import Records
@@ -177,7 +177,9 @@ def _lab(entropies: dict) -> Lab:
         pd.DataFrame(runs), none, none, none, pd.DataFrame(steps), none, {"frequencies": floor}
     )
     return Lab(
-        Plan("baichuan2", "", {}, pairs, {"spike": 0.3}, Path("none.yml")), Path("none"), records
+        Plan("baichuan2", "", {}, pairs, {"spike": 0.3}, Path("none.yml"), ""),
+        Path("none"),
+        records,
     )
 
 
@@ -241,7 +243,7 @@ def test_a_power_law_is_found_again():
     not (GALLERY / "baichuan2").exists(), reason="the study is not in outputs/gallery: make studies"
 )
 def test_every_chapter_is_drawn_from_what_was_committed():
-    lab = Lab.shown("baichuan2")
+    lab = Lab.committed("baichuan2")
     for chapter in (
         chapters.curves,
         chapters.ends,

@@ -91,7 +91,7 @@ def test_a_sweep_is_reported_where_anything_has_run(
         rows=[{"outcome": "due"}, {"outcome": outcome}], folder=tmp_path, code=code
     )
     monkeypatch.setattr(sweep, "sweep", lambda *args, **named: swept)
-    monkeypatch.setattr(sweep, "words", lambda rows: "rows")
+    monkeypatch.setattr(sweep, "to_text", lambda rows: "rows")
     monkeypatch.setattr(cli, "_chart", lambda path, folder, quiet: done.append(path.name))
     monkeypatch.setattr(
         cli, "_build", lambda folder: done.append("report") or cli.Answer({"report": "r"}, "report")

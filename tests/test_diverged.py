@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import torch
 
-import vramlab.runs.sweep as sweeps
 from conftest import SMALL
 from micro import batch, model, ranks
 from vramlab.cli import main
@@ -19,9 +18,10 @@ from vramlab.regimes.regime import read_regimes, read_row
 from vramlab.report import tables
 from vramlab.report import takeaways as words
 from vramlab.report.page import build
-from vramlab.runs import passes
+from vramlab.runs import learning, preparation
 from vramlab.runs.execute import execute
 from vramlab.runs.folder import RETRY, read_runs
+from vramlab.runs.parameters import KNOWN_PARAMETERS
 from vramlab.runs.sweep import read_sweep
 from vramlab.studies import runner
 from vramlab.studies.plan import StudyCell
@@ -202,7 +202,7 @@ def test_a_studys_measurement_that_diverges_is_not_tried_again(tmp_path, monkeyp
 
     monkeypatch.setattr(runner, "_measure", diverge)
     cell = StudyCell("arm", {"seed": 0}, call="module:function")
-    assert "the loss of step 3 is nan" in runner.one(tmp_path, cell)
+    assert "the loss of step 3 is nan" in runner.run_cell((tmp_path, cell))
     assert json.loads((tmp_path / cell.name / "result.json").read_text())["outcome"] == "diverged"
     assert runner.due([(tmp_path, cell)]) == []
 
@@ -215,8 +215,8 @@ def test_the_learning_pass_stops_at_the_step(monkeypatch):
             steps.append(self.steps_done)
             return super().step(*given) * (math.inf if self.steps_done == 2 else 1.0)
 
-    monkeypatch.setattr(passes, "Trainer", Once)
-    prepared = passes.prepare({**sweeps.KNOWN_PARAMETERS, **SMALL, "lr": 1e-3}, progress=False)
+    monkeypatch.setattr(preparation, "Trainer", Once)
+    prepared = preparation.prepare({**KNOWN_PARAMETERS, **SMALL, "lr": 1e-3}, progress=False)
     with pytest.raises(Diverged, match="the loss of step 1 is inf"):
-        passes.learn(prepared, progress=False)
+        learning.learn(prepared, progress=False)
     assert steps == [0, 1]

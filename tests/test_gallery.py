@@ -72,7 +72,7 @@ def test_records_are_of_the_file_that_is_named(folder):
 
 def test_figures_follow_from_the_records(folder):
     made = read_made(folder)
-    again, kept = Lab.shown(PARAMS / made["file"]).figures, read_figures(folder)
+    again, kept = Lab.committed(PARAMS / made["file"]).figures, read_figures(folder)
     assert again.keys() == kept.keys()
     for name, figure in kept.items():
         for field in ("value", "low", "high", "p_holm"):

@@ -24,7 +24,7 @@ from vramlab.forecast.forecast import Question, forecast
 from vramlab.forecast.what_fits import changes, ladder, limited, what_fits
 from vramlab.processes import CallResult
 from vramlab.regimes.regime import read_row
-from vramlab.runs import passes
+from vramlab.runs import learning
 from vramlab.runs.execute import execute
 from vramlab.runs.folder import read_runs
 from vramlab.timeline.events import on_device, signed
@@ -359,7 +359,7 @@ def test_a_host_that_runs_out_has_no_card_to_ask_of(tmp_path, monkeypatch):
     def learn(*_):
         raise MemoryError("none")
 
-    monkeypatch.setattr(passes, "learn", learn)
+    monkeypatch.setattr(learning, "learn", learn)
     execute({**SMALL, "measure": False}, tmp_path / "r", progress=False)
     found = json.loads((tmp_path / "r" / "result.json").read_text())["oom"]
     assert found["would_fit"] == [] and found["asked_bytes"] is None

@@ -21,7 +21,7 @@ from vramlab.factcc.dataset import dataset
 from vramlab.factcc.generator import GeneratorConfig, generate_items
 from vramlab.factcc.prompt import check_room, sequences, training_batches
 from vramlab.files import ROOT
-from vramlab.runs import passes
+from vramlab.runs import preparation
 from vramlab.runs.execute import execute
 from vramlab.runs.parameters import KNOWN_PARAMETERS, resolve
 from vramlab.runs.sweep import read_sweep
@@ -160,7 +160,7 @@ def test_nothing_heavy_begins_before_the_parameters_and_the_data_are_right(tmp_p
     def heavy(*_):
         raise AssertionError("a base was begun")
 
-    monkeypatch.setattr(passes, "base_of", heavy)
+    monkeypatch.setattr(preparation, "base_of", heavy)
     for wrong in (
         {"train_items": 64, "batch_size": 33},
         {"lr": math.nan},

@@ -14,7 +14,7 @@ import released
 from vramlab.cli import main
 from vramlab.files import ROOT
 from vramlab.regimes.regime import read_regimes
-from vramlab.runs import passes
+from vramlab.runs import preparation
 from vramlab.runs.execute import execute
 from vramlab.runs.folder import Run
 from vramlab.runs.parameters import KNOWN_PARAMETERS, resolve
@@ -157,13 +157,13 @@ def test_every_row_of_the_file_is_one_that_can_be_run():
 
 def test_a_published_shape_without_its_weights_is_refused_before_anything_is_made():
     with pytest.raises(ValueError, match="baichuan2-7b has no weights.*path:"):
-        passes.base_of(
+        preparation.base_of(
             {**KNOWN_PARAMETERS, "model": "baichuan2-7b", "recipe": "smoke"}, progress=False
         )
 
 
 def test_a_checker_is_refused_before_training_begins(tmp_path, monkeypatch):
-    monkeypatch.setattr(passes, "prepare", lambda *_: pytest.fail("a model was prepared"))
+    monkeypatch.setattr(preparation, "prepare", lambda *_: pytest.fail("a model was prepared"))
     with pytest.raises(ValueError, match="no config.json"):
         execute({"generate": 1, "checker": str(tmp_path)}, tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match="set generate"):

@@ -48,6 +48,7 @@ SMALL = {
     "study": {
         "name": "lomo",
         "says": "x",
+        "module": "x.py",
         "defaults": {"steps": 3},
         "settings": {"a": 1},
         "pairs": {

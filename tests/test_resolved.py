@@ -13,7 +13,6 @@ from vramlab.forecast import what_fits as fitting
 from vramlab.forecast.forecast import Question, forecast
 from vramlab.regimes.parameters import model_spec, row_of, run_row, run_spec
 from vramlab.runs.parameters import KNOWN_PARAMETERS, resolve
-from vramlab.studies import calls as measurements
 
 CHANGED = {
     "weights": "bf16",
@@ -58,10 +57,7 @@ def test_run_forecast_study_and_notebook_mean_the_same_row_and_model(changes):
         params["batch_size"],
     )
     assert question.spec.fingerprint() == run_spec(params).fingerprint()
-    assert (
-        measurements._row({name: params[name] for name in ("regime", "weights", "axes")}).axes()
-        == row.axes()
-    )
+    assert row_of(params["regime"], params["weights"], params["axes"]).axes() == row.axes()
 
 
 def test_a_changed_config_is_another_forecast_and_changes_its_bytes():

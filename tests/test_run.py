@@ -14,7 +14,7 @@ from vramlab.factcc.dataset import dataset
 from vramlab.files import ROOT
 from vramlab.regimes.regime import ImpossibleHere
 from vramlab.runs import execute as run
-from vramlab.runs import passes
+from vramlab.runs import learning, preparation
 from vramlab.runs.execute import execute
 from vramlab.runs.folder import Run, read_runs
 from vramlab.runs.parameters import KNOWN_PARAMETERS, config_hash, resolve, run_id
@@ -117,7 +117,7 @@ def test_running_out_of_memory_is_a_result_and_other_errors_are_recorded_and_rai
     def learn(*_):
         raise error
 
-    monkeypatch.setattr(passes, "learn", learn)
+    monkeypatch.setattr(learning, "learn", learn)
     if outcome == "failed":
         with pytest.raises(RuntimeError, match="else"):
             execute({**SMALL, "measure": False}, tmp_path / "r", progress=False)
@@ -132,7 +132,7 @@ def test_an_interrupted_run_is_not_there(tmp_path, monkeypatch):
     def learn(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(passes, "learn", learn)
+    monkeypatch.setattr(learning, "learn", learn)
     with pytest.raises(KeyboardInterrupt):
         execute({**SMALL, "measure": False}, tmp_path / "r", progress=False)
     assert not (tmp_path / "r" / "result.json").exists()
@@ -221,7 +221,7 @@ def test_pre_training_starts_from_random_weights_of_its_seed_and_watches_the_log
     excess = (steps["loss"] - steps["cross_entropy"]) / 0.5  # the mean square of the highest logits
     assert (excess > 0).all() and (excess <= steps["highest_logit"] ** 2 + 1e-4).all()
     assert set(first.scores["domain"]) == {"news", "general", "law", "medicine"}
-    prepared = passes.prepare(resolve(asked), progress=False)
+    prepared = preparation.prepare(resolve(asked), progress=False)
     assert {item.domain for item in prepared.data.train} == {"news", "general", "law", "medicine"}
     batch = next(prepared.batches())[0]
     assert torch.equal(batch["labels"] != -100, batch["attention_mask"] == 1)

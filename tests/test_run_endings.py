@@ -21,7 +21,7 @@ from vramlab.capture import energy, nvml
 from vramlab.capture import nvml_sampler as sampler
 from vramlab.capture.nvml import COLUMNS
 from vramlab.runs import execute as run
-from vramlab.runs import passes
+from vramlab.runs import learning
 from vramlab.runs.execute import execute
 from vramlab.runs.folder import Run
 
@@ -100,7 +100,7 @@ def test_joules_for_a_thousand_tokens_are_in_the_result(card, tmp_path, monkeypa
 
 
 def test_steps_that_nobody_sampled_have_no_joules(card, tmp_path, monkeypatch):
-    learn = passes.learn
+    learn = learning.learn
 
     def longer(*given):  # as if each step had taken a second
         learned, model = learn(*given)
@@ -108,7 +108,7 @@ def test_steps_that_nobody_sampled_have_no_joules(card, tmp_path, monkeypatch):
         learned.steps["step_s"] = 1.0
         return learned, model
 
-    monkeypatch.setattr(passes, "learn", longer)
+    monkeypatch.setattr(learning, "learn", longer)
     told = Run(execute(QUICK, tmp_path / "r", progress=False)).result["energy"]
     assert told["j_per_1000_tokens"] is None and "do not span" in told["how"]
 
@@ -124,13 +124,13 @@ def test_without_a_card_the_result_says_why_and_there_is_no_file(tmp_path):
 
 
 def test_a_card_lost_to_nvml_costs_the_rest_of_the_samples(card, tmp_path, monkeypatch):
-    learn = passes.learn
+    learn = learning.learn
 
     def lose(*given):
         card.error = fake_nvml.LOST
         return learn(*given)
 
-    monkeypatch.setattr(passes, "learn", lose)
+    monkeypatch.setattr(learning, "learn", lose)
     found = readable(execute(QUICK, tmp_path / "r", progress=False))
     assert found.ok and "the card was lost" in found.result["nvml"]["said"][-1]
 
@@ -164,13 +164,13 @@ def test_a_sampling_thread_that_dies_costs_the_rest_of_the_samples(card, tmp_pat
 def test_a_card_lost_to_training_leaves_what_the_driver_said_until_then(
     card, tmp_path, monkeypatch, error, outcome
 ):
-    learn = passes.learn
+    learn = learning.learn
 
     def lose(*given):
         learn(*given)
         raise RuntimeError(error)
 
-    monkeypatch.setattr(passes, "learn", lose)
+    monkeypatch.setattr(learning, "learn", lose)
     with pytest.raises(RuntimeError, match="CUDA error"):
         execute(QUICK, tmp_path / "r", progress=False)
     found = readable(tmp_path / "r")
@@ -187,14 +187,14 @@ def full_for(monkeypatch, tmp_path):
     """From the learning pass on, the disk has no room for the file of this name."""
     if not FULL.exists():
         pytest.skip("no /dev/full on this system")
-    learn = passes.learn
+    learn = learning.learn
 
     def fill(name: str) -> None:
         def then(*given):
             (tmp_path / "r" / f"{name}.{os.getpid()}.part").symlink_to(FULL)
             return learn(*given)
 
-        monkeypatch.setattr(passes, "learn", then)
+        monkeypatch.setattr(learning, "learn", then)
 
     return fill
 
@@ -229,14 +229,14 @@ def test_parts_that_a_killed_run_left_are_gone_after_the_next(tmp_path):
 
 ON_A_FULL_DISK = """
 import sys
-from vramlab.runs import passes, execute as run
+from vramlab.runs import learning, preparation, execute as run
 
 def learn(*_):
     with open("filler", "wb", buffering=0) as file:
         while True:
             file.write(bytes(1024))
 
-passes.prepare, passes.learn = (lambda *_: None), learn
+preparation.prepare, learning.learn = (lambda *_: None), learn
 try:
     run.execute({"regime": "lomo"}, "r", progress=False)
 except OSError as error:

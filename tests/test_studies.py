@@ -10,8 +10,7 @@ import yaml
 from scipy import stats
 
 from vramlab.regimes.sharded import weights_hash
-from vramlab.studies import STUDIES, claims, runner
-from vramlab.studies import calls as measurements
+from vramlab.studies import STUDIES, claims, measurements, runner
 from vramlab.studies import estimates as evidence
 from vramlab.studies import run_all as batch
 from vramlab.studies.claims import NOT_REPRODUCED, REPRODUCED, UNTESTED, Claim, decide
@@ -38,6 +37,7 @@ def _file(tmp_path, **changes):
     said = {
         "name": "lomo",
         "says": "a test",
+        "module": "notebooks/studies/lomo.py",
         "defaults": SMOKE,
         "pairs": {
             "lomo against full": {
@@ -98,8 +98,8 @@ def test_records_from_runs_and_from_the_gallery_agree(tmp_path):
         {"model": "tiny", "seq": 64, "regime": "lomo", "axes": {"acts": "nothing"}},
         "vramlab.studies.measurements:predicted",
     )
-    assert "acts is 'nothing': use one of keep" in runner.one(tmp_path / "runs", broken)
-    assert [runner.one(tmp_path / "runs", cell) for cell in plan.every_cell()] == [""] * 7
+    assert "acts is 'nothing': use one of keep" in runner.run_cell((tmp_path / "runs", broken))
+    assert [runner.run_cell((tmp_path / "runs", cell)) for cell in plan.every_cell()] == [""] * 7
     assert runner.due([(tmp_path / "runs", cell) for cell in [*plan.every_cell(), broken]]) == [
         (tmp_path / "runs", broken)
     ]
@@ -329,7 +329,7 @@ def test_a_study_goes_from_its_file_to_the_gallery_and_a_second_time_runs_nothin
         UNTESTED
     }  # two seeds and few items decide nothing
     assert (
-        Lab.shown(small_lomo, tmp_path / "gallery").figures.keys()
+        Lab.committed(small_lomo, tmp_path / "gallery").figures.keys()
         == read_figures(tmp_path / "gallery" / "lomo").keys()
     )
     (again,) = batch.run([small_lomo], tmp_path / "out", dry_run=True)

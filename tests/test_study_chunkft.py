@@ -10,7 +10,7 @@ import yaml
 import chunkft
 from chunkft_trajectories import apart, gaps, layer_of, sliced
 from vramlab.studies import runner
-from vramlab.studies.calls import cost
+from vramlab.studies.measurements import cost
 from vramlab.studies.plan import read_plan
 from vramlab.studies.records import Records
 from vramlab.studies.study import Lab
@@ -104,6 +104,7 @@ def test_figures_from_runs(tmp_path):
     said = {
         "name": "chunkft",
         "says": "a test",
+        "module": "notebooks/studies/chunkft.py",
         "defaults": {**SMOKE, "regime": "chunkft"},
         "settings": {"published_gib": 13.72},
         "pairs": {
@@ -130,7 +131,9 @@ def test_figures_from_runs(tmp_path):
     path.write_text(yaml.safe_dump(said))
     plan = read_plan(path)
     assert [
-        runner.one(tmp_path / "runs", cell) for cell in plan.every_cell() if cell.arm != "proof"
+        runner.run_cell((tmp_path / "runs", cell))
+        for cell in plan.every_cell()
+        if cell.arm != "proof"
     ] == [""] * 3
     found = chunkft.figures(Lab(plan, tmp_path, Records.of(plan, tmp_path / "runs")))
     assert found["seeds_that_differ.K=1"].value == 0 and found["seeds_that_differ.K=1"].seeds == 1

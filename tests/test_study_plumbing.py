@@ -28,6 +28,7 @@ def written(folder: Path, name: str = "small", **changes) -> Path:
     said = {
         "name": "lomo",
         "says": "s",
+        "module": "notebooks/studies/lomo.py",
         "defaults": {"steps": 7, "seed": 1},
         "runs": {
             "bytes": {"call": "m:f", "alone": True, "defaults": {"seq": 64}},
@@ -149,7 +150,7 @@ def test_what_is_timed_goes_alone_and_a_failure_is_a_line(tmp_path, monkeypatch,
     monkeypatch.setattr(runner.os, "cpu_count", lambda: 6)
     cells = [(tmp_path, cell) for cell in [*alone, *together, *run, *reading]]
     failed = runner.make(cells, progress=False)
-    assert asked == [(runner._one, [*together, *run, *reading], 6), (runner._one, alone, 1)]
+    assert asked == [(runner.run_cell, [*together, *run, *reading], 6), (runner.run_cell, alone, 1)]
     place = tmp_path.name
     assert failed == [
         f"{place}, bytes, {together[1].name}: no",
@@ -173,21 +174,21 @@ def test_a_cell_records_how_it_ended_unless_it_has(tmp_path, monkeypatch, error,
 
     monkeypatch.setattr(runner, "execute", execute)
     cell, reason = StudyCell("quality", {"seed": 9}), f"{type(error).__name__}: {error}"
-    assert runner.one(tmp_path, cell) == reason
+    assert runner.run_cell((tmp_path, cell)) == reason
     said = {"schema": SCHEMA, "outcome": outcome, "reason": reason}
     assert json.loads((tmp_path / cell.name / "result.json").read_text()) == said
     ended(tmp_path / "again", cell, "oom")
-    assert runner._one((tmp_path / "again", cell)) == reason
+    assert runner.run_cell((tmp_path / "again", cell)) == reason
     assert (
         json.loads((tmp_path / "again" / cell.name / "result.json").read_text())["outcome"] == "oom"
     )
     monkeypatch.setattr(runner, "execute", lambda params, target, progress: None)
-    assert runner.one(tmp_path / "fine", cell) == "" and not (tmp_path / "fine").exists()
+    assert runner.run_cell((tmp_path / "fine", cell)) == "" and not (tmp_path / "fine").exists()
 
 
 def test_a_measurement_is_its_table_and_then_its_result(tmp_path):
     cell = StudyCell("bytes", {"data": {"x": [1, 2]}}, "pandas:DataFrame")
-    assert runner.one(tmp_path, cell) == ""
+    assert runner.run_cell((tmp_path, cell)) == ""
     assert pd.read_parquet(tmp_path / cell.name / "table.parquet")["x"].tolist() == [1, 2]
     assert json.loads((tmp_path / cell.name / "result.json").read_text()) == {
         "schema": SCHEMA,
@@ -196,6 +197,22 @@ def test_a_measurement_is_its_table_and_then_its_result(tmp_path):
         "call": "pandas:DataFrame",
         "params": {"data": {"x": [1, 2]}},
     }
+
+
+@pytest.mark.slow
+def test_a_worker_loads_a_studys_module_by_its_path_which_is_in_no_hash(tmp_path):
+    code = "import pandas as pd\ndef f(seq): return pd.DataFrame({'x': [seq]})\n"
+    (tmp_path / "beside_a_notebook.py").write_text(code)
+    plain = read_plan(written(tmp_path))
+    named = read_plan(
+        written(tmp_path, "named", calls={"m": str(tmp_path / "beside_a_notebook.py")})
+    )
+    (cell,) = named.arms["bytes"]
+    assert named.content_hash() == plain.content_hash()
+    assert cell.name == plain.arms["bytes"][0].name
+    assert runner.make([(tmp_path / "runs", cell)], progress=False) == []
+    table = pd.read_parquet(tmp_path / "runs" / cell.name / "table.parquet")
+    assert table["x"].tolist() == [64]
 
 
 # all studies --------------------------------------------------------------------------------------
@@ -265,7 +282,7 @@ def test_what_became_of_the_studies_in_words():
 
 
 def test_a_notebook_that_fails_is_told_by_its_last_line(tmp_path, monkeypatch):
-    plan = SimpleNamespace(path=batch.ROOT / "params" / "x.yml", name="lomo")
+    plan = SimpleNamespace(path=batch.ROOT / "params" / "x.yml", module="notebooks/studies/lomo.py")
     kept = {"log": "", "reason": ""}
 
     def call_once(target, call, output):

@@ -1,5 +1,5 @@
-"""Where the project's files lie; and files that are whole or not there, whoever is stopped while
-writing them."""
+"""The project's folders; and files that are written whole or not at all, even when the writer is
+killed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .reading import BadFile, read_json
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "outputs" / "cache"
-"""What can be made again: bases and forecasts."""
+"""Bases and forecasts, which can be made again."""
 FORECASTS = CACHE / "forecasts"
 BASES = ROOT / "outputs" / "reference" / "bases"
 """The base models that ship with the project, one folder each, named after model and recipe."""
@@ -30,27 +31,26 @@ content."""
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Text, whole or not at all."""
+    """Write text, whole or not at all."""
     _write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_table(frame: pd.DataFrame, path: Path, **options) -> None:
-    """A parquet file with checksums, whole or not at all. `options`: of `DataFrame.to_parquet`."""
+    """Write a parquet file with checksums, whole or not at all. `options` are those of
+    `DataFrame.to_parquet`."""
     _write(path, lambda partial: frame.to_parquet(partial, write_page_checksum=True, **options))
 
 
 def remove_stale(folder: Path, pattern: str, age_s: float = 86_400.0) -> None:
-    """Remove files and folders that match and are older than `age_s` seconds: parts that a killed
-    process left."""
+    """Remove the files and folders that match and are older than `age_s` seconds: a killed process
+    left them."""
     for path in folder.glob(pattern):
-        try:
-            old = time.time() - path.lstat().st_mtime > age_s
-        except FileNotFoundError:  # whoever wrote it has just finished
-            continue
-        if old and path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif old:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # its writer has just finished
+            if time.time() - path.lstat().st_mtime > age_s:
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
 
 
 def _write(path: Path, fill: Callable[[Path], object]) -> None:
@@ -65,19 +65,19 @@ def _write(path: Path, fill: Callable[[Path], object]) -> None:
 
 
 @cache
-def notice(words: str) -> None:
-    """Say on standard error, once a process, what was passed over or made again."""
-    print(f"vramlab: {words}", file=sys.stderr)
+def notice(sentence: str) -> None:
+    """Print a sentence to standard error, once in a process: what was skipped or made again."""
+    print(f"vramlab: {sentence}", file=sys.stderr)
 
 
 def write_checked(path: Path, content: Mapping) -> None:
-    """A JSON file with a checksum of its content, whole or not at all."""
+    """Write a JSON file with a checksum of its content, whole or not at all."""
     write_whole(path, json.dumps({**content, "checksum": _digest(content)}, separators=(",", ":")))
 
 
 def read_checked(path: Path) -> dict:
-    """What `write_checked` wrote. Raises: OSError; BadFile, for a file that is not JSON or does not
-    match its checksum."""
+    """Read what `write_checked` wrote. Raises: OSError; BadFile, for a file that is not JSON or
+    does not match its checksum."""
     content = read_json(path)
     if content.pop("checksum", None) != _digest(content):
         raise BadFile(f"{path} does not match its checksum, or has none")
@@ -91,8 +91,8 @@ def _digest(content: Mapping) -> str:
 def recall(
     path: Path, read: Callable[[Path], Any] = read_checked, say: Callable[[str], object] = notice
 ) -> Any:
-    """What is kept at `path`; None where nothing is, or what does not read back: then `say` gets a
-    sentence that names it."""
+    """Read the file at `path`; None, where it is missing or damaged. A damaged file is named
+    in a sentence that `say` gets."""
     try:
         return read(path)
     except FileNotFoundError:
@@ -105,29 +105,20 @@ def recall(
 def seal(folder: Path, *names: str) -> None:
     """Record the checksums of the files called `names` (default: every file under `folder`), so
     that `intact` notices a file that was changed, cut short or removed. Call it last: a folder
-    whose writer was killed has no seal, so it is not intact.
+    whose writer was killed then has no seal, and is not intact.
     """
-    paths = [folder / name for name in names] or [
-        path for path in sorted(folder.rglob("*")) if path.is_file()
-    ]
+    paths = [folder / name for name in names] or filter(Path.is_file, sorted(folder.rglob("*")))
     sums = {str(path.relative_to(folder)): checksum(path) for path in paths if path.name != SEAL}
     write_whole(folder / SEAL, json.dumps(sums, indent=1))
 
 
 def intact(folder: Path) -> bool:
-    """Whether `folder` was sealed and each sealed file still has its content. Files that came later
-    do not count."""
+    """Whether `folder` was sealed and each sealed file still has its content. Files that were added
+    later do not count."""
     try:
-        sums = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        return bool(sums) and all(
-            checksum(folder / name) == digest for name, digest in sums.items()
-        )
-    except (
-        OSError,
-        ValueError,
-        AttributeError,
-        TypeError,
-    ):  # no seal, a sealed file that is missing, or a damaged seal
+        sums = read_json(folder / SEAL)
+        return bool(sums) and all(checksum(folder / name) == sums[name] for name in sums)
+    except (OSError, ValueError):  # no seal, a damaged one, or a sealed file that is missing
         return False
 
 

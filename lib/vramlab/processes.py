@@ -3,12 +3,12 @@
     call_once("module:function", payload, limit_s=600)      # CallResult(value, reason, killed)
 
     for item, value, reason in side_by_side(function, items, jobs=4):
-        ...  # workers of one thread, each for many items
+        ...  # single-threaded workers, each for many items
 
 A child loads its function at once, beside whatever its parent does, and then calls it with each
 payload that is sent. It ends with its parent, even when the parent is killed. `run_cells` is the
-loop behind sweeps, studies, charts and the check on a GPU: it keeps so many cells at work, starts
-the next, ends those that take too long, and leaves no process behind, whatever stops it.
+loop behind sweeps, studies, charts and forecasts: it keeps a number of cells at work, starts the
+next, ends those that take too long, and leaves no process behind, whatever stops it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -80,8 +81,10 @@ class Child:
     ):
         self.target = target
         self.connection, far_end = multiprocessing.Pipe()
-        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *sys.path]))
-        arguments = [str(far_end.fileno()), str(os.getpid()), target]
+        # the rest of sys.path is the child's only: a kernel that it starts may be another Python
+        library, own = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")
+        path = f"{library}{os.pathsep}{own}" if own else library
+        arguments = [str(far_end.fileno()), str(os.getpid()), os.pathsep.join(sys.path), target]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "vramlab.processes", *arguments],
             env={**os.environ, "PYTHONPATH": path, **(environment or {})},
@@ -124,6 +127,7 @@ class Child:
 
     @property
     def alive(self) -> bool:
+        """Whether the process can take another call."""
         return self._process.poll() is None
 
     def stop(self, grace_s: float = 20.0) -> None:
@@ -180,10 +184,8 @@ def run_cells(
             stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, _interrupt))
         while time.monotonic() < ends_s:
             early = len(running) == jobs and all(map(may_start_next, running.values()))
-            for cell in waiting if len(running) < jobs + early else ():
+            for cell in islice(waiting, max(0, jobs + early - len(running))):
                 running[start(cell)] = cell
-                if len(running) >= jobs + early:
-                    break
             if not running:
                 return
             wait([child.connection for child in running], min(1.0, ends_s - time.monotonic()))
@@ -200,9 +202,9 @@ def side_by_side(
     environment: Mapping[str, str] | None = None,
     budget_s: float = math.inf,
 ) -> Iterator[tuple[Any, Any, str]]:
-    """Yield (item, `function(item)`, reason of its failure) as each item ends, in `jobs` processes
-    of one thread. A process that dies fails its own item; items that are not done after `budget_s`
-    seconds are left out. `function` and items must be picklable."""
+    """Yield (item, `function(item)`, reason of its failure) as each item ends, in `jobs`
+    single-threaded processes. A process that dies fails its own item; items that are not done after
+    `budget_s` seconds are left out. `function` and items must be picklable."""
     idle: list[Child] = []
 
     def start(item: Any) -> Child:
@@ -286,9 +288,11 @@ def _attempt(function: Callable, argument: Any) -> tuple[Any, str]:
         return None, f"{type(error).__name__}: {error}"
 
 
-def _serve(descriptor: str, parent: str, target: str) -> None:
-    """The child's side: answer each payload until the parent closes the connection."""
+def _serve(descriptor: str, parent: str, path: str, target: str) -> None:
+    """The child's side: answer each payload until the parent closes the connection. `path`: the
+    parent's `sys.path`."""
     _die_with(int(parent))
+    sys.path += path.split(os.pathsep)
     connection = Connection(int(descriptor))
     function, reason = _attempt(pkgutil.resolve_name, target)
     with suppress(EOFError, ConnectionResetError, KeyboardInterrupt):

@@ -12,7 +12,7 @@ from vramlab.baichuan import BaichuanForCausalLM
 from vramlab.factcc.prompt import IGNORED
 from vramlab.regimes.parameters import model_spec
 from vramlab.runs.parameters import resolve
-from vramlab.runs.passes import prepare
+from vramlab.runs.preparation import prepare
 
 
 def shape(model: str) -> pd.DataFrame:

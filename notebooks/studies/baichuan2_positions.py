@@ -13,7 +13,7 @@ depends on how it is formed:
                 code's. Here near keys of a late query are the ones that collide.
     bf16 steps  slope and distance rounded before they are multiplied, and the product again.
 
-Tables of this file are measurements of a study (`studies.calls`): one row a cell, plain columns.
+Tables of this file are a study's measurements: one row a cell, plain columns.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vramlab.baichuan.attention import alibi_slopes
 from vramlab.factcc.generator import generate_items
 from vramlab.factcc.scoring import score_items
 from vramlab.runs.parameters import KNOWN_PARAMETERS
-from vramlab.runs.passes import base_of
+from vramlab.runs.preparation import base_of
 
 FORMS = ("relative", "absolute", "bf16 steps")
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from vramlab.factcc.statistics import LEVEL
 from vramlab.runs.parameters import resolve
-from vramlab.runs.passes import prepare
+from vramlab.runs.preparation import prepare
 from vramlab.studies.estimates import Figure, NotRun, corrected, ratio_by_seed
 from vramlab.studies.records import Records
 from vramlab.training.trainer import Schedule, Trainer

@@ -17,7 +17,7 @@ from dataclasses import replace
 import pandas as pd
 
 from chunkft_trajectories import EVERY
-from vramlab.studies.estimates import Figure, NotRun, by_seed, corrected, ratio_by_seed, there
+from vramlab.studies.estimates import Figure, NotRun, available, by_seed, corrected, ratio_by_seed
 from vramlab.studies.plan import Pair
 from vramlab.studies.study import Lab
 
@@ -79,7 +79,7 @@ def _pairs(lab: Lab) -> Iterator[tuple[str, Figure]]:
 
     for kind, made in (("accuracy", accuracy), ("loss", loss)):
         family = dict(
-            there(
+            available(
                 {
                     f"{kind}.{pair.name}": lambda pair=pair, made=made: made(pair)
                     for pair in lab.plan.pairs
@@ -144,7 +144,7 @@ def _same_weights(lab: Lab) -> Iterator[tuple[str, Figure]]:
         )
 
     fates, select = by_chunks(lab, "fate", "state"), lab.records.select
-    yield from there(
+    yield from available(
         {
             "seeds_that_differ.K=1": lambda: differing(
                 select("identity", regime=CHUNKED), select("identity", regime=DENSE)

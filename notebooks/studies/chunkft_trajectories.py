@@ -23,8 +23,8 @@ from vramlab.observer import Observer
 from vramlab.regimes.parameters import model_spec
 from vramlab.regimes.regime import read_row
 from vramlab.regimes.trains.leaves import ActiveLeaves
-from vramlab.runs import passes
 from vramlab.runs.parameters import resolve
+from vramlab.runs.preparation import prepare
 
 Weights = Mapping[str, Tensor]
 EVERY = "all"
@@ -60,7 +60,7 @@ def apart(
 
 def _path(params: Mapping, at: Sequence[float]) -> list[Weights]:
     """The weights before the first step and after each of `at`."""
-    prepared = passes.prepare(resolve(params), progress=False)
+    prepared = prepare(resolve(params), progress=False)
     trainer = prepared.trainer(prepared.regime, copy.deepcopy(prepared.model), Observer())
     steps = prepared.params["steps"]
     due = [max(1, round(share * steps)) for share in at]

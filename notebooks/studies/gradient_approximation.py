@@ -23,7 +23,7 @@ from functools import partial
 
 import pandas as pd
 
-from vramlab.studies.estimates import Figure, NotRun, by_seed, corrected, ratio_by_seed, there
+from vramlab.studies.estimates import Figure, NotRun, available, by_seed, corrected, ratio_by_seed
 from vramlab.studies.study import Lab
 
 CYCLE = 8
@@ -65,7 +65,7 @@ def _accuracies(lab: Lab) -> Iterator[tuple[str, Figure]]:
     """`accuracy.<row>.<shift>`: balanced, at the threshold of the run's own validation items;
     `trained.<row>`: share of all parameters; `loss.<row>`: of the last ten steps."""
     for name in lab.plan.settings["rows"]:
-        yield from there(
+        yield from available(
             {
                 f"accuracy.{name}.{shift}": lambda name=name, place=place: lab.records.balanced(
                     rows_of(lab, TABLE, name), *place
@@ -73,7 +73,7 @@ def _accuracies(lab: Lab) -> Iterator[tuple[str, Figure]]:
                 for shift, place in lab.plan.settings["places"].items()
             }
         )
-        yield from there(
+        yield from available(
             {
                 f"trained.{name}": lambda name=name: _trained(rows_of(lab, TABLE, name)),
                 f"loss.{name}": lambda name=name: by_seed(rows_of(lab, TABLE, name)["loss_last"]),
@@ -109,10 +109,10 @@ def _right(lab: Lab) -> Iterator[tuple[str, Figure]]:
         return replace(by_seed(shown["value"]), n=int(shown["n"].iloc[0]))
 
     for name in lab.plan.settings["rows"]:
-        yield from there(
+        yield from available(
             {f"right.{name}": lambda name=name: made(rows_of(lab, TABLE, name), "yesno")}
         )
-    yield from there(
+    yield from available(
         {
             "right.majority": lambda: replace(
                 made(lab.records.select(TABLE), "majority"), kind="computed", seeds=0, contains=""
@@ -131,7 +131,7 @@ def _pairs(lab: Lab) -> Iterator[tuple[str, Figure]]:
 
     yield from corrected(
         dict(
-            there(
+            available(
                 {f"difference.{pair.name}": lambda pair=pair: made(pair) for pair in lab.plan.pairs}
             )
         )
@@ -142,7 +142,7 @@ def _depths(lab: Lab) -> Iterator[tuple[str, Figure]]:
     """`depth.<construction>.<layers>` and `depth_cosine.<construction>.<layers>`"""
     for construction, depths in lab.plan.settings["depths"].items():
         for layers, where in depths.items():
-            yield from there(
+            yield from available(
                 {
                     f"depth.{construction}.{layers}": lambda where=where: lab.records.balanced(
                         lab.records.select(DEPTH, **where), lab.plan.settings["domain"]
@@ -159,7 +159,7 @@ def _grids(lab: Lab) -> Iterator[tuple[str, Figure]]:
     the settings name."""
     for arm, parameter in lab.plan.settings["grids"].items():
         for value in sorted({cell.params[parameter] for cell in lab.plan.arms[arm]}):
-            yield from there(
+            yield from available(
                 {
                     f"{arm}.{name}.{value}": partial(_balanced, lab, arm, name, {parameter: value})
                     for name in COMPARED
@@ -198,7 +198,7 @@ def _cosines(lab: Lab) -> Iterator[tuple[str, Figure]]:
     """`cosine.<row>`: of the guess and the true gradient on the same batch, all sites together;
     `cosine.<row>.bottom`: of the lowest site that is guessed."""
     for name in ("literal", "residual", "anchored identity", *BASELINES):
-        yield from there(
+        yield from available(
             {
                 f"cosine.{name}": lambda name=name: _cosine(lab, rows_of(lab, TABLE, name)),
                 f"cosine.{name}.bottom": lambda name=name: _cosine(

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from vramlab.regimes.parameters import model_spec
-from vramlab.studies.estimates import Figure, NotRun, by_seed, corrected, ratio_by_seed, there
+from vramlab.studies.estimates import Figure, NotRun, available, by_seed, corrected, ratio_by_seed
 from vramlab.studies.plan import Pair
 from vramlab.studies.records import Records
 
@@ -185,14 +185,14 @@ def _same(records: Records) -> dict[str, Figure]:
             float(differing.sum()), "learned", "seeds", seeds=len(differing), equal="updates"
         )
 
-    return dict(there({"seeds_that_differ": differ}))
+    return dict(available({"seeds_that_differ": differ}))
 
 
 def _pairs(lab) -> dict[str, Figure]:
     """The comparisons the file names, one family for Holm."""
     return corrected(
         dict(
-            there(
+            available(
                 {
                     pair.name.replace(" ", "_"): partial(_difference, lab.records, pair)
                     for pair in lab.plan.pairs
@@ -241,7 +241,7 @@ def _best(lab) -> dict[str, Figure]:
     }
     return corrected(
         dict(
-            there(
+            available(
                 {
                     f"{one}_minus_{other}".lower(): partial(
                         lab.records.difference, best[one], best[other], DOMAIN, TRAINED_ON

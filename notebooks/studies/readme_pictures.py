@@ -41,7 +41,7 @@ def take(gallery: Path = GALLERY) -> list[Path]:
         )
         return [
             _photograph(
-                page, draw(Lab.shown(study, gallery)), gallery / "pictures" / f"{study}.png"
+                page, draw(Lab.committed(study, gallery)), gallery / "pictures" / f"{study}.png"
             )
             for study, draw in PICTURES.items()
         ]

@@ -19,7 +19,7 @@ from ..capture.nvml_sampler import Sampler
 from ..forecast.forecast import Question
 from ..runs.execute import execute, out_of_memory
 from ..runs.folder import Run
-from ..runs.passes import speed
+from ..runs.learning import speed
 from ..training.clock import clock
 from ..training.trainer import Trainer
 from .recorded_step import record_step, watch

@@ -1,4 +1,4 @@
-"""The notebook of one cell, executed in a process of its own. A module apart from the sweep, so
+"""The notebook of a cell, executed in a process of its own. A module apart from the sweep, so
 that the process starts without torch."""
 
 from collections.abc import Mapping

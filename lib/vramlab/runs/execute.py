@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from ..regimes.parameters import run_row, run_spec
 from ..regimes.place.place import alone
 from ..regimes.regime import check_machine
 from ..training.trainer import Diverged
-from . import evaluate, passes
+from . import evaluate, learning, passes, preparation
 from .folder import seal_run
 from .parameters import KNOWN_PARAMETERS, SCHEMA, config_hash, resolve
 
@@ -117,7 +116,7 @@ def _passes(params: dict, folder: Path, progress: bool) -> dict:
     # started first, so that it does not load while training is timed
     target, quiet = "vramlab.runs.passes:measured", subprocess.DEVNULL
     with Child(target, MALLOC_ENV, quiet) if measuring else nullcontext() as process:
-        prepared = passes.prepare(params, progress)
+        prepared = preparation.prepare(params, progress)
         take_turn()
         if process:
             process.wait_until_loaded()
@@ -126,7 +125,7 @@ def _passes(params: dict, folder: Path, progress: bool) -> dict:
 
 def _learned(
     params: dict,
-    prepared: passes.Prepared,
+    prepared: preparation.Prepared,
     process: Child | None,
     folder: Path,
     progress: bool,
@@ -136,45 +135,43 @@ def _learned(
     sampler = Sampler(find(params["device"]))
     try:
         with sampler:
-            learned, trained = passes.learn(prepared, progress)
+            learned, trained = learning.learn(prepared, progress)
     finally:
         peaks = _keep_samples(sampler, folder)
     write_table(learned.steps, folder / "steps.parquet")
     if len(learned.probes):
         write_table(learned.probes, folder / "probes.parquet")
-    # nothing is timed any more: the measured process, which counts its own bytes only, may run
-    # beside the scoring
-    with ThreadPoolExecutor(1) as beside:
-        measured = beside.submit(_measured, params, process) if params["measure"] else None
-        scores = evaluate.score(trained, prepared, progress)
-        if not torch.tensor(scores[[*MODEL_SCORINGS]].to_numpy()).isfinite().all():
-            raise Diverged(
-                params["steps"] - 1,
-                "scores",
-                "the trained model's scores are not finite, though every loss was",
-            )
-        written = evaluate.write(trained, prepared, progress) if params["generate"] else None
-        weights_hash = sharded.weights_hash(trained)
-        del trained
-        write_table(scores, folder / "scores.parquet")
-        write_table(summarise(scores), folder / "accuracy.parquet")
-        result = {
-            **learned.result,
-            "energy": per_tokens(passes.warm(learned.steps), sampler.frame()),
-            "nvml": peaks,
-            "base": prepared.base_record,
-            "weights_hash": weights_hash,
-            "host_bytes": 0,
-            "truncated_share": float(scores["truncated"].mean()),
-            "problems": prepared.data.problems,
-            "notes": passes.notes(prepared),
-        }
-        if written:
-            result["generation"] = evaluate.judge(*written, params, folder, progress)
-        return {
-            **result,
-            **(_memory(metered or passes.meter(prepared), measured, folder) if measured else {}),
-        }
+    if process:  # nothing is timed any more, and it counts its own bytes only: beside the scoring
+        process.send({name: params[name] for name in KNOWN_PARAMETERS}, limit_s=600)
+    scores = evaluate.score(trained, prepared, progress)
+    if not torch.tensor(scores[[*MODEL_SCORINGS]].to_numpy()).isfinite().all():
+        raise Diverged(
+            params["steps"] - 1,
+            "scores",
+            "the trained model's scores are not finite, though every loss was",
+        )
+    written = evaluate.write(trained, prepared, progress) if params["generate"] else None
+    weights_hash = sharded.weights_hash(trained)
+    del trained
+    write_table(scores, folder / "scores.parquet")
+    write_table(summarise(scores), folder / "accuracy.parquet")
+    result = {
+        **learned.result,
+        "energy": per_tokens(learning.warm(learned.steps), sampler.frame()),
+        "nvml": peaks,
+        "base": prepared.base_record,
+        "weights_hash": weights_hash,
+        "host_bytes": 0,
+        "truncated_share": float(scores["truncated"].mean()),
+        "problems": prepared.data.problems,
+        "notes": passes.notes(prepared),
+    }
+    if written:
+        result["generation"] = evaluate.judge(*written, params, folder, progress)
+    if params["measure"]:
+        metered = metered or passes.meter(prepared)
+        result |= _memory(metered, process, params["device"], folder)
+    return result
 
 
 def _keep_samples(sampler: Sampler, folder: Path) -> dict:
@@ -199,26 +196,17 @@ def _largest(sizes: pd.Series) -> int | None:
     return int(sizes.max()) if sizes.notna().any() else None
 
 
-def _memory(metered: passes.Metered, measured: Future, folder: Path) -> dict:
+def _memory(metered: passes.Metered, process: Child | None, device: str, folder: Path) -> dict:
     """Write `timeline.parquet`; return the results of both memory passes."""
     write_table(metered.events, folder / "timeline.parquet")
-    process = measured.result()
-    peaks = {"meter": metered.result["peak"]["peak_bytes"], "process": process.get("peak_bytes")}
-    return {**metered.result, "process": process, "peak_bytes": peaks}
-
-
-def _measured(params: dict, process: Child | None) -> dict:
-    """The operating system's own peak for the same two steps, in a process that does nothing
-    else."""
-    if process is None:
-        return {
-            "outcome": "n/a",
-            "reason": (
-                f"N/A: the operating system sees host memory, and the run is on {params['device']}"
-            ),
-        }
-    process.send({name: params[name] for name in KNOWN_PARAMETERS}, limit_s=600)
-    return {**process.result().to_dict(), "allocator": MALLOC_ENV}
+    if process:
+        measured = {**process.result().to_dict(), "allocator": MALLOC_ENV}
+    else:
+        reason = f"N/A: the operating system sees host memory, and the run is on {device}"
+        measured = {"outcome": "n/a", "reason": reason}
+    peak_bytes = metered.result["peak"]["peak_bytes"]
+    peaks = {"meter": peak_bytes, "process": measured.get("peak_bytes")}
+    return {**metered.result, "process": measured, "peak_bytes": peaks}
 
 
 def _reserve(path: Path) -> None:

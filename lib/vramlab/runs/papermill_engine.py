@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import nbformat
-from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine
 from traitlets.config import Config
@@ -22,34 +22,23 @@ from .folder import KILLED
 
 
 class HonestClient(PapermillNotebookClient):
-    """Stops at the first cell that fails, and records why."""
+    """A client for which a lost kernel is an error of the cell that was running."""
 
     _kernel_lost = False
-    """The kernel is dead or busy, so it cannot be asked for its language."""
 
-    def papermill_execute_cells(self) -> None:
-        for index, cell in enumerate(self.nb.cells):
-            try:
-                self.nb_man.cell_start(cell, index)
-                self.execute_cell(cell, index)
-            except Exception as error:
-                self._record(cell, error)
-                self.nb_man.cell_exception(cell, cell_index=index, exception=error)
-                break
-            finally:
-                self.nb_man.cell_complete(cell, cell_index=index)
-
-    def _record(self, cell, error: Exception) -> None:
-        """Append the error output that a lost kernel did not write."""
-        if isinstance(error, DeadKernelError):
+    def execute_cell(self, cell, *args, **kwargs):
+        """Execute the cell. Raises: CellExecutionError, also when the kernel died or did not end in
+        time."""
+        try:
+            return super().execute_cell(cell, *args, **kwargs)
+        except DeadKernelError:
             name, reason = "KernelDied", self._cause_of_death()
-        elif isinstance(error, CellTimeoutError):
+        except CellTimeoutError as error:
             name, reason = "CellTimeout", str(error).strip().splitlines()[0]
-        else:  # the kernel has written its own output
-            return
         self._kernel_lost = True
         output = {"ename": name, "evalue": reason, "traceback": [f"{name}: {reason}"]}
         cell.outputs.append(nbformat.v4.new_output("error", **output))
+        raise CellExecutionError(f"{name}: {reason}", name, reason)
 
     def _cause_of_death(self) -> str:
         code = self.km.provisioner.process.poll()
@@ -57,15 +46,11 @@ class HonestClient(PapermillNotebookClient):
             return f"{KILLED}, as the operating system does when memory runs out"
         return f"the notebook's process ended by itself, code {code}"
 
-    def execute(self, **kwargs):
-        self.reset_execution_trackers()
-        with self.setup_kernel(**kwargs):
-            self.papermill_execute_cells()
-            if not self._kernel_lost:
-                info = self.wait_for_reply(self.kc.kernel_info())
-                self.nb.metadata["language_info"] = info["content"]["language_info"]
-                self.set_widgets_metadata()
-        return self.nb
+    def wait_for_reply(self, *args, **kwargs):
+        """The kernel's reply to the question for its language, which a lost one does not answer."""
+        if self._kernel_lost:
+            return {"content": {"language_info": self.nb.metadata.get("language_info", {})}}
+        return super().wait_for_reply(*args, **kwargs)
 
 
 class HonestEngine(NBClientEngine):

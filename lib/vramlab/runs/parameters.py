@@ -1,5 +1,5 @@
-"""Every parameter of a run, its default and what it may be. What cannot work is refused where it is
-read, all of it at once."""
+"""Every parameter of a run, its default and its possible values. Parameters that cannot work are
+refused when they are read, all of them at once."""
 
 from __future__ import annotations
 
@@ -54,19 +54,26 @@ KNOWN_PARAMETERS: dict[str, object] = {
     "generate": 0,
     "checker": "",
 }
-"""Every parameter of a run, with its default. `lr: 0` is the row's own; `items: ""` is generated
-data: claims or questions, as `task` says, on documents of `records` records; `test_domains: ""` is
-all, of generated data beside the training domain, and so is `test_shifts: ""`, of generated data,
-of none, mild and moderate; `config` sets fields of the model's config anew, for its base too, for
-example {"norm_head": false}; `threads: 0` is as many as there are cores; `measure: false` leaves
-the two memory passes out; `watch_logits: true` adds the highest logit, and the cross-entropy
-without max-z, to each step's row; `limit_mib` is all the device has for the allocator (on a CPU, in
-the metered pass, which then comes first), 0 what there is; `weights` is a storage type in place of
-the row's own, for example "bf16"; `axes` are answers in place of the row's, as a row says them, for
-example {"trains": {"chunks": {"count": 64}}, "clip": 1.0}, and win over `weights`, see
-`parameters`; `generate` is how many test documents of each domain and shift the trained model
-writes a claim for, 0 leaves that out; `checker` is the folder of a published judge of those
-claims."""
+"""Every parameter of a run, with its default.
+
+`axes`          values in place of the row's, written as in a row, for example
+                {"trains": {"chunks": {"count": 64}}, "clip": 1.0}; they win over `weights`
+`checker`       folder of a published judge of the claims that `generate` asks for
+`config`        fields of the model's config, also of its base's, such as {"norm_head": false}
+`generate`      test documents of each domain and shift that the trained model writes a claim for
+`items`         a data set on disk; empty: generated items, as `task` and `records` say
+`limit_mib`     memory of the device for the allocator, 0: all of it. On a CPU it limits the metered
+                pass, which then comes first
+`lr`            0: the row's own
+`measure`       false: no memory passes
+`records`       records of a generated document
+`task`          generated items: claims or questions
+`test_domains`  of generated items, separated by commas; empty: all
+`test_shifts`   of generated items in the training domain; empty: none, mild and moderate
+`threads`       0: one a core
+`watch_logits`  adds the highest logit, and the cross-entropy without max-z, to each step's row
+`weights`       a storage type in place of the row's own, such as "bf16"
+"""
 
 
 def _number(least: float, most: float, more: str = "") -> tuple[Callable, str]:
@@ -77,8 +84,8 @@ def _name(known: Collection[str], more: str = "") -> tuple[Callable, str]:
     return lambda value: value in known, f"one of {', '.join(filter(None, known))}{more}"
 
 
-# what a value of the parameter's type may be, and that in words; a parameter that is not here may
-# be any
+# parameter -> (whether a value of its type is possible, the possible values in words); a parameter
+# without an entry may have any value of its type
 RANGES: dict[str, tuple[Callable, str]] = {
     "task": _name(TASKS),
     "objective": _name(OBJECTIVES),
@@ -152,8 +159,8 @@ def _batch_size(full: Mapping) -> str:
     )
 
 
-# the parameters that a check is about, and the check: it returns or raises why they cannot work,
-# which is said of the first of them
+# (parameters, check): the check returns or raises the reason why they cannot work together; it is
+# reported for the first of them
 CHECKS: tuple[tuple[tuple[str, ...], Callable[[Mapping], object]], ...] = (
     (("regime", "axes", "weights"), lambda full: run_row(full) and ""),
     (("model", "config"), lambda full: run_spec(full) and ""),
@@ -189,8 +196,8 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Mapping], object]], ...] = (
 
 
 def faults(full: Mapping) -> dict[str, str]:
-    """name -> why its value cannot work, and what would, of everything that is wrong with
-    parameters over the defaults."""
+    """Parameter -> why its value cannot work, and what would. `full`: parameters over the
+    defaults."""
     wrong = {
         name: (
             f"unknown parameter {name!r:.80}{nearest(str(name)[:80], KNOWN_PARAMETERS)}; known: "
@@ -214,12 +221,12 @@ def faults(full: Mapping) -> dict[str, str]:
         try:
             reason = "" if wrong.keys() & {*names} else check(full)
         except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-            given = [
+            values = [
                 f"{name} is {full[name]!r:.80}: "
                 for name in names
                 if isinstance(full[name], dict) and full[name]
             ]
-            reason = "".join(given) + str(error)
+            reason = "".join(values) + str(error)
         if reason:
             wrong[names[0]] = reason
     return wrong
@@ -241,17 +248,17 @@ def resolve(params: Mapping) -> dict:
 
 def config_hash(params: Mapping) -> str:
     """Hash of everything that decides the run's numbers: parameters, the row, the model's file and
-    the data on disk. Of the parameters, those that are not at their default, so that one more
-    parameter renames no run; another default is another `SCHEMA`."""
+    the data on disk. Parameters at their default are left out, so that a new parameter renames no
+    run; a new default is a new `SCHEMA`."""
     full = resolve(params)
-    said = {
+    changed = {
         name: value
         for name, value in full.items()
         if name not in KNOWN_PARAMETERS or value != KNOWN_PARAMETERS[name]
     }
     content = {
         "schema": SCHEMA,
-        "params": said,
+        "params": changed,
         "model": run_spec(full).fingerprint(),
         "items": _files(full["items"]),
     }
@@ -269,10 +276,11 @@ def _files(path: str) -> list:
 
 @cache
 def _checksum(file: Path, *_: int) -> str:
-    """Once for all cells of a sweep, as long as the file has the same time and size."""
+    """The checksum, computed once for all cells of a sweep while the file keeps its time and
+    size."""
     return checksum(file)
 
 
 def run_id(params: Mapping) -> str:
-    """The folder name of a run: regime and the head of its hash."""
+    """The folder name of a run: its regime and the start of its hash."""
     return f"{params.get('regime', KNOWN_PARAMETERS['regime'])}-{config_hash(params)[:8]}"

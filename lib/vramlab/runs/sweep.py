@@ -1,6 +1,6 @@
-"""A sweep: every cell of a grid through papermill, one process a cell, resumable.
+"""A sweep: every cell of a grid through papermill, one process for each cell, resumable.
 
-Nothing but finished folders is remembered: a sweep that is killed loses the cell it was in and no
+A finished cell is known by its folder only: a sweep that is killed loses the cell it was in, and no
 other.
 """
 
@@ -19,7 +19,7 @@ from ..files import notice, write_checked, write_whole
 from ..processes import TURN, Child, alone, run_cells
 from .folder import KILLED, Run, is_due
 from .parameters import SCHEMA, config_hash
-from .passes import make_bases
+from .preparation import make_bases
 from .sweep_file import Cell, read_sweep
 
 TIMED = "steps.parquet"
@@ -27,12 +27,13 @@ TIMED = "steps.parquet"
 
 
 class Swept(NamedTuple):
-    """How a sweep ended. `code`: 0 when every cell ended ok, 1 when one did not, 130 on Ctrl-C;
-    `rows`: one a cell."""
+    """How a sweep ended."""
 
     code: int
+    """0 when every cell ended ok, 1 when one did not, 130 on Ctrl-C."""
     folder: Path
     rows: list[dict]
+    """One for each cell."""
 
 
 def sweep(
@@ -43,18 +44,14 @@ def sweep(
     dry_run: bool = False,
     quiet: bool = False,
 ) -> Swept:
-    """Run what is not finished, or with `dry_run` say what that is."""
+    """Run the cells of a sweep's file that have not ended; with `retry` those too that ended so,
+    and with `force` all. With `dry_run`, only list them. Raises: as `read_sweep`; ValueError, when
+    another sweep is running in the folder."""
     notebook, folder, cells = read_sweep(path, out)
-    for name, given in sorted(
-        {
-            (name, cell.full[name])
-            for cell in cells
-            for name in ("items", "checker")
-            if cell.full[name]
-        }
-    ):
-        if not Path(given).exists():
-            notice(f"{name} {given} does not exist here: its runs will fail")
+    data = {(name, cell.full[name]) for cell in cells for name in ("items", "checker")}
+    for name, data_path in sorted(data):
+        if data_path and not Path(data_path).exists():
+            notice(f"{name} {data_path} does not exist here: its runs will fail")
     outcomes = {cell.run_id: cell.outcome() for cell in cells}
     due = [cell for cell in cells if force or is_due(outcomes[cell.run_id], retry)]
     if dry_run:
@@ -63,24 +60,20 @@ def sweep(
             for c in cells
         ]
         return Swept(0, folder, rows)
+    index = [{**cell.params, "run_id": cell.run_id} for cell in cells]
     with alone(folder, "sweep"):
-        write_checked(
-            folder / "sweep.json",
-            {
-                "schema": SCHEMA,
-                "sweep": Path(path).name,
-                "cells": [{**c.params, "run_id": c.run_id} for c in cells],
-            },
-        )
+        name = Path(path).name
+        write_checked(folder / "sweep.json", {"schema": SCHEMA, "sweep": name, "cells": index})
         try:
             _run_all(notebook, due, len(cells) - len(due), quiet)
         except KeyboardInterrupt:
+            rows = [_row(cell) for cell in cells]
             print(
-                f"\nstopped; {sum(c.outcome() is not None for c in cells)} of {len(cells)} cells"
+                f"\nstopped; {sum(row['outcome'] != 'due' for row in rows)} of {len(cells)} cells"
                 " are finished and kept: the same command goes on from here",
                 file=sys.stderr,
             )
-            return Swept(130, folder, [_row(cell) for cell in cells])
+            return Swept(130, folder, rows)
     rows = [_row(cell) for cell in cells]
     return Swept(0 if all(row["outcome"] == "ok" for row in rows) else 1, folder, rows)
 
@@ -139,8 +132,8 @@ def _nothing_is_timed(cell: Cell) -> bool:
 
 
 def _record_end(cell: Cell, reason: str) -> None:
-    """Write the result of a cell whose kernel did not live to write one. `reason`: how its process
-    ended, for a log that says nothing."""
+    """Write the result of a cell whose kernel did not live to write it. `reason`: how its process
+    ended, used where the log is empty."""
     if cell.outcome() is not None:
         return
     log = (cell.folder / "notebook.log").read_text(errors="replace").strip().splitlines()
@@ -168,7 +161,7 @@ def _record_end(cell: Cell, reason: str) -> None:
 
 
 def _row(cell: Cell) -> dict:
-    """A cell that has not ended is `due`."""
+    """The row of a cell; its outcome is `due`, if it has not ended."""
     ended = cell.outcome()
     result = Run(cell.folder).result if ended else {}
     return {

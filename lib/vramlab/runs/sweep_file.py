@@ -1,4 +1,4 @@
-"""A sweep's file: a grid of parameters over defaults, and the cells that it stands for.
+"""A sweep's file: a grid of parameters over defaults, and its cells.
 
 A cell's folder is named by the hash of what decides its numbers, so a finished run is found again
 and a changed one is new.
@@ -24,9 +24,10 @@ KEYS = {
     "defaults": Mapping[str, Any] | None,
     "grid": Mapping[str, Any],
 }
-"""What a sweep's file may say; `name` is the folder's under outputs/, by default the file's own."""
+"""Keys of a sweep's file. `name` is that of its folder under outputs/, by default the file's."""
 MOST_CELLS = 10_000
 SEVERAL = "with"
+"""The axis of a grid whose values set several parameters at once."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,13 @@ class Cell:
         return {**KNOWN_PARAMETERS, **self.params}
 
     def outcome(self) -> str | None:
-        """How its finished run ended; None when there is none."""
+        """How its run ended; None, when it has not ended."""
         return outcome(self.folder)
 
 
 def read_sweep(path: Path | str, out: Path | str | None = None) -> tuple[Path, Path, list[Cell]]:
-    """(notebook, output folder, cells) of a sweep file, every combination of its grid over its
-    defaults. Combinations that are the same run are one cell, which a notice says.
+    """(notebook, output folder, cells) of a sweep's file: every combination of its grid over its
+    defaults. Combinations that make the same run are one cell; a notice reports them.
 
     Raises: FileNotFoundError; ValueError, for an unknown key, an empty grid axis or parameters that
     no run has.
@@ -64,57 +65,46 @@ def read_sweep(path: Path | str, out: Path | str | None = None) -> tuple[Path, P
         raise FileNotFoundError(
             f"no sweep {path}{nearest(path.name, known)}: params/ has {', '.join(known)}"
         )
-    spec = {
-        "name": path.stem,
-        "notebook": "notebooks/finetune.ipynb",
-        **checked(read_yaml(path), KEYS, str(path), ("grid",)),
-    }
+    spec = {"name": path.stem, "notebook": "notebooks/finetune.ipynb"}
+    spec |= checked(read_yaml(path), KEYS, str(path), ("grid",))
     if not spec["grid"] or not plain_name(spec["name"]) or "\0" in spec["notebook"]:
         raise BadFile(
             f"{path} has no grid, or the name {spec['name']!r}, or notebook {spec['notebook']!r}:"
             " give a grid, a name for one folder under outputs/, and the path of a notebook"
         )
     folder, notebook = Path(out) if out else Path("outputs") / spec["name"], Path(spec["notebook"])
-    notebook = notebook if notebook.exists() else ROOT / notebook
-    every = [
-        {**(spec.get("defaults") or {}), **chosen}
-        for chosen in combinations(str(path), spec["grid"])
-    ]
+    defaults, chosen = spec.get("defaults") or {}, combinations(str(path), spec["grid"])
     cells: dict[str, Cell] = {}
-    for params in every:
+    for params in ({**defaults, **values} for values in chosen):
         try:
             name = run_id(params)
         except ValueError as error:
             raise BadFile(f"{path}: {error}") from None
         cells.setdefault(name, Cell(name, params, folder / name))
-    if len(cells) < len(every):
-        notice(
-            f"{path}: {len(every)} combinations of the grid are {len(cells)} runs; each is run once"
-        )
-    return regular_file(notebook), folder, [*cells.values()]
+    if len(cells) < len(chosen):
+        count = len(chosen)
+        notice(f"{path}: {count} combinations of the grid are {len(cells)} runs; each is run once")
+    notebook = regular_file(notebook if notebook.exists() else ROOT / notebook)
+    return notebook, folder, [*cells.values()]
 
 
 def combinations(name: str, grid: Mapping[str, list]) -> list[dict]:
-    """Parameters for every combination of a grid's values; `with` is no parameter, but an axis
-    whose values set several at once.
+    """Parameters for every combination of a grid's values. The values of axis `with` set several
+    parameters at once.
 
-    Raises: BadFile, naming an axis that is no list of values, or a value of `with` that sets
-    nothing.
+    Raises: BadFile, for an axis that is no list of values, or a value of `with` that is no mapping.
     """
     for axis, values in grid.items():
         if not isinstance(values, list) or not values:
             raise BadFile(f"{name}: grid.{axis} is {values!r}: give a list of values")
-        if axis == SEVERAL and (
-            wrong := [value for value in values if not isinstance(value, dict)]
-        ):
+        wrong = [value for value in values if axis == SEVERAL and not isinstance(value, dict)]
+        if wrong:
             raise BadFile(
                 f"{name}: grid.{axis} has {wrong[0]!r}: each is several parameters, as {{regime:"
                 " lomo, lr: 0.01}"
             )
-    if (count := math.prod(map(len, grid.values()))) > MOST_CELLS:
+    count = math.prod(map(len, grid.values()))
+    if count > MOST_CELLS:
         raise BadFile(f"{name}: grid has {count:,} combinations: give at most {MOST_CELLS:,}")
-    found = []
-    for values in itertools.product(*grid.values()):
-        chosen = dict(zip(grid, values, strict=True))
-        found.append({**chosen.pop(SEVERAL, {}), **chosen})
-    return found
+    every = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    return [{**chosen.pop(SEVERAL, {}), **chosen} for chosen in every]

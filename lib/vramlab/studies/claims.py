@@ -1,10 +1,10 @@
-"""The ledger of claims: what papers said, what would decide it, and the verdict that our figures
-give by that rule.
+"""The ledger of claims: what papers claim, the rule that decides each claim, and the verdict of our
+figures by that rule.
 
-A rule is a list of conditions on named figures (`studies.<study>.figures`); a claim is reproduced
-when all hold, not reproduced when one fails, and cannot be tested here when one cannot be told: no
-such figure, an interval that holds both answers, one seed, or a reason given in the ledger. Nothing
-is decided by hand.
+A rule is a list of conditions on named figures of the study. A claim is reproduced when all of them
+hold, not reproduced when one fails, and cannot be tested here when one stays open: there is no such
+figure, its interval contains both answers, it is of too few seeds, or the ledger gives a reason.
+Nothing is decided by hand.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .estimates import Figure
 CLAIMS_FILE = ROOT / "params" / "claims.yml"
 REPRODUCED, NOT_REPRODUCED, UNTESTED = "reproduced", "not reproduced", "cannot be tested here"
 SEEDS, ITEMS, ALPHA = 5, 1000, 0.05
-"""What a learned figure needs to decide anything, and the level of a corrected test."""
+"""The least that a learned figure needs to decide anything, and the level of a corrected test."""
 CONDITIONS = {
     "at_most": {"figure": str, "bound": float},
     "at_least": {"figure": str, "bound": float},
@@ -35,14 +35,14 @@ CONDITIONS = {
     "equal": {"figure": str, "to": float},
     "untestable": str,
 }
-"""condition -> what it takes"""
+"""Condition -> the type of its value in the ledger."""
 HOW = ("paper", "abstract", "recalled", "third party", "")
-"""Where a quoted figure was read; `recalled` is said beside it."""
+"""Where a quoted figure was read. `recalled` is printed beside it."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of one source."""
+    """A claim of a source paper."""
 
     id: str
     study: str
@@ -50,28 +50,21 @@ class Claim:
     words: str
     """The claim in the source's sense, short."""
     statement: str
-    """What would have to be measured, and how it would look if the claim held."""
+    """What has to be measured, and the outcome that the claim predicts."""
     rule: Sequence[Mapping[str, Any]]
     """[{condition: {figure, ...}}]: at_most / at_least / above / below {figure, bound}, within
     {figure, low, high}, equal {figure, to}, untestable: the reason."""
     runs: Sequence[str] = ()
     """Arms of the study's file that feed it."""
     quoted: Mapping[str, str] = field(default_factory=dict)
-    """{figure, of, how}: the published figure as it was written, and of what; `how` it was read."""
+    """{figure, of, how}: the published figure as printed, its subject, and how it was read."""
 
     def __post_init__(self):
         wrong = [
-            name
-            for part in self.rule
-            for name, condition in part.items()
-            if not matches(condition, CONDITIONS.get(name, ()))
+            name for name, value in self.conditions if not matches(value, CONDITIONS.get(name, ()))
         ]
-        if (
-            wrong
-            or self.study not in STUDIES
-            or not self.rule
-            or self.quoted.get("how", "") not in HOW
-        ):
+        known = self.study in STUDIES and self.quoted.get("how", "") in HOW
+        if wrong or not self.rule or not known:
             raise ValueError(
                 f"claim {self.id}:"
                 f" {f'unknown condition {wrong}' if wrong else 'check study, rule and quoted.how'};"
@@ -80,29 +73,31 @@ class Claim:
             )
 
     @property
+    def conditions(self) -> list[tuple[str, Any]]:
+        """(name of the condition, its value) of every part of the rule."""
+        return [item for part in self.rule for item in part.items()]
+
+    @property
     def figures(self) -> list[str]:
-        """The names its rule looks at."""
-        return [
-            said["figure"]
-            for part in self.rule
-            for said in part.values()
-            if isinstance(said, Mapping)
-        ]
+        """The names of the figures that its rule needs."""
+        return [value["figure"] for _, value in self.conditions if isinstance(value, Mapping)]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`word` is one of the three; `why` says which figure decided, or what is missing."""
+    """The verdict on one claim."""
 
     claim: Claim
     word: str
+    """REPRODUCED, NOT_REPRODUCED or UNTESTED."""
     why: str
+    """Which figure decided, or what is missing."""
     figures: Mapping[str, Figure]
 
 
 def read_claims(path: Path = CLAIMS_FILE) -> list[Claim]:
-    """The ledger. Raises: BadFile, for a field that is missing, unknown or of another type;
-    ValueError, for a rule that means nothing."""
+    """Read the ledger. Raises: BadFile, for a field that is missing, unknown or of another type;
+    ValueError, for a rule that cannot be applied."""
     return [
         typed(Claim, claim, f"{path}: {name}", id=name) for name, claim in read_yaml(path).items()
     ]
@@ -110,42 +105,38 @@ def read_claims(path: Path = CLAIMS_FILE) -> list[Claim]:
 
 def decide(claim: Claim, figures: Mapping[str, Figure]) -> Verdict:
     """The verdict by the claim's rule."""
-    told = [_condition(name, said, figures) for part in claim.rule for name, said in part.items()]
-    failed, open_ = (
-        [why for holds, why in told if holds is False],
-        [why for holds, why in told if holds is None],
-    )
-    word = NOT_REPRODUCED if failed else UNTESTED if open_ else REPRODUCED
-    why = "; ".join(failed or open_ or [why for _, why in told])
-    return Verdict(
-        claim, word, why, {name: figures[name] for name in claim.figures if name in figures}
-    )
+    answers = [_condition(name, value, figures) for name, value in claim.conditions]
+    failed = [why for holds, why in answers if holds is False]
+    undecided = [why for holds, why in answers if holds is None]
+    word = NOT_REPRODUCED if failed else UNTESTED if undecided else REPRODUCED
+    why = "; ".join(failed or undecided or [why for _, why in answers])
+    needed = {name: figures[name] for name in claim.figures if name in figures}
+    return Verdict(claim, word, why, needed)
 
 
-def _condition(name: str, said, figures: Mapping[str, Figure]) -> tuple[bool | None, str]:
-    """Whether it holds (None: cannot be told), and why."""
+def _condition(name: str, value: Any, figures: Mapping[str, Figure]) -> tuple[bool | None, str]:
+    """Whether the condition holds (None: it cannot be decided), and why."""
     if name == "untestable":
-        return None, said
-    figure = figures.get(said["figure"])
+        return None, value
+    figure = figures.get(value["figure"])
     if figure is None:
-        return None, f"{said['figure']}: no run has it"
-    if short := _too_little(figure):
-        return None, f"{said['figure']}: {short}"
-    low, high = _range(figure)
-    bounds = _bounds(name, said)
-    why = f"{said['figure']} is {figure.words()}, {_asked(name, said)}"
-    if bounds[0] <= low and high <= bounds[1] and _significant(name, said, figure):
+        return None, f"{value['figure']}: no run has it"
+    if shortage := _shortage(figure):
+        return None, f"{value['figure']}: {shortage}"
+    low, high = figure.low, figure.high
+    if not math.isfinite(low):
+        low = high = figure.value
+    least, most = _bounds(name, value)
+    why = f"{value['figure']} is {figure.words()}, {_in_words(name, value)}"
+    if least <= low and high <= most and _is_significant(name, value, figure):
         return True, why
-    if high < bounds[0] or low > bounds[1]:
+    if high < least or low > most:
         return False, why
     return None, f"{why}: the interval holds both answers"
 
 
-def _range(figure: Figure) -> tuple[float, float]:
-    return (figure.low, figure.high) if math.isfinite(figure.low) else (figure.value, figure.value)
-
-
-def _too_little(figure: Figure) -> str:
+def _shortage(figure: Figure) -> str:
+    """What the figure lacks to decide anything; empty, when it lacks nothing."""
     if not math.isfinite(figure.value):
         return "it is no number"
     if figure.kind == "learned" and figure.seeds < SEEDS:
@@ -155,49 +146,47 @@ def _too_little(figure: Figure) -> str:
     return ""
 
 
-def _bounds(name: str, said: Mapping) -> tuple[float, float]:
-    bound = said.get("bound", 0.0)
+def _bounds(name: str, value: Mapping) -> tuple[float, float]:
+    """The least and the most that the condition allows."""
+    bound = value.get("bound", 0.0)
     return {
         "at_most": (-math.inf, bound),
         "below": (-math.inf, math.nextafter(bound, -math.inf)),
         "at_least": (bound, math.inf),
         "above": (math.nextafter(bound, math.inf), math.inf),
-        "within": (said.get("low"), said.get("high")),
-        "equal": (said.get("to"), said.get("to")),
+        "within": (value.get("low"), value.get("high")),
+        "equal": (value.get("to"), value.get("to")),
     }[name]
 
 
-def _significant(name: str, said: Mapping, figure: Figure) -> bool:
-    """A difference that is to be above or below 0 has to pass its corrected test too."""
-    tested = (
-        name in ("above", "below") and not said.get("bound", 0.0) and math.isfinite(figure.p_holm)
-    )
-    return not tested or figure.p_holm < ALPHA
+def _is_significant(name: str, value: Mapping, figure: Figure) -> bool:
+    """A difference that is to be above or below 0 also has to pass its corrected test."""
+    tests_sign = name in ("above", "below") and not value.get("bound", 0.0)
+    return not (tests_sign and math.isfinite(figure.p_holm)) or figure.p_holm < ALPHA
 
 
-def _asked(name: str, said: Mapping) -> str:
+def _in_words(name: str, value: Mapping) -> str:
     if name == "within":
-        return f"to be within {said['low']:,} and {said['high']:,}"
-    return f"to be {name.replace('_', ' ')} {said.get('to', said.get('bound', 0)):,}"
+        return f"to be within {value['low']:,} and {value['high']:,}"
+    return f"to be {name.replace('_', ' ')} {value.get('to', value.get('bound', 0)):,}"
 
 
 def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
-    """One row a claim: the page *What the papers said, what we saw*."""
+    """One row for each claim, as the page *What the papers said, what we saw* shows them."""
     rows = []
     for verdict in verdicts:
         claim, figures = verdict.claim, list(verdict.figures.values())
-        how = claim.quoted.get("how", "")
-        quoted = (
-            claim.quoted
-            and f"{claim.quoted['figure']} ({claim.quoted['of']}{'; ' + how if how else ''})"
-        )
+        quoted = ""
+        if claim.quoted:
+            source = filter(None, [claim.quoted["of"], claim.quoted.get("how", "")])
+            quoted = f"{claim.quoted['figure']} ({'; '.join(source)})"
         learned = [figure for figure in figures if figure.seeds]
         rows.append(
             {
                 "study": claim.study,
                 "claim": claim.words,
                 "source": claim.source,
-                "quoted": quoted or "",
+                "quoted": quoted,
                 "ours": "; ".join(figure.words() for figure in figures),
                 "verdict": verdict.word,
                 "why": verdict.why,

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -26,12 +28,13 @@ SHARE = f"{LEVEL:.0%}: Wilson, of a share"
 
 
 class NotRun(LookupError):
-    """The runs that a figure needs are not there: it is left out, and what looks at it says so."""
+    """The runs that a figure needs have not been made. The figure is left out, and a claim that
+    needs it cannot be tested."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, how it was come by, and what its interval contains."""
+    """A number, its origin, and its uncertainty."""
 
     value: float
     kind: str
@@ -41,44 +44,45 @@ class Figure:
     low: float = math.nan
     high: float = math.nan
     contains: str = ""
-    """What the interval holds; empty: none, the number is exact or stands alone."""
+    """What the interval accounts for; empty: there is none, the number is exact or stands alone."""
     n: int = 0
-    """Items a seed, where there are items."""
+    """Items of each seed, where there are items."""
     seeds: int = 0
     p: float = math.nan
-    """Two-sided, of a difference being 0."""
+    """Two-sided, of the difference being 0."""
     p_holm: float = math.nan
     """Corrected over the comparisons of its family."""
     equal: str = ""
-    """Of a comparison: the budget that both had, tokens, seconds or updates."""
+    """Of a comparison: the budget that both sides had, tokens, seconds or updates."""
 
     def words(self) -> str:
         """Value, unit, interval."""
         if self.unit == "bytes":
             return f"{self.value:,.0f} bytes"
-        shown = f"{self.value:,.4g}{' ' + self.unit if self.unit else ''}"
-        return shown + (f" [{self.low:,.4g}, {self.high:,.4g}]" if math.isfinite(self.low) else "")
+        interval = f" [{self.low:,.4g}, {self.high:,.4g}]" if math.isfinite(self.low) else ""
+        return f"{self.value:,.4g} {self.unit}".rstrip() + interval
 
     def to_json(self) -> dict:
-        """Plain data; what is not a number is None."""
+        """Plain data; a number that is not finite is None."""
         return {
-            key: None if value != value or value in (math.inf, -math.inf) else value
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in asdict(self).items()
         }
 
     @staticmethod
-    def from_json(said: Mapping) -> Figure:
-        return Figure(**{key: math.nan if value is None else value for key, value in said.items()})
+    def from_json(content: Mapping) -> Figure:
+        """The figure that `to_json` wrote."""
+        fields: dict[str, Any] = {k: math.nan if v is None else v for k, v in content.items()}
+        return Figure(**fields)
 
 
 @cache
-def _drawn(count: int, stream: int) -> np.ndarray:
-    """Shares of `count` units in each resample, (RESAMPLES, count); the same for every comparison,
-    so that they pair."""
+def _shares(count: int, stream: int) -> np.ndarray:
+    """The share of each of `count` units in each resample, (RESAMPLES, count); the same for every
+    comparison, so that they pair."""
     rng = np.random.default_rng([count, stream])
-    return (rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count).astype(
-        np.float32
-    )
+    counts = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    return (counts / count).astype(np.float32)
 
 
 def two_level(right: np.ndarray, labels: np.ndarray, other: np.ndarray | None = None) -> Figure:
@@ -86,21 +90,22 @@ def two_level(right: np.ndarray, labels: np.ndarray, other: np.ndarray | None = 
     item by item.
 
     `right`, `other`: (seeds, items), whether a call was right; `labels`: (items,), 1 is consistent.
-    Items are one a document, and are resampled within their label, the same for all seeds of a
-    resample; seeds are the outer level, and their share of the variance is enlarged by S / (S - 1),
-    which a resample of S seeds lacks. Raises: ValueError, where a label is missing.
+    There is one item for each document. Items are resampled within their label, the same for all
+    seeds of a resample. Seeds are the outer level; their part of the variance is enlarged by
+    S / (S - 1), because a resample of S seeds underestimates it by that factor. Raises: ValueError,
+    where a label is missing.
     """
     values = right.astype(float) - (0.0 if other is None else other.astype(float))
     count = len(values)
-    drawn = 1 / count + (_drawn(count, 2) - 1 / count) * math.sqrt(count / max(1, count - 1))
-    point, found = 0.0, np.zeros(RESAMPLES)
+    seeds = 1 / count + (_shares(count, 2) - 1 / count) * math.sqrt(count / max(1, count - 1))
+    point, resampled = 0.0, np.zeros(RESAMPLES)
     for label in (0, 1):
-        its = values[:, np.asarray(labels) == label]
-        if not its.shape[1]:
+        chosen = values[:, np.asarray(labels) == label]
+        if not chosen.shape[1]:
             raise ValueError(f"no item has label {label}: balanced accuracy needs both")
-        found += ((drawn @ its) * _drawn(its.shape[1], label)).sum(1) / 2
-        point += float(its.mean()) / 2
-    figure = _around(point, float(found.std(ddof=1)), count - 1 if count > 1 else math.inf)
+        resampled += ((seeds @ chosen) * _shares(chosen.shape[1], label)).sum(1) / 2
+        point += float(chosen.mean()) / 2
+    figure = _around(point, float(resampled.std(ddof=1)), count - 1 if count > 1 else math.inf)
     figure = replace(figure, n=values.shape[1], seeds=count, contains=BOTH if count > 1 else ITEMS)
     return figure if other is not None else replace(figure, p=math.nan)
 
@@ -112,14 +117,14 @@ def by_seed(
     unit: str = "",
 ) -> Figure:
     """The mean over seeds, or of the paired differences; Student's t. One seed has no interval."""
-    its = np.asarray(values, float) - (0.0 if other is None else np.asarray(other, float))
-    error = float(its.std(ddof=1)) / math.sqrt(len(its)) if len(its) > 1 else math.nan
+    each = np.asarray(values, float) - (0.0 if other is None else np.asarray(other, float))
+    error = float(each.std(ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else math.nan
     figure = replace(
-        _around(float(its.mean()), error, len(its) - 1),
+        _around(float(each.mean()), error, len(each) - 1),
         kind=kind,
         unit=unit,
-        seeds=len(its),
-        contains=SEEDS if len(its) > 1 else "",
+        seeds=len(each),
+        contains=SEEDS if len(each) > 1 else "",
     )
     return figure if other is not None else replace(figure, p=math.nan)
 
@@ -138,13 +143,11 @@ def ratio_by_seed(
     )
 
 
-def there(asked: Mapping[str, Callable[[], Figure]]) -> Iterator[tuple[str, Figure]]:
-    """Those whose runs are there: the others raise NotRun."""
-    for name, figure in asked.items():
-        try:
-            yield name, figure()
-        except NotRun:
-            continue
+def available(figures: Mapping[str, Callable[[], Figure]]) -> Iterator[tuple[str, Figure]]:
+    """Compute the figures whose runs have been made; those that raise NotRun are left out."""
+    for name, compute in figures.items():
+        with suppress(NotRun):
+            yield name, compute()
 
 
 def share(count: int, of: int) -> Figure:

@@ -1,8 +1,8 @@
-"""What was run and committed, so that a visitor sees results without running anything: figures and
-what made them.
+"""The gallery: the results of studies, committed so that a visitor sees them without running
+anything.
 
-Reads the thinned studies under outputs/gallery, one folder a study file; imports nothing that
-trains.
+Reads the thinned studies under outputs/gallery, one folder for each study file. Imports nothing
+that trains.
 """
 
 from __future__ import annotations
@@ -18,26 +18,22 @@ GALLERY = ROOT / "outputs" / "gallery"
 
 
 def read_figures(folder: Path) -> dict[str, Figure]:
-    """Name -> figure of one study in the gallery; empty when it is not there."""
+    """Name -> figure of a study; empty, when the gallery does not have it."""
     path = folder / "figures.json"
-    return (
-        {name: Figure.from_json(said) for name, said in read_json(path).items()}
-        if path.exists()
-        else {}
-    )
+    contents = read_json(path) if path.exists() else {}
+    return {name: Figure.from_json(content) for name, content in contents.items()}
 
 
 def read_made(folder: Path) -> dict:
-    """What made one study in the gallery: file, hash of its content, environment; empty when it is
-    not there."""
+    """The origin of a study: its file, the hash of the file's content, and the environment;
+    empty, when the gallery does not have it."""
     path = folder / "made.json"
     return read_json(path) if path.exists() else {}
 
 
 def verdicts(gallery: Path = GALLERY) -> list[Verdict]:
-    """Every claim of the ledger, decided from the small studies in the gallery. A study that is not
-    there decides nothing."""
-    figures: dict[str, dict[str, Figure]] = {}
-    for claim in (found := read_claims()):
-        figures.setdefault(claim.study, read_figures(gallery / claim.study))
-    return [decide(claim, figures[claim.study]) for claim in found]
+    """The verdict on every claim of the ledger from the small studies in the gallery. A study that
+    the gallery does not have decides nothing."""
+    claims = read_claims()
+    figures = {study: read_figures(gallery / study) for study in {c.study for c in claims}}
+    return [decide(claim, figures[claim.study]) for claim in claims]

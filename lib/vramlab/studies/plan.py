@@ -1,12 +1,13 @@
-"""A study's file: every run and measurement it needs, by arm, and the comparisons that were named
-before any of them.
+"""A study's file: every run and measurement that it needs, by arm, and the comparisons that were
+named before any of them.
 
     plan = read_plan("params/studies/lomo.yml")
-    plan.cells("quality")  # one for each combination of the arm's grid
+    plan.arms["quality"]  # one cell for each combination of the arm's grid
 
 An arm is a grid over the study's defaults. Its cells are runs (`runs.execute`), or, where the arm
-has `call:`, measurements: a function, as "module:function" (see `runner.module`), that takes the
-cell's parameters and returns a table.
+has `call: module:function`, measurements: a function that takes the cell's parameters and returns a
+table. The study's own modules are named by their paths: `module`, which computes its figures, and
+under `calls` those whose functions it measures with. The paths are not part of any hash.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from . import STUDIES
 
 PARAMS = ROOT / "params" / "studies"
 _SEVERAL = Mapping[str, Any] | None
+MODULE_KEYS = {"module": str, "calls": Mapping[str, str]}
+"""Keys that say where the code of a study lies; nothing that is measured depends on them."""
 KEYS = {
     "name": STUDIES,
     "says": str,
@@ -34,26 +37,32 @@ KEYS = {
     "defaults": _SEVERAL,
     "pairs": _SEVERAL,
     "settings": _SEVERAL,
+    **MODULE_KEYS,
 }
 ARM_KEYS = {"defaults": _SEVERAL, "grid": _SEVERAL, "call": str, "says": str, "alone": bool}
 PROOF = {"steps": 2, "train_items": 40, "val_items": 20, "test_items": 20, "measure": False}
-"""What makes a run one of seconds: each study has its first run again like that, from a base made
-in seconds, as arm `proof`, for a test to repeat."""
+"""Parameters of a run that takes seconds. Arm `proof` of each study is its first run with them,
+from a base that is made in seconds, for a test to repeat."""
 
 
 @dataclass(frozen=True)
 class StudyCell:
-    """One run or measurement. `call` is empty for a run. `alone`: it is timed, so nothing may run
-    beside it."""
+    """One run or measurement."""
 
     arm: str
     params: Mapping
     call: str = ""
+    """"module:function" of a measurement; empty for a run."""
     alone: bool = False
+    """It is timed, so nothing may run beside it."""
+    path: str = ""
+    """The file of the call's module, from the project's folder; empty for a module of the
+    library."""
 
     @cached_property
     def name(self) -> str:
-        """Its folder: a run's is named by what decides its numbers, so two arms may share one."""
+        """The name of its folder. A run's follows from what decides its numbers, so two arms may
+        share one."""
         if not self.call:
             return run_id(self.params)
         content = json.dumps([self.call, self.params], sort_keys=True, default=str)
@@ -62,20 +71,21 @@ class StudyCell:
 
 @dataclass(frozen=True)
 class Pair:
-    """A comparison named before the runs: of one arm, the rows where `one` holds against those
-    where `other` does, seed by seed. `equal` says which budget both had: tokens, seconds or
-    updates."""
+    """A comparison that was named before the runs, seed by seed."""
 
     name: str
     arm: str
     one: Mapping
+    """Parameters of the runs on one side."""
     other: Mapping
+    """Parameters of the runs that they are compared with."""
     equal: str
+    """The budget that both had: tokens, seconds or updates."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study's file says."""
+    """The content of a study's file."""
 
     name: str
     says: str
@@ -83,19 +93,23 @@ class Plan:
     pairs: Sequence[Pair]
     settings: Mapping
     path: Path
+    module: str
+    """The file that computes the study's figures, from the project's folder; the study's notebook
+    lies beside it."""
 
     def every_cell(self) -> list[StudyCell]:
-        """The cells of all arms; a run that two arms have stands once."""
+        """The cells of all arms; a run that two arms share is listed once."""
         return list({cell.name: cell for cells in self.arms.values() for cell in cells}.values())
 
     def content_hash(self) -> str:
-        """Of the file's content; comments and spacing are not in it."""
-        content = json.dumps(read_yaml(self.path), sort_keys=True, default=str)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        """The hash of what the file asks for: without comments, spacing and `MODULE_KEYS`."""
+        content = {k: v for k, v in read_yaml(self.path).items() if k not in MODULE_KEYS}
+        text = json.dumps(content, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_plan(path: Path | str) -> Plan:
-    """The file, or the study of that name with its small file.
+    """Read a study's file, or the small file of the study called `path`.
 
     Raises: FileNotFoundError; ValueError, for an unknown key, an empty grid or a parameter that no
     run has.
@@ -107,9 +121,10 @@ def read_plan(path: Path | str) -> Plan:
         raise FileNotFoundError(
             f"no study {path}{nearest(path.stem, known)}: there are {', '.join(known)}"
         )
-    spec = checked(read_yaml(path), KEYS, str(path), ("name", "says", "runs"))
+    spec = checked(read_yaml(path), KEYS, str(path), ("name", "says", "runs", "module"))
+    defaults, paths = spec.get("defaults") or {}, spec.get("calls") or {}
     arms = {
-        arm: _cells(f"{path}: runs.{arm}", arm, content, spec.get("defaults") or {})
+        arm: _cells(f"{path}: runs.{arm}", arm, content, defaults, paths)
         for arm, content in spec["runs"].items()
     }
     arms |= _proof(arms)
@@ -119,42 +134,38 @@ def read_plan(path: Path | str) -> Plan:
     ]
     if wrong := [pair.name for pair in pairs if pair.arm not in arms]:
         raise BadFile(f"{path}: pairs {', '.join(wrong)} are of no arm there is: {', '.join(arms)}")
-    return Plan(spec["name"], spec["says"], arms, pairs, spec.get("settings") or {}, path)
+    settings = spec.get("settings") or {}
+    return Plan(spec["name"], spec["says"], arms, pairs, settings, path, spec["module"])
 
 
 def _proof(arms: Mapping[str, Sequence[StudyCell]]) -> dict[str, list[StudyCell]]:
     first = next((cell for cells in arms.values() for cell in cells if not cell.call), None)
     if first is None:
         return {}
-    recipe = (
-        {"recipe": "smoke"}
-        if first.params.get("recipe", "standard") in ("standard", "reading")
-        else {}
-    )
-    items = max(
-        PROOF["train_items"], 2 * first.params.get("batch_size", 0)
-    )  # sequences for half a batch, of four items each
-    return {
-        "proof": [StudyCell("proof", {**first.params, **PROOF, "train_items": items, **recipe})]
-    }
+    params = {**first.params, **PROOF}
+    # sequences for half a batch, of four items each
+    params["train_items"] = max(PROOF["train_items"], 2 * params.get("batch_size", 0))
+    if params.get("recipe", "standard") in ("standard", "reading"):
+        params["recipe"] = "smoke"
+    return {"proof": [StudyCell("proof", params)]}
 
 
-def _cells(name: str, arm: str, content: Mapping, defaults: Mapping) -> list[StudyCell]:
+def _cells(
+    name: str, arm: str, content: Mapping, defaults: Mapping, paths: Mapping[str, str]
+) -> list[StudyCell]:
+    """The cells of an arm. Raises: BadFile, for a parameter that no run has, before anything
+    runs."""
     spec = checked(content, ARM_KEYS, name)
-    call, base = (
-        spec.get("call", ""),
-        {
-            **({} if spec.get("call") else defaults),
-            **(spec.get("defaults") or {}),
-        },
-    )
+    call, alone = spec.get("call", ""), spec.get("alone", False)
+    base = {**({} if call else defaults), **(spec.get("defaults") or {})}
+    path = paths.get(call.partition(":")[0], "")
     cells = [
-        StudyCell(arm, {**base, **chosen}, call, spec.get("alone", False))
+        StudyCell(arm, {**base, **chosen}, call, alone, path)
         for chosen in combinations(name, spec.get("grid") or {})
     ]
-    for cell in cells:  # a wrong parameter is refused now, not after an hour of runs
-        try:
-            cell.name  # noqa: B018
-        except ValueError as error:
-            raise BadFile(f"{name}: {error}") from None
+    try:
+        for cell in cells:
+            cell.name  # noqa: B018, a wrong parameter is found when it is hashed
+    except ValueError as error:
+        raise BadFile(f"{name}: {error}") from None
     return cells

@@ -1,5 +1,5 @@
-"""The evidence of a study: what its run folders hold, thinned to what figures need, and the same
-read back from the gallery.
+"""The evidence of a study: its run folders, thinned to what figures need, and the same read back
+from the gallery.
 
     records = Records.of(plan, Path("outputs/studies/lomo"))
     rows = records.select("quality", regime="lomo")
@@ -47,93 +47,81 @@ TABLES = ("runs", "items", "calls", "accuracy", "steps", "probes")
 
 @dataclass(frozen=True)
 class Records:
-    """`runs`: one row an arm and run: `arm`, `run_id`, `params` (a dict), its scalar parameters,
-    and what came out; `items`: one row a test item of a set; `calls`: bits for each run and
-    scoring; `accuracy`: as `statistics.summarise`; `steps`: thinned; `probes`: of guessed
-    gradients; `tables`: arm -> what its measurements found, with the parameters they were asked
-    with.
-    """
+    """Tables of a study's runs, and of its measurements."""
 
     runs: pd.DataFrame
+    """One row for each arm and run: `arm`, `run_id`, `params` (a dict), its scalar parameters, and
+    its results."""
     items: pd.DataFrame
+    """One row for each test item of a set."""
     calls: pd.DataFrame
+    """For each run and scoring, one bit an item: whether the call was right."""
     accuracy: pd.DataFrame
+    """As `factcc.statistics.summarise`."""
     steps: pd.DataFrame
+    """`POINTS` steps of each run."""
     probes: pd.DataFrame
+    """Probes of guessed gradients."""
     tables: Mapping[str, pd.DataFrame]
+    """Arm -> the rows that its measurements returned, with the parameters of each."""
 
     @classmethod
     def of(cls, plan: Plan, folder: Path) -> Records:
-        """From run folders. Cells that have not ended are not there."""
-        found: dict[str, list] = {name: [] for name in TABLES}
+        """From run folders. Cells that have not ended are left out."""
+        parts: dict[str, list] = {name: [] for name in TABLES}
         tables: dict[str, list] = {}
-        seen: set[str] = set()
-        for arm, cells in plan.arms.items():
-            for cell in cells:
-                target = folder / cell.name
-                if outcome(target) is None:
-                    continue
-                if cell.call:
-                    tables.setdefault(arm, []).append(_table(target, cell))
-                    continue
-                run = Run(target)
-                found["runs"].append(_run(arm, run, cell))
-                if cell.name not in seen and run.ok:
-                    seen.add(cell.name)
-                    _gather(run, found)
-        frames = {
-            name: pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
-            for name, rows in found.items()
-        }
+        gathered: set[str] = set()
+        for cell in (cell for cells in plan.arms.values() for cell in cells):
+            run = Run(folder / cell.name)
+            if outcome(run.folder) is None:
+                continue
+            if cell.call:
+                tables.setdefault(cell.arm, []).append(_measurement(run, cell))
+                continue
+            parts["runs"].append(_run(run, cell))
+            if run.ok and cell.name not in gathered:
+                gathered.add(cell.name)
+                _gather(run, parts)
+        frames = {name: _joined(rows) for name, rows in parts.items()}
         if len(frames["items"]):
             frames["items"] = frames["items"].drop_duplicates(["item_set", "at"], ignore_index=True)
-        return cls(
-            **frames,
-            tables={arm: pd.concat(rows, ignore_index=True) for arm, rows in tables.items()},
-        )
+        return cls(**frames, tables={arm: _joined(rows) for arm, rows in tables.items()})
 
     def write(self, folder: Path) -> None:
-        """A handful of files, whatever the number of runs."""
+        """Write a handful of files, whatever the number of runs."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name in TABLES:
-            frame = getattr(self, name)
-            if name == "runs" and len(frame):
-                frame = frame.assign(
-                    params=[json.dumps(params, sort_keys=True) for params in frame["params"]]
-                )
-            if len(frame):
-                write_table(frame, folder / f"{name}.parquet", compression="zstd", index=False)
-        for arm, frame in self.tables.items():
-            write_table(frame, folder / f"table-{arm}.parquet", compression="zstd", index=False)
+        frames = {name: getattr(self, name) for name in TABLES}
+        if len(self.runs):
+            texts = [json.dumps(params, sort_keys=True) for params in self.runs["params"]]
+            frames["runs"] = self.runs.assign(params=texts)
+        frames = {name: frame for name, frame in frames.items() if len(frame)}
+        frames |= {f"table-{arm}": frame for arm, frame in self.tables.items()}
+        for name, frame in frames.items():
+            write_table(frame, folder / f"{name}.parquet", compression="zstd", index=False)
 
     @classmethod
     def read(cls, folder: Path) -> Records:
-        """What `write` has written. Raises: FileNotFoundError."""
-        if not list(folder.glob("*.parquet")):
+        """Read what `write` has written. Raises: FileNotFoundError."""
+        frames = {path.stem: read_table(path) for path in sorted(folder.glob("*.parquet"))}
+        if not frames:
             raise FileNotFoundError(f"no records in {folder}: `make studies` makes them")
-        frames = {
-            name: (
-                read_table(path)
-                if (path := folder / f"{name}.parquet").exists()
-                else pd.DataFrame()
-            )
-            for name in TABLES
-        }
-        if len(frames["runs"]):
+        if "runs" in frames:
             frames["runs"]["params"] = [json.loads(params) for params in frames["runs"]["params"]]
         tables = {
-            path.stem.removeprefix("table-"): read_table(path)
-            for path in sorted(folder.glob("table-*.parquet"))
+            name.removeprefix("table-"): frame
+            for name, frame in frames.items()
+            if name.startswith("table-")
         }
-        return cls(**frames, tables=tables)
+        return cls(**{name: frames.get(name, pd.DataFrame()) for name in TABLES}, tables=tables)
 
     def select(self, arm: str, **where) -> pd.DataFrame:
-        """The arm's runs that ended ok and whose parameters are as said, by seed. Raises: NotRun,
-        when there is none."""
-        if len(self.runs):
-            rows = self.runs[(self.runs["arm"] == arm) & (self.runs["outcome"] == "ok")]
+        """The arm's runs that ended ok and have the parameters `where`, by seed. Raises: NotRun,
+        when there are none."""
+        rows = self.runs
+        if len(rows):
+            rows = rows[(rows["arm"] == arm) & (rows["outcome"] == "ok")]
             rows = rows[[where.items() <= params.items() for params in rows["params"]]]
-        if not len(self.runs) or not len(rows):
+        if not len(rows):
             raise NotRun(f"no finished run of arm {arm} has {where}")
         return rows.sort_values("seed", kind="stable", ignore_index=True)
 
@@ -141,31 +129,29 @@ class Records:
         self, rows: pd.DataFrame, domain: str, shift: str, scoring: str
     ) -> tuple[np.ndarray, np.ndarray]:
         """Whether each call was right, (seeds, items), and the items' labels. Raises: NotRun, when
-        none was scored; ValueError, when they were not scored on the same items."""
+        no run was scored; ValueError, when the runs were not scored on the same items."""
         if not len(self.calls):
             raise NotRun("no run was scored")
-        its = (
-            self.calls[self.calls["scoring"] == scoring]
-            .set_index("run_id")
-            .loc[list(rows["run_id"])]
-        )
-        if its["item_set"].nunique() != 1:
+        calls = self.calls[self.calls["scoring"] == scoring].set_index("run_id")
+        calls = calls.loc[list(rows["run_id"])]
+        item_sets = calls["item_set"].unique()
+        if len(item_sets) != 1:
             raise ValueError(
-                f"{len(rows)} runs of {its['item_set'].nunique()} sets of items: only those on the"
-                " same items compare"
+                f"{len(rows)} runs of {len(item_sets)} sets of items: only those on the same items"
+                " compare"
             )
-        items = self.items[self.items["item_set"] == its["item_set"].iloc[0]].sort_values("at")
-        cell = ((items["domain"] == domain) & (items["shift"] == shift)).to_numpy()
-        if not cell.any():
+        items = self.items[self.items["item_set"] == item_sets[0]].sort_values("at")
+        chosen = ((items["domain"] == domain) & (items["shift"] == shift)).to_numpy()
+        if not chosen.any():
             raise ValueError(
                 f"no item of domain {domain} and shift {shift}: there are "
                 f"{sorted(set(zip(items['domain'], items['shift'], strict=True)))}"
             )
         bits = [
-            np.unpackbits(np.frombuffer(row, np.uint8), count=len(items))[cell]
-            for row in its["bits"]
+            np.unpackbits(np.frombuffer(row, np.uint8), count=len(items))[chosen]
+            for row in calls["bits"]
         ]
-        return np.array(bits, bool), items["label"].to_numpy()[cell]
+        return np.array(bits, bool), items["label"].to_numpy()[chosen]
 
     def balanced(
         self, rows: pd.DataFrame, domain: str, shift: str = "none", scoring: str = "yesno"
@@ -182,35 +168,36 @@ class Records:
         shift: str = "none",
         scoring: str = "yesno",
     ) -> Figure:
-        """Balanced accuracy of `one` minus `other`'s, paired by seed and item. `equal`: the budget
-        both had. Raises: NotRun, when a seed is there on one side only."""
+        """Balanced accuracy of `one` minus that of `other`, paired by seed and item. `equal`: the
+        budget that both had. Raises: NotRun, when a seed is missing on one side."""
         if list(one["seed"]) != list(other["seed"]):
             raise NotRun(
                 f"seeds {list(one['seed'])} against {list(other['seed'])}: only the same seeds"
                 " compare"
             )
-        (right, labels), (against, same) = (
-            self.right(rows, domain, shift, scoring) for rows in (one, other)
-        )
-        if not np.array_equal(labels, same):
+        right, labels = self.right(one, domain, shift, scoring)
+        against, other_labels = self.right(other, domain, shift, scoring)
+        if not np.array_equal(labels, other_labels):
             raise ValueError("the two sides were scored on other items")
         return replace(two_level(right, labels, against), equal=equal)
 
 
-def _run(arm: str, run: Run, cell: StudyCell) -> pd.DataFrame:
-    result, params = (
-        run.result,
-        (run.params if (run.folder / "params.yml").exists() else dict(cell.params)),
-    )
-    scalars = {key: value for key, value in params.items() if isinstance(value, int | float | str)}
-    changed = json.dumps(params.get("axes") or {}, sort_keys=True)
+def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def _run(run: Run, cell: StudyCell) -> pd.DataFrame:
+    """The row of a run."""
+    result, params = run.result, dict(cell.params)
+    if (run.folder / "params.yml").exists():
+        params = run.params
     row = {
-        **scalars,
-        "axes": changed,
-        "arm": arm,
+        **{key: value for key, value in params.items() if isinstance(value, int | float | str)},
+        "axes": json.dumps(params.get("axes") or {}, sort_keys=True),
+        "arm": cell.arm,
         "run_id": run.folder.name,
         "params": dict(cell.params),
-        "item_set": _key(run) if result["outcome"] == "ok" else "",
+        "item_set": _item_set(run) if run.ok else "",
         **{name: result.get(name) for name in RESULTS},
         **{name: result.get("speed", {}).get(name) for name in SPEED},
         "peak_bytes": (result.get("peak_bytes") or {}).get("meter"),
@@ -223,65 +210,54 @@ def _tested(run: Run) -> pd.DataFrame:
     return run.scores[run.scores["split"] != "val"].reset_index(drop=True)
 
 
-def _key(run: Run) -> str:
+def _item_set(run: Run) -> str:
+    """A hash of the items that the run was tested on."""
     tested = _tested(run)
-    return hashlib.sha256("\n".join(tested["uid"] + " " + tested["shift"]).encode()).hexdigest()[
-        :12
-    ]
+    text = "\n".join(tested["uid"] + " " + tested["shift"])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _gather(run: Run, found: Mapping[str, list]) -> None:
-    scores, tested, key, name = run.scores, _tested(run), _key(run), run.folder.name
-    val = scores[scores["split"] == "val"]
-    known = any(key == frame["item_set"].iloc[0] for frame in found["items"] if len(frame))
-    if not known:
+def _gather(run: Run, parts: Mapping[str, list]) -> None:
+    """Append the tables of a run to `parts`; its items and baselines, where no run before had
+    them."""
+    tested, item_set, run_id = _tested(run), _item_set(run), run.folder.name
+    known = any(item_set == frame["item_set"].iloc[0] for frame in parts["items"] if len(frame))
+    accuracy = run.accuracy
+    if known:
+        accuracy = accuracy[accuracy["scoring"].isin(MODEL_SCORINGS)]
+    else:
         items = tested[["domain", "shift", "transform", "label"]]
-        found["items"].append(items.assign(item_set=key, at=range(len(items))))
-    for scoring in MODEL_SCORINGS:
-        cut = choose_threshold(val["label"], val[scoring])
-        right = (tested[scoring] > cut).to_numpy() == (tested["label"] == 1).to_numpy()
-        found["calls"].append(
-            pd.DataFrame(
-                [
-                    {
-                        "run_id": name,
-                        "item_set": key,
-                        "scoring": scoring,
-                        "bits": np.packbits(right).tobytes(),
-                    }
-                ]
-            )
-        )
-    accuracy = (
-        run.accuracy if not known else run.accuracy[run.accuracy["scoring"].isin(MODEL_SCORINGS)]
-    )
-    found["accuracy"].append(accuracy.assign(run_id=name))
+        parts["items"].append(items.assign(item_set=item_set, at=range(len(items))))
+    parts["accuracy"].append(accuracy.assign(run_id=run_id))
+    parts["calls"] += [_calls(run, tested, item_set, scoring) for scoring in MODEL_SCORINGS]
     steps = run.steps.assign(
-        t_s=run.steps["step_s"].cumsum(), tokens_seen=run.steps["tokens"].cumsum(), run_id=name
+        t_s=run.steps["step_s"].cumsum(), tokens_seen=run.steps["tokens"].cumsum(), run_id=run_id
     )
     at = np.unique(np.linspace(0, len(steps) - 1, POINTS).round().astype(int))
-    watched = [name for name in ("highest_logit", "cross_entropy") if name in steps]
-    found["steps"].append(
-        steps.iloc[at][["run_id", "step", "loss", "step_s", "t_s", "tokens_seen", "lr", *watched]]
-    )
+    columns = ["run_id", "step", "loss", "step_s", "t_s", "tokens_seen", "lr"]
+    columns += [name for name in ("highest_logit", "cross_entropy") if name in steps]
+    parts["steps"].append(steps.iloc[at][columns])
     probes = run.folder / "probes.parquet"
     if probes.exists():
-        found["probes"].append(read_table(probes).assign(run_id=name))
+        parts["probes"].append(read_table(probes).assign(run_id=run_id))
 
 
-def _table(target: Path, cell: StudyCell) -> pd.DataFrame:
-    """What was found, with the parameters asked with that are not columns of it."""
-    run = Run(target)
-    if not run.ok:
-        return pd.DataFrame([{**_scalars(cell.params), "reason": run.result["reason"]}])
-    return run.table.assign(
-        **{key: value for key, value in _scalars(cell.params).items() if key not in run.table},
-        reason="",
-    )
+def _calls(run: Run, tested: pd.DataFrame, item_set: str, scoring: str) -> pd.DataFrame:
+    """Whether each test item was called right, at the threshold of the validation items."""
+    validation = run.scores[run.scores["split"] == "val"]
+    threshold = choose_threshold(validation["label"], validation[scoring])
+    right = (tested[scoring] > threshold).to_numpy() == (tested["label"] == 1).to_numpy()
+    row = {"run_id": run.folder.name, "item_set": item_set, "scoring": scoring}
+    return pd.DataFrame([{**row, "bits": np.packbits(right).tobytes()}])
 
 
-def _scalars(params: Mapping) -> dict:
-    return {
+def _measurement(run: Run, cell: StudyCell) -> pd.DataFrame:
+    """The table of a measurement, with those of its parameters that are no columns of it."""
+    params = {
         key: value if isinstance(value, int | float | str) else json.dumps(value, sort_keys=True)
-        for key, value in params.items()
+        for key, value in cell.params.items()
     }
+    if not run.ok:
+        return pd.DataFrame([{**params, "reason": run.result["reason"]}])
+    more = {key: value for key, value in params.items() if key not in run.table}
+    return run.table.assign(**more, reason="")

@@ -25,58 +25,50 @@ def run(
     dry_run: bool = False,
     quiet: bool = False,
 ) -> list[dict]:
-    """Every study asked for (all five with their small files by default). A study that fails says
-    why and the others go on.
+    """Run `studies` (default: all, with their small files). A study that fails says why, and the
+    others go on.
 
-    Returns one entry a study: `study`, `cells`, `due`, `failed` cells, `verdicts` (rows of the
-    ledger), `notebook`, `reason`.
+    Returns one entry for each study: `study`, `cells`, `due`, `failed` cells, `verdicts` (rows of
+    the ledger), `notebook`, `reason`.
     """
-    plans = [
-        read_plan(study)
-        for study in studies or [name for name in STUDIES if (PARAMS / f"{name}.yml").exists()]
-    ]
-    folders = {plan.path: Path(out) / plan.path.stem for plan in plans}
-    cells = [(folders[plan.path], cell) for plan in plans for cell in plan.every_cell()]
-    said = [
-        {
-            "study": plan.path.stem,
-            "cells": len(plan.every_cell()),
-            "due": len(runner.due((folders[plan.path], cell) for cell in plan.every_cell())),
-        }
-        for plan in plans
+    names = studies or [name for name in STUDIES if (PARAMS / f"{name}.yml").exists()]
+    plans = [(plan, Path(out) / plan.path.stem) for plan in map(read_plan, names)]
+    items = [[(folder, cell) for cell in plan.every_cell()] for plan, folder in plans]
+    entries: list[dict] = [
+        {"study": folder.name, "cells": len(own), "due": len(runner.due(own))}
+        for (_, folder), own in zip(plans, items, strict=True)
     ]
     if dry_run:
-        return said
-    began = time.monotonic()
-    failed = runner.make(cells, jobs, progress=not quiet)
-    for entry, plan in zip(said, plans, strict=True):
-        entry["failed"] = [line for line in failed if line.startswith(f"{plan.path.stem},")]
+        return entries
+    began_s = time.monotonic()
+    failed = runner.make([item for own in items for item in own], jobs, progress=not quiet)
+    for entry, (plan, folder) in zip(entries, plans, strict=True):
+        entry["failed"] = [line for line in failed if line.startswith(f"{folder.name},")]
         try:
-            entry |= _study(plan, folders[plan.path], gallery)
-        except Exception as error:  # recorded: the other studies go on
+            entry |= _study(plan, folder, gallery)
+        except Exception as error:  # recorded, so that the other studies go on
             entry["reason"] = f"{type(error).__name__}: {error}"
-    print(f"all studies: {time.monotonic() - began:.0f} s", file=sys.stderr)
-    return said
+    print(f"all studies: {time.monotonic() - began_s:.0f} s", file=sys.stderr)
+    return entries
 
 
 def _study(plan: Plan, folder: Path, gallery: Path | None) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     notebook = _notebook(plan, folder)
-    lab = Lab(plan, folder, Records.of(plan, folder))
+    study = Lab(plan, folder, Records.of(plan, folder))
     if gallery:
-        lab.write(notebook, gallery)
+        study.write(notebook, gallery)
     return {
         "notebook": str(notebook),
-        "verdicts": table(lab.verdicts()).to_dict("records"),
+        "verdicts": table(study.verdicts()).to_dict("records"),
         "reason": "",
     }
 
 
 def _notebook(plan: Plan, folder: Path) -> Path:
-    """The study's notebook executed on the finished runs. Raises: RuntimeError, with the last line
-    of what it said."""
-    target = folder / "study.ipynb"
-    notebook = ROOT / "notebooks" / "studies" / f"{plan.name}.ipynb"
+    """Execute the notebook beside the study's module on the finished runs. Raises: RuntimeError,
+    with the last line of its log."""
+    target, notebook = folder / "study.ipynb", (ROOT / plan.module).with_suffix(".ipynb")
     call = {
         "notebook": str(notebook),
         "output": str(target),
@@ -91,23 +83,21 @@ def _notebook(plan: Plan, folder: Path) -> Path:
 
 
 def _relative(path: Path) -> str:
-    """From the project's folder where it lies in it: an executed notebook shows its parameters to
-    everyone."""
+    """The path from the project's folder, if it lies there: an executed notebook shows its
+    parameters to everyone."""
     path = path.resolve()
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
-def to_text(found: Sequence[Mapping]) -> str:
-    """What became of each study, as text."""
+def to_text(entries: Sequence[Mapping]) -> str:
+    """The entries of `run` as text."""
     lines = []
-    for study in found:
-        state = f"{study['due']} due" if "failed" not in study else f"{len(study['failed'])} failed"
-        lines.append(
-            f"{study['study']}: {study['cells']} cells,"
-            f" {state}{'; ' + study['reason'] if study.get('reason') else ''}"
-        )
+    for entry in entries:
+        state = f"{entry['due']} due" if "failed" not in entry else f"{len(entry['failed'])} failed"
+        reason = f"; {entry['reason']}" if entry.get("reason") else ""
+        lines.append(f"{entry['study']}: {entry['cells']} cells, {state}{reason}")
         lines += [
             f"  {row['verdict']:<22} {row['claim']}\n  {'':<22} {row['why']}"
-            for row in study.get("verdicts", ())
+            for row in entry.get("verdicts", ())
         ]
     return "\n".join(lines)

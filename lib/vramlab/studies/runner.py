@@ -1,8 +1,8 @@
-"""Cells of studies, run side by side: one process a core, one thread each, resumable. What is timed
-comes last, one by one.
+"""Cells of studies, run side by side: one process a core, one thread each, resumable. Cells that
+are timed come last, one by one.
 
-A cell is finished when its folder has `result.json`. A cell that fails says so there and the others
-go on; a process that is killed loses the cell it was in.
+A cell has ended when its folder has `result.json`. A cell that fails records why, and the others go
+on; a process that is killed loses the cell it was in.
 """
 
 from __future__ import annotations
@@ -11,62 +11,55 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 
 from ..files import ROOT, write_table, write_whole
-from ..processes import side_by_side
+from ..processes import alone, side_by_side
 from ..progress import bar
 from ..runs.execute import execute
-from ..runs.folder import is_due, outcome
+from ..runs.folder import is_due, outcome, seal_run
 from ..runs.parameters import KNOWN_PARAMETERS, SCHEMA
-from ..runs.passes import make_bases
+from ..runs.preparation import make_bases
 from ..training.trainer import Diverged
 from .plan import StudyCell
 
-
-def due(cells: Iterable[tuple[Path, StudyCell]]) -> list[tuple[Path, StudyCell]]:
-    """Those that have not ended, and those that failed: a mended cause should need no flag. Each
-    folder once."""
-    found = {folder / cell.name: (folder, cell) for folder, cell in cells}
-    return [pair for target, pair in found.items() if is_due(outcome(target), "failed")]
+Item = tuple[Path, StudyCell]
+"""A cell with the folder of its study."""
 
 
-def make(
-    cells: Sequence[tuple[Path, StudyCell]], jobs: int = 0, progress: bool = True
-) -> list[str]:
-    """Run what is due of (folder of the study, cell). Returns a line for each cell that failed."""
-    waiting = due(cells)
-    make_bases(
-        [
-            {**KNOWN_PARAMETERS, **cell.params}
-            for _, cell in waiting
-            if not cell.call or "recipe" in cell.params
-        ],
-        progress,
-    )
-    failed = []
-    with bar("studies", len(waiting), progress and bool(waiting)) as shown:
-        for (folder, cell), reason, death in _all(waiting, jobs or os.cpu_count() or 1):
-            shown.update()
-            if reason or death:
-                failed.append(f"{folder.name}, {cell.arm}, {cell.name}: {reason or death}")
-                print(failed[-1], file=sys.stderr)
+def due(items: Iterable[Item]) -> list[Item]:
+    """The cells that have not ended, and those that failed, so that a mended cause needs no flag.
+    Each folder once."""
+    targets = {folder / cell.name: (folder, cell) for folder, cell in items}
+    return [item for target, item in targets.items() if is_due(outcome(target), "failed")]
+
+
+def make(items: Sequence[Item], jobs: int = 0, progress: bool = True) -> list[str]:
+    """Run the cells that are due, in `jobs` processes (0: one a core). Returns a line for each that
+    failed."""
+    waiting, failed = due(items), []
+    runs = [cell.params for _, cell in waiting if not cell.call or "recipe" in cell.params]
+    make_bases([{**KNOWN_PARAMETERS, **params} for params in runs], progress)
+    with ExitStack() as stack:
+        for folder in {folder for folder, _ in waiting}:
+            stack.enter_context(alone(folder, "study"))
+        progress_bar = stack.enter_context(bar("studies", len(waiting), progress and bool(waiting)))
+        for is_timed, at_once in ((False, jobs or os.cpu_count() or 1), (True, 1)):
+            batch = [item for item in waiting if item[1].alone == is_timed]
+            for (folder, cell), reason, death in side_by_side(run_cell, batch, at_once):
+                progress_bar.update()
+                if reason or death:
+                    failed.append(f"{folder.name}, {cell.arm}, {cell.name}: {reason or death}")
+                    print(failed[-1], file=sys.stderr)
     return failed
 
 
-def _all(waiting: Sequence[tuple[Path, StudyCell]], jobs: int) -> Iterator[tuple]:
-    for alone, at_once in ((False, jobs), (True, 1)):
-        yield from side_by_side(_one, [pair for pair in waiting if pair[1].alone == alone], at_once)
-
-
-def _one(asked: tuple[Path, StudyCell]) -> str:
-    return one(*asked)
-
-
-def one(folder: Path, cell: StudyCell) -> str:
-    """One cell, in this process. Returns the reason of its failure, or nothing."""
+def run_cell(item: Item) -> str:
+    """Run one cell in this process. Returns the reason of its failure, or an empty string."""
+    folder, cell = item
     target = folder / cell.name
     try:
         if cell.call:
@@ -77,53 +70,33 @@ def one(folder: Path, cell: StudyCell) -> str:
         reason = f"{type(error).__name__}: {error}"
         if outcome(target) is None:
             ended = "diverged" if isinstance(error, Diverged) else "failed"
-            target.mkdir(parents=True, exist_ok=True)
-            write_whole(
-                target / "result.json",
-                json.dumps({"schema": SCHEMA, "outcome": ended, "reason": reason}),
-            )
+            _write_result(target, {"outcome": ended, "reason": reason})
         return reason
     return ""
 
 
-NAMES = {
-    "vramlab.head_bytes": "baichuan2_head_bytes",
-    "vramlab.ladder": "baichuan2_ladder",
-    "vramlab.positions": "baichuan2_positions",
-    "vramlab.studies.checkpointing": "checkpointing",
-    "vramlab.studies.lomo_hooks": "lomo_hooks",
-    "vramlab.studies.measurements": "vramlab.studies.calls",
-    "vramlab.studies.trajectories": "chunkft_trajectories",
-}
-"""What `call:` says, which the gallery's hashes are of, and the module that it is."""
-BESIDE = ROOT / "notebooks" / "studies"
-"""Where a study's own modules lie, beside its notebook."""
-
-
-def module(name: str) -> ModuleType:
-    """The module called `name`: of this library, or one beside a study's notebook; `name` may be an
-    entry of `NAMES`."""
-    if str(BESIDE) not in sys.path:
-        sys.path.append(str(BESIDE))
-    return importlib.import_module(NAMES.get(name, name))
+def load_module(name: str, path: str) -> ModuleType:
+    """The module in the file `path`, from the project's folder; without a path, the module called
+    `name`. Modules of the same folder may import each other."""
+    if not path:
+        return importlib.import_module(name)
+    file = ROOT / path
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    return importlib.import_module(file.stem)
 
 
 def _measure(target: Path, cell: StudyCell) -> None:
-    """`table.parquet` of what the function finds, then `result.json`."""
-    home, name = cell.call.split(":")
-    table = getattr(module(home), name)(**cell.params)
+    """Write what the function returns to `table.parquet`, then `result.json`."""
+    module, name = cell.call.split(":")
+    table = getattr(load_module(module, cell.path), name)(**cell.params)
     target.mkdir(parents=True, exist_ok=True)
     write_table(table, target / "table.parquet")
-    write_whole(
-        target / "result.json",
-        json.dumps(
-            {
-                "schema": SCHEMA,
-                "outcome": "ok",
-                "reason": "",
-                "call": cell.call,
-                "params": dict(cell.params),
-            },
-            indent=1,
-        ),
-    )
+    call = {"call": cell.call, "params": dict(cell.params)}
+    _write_result(target, {"outcome": "ok", "reason": "", **call})
+    seal_run(target)
+
+
+def _write_result(target: Path, content: dict) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    write_whole(target / "result.json", json.dumps({"schema": SCHEMA, **content}, indent=1))

@@ -1,7 +1,8 @@
-"""What a study's notebook holds: its plan, its evidence and what is computed from both.
+"""A study as its notebook uses it: the plan, the records of its runs, and the figures and verdicts
+that follow from them.
 
-lab = Lab.of("params/studies/lomo.yml")
-lab.verdicts()
+    study = Lab.of("params/studies/lomo.yml")
+    study.verdicts()
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ OUTPUTS = ROOT / "outputs" / "studies"
 
 @dataclass(frozen=True)
 class Lab:
-    """A study with its runs. `folder` holds run folders, or, in the gallery, the thinned
-    records."""
+    """A study with its runs. `folder` holds run folders, or in the gallery the thinned records."""
 
     plan: Plan
     folder: Path
@@ -35,27 +35,27 @@ class Lab:
     def of(
         cls, study: Path | str, out_dir: Path | str = "", jobs: int = 0, progress: bool = True
     ) -> Lab:
-        """Run what is due of the study file, or of the study called so, in `out_dir`
-        (outputs/studies/<the file's>); gather."""
+        """Run the cells that are due of a study's file, or of the study of that name, in `out_dir`
+        (default: outputs/studies/<name of the file>), and read their records."""
         plan = read_plan(study)
         folder = Path(out_dir) if out_dir else OUTPUTS / plan.path.stem
         runner.make([(folder, cell) for cell in plan.every_cell()], jobs, progress)
         return cls(plan, folder, Records.of(plan, folder))
 
     @classmethod
-    def shown(cls, study: Path | str, gallery: Path = GALLERY) -> Lab:
-        """The study as it was committed. Raises: FileNotFoundError."""
+    def committed(cls, study: Path | str, gallery: Path = GALLERY) -> Lab:
+        """The study as it is committed in the gallery. Raises: FileNotFoundError."""
         plan = read_plan(study)
         folder = gallery / plan.path.stem
         return cls(plan, folder, Records.read(folder / "records"))
 
     @cached_property
     def figures(self) -> dict[str, Figure]:
-        """Every number that a claim may look at."""
-        return runner.module(self.plan.name).figures(self)
+        """Every number that a claim may need."""
+        return runner.load_module(self.plan.name, self.plan.module).figures(self)
 
     def verdicts(self) -> list[claims.Verdict]:
-        """Of every claim of this study."""
+        """The verdict on each claim of this study."""
         return [
             claims.decide(claim, self.figures)
             for claim in claims.read_claims()
@@ -63,27 +63,27 @@ class Lab:
         ]
 
     def write(self, notebook: Path, gallery: Path = GALLERY) -> Path:
-        """The study thinned into the gallery: records, figures, verdicts, the executed notebook and
-        what made them."""
+        """Write the study into the gallery: thinned records, figures, the executed notebook, and
+        what they were made with."""
         folder = gallery / self.plan.path.stem
         self.records.write(folder / "records")
         figures = {name: figure.to_json() for name, figure in self.figures.items()}
         write_whole(folder / "figures.json", json.dumps(figures, indent=1))
-        made = {
+        origin = {
             "study": self.plan.name,
             "file": self.plan.path.name,
             "params_hash": self.plan.content_hash(),
             "cells": len(self.plan.every_cell()),
             "made_with": record(),
         }
-        write_whole(folder / "made.json", json.dumps(made, indent=1))
+        write_whole(folder / "made.json", json.dumps(origin, indent=1))
         _keep(notebook, folder / "study.ipynb")
         return folder
 
 
 def _keep(notebook: Path, target: Path) -> None:
-    """The executed notebook without the machine's paths, which papermill writes down."""
-    said = json.loads(notebook.read_text())
+    """Write the executed notebook without the paths of the machine that papermill records."""
+    content = json.loads(notebook.read_text())
     for name in ("input_path", "output_path"):
-        said["metadata"].get("papermill", {}).pop(name, None)
-    write_whole(target, json.dumps(said, indent=1).replace(f"{ROOT}/", ""))
+        content["metadata"].get("papermill", {}).pop(name, None)
+    write_whole(target, json.dumps(content, indent=1).replace(f"{ROOT}/", ""))
