@@ -37,7 +37,7 @@ from vramlab.gpu_check.plan import Cell
 from vramlab.observer import Observer
 from vramlab.regimes.regime import read_row, regime_row
 from vramlab.runs.parameters import resolve
-from vramlab.runs.sweep import read_sweep
+from vramlab.runs.sweep_file import read_sweep
 from vramlab.timeline.thin import curve
 from vramlab.training.trainer import Schedule, Trainer
 

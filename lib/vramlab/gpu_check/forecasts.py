@@ -88,15 +88,15 @@ def predict_step(question: Question, card: Card | None, cache_dir: Path | None =
                 "floor_s": None,
             }
         else:
-            made = forecast(question, card, cache_dir=cache_dir)
-            step = made.trace
+            prediction = forecast(question, card, cache_dir=cache_dir)
+            step = prediction.trace
             figures = {
-                "allocated_peak_bytes": made.allocated_peak_bytes,
-                "reserved_peak_bytes": made.reserved_peak_bytes,
-                "fits": made.fits,
-                "num_alloc_retries": made.retries,
-                "ledger": dict(made.ledger),
-                "floor_s": made.floor_s,
+                "allocated_peak_bytes": prediction.allocated_peak_bytes,
+                "reserved_peak_bytes": prediction.reserved_peak_bytes,
+                "fits": prediction.fits,
+                "num_alloc_retries": prediction.retries,
+                "ledger": dict(prediction.ledger),
+                "floor_s": prediction.floor_s,
             }
     except Exception as error:  # of any kind: the other rows go on, and this one has its reason
         return {"reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
