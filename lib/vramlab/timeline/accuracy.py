@@ -28,7 +28,9 @@ def summary(rows: Iterable[Mapping]) -> dict:
     runs to compute a figure from.
     """
     rows = list(rows)
-    errors = {name: pd.Series([peak_error(row, name) for row in rows], dtype=float) for name in PEAKS}
+    errors = {
+        name: pd.Series([peak_error(row, name) for row in rows], dtype=float) for name in PEAKS
+    }
     figures: dict = {name: _spread(column.dropna()) for name, column in errors.items()}
     outcomes = [(row.get("predicted_fits"), row.get("measured_fits")) for row in rows]
     known = [pair for pair in outcomes if pair[0] is not None and pair[1] is not None]
