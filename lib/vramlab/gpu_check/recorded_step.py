@@ -20,7 +20,7 @@ from ..baichuan.random_weights import batches, random_model
 from ..capture import oom
 from ..capture.cuda_recorder import watching
 from ..forecast.forecast import Question
-from ..forecast.trace import shown
+from ..forecast.representative_step import representative
 from ..observer import Observer
 from ..regimes.regime import Regime
 from ..runs.passes import limited
@@ -76,7 +76,7 @@ def watch(trainer: Trainer, observer: Observer) -> None:
 def _record(question: Question, cell: Mapping, folder: Path) -> tuple[dict, Trainer]:
     device = cell["device"]
     recorder: Any = limited(device, cell["limit_bytes"]) or watching(device)
-    regime, turns = shown(question.row)
+    regime, turns = representative(question.row)
     # made before anything records: on a CPU the meter would count it twice
     model = random_model(question.spec)
     recording, step = ExitStack(), 0

@@ -12,6 +12,7 @@ again on the storage of the tensor that is viewed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,10 +184,10 @@ def _describe(kind: str, outputs, call: tuple, key: tuple) -> tuple[Output, ...]
     argument, or where a tensor that was written has another shape now."""
     if kind.startswith("writes"):
         return () if _key(call) == key else None
-    tensors = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    tensors: list[Any] = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     if any(type(tensor) is not FakeTensor for tensor in tensors):
         return None
-    viewed = call[1][0] if kind in _VIEWS and call[1] else None
+    viewed: Any = call[1][0] if kind in _VIEWS and call[1] else None
     if kind in _VIEWS:
         good = isinstance(viewed, FakeTensor) and all(_views(tensor, viewed) for tensor in tensors)
     else:
