@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache
 from itertools import islice
@@ -166,7 +166,7 @@ def run_cells(
     jobs: int = 1,
     may_start_next: Callable[[Any], bool] = lambda cell: False,
     budget_s: float = math.inf,
-) -> Iterator[tuple[Any, Child]]:
+) -> Generator[tuple[Any, Child], None, None]:
     """Work on `cells` in child processes; yield each with its process when its call has ended.
 
     `start(cell)` returns the process that the cell was sent to. `jobs` cells run at a time; one
@@ -176,7 +176,7 @@ def run_cells(
 
     Raises: KeyboardInterrupt, on Ctrl-C.
     """
-    waiting, running, ends_s = iter(cells), {}, time.monotonic() + budget_s
+    waiting, running, ends_s = iter(cells), dict[Any, Any](), time.monotonic() + budget_s
     with ExitStack() as stack:
         stack.callback(lambda: [child.stop() for child in running])
         if threading.current_thread() is threading.main_thread():

@@ -17,6 +17,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any, cast
 
 from .blocks import Block, Device, Pool, segment_views
 from .expandable_segments import ExpandableSegments
@@ -177,7 +178,7 @@ class Allocator:
         return Shortage(
             asked_bytes,
             segment_bytes,
-            self.device.capacity_bytes - self.reserved_bytes,
+            cast(int, self.device.capacity_bytes) - self.reserved_bytes,
             self.allocated_bytes,
             self.reserved_bytes,
             max((pool.free[-1][0] for pool in self._pools.values() if pool.free), default=0),
@@ -255,7 +256,7 @@ class Allocator:
                 if address > block.address:
                     before, block = block, block.cut(address - block.address)
                     free.append(before)
-                rest = block.cut(size) if block.bytes > size else None
+                rest: Any = block.cut(size) if block.bytes > size else None
                 self._hand_out(block, key)
                 block = rest
             if block is not None:

@@ -40,7 +40,8 @@ class Block:
         self.pool, self.origin, self.address, self.bytes = pool, origin, address, size
         self.prev: Block | None = None
         self.next: Block | None = None
-        self.active, self.mapped, self.key, self.born = False, True, None, 0
+        self.active, self.mapped, self.born = False, True, 0
+        self.key: Hashable = None
 
     @property
     def split(self) -> bool:
@@ -55,10 +56,10 @@ class Block:
             rest.next.prev = rest
         return rest
 
-    def absorb_next(self) -> None:
-        """Take over the bytes of the following block, which must be in no list and is then gone."""
-        self.bytes += self.next.bytes
-        self.next = self.next.next
+    def absorb(self, after: Block) -> None:
+        """Take over the bytes of the next block, which must be in no list and is then gone."""
+        self.bytes += after.bytes
+        self.next = after.next
         if self.next is not None:
             self.next.prev = self
 
@@ -91,10 +92,10 @@ class Pool:
         before, after = block.prev, block.next
         if after is not None and not after.active and after.mapped:
             self.remove(after)
-            block.absorb_next()
+            block.absorb(after)
         if before is not None and not before.active and before.mapped:
             self.remove(before)
-            before.absorb_next()
+            before.absorb(block)
             block = before
         self.add(block)
 

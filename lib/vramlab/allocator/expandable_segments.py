@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 from itertools import accumulate, takewhile
+from typing import cast
 
 from .blocks import Block, Device, Pool
 from .settings import SMALL_SEGMENT_BYTES, Settings
@@ -39,7 +40,7 @@ class ExpandableSegments:
         if not block.mapped and not self._map(block, size):
             return None
         while block.bytes < size:  # what follows is unmapped, and becomes a part of this block
-            if not self._map(block.next, size - block.bytes):
+            if not self._map(cast(Block, block.next), size - block.bytes):
                 return None
         pool.remove(block)
         return block
@@ -127,10 +128,10 @@ class ExpandableSegments:
         after, before = block.next, block.prev
         if after is not None and not after.mapped:
             block.pool.unmapped.remove((after.address, after))
-            block.absorb_next()
+            block.absorb(after)
         if before is not None and not before.mapped:
             block.pool.unmapped.remove((before.address, before))
-            before.absorb_next()
+            before.absorb(block)
             block = before
         if block.split:
             self._leave_unmapped(block)

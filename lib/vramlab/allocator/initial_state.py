@@ -86,8 +86,8 @@ def adopt_initial_state(allocator: Allocator, snapshot: Snapshot) -> None:
         places, blocks = pools[part.stream, part.small]
         places.append((part.start, part.end - part.start))
         blocks.extend(used.get(part.start, ()))
-    for pool, (places, blocks) in pools.items():
-        allocator.adopt(*pool, places, blocks, lowest.get(pool))
+    for (stream, small), (places, blocks) in pools.items():
+        allocator.adopt(stream, small, places, blocks, lowest.get((stream, small)))
 
 
 # reserved memory ----------------------------------------------------------------------------------

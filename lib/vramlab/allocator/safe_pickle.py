@@ -89,7 +89,7 @@ def _check_instructions(data: bytes) -> None:
     """Walk the instructions without running them. Raises: ValueError."""
     at = 2 if data[0] == _PROTOCOL else 0
     while True:
-        at = _PLAIN.match(data, min(at, len(data))).end()
+        at = _PLAIN.match(data, min(at, len(data))).end()  # type: ignore[union-attr]  # never None
         op = data[at] if at < len(data) else None
         if op in _STRINGS:
             width = _STRINGS[op]

@@ -6,6 +6,7 @@ Shapes: b batch, t tokens, H hidden, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ class NormHead(nn.Module):
     is the plain linear head that the paper compares with: logits = h W^T.
     """
 
-    fused = None
+    fused: Callable[[Tensor, Tensor, Tensor, float, bool], Tensor] | None = None
     """(hidden, weight, labels, z_loss_weight, norm) -> loss: a replacement that forms no logits."""
 
     def __init__(self, hidden_size: int, vocab_size: int, norm: bool = True):

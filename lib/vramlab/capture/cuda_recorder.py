@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -52,7 +53,7 @@ class CudaHistory:
             )
         index = torch.device(device).index
         self.device = torch.cuda.current_device() if index is None else index
-        self._set = getattr(torch.cuda.memory, "_set_memory_metadata", None)
+        self._set: Any = getattr(torch.cuda.memory, "_set_memory_metadata", None)
         self.keeps_metadata = self._set is not None and hasattr(torch._C, "_cuda_setMemoryMetadata")
         self.workspace_bytes = matrix_workspace_bytes(torch.cuda.get_device_capability(self.device))
 

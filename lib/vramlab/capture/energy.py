@@ -101,7 +101,7 @@ def per_tokens(steps: pd.DataFrame, frame: pd.DataFrame) -> dict:
         "start_temperature_c": float(warmth.iloc[-1]) if len(warmth) else None,
         "how": whole.how,
     }
-    if whole.j is None:
+    if whole.j is None or whole.error_j is None:
         return result
     rates, counted = [], 0
     for end, total in zip(ends, tokens, strict=True):

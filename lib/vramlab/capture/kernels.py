@@ -102,7 +102,7 @@ class Attention:
 _native = F.scaled_dot_product_attention
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def _autocast(*tensors) -> list[Tensor | None]:
     """The function is on autocast's list of low precision, so its operands are cast before a kernel
     is chosen."""
     device_type = tensors[0].device.type

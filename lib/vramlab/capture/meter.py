@@ -70,6 +70,7 @@ class _Death(weakref.ref):
     and is dropped then."""
 
     __slots__ = ("key",)
+    key: int
 
 
 class Meter(GradientsToo):
@@ -167,16 +168,16 @@ class Meter(GradientsToo):
             if isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor):
                 self._record(tensor, op)
         if self._workspaces is not None:
-            self._take_workspace(func, args, op)
+            self._take_workspace(self._workspaces, func, args, op)
         if self._work is not None:
             self._work.count(self._step, phase, func, args, outputs, self._known)
 
     def _known(self, tensor: Tensor) -> _Storage:
         return self._record(tensor, "found")
 
-    def _take_workspace(self, func, args, op: str) -> None:
+    def _take_workspace(self, workspaces: Workspaces, func, args, op: str) -> None:
         """Record what the kernel that has just run took: for good, or while it ran."""
-        kept_bytes, scratch_bytes = self._workspaces.taken(func, args, self._phase == "backward")
+        kept_bytes, scratch_bytes = workspaces.taken(func, args, self._phase == "backward")
         if kept_bytes:
             self._born(kept_bytes, "workspace", op, host=False)
         if scratch_bytes:

@@ -67,21 +67,20 @@ FIGURES = (
 def record(source: str, figures: Mapping, frame: pd.DataFrame | None, reason: str = "") -> dict:
     """The record. `figures`: of `FIGURES`, in bytes; `frame`: the timeline up to the failure, as
     far as one was kept; `reason`: why something is missing."""
-    known = frame is not None and len(frame) > 0
-    alive = holders(frame) if known else Counter()
-    last = frame.iloc[-1] if known else None
+    last = frame.iloc[-1] if frame is not None and len(frame) > 0 else None
+    alive = Counter() if last is None else holders(frame)
     return {
         "source": source,
         **{name: None if figures.get(name) is None else int(figures[name]) for name in FIGURES},
-        "step": int(last["step"]) if known else None,
-        "phase": str(last["phase"]) if known else None,
+        "step": None if last is None else int(last["step"]),
+        "phase": None if last is None else str(last["phase"]),
         "categories": by_category(alive),
         "owners": [
             {"category": category, "module": module, "bytes": size}
             for category, module, size in largest_owners(alive, OWNERS)
         ],
         "said": reason
-        or ("" if known else "nothing recorded the allocator, so owners are not known"),
+        or ("nothing recorded the allocator, so owners are not known" if last is None else ""),
     }
 
 
@@ -141,12 +140,12 @@ class _Watch:
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1].name
             reasons.append(f"no owners ({type(error).__name__}: {error}, {where})")
-        try:
-            if self.dump:
+        if self.dump:
+            try:
                 torch.cuda.memory._dump_snapshot(str(self.dump))
-        except Exception as error:
-            self.dump.unlink(missing_ok=True)
-            reasons.append(f"no dump ({type(error).__name__}: {error})")
+            except Exception as error:
+                self.dump.unlink(missing_ok=True)
+                reasons.append(f"no dump ({type(error).__name__}: {error})")
         source = "torch's out-of-memory observer"
         self.record = record(source, figures, frame, "; ".join(reasons))
 

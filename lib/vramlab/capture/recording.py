@@ -93,7 +93,7 @@ class Recording:
     source: str = "recorder"
 
     @classmethod
-    def of(cls, raw: Mapping, device: int, document: Mapping) -> Recording:
+    def of(cls, raw: dict, device: int, document: Mapping) -> Recording:
         """From what torch's `_snapshot` returned, and the other fields as plain data. Raises:
         ValueError."""
         return cls(parse_snapshot(raw, device), **_typed(document))

@@ -137,7 +137,7 @@ def as_recorded(frame: pd.DataFrame, settings: Settings = Settings()) -> tuple[R
     lifetime again, and two stretches of a phase are distinct only where another phase lies
     between them.
     """
-    history, marks, declared, mark, span = HistoryAllocator(settings), [], [], None, -1
+    history, marks, declared, span = HistoryAllocator(settings), list[Mark](), [], -1
     device = frame[on_device(frame) & (frame["bytes"] > 0).to_numpy()]
     if "t_s" not in device:  # a kept forecast has no times: entries then lie a microsecond apart
         device = device.assign(t_s=[at * 1e-6 for at in range(len(device))])
@@ -145,16 +145,17 @@ def as_recorded(frame: pd.DataFrame, settings: Settings = Settings()) -> tuple[R
     rows = zip(*(device[name].tolist() for name in names), strict=True)
     for t_s, step, event, storage, size, stream, phase, module, category in rows:
         known = module if event == "alloc" and phase not in ("backward", "recompute") else ""
-        begins = mark is None or (step, phase) != (mark.step, mark.phase)
-        if begins or (event == "alloc" and known != mark.module):
+        begins = not marks or (step, phase) != (marks[-1].step, marks[-1].phase)
+        if begins or (event == "alloc" and known != marks[-1].module):
             span += begins
-            mark = Mark(step, phase, known, span, int(t_s * 1e6))
-            marks.append(mark)
+            marks.append(Mark(step, phase, known, span, int(t_s * 1e6)))
         history.metadata, history.time_us = f"{PREFIX}{len(marks) - 1}", int(t_s * 1e6)
         history.apply(event, storage, size, stream)
         if event == "alloc" and category in DECLARED:
             declared.append((len(marks) - 1, history.address(storage), category, module))
-            marks.append(mark)  # a mark of its own: the declaration means nothing allocated later
+            marks.append(
+                marks[-1]
+            )  # a mark of its own: the declaration means nothing allocated later
     document = {
         "marks": [astuple(each) for each in marks],
         "declared": declared,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-DOMAINS = ("general", "news", "law", "medicine")
+DOMAINS: tuple[str, ...] = ("general", "news", "law", "medicine")
 """Domains of the generator; sources read from disk bring their own."""
 
 SHIFTS = ("none", "mild", "moderate", "severe")

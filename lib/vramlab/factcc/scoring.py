@@ -65,7 +65,7 @@ def in_batches(
     The longest come first: those of a batch have similar lengths, and running out of memory shows
     at once.
     """
-    order, results = sorted(range(len(lengths)), key=lambda i: -lengths[i]), {}
+    order, results = sorted(range(len(lengths)), key=lambda i: -lengths[i]), dict[int, object]()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         results.update(zip(chosen, compute([sequences[i] for i in chosen]), strict=True))

@@ -4,6 +4,7 @@ notebook."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 from ..allocator.settings import Settings
 from ..cards import card as read_card
@@ -78,12 +79,12 @@ def to_text(forecast: Forecast) -> str:
 
 
 def _card_lines(forecast: Forecast) -> list[str]:
-    card, floor = forecast.card, forecast.floor
+    card, floor = cast(Any, forecast.card), cast(Any, forecast.floor)
     usable_bytes = forecast.settings.usable_bytes(card.capacity_bytes, card.total_bytes)
     verdict = _verdict(forecast, f", after flushing its cache {forecast.retries} times")
     return [
         f"{card.name}: {verdict}; margin"
-        f" {forecast.margin_bytes / GIB:+.2f} GiB of {usable_bytes / GIB:.2f}",
+        f" {cast(int, forecast.margin_bytes) / GIB:+.2f} GiB of {usable_bytes / GIB:.2f}",
         f"no step faster than {floor.s:.3f} s, bound by {floor.binds}"
         f" (roofline floor, not an estimate): compute {floor.compute_s:.3f},"
         f" memory {floor.memory_s:.3f}, bus {floor.bus_s:.3f}",
@@ -94,7 +95,7 @@ def takeaway(forecast: Forecast) -> str:
     """One number, in Markdown: what is left of the card."""
     question, reserved_gib = forecast.question, forecast.reserved_peak_bytes / GIB
     between = "".join(f" Reserved: {text}." for text in _reserved_range(forecast))
-    if forecast.card is None:
+    if forecast.card is None or forecast.margin_bytes is None:
         return f"**{reserved_gib:.1f} GiB** reserved at the peak, predicted.{between}"
     return (
         f"**{forecast.margin_bytes / GIB:+.1f} GiB** is what {question.name} of"

@@ -209,11 +209,11 @@ def _summarize_row(questions: list[Question], kept: SummaryCache) -> dict[Questi
     """The cells of a model and row, which differ in size only."""
     sizes, cells = Sizes(), {}
     for question in _solvable_order(questions):
-        cells[question] = kept.read(question)
-        if cells[question] is None:
-            cells[question] = _summarize(question, sizes, kept)
-        elif len(questions) > ENOUGH and not cells[question]["solved"]:
+        if (cell := kept.read(question)) is None:
+            cell = _summarize(question, sizes, kept)
+        elif len(questions) > ENOUGH and not cell["solved"]:
             sizes.add(traced_step(question, kept.cache_dir, counted=False))
+        cells[question] = cell
     return cells
 
 
@@ -263,7 +263,7 @@ def _summarize(question: Question, sizes: Sizes, kept: SummaryCache) -> dict:
     try:
         step = sizes.at(question.seq, question.batch)
         solved = step is not None
-        if not solved:
+        if step is None:
             step = traced_step(question, kept.cache_dir, counted=False)
             sizes.add(step)
         summary = card_summary.summarize(step, kept.cards, kept.allocators)
@@ -293,16 +293,16 @@ class SummaryCache:
         text = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def _path(self, question: Question) -> Path:
-        return self.cache_dir / question.key() / f"summary-{self._hash}.json"
+    def _path(self, cache_dir: Path, question: Question) -> Path:
+        return cache_dir / question.key() / f"summary-{self._hash}.json"
 
     def read(self, question: Question) -> dict | None:
-        summary = recall(self._path(question)) if self.cache_dir else None
+        summary = recall(self._path(self.cache_dir, question)) if self.cache_dir else None
         return summary and {**_cell(question), **summary}
 
     def write(self, question: Question, summary: dict) -> dict:
         if self.cache_dir is not None:
-            path = self._path(question)
+            path = self._path(self.cache_dir, question)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_checked(path, summary)
         return {**_cell(question), **summary}

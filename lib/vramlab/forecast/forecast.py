@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 from ..allocator.settings import Settings
 from ..allocator.simulate import STRIDES, Simulated, rows, simulate
@@ -161,14 +162,16 @@ def forecast(
             "rounding": allocated_bytes - sum(alive.values()),
             **({"context": card.context_bytes} if card else {}),
         },
-        fits=on_card and on_card.oom is None,
+        fits=on_card.oom is None if on_card else None,
         retries=on_card.num_alloc_retries if on_card else 0,
-        margin_bytes=card
-        and settings.usable_bytes(card.capacity_bytes, card.total_bytes) - reserved_bytes,
-        floor=card
-        and roofline(
+        margin_bytes=settings.usable_bytes(card.capacity_bytes, card.total_bytes) - reserved_bytes
+        if card
+        else None,
+        floor=roofline(
             trace.work, card.bf16_tflops, card.fp32_tflops, card.gb_per_s, card.host_gb_per_s
-        ),
+        )
+        if card
+        else None,
         took_s=time.perf_counter() - began,
     )
 
@@ -192,7 +195,9 @@ def largest(
     grain = 64 if axis == "seq" else 1
     value, fitting, best, too_large = 1, 0, None, None
     while too_large is None or too_large - fitting > 1:
-        step = forecast(dataclasses.replace(question, **{axis: value * grain}), card, settings)
+        step = forecast(
+            dataclasses.replace(question, **cast(Any, {axis: value * grain})), card, settings
+        )
         report(f"{axis} {value * grain}: {'fits' if step.fits else 'does not fit'}")
         if step.fits:
             fitting, best = value, step

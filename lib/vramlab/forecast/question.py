@@ -86,7 +86,7 @@ class Question:
     def of_run(cls, params: Mapping, seq: int = 0) -> Question:
         """One step of the run with these parameters, on full rows of `seq` tokens, by default of
         the run's `max_length`."""
-        replaced = {
+        replaced: dict[str, Any] = {
             name: json.dumps(params[name], sort_keys=True)
             for name in ("axes", "config")
             if params.get(name)

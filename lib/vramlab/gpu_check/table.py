@@ -32,7 +32,6 @@ def _row(cell: Cell, result: Mapping, card: Card | None, peer_tokens_per_s: floa
     reserved_bytes = forecast.get("reserved_peak_bytes")
     joules, tokens = (result.get("energy") or {}).get("j"), result.get("window_tokens")
     speed = result.get("tokens_per_s")
-    comparable = measured and speed and peer_tokens_per_s
     row = {
         "cell": cell.name,
         "does": cell.kind,
@@ -49,7 +48,9 @@ def _row(cell: Cell, result: Mapping, card: Card | None, peer_tokens_per_s: floa
         "mfu": _mfu(cell.forecast, result, card),
         "j_per_1000_tokens": joules / tokens * 1000 if joules is not None and tokens else None,
         "num_alloc_retries": result.get("num_alloc_retries"),
-        "over_trainer": speed / peer_tokens_per_s if comparable else None,
+        "over_trainer": speed / peer_tokens_per_s
+        if measured and speed and peer_tokens_per_s
+        else None,
         "predicted_fits": cell.forecast.get("fits"),
         "reason": result["reason"],
     }

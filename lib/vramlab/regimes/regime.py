@@ -89,7 +89,7 @@ SCALARS = ("accumulate", "clip", "lr", "says", "source", "differs")
 def _value(axis: str, cell: Any) -> tuple[str, Any]:
     """The name and the value of one cell of a row, `name` or `{name: {field: value}}`. Raises:
     ValueError, with one reason in each line."""
-    known, name, settings = AXES[axis], cell, {}
+    known, name, settings = AXES[axis], cell, dict[str, Any]()
     if isinstance(cell, Mapping) and len(cell) == 1:
         ((name, settings),) = cell.items()
     if not isinstance(name, str) or name not in known:

@@ -161,7 +161,7 @@ def _batch_size(full: Mapping) -> str:
 
 # (parameters, check): the check returns or raises the reason why they cannot work together; it is
 # reported for the first of them
-CHECKS: tuple[tuple[tuple[str, ...], Callable[[Mapping], object]], ...] = (
+CHECKS: tuple[tuple[tuple[str, ...], Callable], ...] = (
     (("regime", "axes", "weights"), lambda full: run_row(full) and ""),
     (("model", "config"), lambda full: run_spec(full) and ""),
     (("train_domain", "items"), _train_domain),

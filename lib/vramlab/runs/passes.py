@@ -160,7 +160,7 @@ def _few_steps(trainer: Trainer, batches: list[Batch]) -> None:
         trainer.step(batches)
 
 
-def _warm_up(prepared: Prepared, batches: list[list[Batch]]) -> None:
+def _warm_up(prepared: Prepared, batches: list[Batch]) -> None:
     config = copy.deepcopy(prepared.model.config)
     config.num_hidden_layers = min(3, config.num_hidden_layers)  # two to draw from, or a cut
     small = type(prepared.model)(config)

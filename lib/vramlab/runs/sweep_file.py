@@ -65,7 +65,7 @@ def read_sweep(path: Path | str, out: Path | str | None = None) -> tuple[Path, P
         raise FileNotFoundError(
             f"no sweep {path}{nearest(path.name, known)}: params/ has {', '.join(known)}"
         )
-    spec = {"name": path.stem, "notebook": "notebooks/finetune.ipynb"}
+    spec: dict[str, Any] = {"name": path.stem, "notebook": "notebooks/finetune.ipynb"}
     spec |= checked(read_yaml(path), KEYS, str(path), ("grid",))
     if not spec["grid"] or not plain_name(spec["name"]) or "\0" in spec["notebook"]:
         raise BadFile(

@@ -48,7 +48,7 @@ def joined(
     """
     if steps is None:
         steps = {step: step for step in set(recorded["step"]) & set(forecast["step"])}
-    pairs, requests, exact = [], [], True
+    pairs, requests, exact = [], list[int](), True
     for step, other_step in sorted(steps.items()):
         rows, others = _allocations(recorded, step), _allocations(forecast, other_step)
         places, whole = align(_elements(recorded, rows), _elements(forecast, others))

@@ -94,7 +94,9 @@ class _Family:
         plan = unfold(first, seq, batch)
         if plan is None:
             return None
-        self._formulas = self._formulas or ByteFormulas(first, self.traces, self.plans)
+        self._formulas = self._formulas or ByteFormulas(
+            first, self.traces, [each for each in self.plans if each is not None]
+        )
         sizes = self._formulas.bytes(plan, seq, batch)
         crossed = self._formulas.crossed(seq, batch)
         if sizes is None or None in crossed.values():

@@ -173,7 +173,7 @@ class _Backend:
 
     manual_seed_all = get_rng_state = set_rng_state = _no_random_state
 
-    def current_stream(self, device=None) -> Stream:
+    def current_stream(self, device=None) -> object:
         return Stream.current
 
     def stream_number(self) -> int:

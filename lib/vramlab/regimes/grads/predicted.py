@@ -59,7 +59,7 @@ class Writers(Lora):
     numbers a token are kept for it instead of the writer's input; and, with `grads: predicted`, the
     module that guesses their gradients."""
 
-    targets: tuple[str, ...] = WRITERS
+    targets: tuple[str, ...] = WRITERS  # type: ignore[assignment]  # `forbidden` checks them
 
     def parts(self, model: nn.Module) -> list[Part]:
         return [
@@ -165,7 +165,7 @@ class _Forward:
     """h_l (n, H), of the tokens that G learns from"""
     true: dict[int, Tensor] = field(default_factory=dict)
     """d_l (n, H), of the same tokens"""
-    end: Tensor | None = None
+    end: Any = None
     """d_L (b, t, H)"""
 
 
@@ -182,7 +182,7 @@ class PredictedUpdater(ProbingUpdater):
         super().begin(step, lr)
         self.is_anchor = _is_due(step, self.options.every)
         self.forms_truth = self.is_anchor or _is_due(step, self.options.probe)
-        self._guessed, self._true = {}, {}
+        self._guessed, self._true = dict[str, Tensor](), dict[str, Tensor]()
 
     @contextmanager
     def run(self, number: int) -> Iterator[None]:

@@ -87,7 +87,7 @@ class ProbingUpdater(Updater):
             yield
         finally:
             handle.remove()
-            self._kwargs = None
+            self._kwargs: Any = None
 
     def _record(self, _, __, kwargs: dict) -> None:
         self._kwargs, device = kwargs, kwargs["input_ids"].device.type

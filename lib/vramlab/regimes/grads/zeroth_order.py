@@ -86,8 +86,8 @@ class ZerothOrderUpdater(Updater):
         super().__init__([])
         self.options, self.named, self.observer = options, named, observer
         self._owners = _owners(model, named)
-        self._handles: list = []
-        self._sign, self._slope, self._unmoved = 0, None, set()
+        self._sign, self._handles, self._unmoved = 0, list[Any](), set[str]()
+        self._slope: Any = None
         self._parked: dict[Tensor, Tensor] = {}
 
     def begin(self, step: int, lr: float) -> None:

@@ -109,7 +109,7 @@ class ChunkedLogits:
     ) -> Callable[[int, int], Tensor]:
         """(a, b) -> rows a:b of the leaf's gradient, from products formed again. To be called for
         `pieces`, in their order, any number of times."""
-        start, loaded = self.options.start, iter(())
+        start, loaded = self.options.start, iter(list[tuple[int, int, Tensor]]())
 
         def gradient(a: int, b: int) -> Tensor:
             nonlocal loaded

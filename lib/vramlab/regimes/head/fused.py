@@ -60,11 +60,11 @@ class FusedHeadLoss(torch.autograd.Function):
         ctx, hidden: Tensor, weight: Tensor, leaf: Tensor | None, labels: Tensor, options: Options
     ) -> Tensor:
         head, trains = ChunkedLogits(hidden, weight, labels, options), ctx.needs_input_grad[2]
-        cut, ctx.options = Cut(*weight.shape, head.hidden.itemsize), options
+        cut, ctx.options = Cut(len(weight), weight.shape[1], head.hidden.itemsize), options
         ctx.in_rows = trains and options.row_receiver is not None
         # over many chunks of tokens, a sum that is rounded to the leaf's type at each is worse than
         # one product
-        if trains and not ctx.in_rows and leaf.itemsize < 4:
+        if trains and not ctx.in_rows and leaf is not None and leaf.itemsize < 4:
             cut = replace(cut, rounded_sum_token_limit=MOST_ROUNDINGS * cut.tokens_at_once)
             ctx.in_rows = len(hidden) > cut.rounded_sum_token_limit
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -89,7 +89,7 @@ class FusedHeadLoss(torch.autograd.Function):
         if ctx.in_rows:
             hidden, weight, labels, *statistics = rest
             head = ChunkedLogits(hidden, weight, labels, ctx.options, norm)
-            cut = Cut(*weight.shape, head.hidden.itemsize, len(leaf))
+            cut = Cut(len(weight), weight.shape[1], head.hidden.itemsize, len(leaf))
             dleaf = _in_rows(
                 leaf,
                 ctx.options.row_receiver,
@@ -97,7 +97,7 @@ class FusedHeadLoss(torch.autograd.Function):
                 Chunks(cut, len(hidden), ctx.options.observer),
             )
         elif dleaf is not None:
-            for a, b in spans(len(leaf), rows_at_once(*leaf.shape, 0)):
+            for a, b in spans(len(leaf), rows_at_once(len(leaf), leaf.shape[1], 0)):
                 dleaf[a:b] = gradient_through_norm(
                     dleaf[a:b], leaf[a:b], norm, ctx.options.start + a, upstream
                 )
@@ -114,7 +114,8 @@ def _in_rows(
 ) -> Tensor | None:
     """The leaf's gradient, formed some rows at a time; None where the receiver got the rows."""
     if row_receiver is not None:
-        return feed(row_receiver, leaf, chunks, gradient)
+        feed(row_receiver, leaf, chunks, gradient)
+        return None
     whole = torch.empty_like(leaf)
     for a, b in chunks:
         whole[a:b] = gradient(a, b)

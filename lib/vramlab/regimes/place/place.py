@@ -27,7 +27,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -168,7 +168,7 @@ class _DeclaredBuffers:
         self._name, self._observer = name, observer
 
     def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        buffer = super().allocate(size, dtype=dtype, device=device)
+        buffer = cast(Any, super()).allocate(size, dtype=dtype, device=device)
         self._observer.own("collectives", [(self._name, buffer)])
         return buffer
 

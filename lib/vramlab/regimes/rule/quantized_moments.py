@@ -77,12 +77,12 @@ def adam8bit(
 ):
     """bitsandbytes' AdamW8bit."""
 
-    class OwnCodebooks(library().AdamW8bit):
+    class OwnCodebooks(library().AdamW8bit):  # type: ignore[misc]  # imported late, see `library`
         """Gives each tensor its own codebooks. bitsandbytes shares them between the tensors of an
         optimizer, whose number depends on `until`, so the bytes of a tensor's state would too."""
 
         def fill_qmap(self) -> None:
-            self.name2qmap = {}
+            self.name2qmap: dict[str, Tensor] = {}
 
         def init_state(self, group, p, gindex, pindex) -> None:
             if p.numel() >= SMALLEST:

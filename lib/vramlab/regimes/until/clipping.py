@@ -40,8 +40,11 @@ class Unclipped:
 
     runs = 1
     """How often a step forms its gradients."""
-    hands_on = True
-    """Whether the gradients of the current run are used; else they are only measured."""
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether the gradients of the current run are used; else they are only measured."""
+        return True
 
     def begin(self) -> None:
         """A step begins."""

@@ -9,10 +9,10 @@ whole gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,10 @@ class Updater:
     """Updates one set of leaves by its optimizers, and moves their state when the leaves go to
     rest."""
 
-    runs = 1
-    """How often a step runs each micro-batch: a forward, then `take` with its loss."""
+    @property
+    def runs(self) -> int:
+        """How often a step runs each micro-batch: a forward, then `take` with its loss."""
+        return 1
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]):
         self.optimizers = optimizers
@@ -121,7 +123,7 @@ class _InBackward(Updater):
         self._clipper.begin()
         super().begin(step, lr)
 
-    def run(self, number: int) -> AbstractContextManager:
+    def run(self, number: int) -> Any:
         return self._clipper.run(number)
 
     def _use(self, optimizer: torch.optim.Optimizer, param: Tensor) -> None:

@@ -75,7 +75,7 @@ class RoundedAttention(torch.autograd.Function):
         query, key, value, mask = ctx.saved_tensors
         leaves = [t.detach().to(ctx.wide).requires_grad_() for t in (query, key, value)]
         with torch.enable_grad():
-            out = _wide_attention(*leaves, mask, ctx.is_causal, ctx.wide)
+            out = _wide_attention(leaves[0], leaves[1], leaves[2], mask, ctx.is_causal, ctx.wide)
         grads = torch.autograd.grad(out, leaves, dout.to(ctx.wide))
         return (*(grad.to(query.dtype) for grad in grads), None, None, None)
 
