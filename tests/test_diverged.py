@@ -83,7 +83,7 @@ def test_a_gradient_that_is_not_finite_is_found_at_its_step(row, value):
             match="step 1 left weights that are not finite though its loss of .* is: a gradi",
         ) as raised:
             trainer.check(loss)
-        assert math.isfinite(float(loss)) and (raised.value.step, raised.value.what) == (
+        assert math.isfinite(float(loss)) and (raised.value.step, raised.value.quantity) == (
             1,
             "weights",
         )
@@ -100,7 +100,7 @@ def test_every_row_is_found_out_by_its_loss_or_weights(name):
             (norm.to_local() if hasattr(norm, "to_local") else norm).fill_(math.nan)
         with pytest.raises(Diverged, match="the loss of step 1 is nan: use a lower lr") as raised:
             trainer.check(trainer.step([batch(1)]))
-        assert (raised.value.step, raised.value.what) == (1, "loss")
+        assert (raised.value.step, raised.value.quantity) == (1, "loss")
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import torch
 
 import measured_step
 import micro
+from chosen_rows import slow_unless_chosen
 from vramlab.baichuan import BaichuanConfig, ModelSpec
 from vramlab.capture.meter import Meter
 from vramlab.capture.peak_rss import peak_window
@@ -35,7 +36,10 @@ def _layers(spec: ModelSpec, count: int) -> ModelSpec:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, row in REGIMES.items() if not hasattr(row.trains, "interval")]
+    "name",
+    slow_unless_chosen(
+        name for name, row in REGIMES.items() if not hasattr(row.trains, "interval")
+    ),
 )
 def test_on_a_fake_cpu_the_peak_is_the_cpus(name):
     meter, said = Meter(), trace(MICRO, REGIMES[name], 11, 3, mode="cpu")
@@ -52,7 +56,7 @@ def test_on_a_fake_cpu_the_peak_is_the_cpus(name):
     assert said.host_bytes == meter.host_peak_bytes
 
 
-@pytest.mark.parametrize("name", REGIMES)
+@pytest.mark.parametrize("name", slow_unless_chosen(REGIMES))
 def test_the_ledger_adds_up_and_the_events_rebuild_the_peak(name):
     said = trace(MICRO, REGIMES[name], 11, 3)
     assert said.peak_bytes == sum(said.ledger.values()) == sum(said.alive.values())

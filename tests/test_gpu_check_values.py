@@ -96,7 +96,7 @@ def test_of_cards_of_one_kind_the_rates_are_those_of_the_nearest_in_memory():
 def test_a_model_is_made_as_published_and_once_more_where_it_is_stored_otherwise(
     monkeypatch, weights, each
 ):
-    monkeypatch.setattr(gpu_plan, "parameters", lambda spec: 1000)
+    monkeypatch.setattr(gpu_plan, "count_parameters", lambda spec: 1000)
     assert (
         gpu_plan._model_bytes(Its(row=Its(values={"weights": weights}), spec=None)) == 1000 * each
     )
@@ -127,7 +127,7 @@ def made(**changed):
         "fits": True,
         "retries": 1,
         "ledger": {"a": 4},
-        "floor_s": 0.5,
+        "floor": Its(s=0.5),
     }
     step = Its(
         peak_bytes=4,

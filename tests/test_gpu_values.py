@@ -113,13 +113,13 @@ def test_a_loss_that_is_not_finite_ends_the_cell(monkeypatch, losses):
 
 
 @pytest.mark.parametrize(
-    ("rule", "hurried", "expected"),
+    ("rule", "short_cycle", "expected"),
     [(Its(), False, False), (Its(gap=5), False, True), (Its(), True, True)],
 )
-def test_a_row_is_hurried_where_it_projects_or_guesses(rule, hurried, expected):
+def test_recorded_steps_are_unusual_where_a_row_projects_or_guesses(rule, short_cycle, expected):
     class Grads:
         def with_short_cycle(self):
-            return "others" if hurried else self
+            return "others" if short_cycle else self
 
     assert recorded_step.records_unusual_steps(Its(rule=rule, grads=Grads())) is expected
 

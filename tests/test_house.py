@@ -7,6 +7,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 import vramlab
 from vramlab.forecast.question import TRACED_CODE
 
@@ -167,6 +169,7 @@ print(*sys.modules)
 TRACED = "mixed galore qlora chunkft"
 
 
+@pytest.mark.slow
 def test_a_forecast_is_keyed_by_every_module_that_a_trace_has_imported():
     """Not only by those that its code names: an edit of none of them may leave a stale trace."""
     done = subprocess.run(

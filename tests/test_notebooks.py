@@ -70,6 +70,7 @@ def _last_words(notebook):
     return notebook.cells[-1].outputs[-1].data["text/markdown"]
 
 
+@pytest.mark.slow
 def test_finetune_trains_and_leaves_a_run_folder_and_plain_figures(tmp_path):
     done = _execute(
         ROOT / "notebooks" / "finetune.ipynb",
@@ -129,6 +130,7 @@ def test_timeline_shows_the_run_asked_for_and_where_its_peak_is(finished, tmp_pa
         )
 
 
+@pytest.mark.slow
 def test_compare_draws_every_figure_and_keeps_what_failed_in_view(finished, tmp_path):
     done = _execute(
         ROOT / "notebooks" / "compare.ipynb", tmp_path / "out.ipynb", folder=str(finished)

@@ -201,7 +201,10 @@ today, and no more."""
 
 @pytest.mark.parametrize(
     ("regime", "weights"),
-    [pytest.param(*row, marks=[pytest.mark.slow] if row[0] == "mezo" else []) for row in SEVEN_B],
+    [
+        pytest.param(*row, marks=[] if row[0] in ("lora", "lomo") else [pytest.mark.slow])
+        for row in SEVEN_B
+    ],
 )
 def test_no_change_costs_the_7b_memory(regime, weights):
     assert_peak(regime, "baichuan2-7b", 1024, 1, SEVEN_B[regime, weights], weights)

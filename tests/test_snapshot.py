@@ -497,6 +497,7 @@ def test_the_command_prints_what_was_found(tmp_path, capsys):
     assert main(["replay", str(path), "--json"]) == 0
     peak = int(_peak(snapshot))
     assert json.loads(capsys.readouterr().out) == {
+        "schema": 1,
         "verdict": replay_file(path).verdict(),
         "agrees": True,
         "tolerance": 0.01,

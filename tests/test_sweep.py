@@ -130,6 +130,7 @@ def test_a_sweep_killed_in_its_third_cell_goes_on_without_repeating_the_first_tw
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_finished_and_leaves_the_rest_due(sweep_file, capsys):
     path = sweep_file("full", "offload", "lomo")
     process = _start(path)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import measured_step
 import micro
+from chosen_rows import slow_unless_chosen
 from vramlab import machine
 from vramlab.capture.kernels import (
     attention_kernel,
@@ -106,7 +107,9 @@ NOT_COMPARED = ("prompt", "prefix", "fsdp_offload")
 where it is the device."""
 
 
-@pytest.mark.parametrize("name", [name for name in REGIMES if name not in NOT_COMPARED])
+@pytest.mark.parametrize(
+    "name", slow_unless_chosen(name for name in REGIMES if name not in NOT_COMPARED)
+)
 def test_the_virtual_gpu_differs_from_the_cpu_by_the_attention_kernel_and_the_batch_only(name):
     if REGIMES[name].values["weights"] != "fp32" and machine.needs_fp32_products()[0]:
         pytest.skip(

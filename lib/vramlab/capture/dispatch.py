@@ -89,13 +89,17 @@ _propagating: list[None] = []
 
 @contextmanager
 def replaced(owner, name: str, value) -> Iterator[None]:
-    """While open, `owner`'s attribute `name` is `value`."""
-    before = getattr(owner, name)
+    """While open, `owner`'s attribute `name` is `value`. One that it inherits is inherited again
+    afterwards."""
+    inherited, before = name not in vars(owner), getattr(owner, name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        if inherited:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
 
 
 def propagation_unseen() -> AbstractContextManager:

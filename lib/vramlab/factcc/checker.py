@@ -47,19 +47,26 @@ class Checker:
                 f"checker is {str(path)!r}, where there is no config.json: give the folder of a"
                 " downloaded sequence-classification checkpoint, or leave it empty"
             )
-        local = {"local_files_only": True, "trust_remote_code": False}
-        labels = AutoConfig.from_pretrained(folder, **local).id2label
+        labels = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).id2label
         consistent = consistent_id(labels, folder.name)
         logging.disable_progress_bar()
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, **local
+            folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
         if info["missing_keys"]:
             raise ValueError(
                 f"checker {folder.name} lacks {', '.join(sorted(info['missing_keys']))}: its"
                 " judgements would be random; give a checkpoint that was trained to classify"
             )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
         return cls(folder.name, model.eval().to(device), tokenizer, dict(labels), consistent, limit)
 

@@ -117,7 +117,7 @@ def read_timeline(recording: ExitStack, recorder: Any, step: int, folder: Path) 
     try:
         recording.close()
         curve(recorder.frame()).to_parquet(folder / "curve.parquet", compression="zstd")
-        peak, notes = recorder.peak(step), list(getattr(recorder, "said", ()))
+        peak, notes = recorder.peak(step), list(getattr(recorder, "notes", ()))
     except Exception as error:
         peak = {"phase": None, "categories": {}, "owners": [], "peak_bytes": None}
         notes = [f"no timeline ({type(error).__name__}: {error})"]
