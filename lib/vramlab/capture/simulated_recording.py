@@ -153,9 +153,8 @@ def as_recorded(frame: pd.DataFrame, settings: Settings = Settings()) -> tuple[R
         history.apply(event, storage, size, stream)
         if event == "alloc" and category in DECLARED:
             declared.append((len(marks) - 1, history.address(storage), category, module))
-            marks.append(
-                marks[-1]
-            )  # a mark of its own: the declaration means nothing allocated later
+            # a mark of its own: the declaration means nothing allocated later
+            marks.append(marks[-1])
     document = {
         "marks": [astuple(each) for each in marks],
         "declared": declared,

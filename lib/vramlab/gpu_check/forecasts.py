@@ -96,7 +96,7 @@ def predict_step(question: Question, card: Card | None, cache_dir: Path | None =
                 "fits": prediction.fits,
                 "num_alloc_retries": prediction.retries,
                 "ledger": dict(prediction.ledger),
-                "floor_s": prediction.floor.s,
+                "floor_s": prediction.floor and prediction.floor.s,
             }
     except Exception as error:  # of any kind: the other rows go on, and this one has its reason
         return {"reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
