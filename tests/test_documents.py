@@ -76,6 +76,14 @@ def test_files_that_are_named_are_there(name, text):
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+def test_the_reading_path_is_short():
+    files = [
+        ROOT / "lib" / "vramlab" / row[0].strip("`") for row in _between("lib/README.md", "path")
+    ]
+    assert 0 < len(files) <= 30
+    assert sum(len(path.read_text().splitlines()) for path in files) <= 3800
+
+
 def test_every_parameter_of_a_run_is_described_with_its_default():
     rows = {
         row[0].strip("`"): row[1].strip("`") for row in _between("params/README.md", "parameters")
