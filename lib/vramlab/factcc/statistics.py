@@ -9,7 +9,6 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
-import scipy  # scipy.stats is loaded when it is first used
 
 MODEL_SCORINGS = ("yesno", "likelihood")
 BASELINES = ("claim_only", "unigram_overlap", "bigram_overlap", "majority")
@@ -204,15 +203,19 @@ def wilson(count: int, n: int) -> tuple[float, float]:
     Wilson 1927, doi:10.2307/2276774."""
     if not n:
         return math.nan, math.nan
-    low, high = scipy.stats.binomtest(count, n).proportion_ci(LEVEL, method="wilson")
+    from scipy.stats import binomtest
+
+    low, high = binomtest(count, n).proportion_ci(LEVEL, method="wilson")
     return float(low), float(high)
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
     """Two-sided exact p of the discordant counts when either side is equally likely; 1 without
     any."""
+    from scipy.stats import binomtest
+
     n = only_first + only_second
-    return float(scipy.stats.binomtest(only_first, n).pvalue) if n else 1.0
+    return float(binomtest(only_first, n).pvalue) if n else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

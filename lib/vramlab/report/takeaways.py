@@ -106,7 +106,7 @@ def _memory(metered: pd.DataFrame) -> str:
     least = metered.loc[metered["peak_mib"].idxmin()]
     full = metered.loc[metered["regime"] == REFERENCE, "peak_mib"]
     versus = "".join(
-        f", {least['peak_mib'] / peak:.0%} of full's {peak:.1f} MiB" for peak in full[:1]
+        f", {least['peak_mib'] / peak:.0%} of full's {peak:.1f} MiB" for peak in full[:1] if peak
     )
     host = f" (and {least['host_mib']:.1f} MiB in host memory)" if least["host_mib"] else ""
     return (
