@@ -52,9 +52,9 @@ def limited(device: str, limit_bytes: int) -> Ceiling | None:
 
 
 def meter(prepared: Prepared) -> Metered:
-    """The first steps again, on a fresh copy, under the event meter, or on CUDA with the
-    allocator's history recorded. This is slower than training: only its bytes count. Raises:
-    RanOut, where a run on a CPU exceeds its limit.
+    """The longest step of the first 50, twice for each part, again, on a fresh copy, under the
+    event meter, or on CUDA with the allocator's history recorded. This is slower than training:
+    only its bytes count. Raises: RanOut, where a run on a CPU exceeds its limit.
     """
     device, limit_bytes = prepared.params["device"], int(prepared.params["limit_mib"] * 2**20)
     watcher = limited(device, limit_bytes) or watching(device)
