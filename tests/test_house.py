@@ -181,3 +181,9 @@ def test_a_forecast_is_keyed_by_every_module_that_a_trace_has_imported():
     assert "vramlab.forecast.virtual_gpu.device" in imported
     unkeyed = {name for name in imported if modules()[name] not in keyed()}
     assert unkeyed - docstrings_only <= ANY_TRACE | {"vramlab", "vramlab.auto_classes"}
+
+
+@pytest.mark.parametrize("name", vramlab.PUBLIC)
+def test_a_public_name_is_there_and_documented(name):
+    assert (getattr(vramlab, name).__doc__ or "").strip()
+    assert name in dir(vramlab)

@@ -2,7 +2,7 @@
 factual consistency.
 
     from vramlab import Trainer, execute, read_regimes, regime    # loaded when first used
-    from vramlab.forecast import Question, forecast
+    from vramlab.forecast.forecast import forecast    # `vramlab.forecast` is the room
 """
 
 import importlib
@@ -29,7 +29,7 @@ PUBLIC = {
     "Schedule": "training.trainer",
     "Trainer": "training.trainer",
     "assert_peak": "forecast.forecast",
-    "build_report": "report",
+    "build_report": "report:build",
     "card": "cards",
     "execute": "runs.execute",
     "read_regimes": "regimes.regime",
@@ -37,14 +37,15 @@ PUBLIC = {
     "regime": "regimes.regime",
     "sweep": "runs.sweep",
 }
-"""Name -> the module that defines it. Nothing of it is imported before it is used, so that a
-command that needs no torch loads none."""
+"""Name -> the module that defines it, with its name there where that differs. Nothing of it is
+imported before it is used, so that a command that needs no torch loads none."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{PUBLIC[name]}"), name)
+    module, _, attribute = PUBLIC[name].partition(":")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute or name)
 
 
 def __dir__() -> list[str]:

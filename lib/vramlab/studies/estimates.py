@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ..factcc.statistics import LEVEL, holm
+from ..factcc.statistics import LEVEL, holm, wilson
 
 RESAMPLES = 2000
 BOTH = f"{LEVEL:.0%}: seeds and items"
@@ -152,15 +152,8 @@ def available(figures: Mapping[str, Callable[[], Figure]]) -> Iterator[tuple[str
 
 def share(count: int, of: int) -> Figure:
     """`count` of `of` runs, with Wilson's interval."""
-    interval = stats.binomtest(count, of).proportion_ci(LEVEL, "wilson")
-    return Figure(
-        count / of,
-        "learned",
-        low=float(interval.low),
-        high=float(interval.high),
-        contains=SHARE,
-        seeds=of,
-    )
+    low, high = wilson(count, of)
+    return Figure(count / of, "learned", low=low, high=high, contains=SHARE, seeds=of)
 
 
 def corrected(figures: Mapping[str, Figure]) -> dict[str, Figure]:
